@@ -1,0 +1,43 @@
+# make             says what there is
+# make train       the first experiment, from nothing to a sample
+#
+# .venv is built on first use and rebuilt when requirements.txt changes. Another Python: make PYTHON=python3.12 train
+
+PYTHON ?= python3
+# Relative paths and `python -m`, so that a checkout under a path with spaces works and a moved one keeps working.
+PY := .venv/bin/python
+READY := .venv/.installed
+
+.PHONY: help train test bench results
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+train: $(READY) ## data, a small 1-bit GPT on Python code, its loss curve and a sample
+	$(PY) data/pycode/prepare.py
+	$(PY) train_gpt.py config/pycode_bin.py
+	$(PY) plot.py loss out/pycode_bin
+	$(PY) sample.py --ckpt=out/pycode_bin/best.pt --num_samples=1
+
+test: $(READY) ## linter and tests, on the CPU, no network
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+bench: $(READY) ## time and memory of a training step
+	$(PY) bench.py train
+
+results: $(READY) ## the runs behind the table in the README
+	$(PY) results/quality.py
+
+# .unfinished is there from the first byte to the last: an install that was interrupted is found by it and starts over.
+# pip alone would not notice, it takes a half-unpacked package for an installed one. Renaming it keeps its time, so a
+# requirements.txt edited during the install is newer and read again. A .venv made by hand is completed, not replaced.
+$(READY): requirements.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"error: Python 3.10 or newer is needed; type: make PYTHON=python3.12 ...")'
+	@if [ -e .venv/.unfinished ]; then rm -rf .venv; fi
+	@echo 'installing requirements.txt into .venv: the first time takes minutes, torch is large'
+	@mkdir -p .venv && touch .venv/.unfinished
+	@if [ ! -x $(PY) ]; then "$(PYTHON)" -m venv .venv; fi
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@mv .venv/.unfinished $@

@@ -1,0 +1,323 @@
+"""
+What every trainer must do alike, as plain functions of plain arguments: processes, order of samples, learning rate,
+means over tokens and ranks, checkpoints, the run folder and its log, stop signals, memory and energy meters.
+
+Nothing here knows a trainer, a model or a constants block. Two silently different copies of any of this would make a
+published number wrong; everything else belongs in the trainers.
+"""
+import glob
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import warnings
+import zipfile
+import zlib
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import fail
+
+CHECKPOINT_VERSION = 1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+def setup_processes(device=''):
+    """(rank, local_rank, world_size, torch.device). Joins torchrun's process group (nccl for CUDA, else gloo) when
+    there is one; without torchrun there is one process and no group. device '' means CUDA where there is one."""
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    kind = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if kind.startswith('cuda') and not torch.cuda.is_available():
+        fail(f'--device={device} but torch sees no CUDA device; type --device=cpu')
+    device = torch.device(f'cuda:{local_rank}' if kind == 'cuda' else kind)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if 'RANK' in os.environ and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
+    return rank, local_rank, world, device
+
+
+def close_processes():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _gathered(values):
+    """float64 tensor (world_size, len(values)) of one list of numbers per rank."""
+    mine = torch.tensor(values, dtype=torch.float64)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine[None]
+    mine = mine.cuda() if dist.get_backend() == 'nccl' else mine
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return torch.stack(every).cpu()
+
+
+def mean_over_ranks(total, count):
+    """sum of `total` over ranks / sum of `count` over ranks, in float64: the mean per token whatever each rank saw."""
+    totals, counts = _gathered([float(total), float(count)]).sum(0).tolist()
+    return totals / counts
+
+
+def any_rank(flag):
+    """True on every rank when `flag` is true on any; how ranks agree to stop."""
+    return bool(_gathered([float(bool(flag))]).any())
+
+
+def ranks_agree(*values):
+    """True when every rank holds the same numbers or strings: a step, a count, a checksum."""
+    numbers = [float(zlib.crc32(v.encode())) if isinstance(v, str) else float(v) for v in values]
+    every = _gathered(numbers)
+    return bool((every == every[0]).all())
+
+
+def checksum(tensors):
+    """crc32 over the bytes of the tensors, in order: equal parameters, equal number."""
+    crc = 0
+    for t in tensors:
+        crc = zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples and schedule
+
+
+def sample_indices(seed, step, n, count):
+    """int64 array (count,) of indices in [0, n), drawn with replacement: a pure function of (seed, step).
+
+    The whole global batch of a step is drawn everywhere and sliced by rank, so world size does not change it and a
+    resumed run needs nothing saved. Evaluation draws from negative steps, which training never reaches.
+    """
+    key = np.array([seed % 2 ** 64, step % 2 ** 64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).integers(0, n, count)
+
+
+def seed_step(seed, step, rank):
+    """Seed torch's generators for one step of one rank, so that dropout too is a function of (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second_lr=None):
+    """Learning rate of step 0 .. max_iters - 1: linear warm-up over `warmup_iters`, then
+
+    cosine     half a cosine from learning_rate to min_lr at the last step (nanoGPT)
+    linear     a line to min_lr
+    two_stage  the same line, and from the middle of the run on the line that starts at second_lr instead: an abrupt
+               drop by second_lr / learning_rate (BitNet b1.58 Tips PDF; its weight decay also ends there)
+    constant   learning_rate
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    done = min(1.0, (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters))
+    if schedule == 'cosine':
+        return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == 'linear':
+        return min_lr + (learning_rate - min_lr) * (1 - done)
+    if schedule == 'two_stage':
+        peak = learning_rate if step < max_iters // 2 else second_lr
+        return min_lr + (peak - min_lr) * (1 - done)
+    if schedule == 'constant':
+        return learning_rate
+    raise ValueError(f'schedule {schedule!r} is none of cosine, linear, two_stage, constant')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files that are whole or absent, and checkpoints
+
+
+def atomic_write(path, write):
+    """write(temporary path) in the same folder, flush to disk, rename to `path`. The old file stays until then.
+
+    Raises OSError naming `path` (disk full, no permission, ...); the temporary file is removed.
+    """
+    tmp = f'{path}.tmp{os.getpid()}'
+    try:
+        write(tmp)
+        with open(tmp, 'rb') as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:            # torch.save reports a full disk as RuntimeError
+        raise OSError(f'could not write {path}: {str(e).splitlines()[0]}') from e
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def previous_path(path):
+    """out/x/last.pt -> out/x/last.prev.pt"""
+    root, ext = os.path.splitext(path)
+    return f'{root}.prev{ext}'
+
+
+def save_checkpoint(path, state, keep_previous=False):
+    """Write `state` (tensors and plain types only) to `path`. With keep_previous the file that was there stays as
+    *.prev.pt; at every instant one of the two is whole. Raises OSError; what was there is then untouched."""
+    def write(tmp):
+        torch.save(dict(state, version=CHECKPOINT_VERSION, versions=versions()), tmp)
+        if keep_previous and os.path.exists(path):
+            link = f'{tmp}.prev'
+            os.link(path, link)                     # a second name first, so that `path` itself never goes missing
+            os.replace(link, previous_path(path))
+    atomic_write(path, write)
+
+
+def read_checkpoint(path, trainer=None):
+    """The dict written by save_checkpoint, every record checked against its CRC, nothing in it executed.
+
+    Raises ValueError with one line naming the file: missing, damaged, not a checkpoint, of another version, or (when
+    `trainer` is given) of another trainer.
+    """
+    try:
+        with zipfile.ZipFile(path) as z:
+            if bad := z.testzip():
+                raise ValueError(f'{path} is damaged: record {bad} does not match its checksum')
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=False)
+    except FileNotFoundError:
+        raise ValueError(f'{path} does not exist') from None
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, KeyError, NotImplementedError, zlib.error) as e:
+        raise ValueError(f'{path} is damaged or no checkpoint ({str(e).splitlines()[0][:90]})') from None
+    except Exception as e:                          # noqa: BLE001  the unpickler raises many kinds; all mean: not ours
+        if isinstance(e, ValueError):
+            raise
+        raise ValueError(f'{path} holds more than tensors and plain types; refused ({type(e).__name__})') from None
+    if not isinstance(state, dict) or 'version' not in state or 'trainer' not in state:
+        raise ValueError(f'{path} is no nanobit checkpoint')
+    if state['version'] != CHECKPOINT_VERSION:
+        raise ValueError(f'{path} has checkpoint version {state["version"]}, this code reads {CHECKPOINT_VERSION}')
+    if trainer and state['trainer'] != trainer:
+        raise ValueError(f'{path} was written by {state["trainer"]}.py, not {trainer}.py')
+    return state
+
+
+def read_last_checkpoint(path, trainer=None):
+    """read_checkpoint(path), or with a warning its *.prev.pt when `path` is damaged or missing. Raises ValueError."""
+    try:
+        return read_checkpoint(path, trainer)
+    except ValueError as e:
+        previous = previous_path(path)
+        if not os.path.exists(previous):
+            raise
+        state = read_checkpoint(previous, trainer)
+        print(f'warning: {e}; going on from {previous} (step {state["step"]})', file=sys.stderr)
+        return state
+
+
+def load_model_state(model, state, path, allow_missing=()):
+    """Load a state dict after checking every key and shape. Raises ValueError with one line; the model is untouched.
+
+    Keys that end in one of `allow_missing` may be absent: they keep their initial values."""
+    own = model.state_dict()
+    missing = [k for k in own if k not in state and not k.endswith(tuple(allow_missing))]
+    extra = [k for k in state if k not in own]
+    shapes = [f'{k} is {tuple(state[k].shape)}, needs {tuple(own[k].shape)}'
+              for k in own if k in state and state[k].shape != own[k].shape]
+    for what, found in (('lacks', missing), ('has unknown', extra), ('has other shapes:', shapes)):
+        if found:
+            raise ValueError(f'{path} does not fit this model: it {what} {found[0]}'
+                             + (f' and {len(found) - 1} more' if len(found) > 1 else ''))
+    model.load_state_dict(state, strict=False)
+
+
+def versions():
+    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run folder and log
+
+
+def append_log(out_dir, record):
+    """One JSON object as one line at the end of out_dir/log.jsonl. Non-finite numbers become null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with open(os.path.join(out_dir, 'log.jsonl'), 'a') as f:
+        f.write(json.dumps(clean) + '\n')
+
+
+def read_log(out_dir):
+    """List of the records of out_dir/log.jsonl; a half-written last line is left out. [] without a log."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    lines = open(path).read().split('\n')[:-1] if os.path.exists(path) else []
+    return [json.loads(line) for line in lines if line]
+
+
+def cut_log(out_dir, step):
+    """Drop the records after `step` and the evaluation at it, which a resumed run makes again: its log then reads like
+    an unbroken one's."""
+    kept = ''.join(json.dumps(r) + '\n' for r in read_log(out_dir)
+                   if r['step'] < step or (r['step'] == step and 'val_loss' not in r))
+
+    def write(tmp):
+        with open(tmp, 'w') as f:
+            f.write(kept)
+    atomic_write(os.path.join(out_dir, 'log.jsonl'), write)
+
+
+def stop_flag():
+    """A function that tells whether SIGTERM or SIGINT has arrived. A second signal acts as it would have by default."""
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return lambda: bool(seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# meters
+
+
+def peak_memory_bytes(device):
+    """Peak so far: allocator peak on CUDA; on CPU the resident peak of the whole process, Python and torch included."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def energy_meter(device):
+    """A function giving the joules used so far, or None where nothing measures them.
+
+    CUDA: the card's own counter, with nvidia-ml-py installed. CPU: the RAPL package counters, where readable; they
+    cover the whole machine and wrap around, which one reading per wrap (minutes) corrects.
+    """
+    if device.type == 'cuda':
+        try:
+            import pynvml
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f'GPU-{torch.cuda.get_device_properties(device).uuid}')
+            start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except Exception as e:                      # noqa: BLE001  no NVML, an old card: measured or null, never a crash
+            if not isinstance(e, ImportError):
+                warnings.warn(f'energy is not measured: {e}', stacklevel=2)
+            return lambda: None
+        return lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1e3
+    zones = []
+    for zone in glob.glob('/sys/class/powercap/intel-rapl:[0-9]*'):
+        if zone.count(':') == 1:                    # packages; sub-zones are counted in them
+            try:
+                read = lambda z=zone, f='energy_uj': int(open(f'{z}/{f}').read())     # noqa: SIM115
+                zones.append([read, read(), 0, read(f='max_energy_range_uj')])
+            except OSError:
+                return lambda: None
+
+    def joules():
+        for zone in zones:
+            now = zone[0]()
+            zone[2] += (now - zone[1]) % (zone[3] + 1)
+            zone[1] = now
+        return sum(zone[2] for zone in zones) / 1e6
+    return joules if zones else lambda: None

@@ -1,0 +1,322 @@
+"""
+Python-file configs and --key=value over a trainer's constants.
+
+A trainer keeps its settings as plain assignments at the top and ends that block in one line:
+
+    config = configurator.override(globals())  # file.py ... --key=value, later wins
+
+The assignments are the whole declaration: the name is the key, the type of the default is the type of the key, and the
+trailing comment is its --help text. Unlike argparse nothing is written twice; unlike a bare exec, a typo or a wrong
+type is an error.
+
+    python train_gpt.py config/small.py config/int4.py --learning_rate=3e-4 --betas=0.9,0.95
+    python train_gpt.py --help
+
+Config files are code: they run with your rights, so read a stranger's file before you run it.
+"""
+import ast
+import copy
+import difflib
+import functools
+import io
+import itertools
+import math
+import os
+import shlex
+import sys
+import tokenize
+import traceback
+import types
+
+
+def fail(message, rank0_only=False):
+    """Report a user's mistake in one line on stderr and exit.
+
+    message: what is wrong; what to type. rank0_only: other ranks exit silently, for mistakes all ranks make alike.
+    Never returns: raises SystemExit(2).
+    """
+    if _rank() == '0' or not rank0_only:
+        label = 'error' if _rank() == '0' else f'error (rank {_rank()})'
+        print(f'{label}: {" ".join(str(message).splitlines())}', file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def override(namespace, argv=None):
+    """Apply config files and --key=value to the constants of a trainer, left to right.
+
+    namespace: the trainer's globals(). argv: the words after the trainer's name, by default sys.argv[1:].
+    Returns a dict of every key in source order; the same values are set in namespace. When the trainer is imported
+    (its __name__ is not '__main__') nothing is set and the dict holds the defaults.
+    A mistake in argv or in a config file ends in fail(), with namespace untouched. --help raises SystemExit(0).
+    """
+    nodes, source = _find_keys(namespace)
+    defaults = {key: namespace[key] for key in nodes}
+    if namespace['__name__'] != '__main__':
+        return defaults
+    argv = sys.argv[1:] if argv is None else argv
+    if '--help' in argv or '-h' in argv:
+        if _rank() == '0':
+            print(_help(os.path.basename(namespace['__file__']), source, nodes, defaults))
+        raise SystemExit(0)
+
+    config, origin = dict(defaults), {}
+    for i, word in enumerate(argv):
+        bare = word.lstrip('-')  # without its dashes, if it has any
+        if word.startswith('--'):
+            label, changes = 'command line', _read_option(word[2:], argv[i + 1:i + 2], config, defaults)
+        elif word.endswith('.py') and not word.startswith('-') and bare.split('=')[0] not in config:
+            label, changes = word, _run_file(word, namespace['__file__'], config, defaults)
+        else:
+            hint = f'; did you mean --{bare}?' if bare.split('=')[0] in config else ''
+            _fail(f'cannot read {word!r}: options are --key=value, config files end in .py{hint}')
+        config.update(changes)
+        origin.update(dict.fromkeys(changes, label))
+
+    namespace.update(config)
+    for key, value in config.items():
+        if _differ(defaults[key], value) and _rank() == '0':
+            print(f'{key}: {_literal(defaults[key])} -> {_literal(value)}  ({origin[key]})', flush=True)
+    return config
+
+
+def save(config, path, header=''):
+    """Write a config as a config file that gives the same config when run again.
+
+    config: what override() returned. path: the .py file, replaced atomically. header: text for comment lines on top.
+    Raises TypeError for a value other than bool, int, float, str, None and tuples, lists, dicts of these, and OSError;
+    the file that was at path then stays.
+    """
+    lines = [f'# {line}'.rstrip() for line in header.splitlines()]
+    lines += [f'{key} = {_literal(value)}' for key, value in config.items()]
+    temporary = f'{path}.tmp{os.getpid()}'
+    try:
+        # backslashreplace: a header may quote a command line whose file names are not valid text
+        with open(temporary, 'w', encoding='utf-8', errors='backslashreplace') as f:
+            f.write('\n'.join(lines) + '\n')
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _rank():
+    return os.environ.get('RANK') or '0'
+
+
+_fail = functools.partial(fail, rank0_only=True)  # every rank reads the same command line and the same files
+
+
+# -----------------------------------------------------------------------------
+# the three sources: the trainer, a config file, an option
+
+def _find_keys(namespace):
+    """({key: the ast statement that assigns it} in source order, source text) of the trainer."""
+    with tokenize.open(namespace['__file__']) as f:
+        source = f.read()
+    nodes = {}
+    for statement in ast.parse(source).body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        if any(isinstance(n, ast.Call) and getattr(n.func, 'attr', getattr(n.func, 'id', '')) == 'override'
+               for n in ast.walk(statement)):
+            break
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            nodes |= {name: statement for name in _stored_names(statement)}
+    # exact types: a torch.Size is a tuple and a numpy.float64 a float, but neither is a setting
+    kinds = (bool, int, float, str, tuple, dict)
+    return {k: n for k, n in nodes.items() if k[0] != '_' and type(namespace.get(k)) in kinds}, source
+
+
+def _stored_names(tree):
+    """{name: line of its last assignment} for the plain names assigned in tree."""
+    return {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def _run_file(name, trainer, config, defaults):
+    """Run the config file `name` over the values in config; return {key: new value} for what it changed."""
+    trainer_dir = os.path.dirname(os.path.abspath(trainer))
+    path = next((p for p in (name, os.path.join(trainer_dir, name)) if os.path.exists(p)), None)
+    if path is None:
+        _fail(f'no config file {name} in {os.getcwd()} or {trainer_dir}; check the path')
+    try:
+        with open(path, 'rb') as f:
+            tree = ast.parse(f.read(), name)
+        code = compile(tree, name, 'exec')
+    except OSError as e:
+        _fail(f'cannot read config file {name}: {e.strerror}')
+    except (SyntaxError, ValueError) as e:
+        line = f' line {e.lineno}' if getattr(e, 'lineno', None) else ''  # null bytes have none
+        _fail(f'{name}{line}: {getattr(e, "msg", e)}')
+    # a deep copy, so that model_config['a'] = 'x' in a file that fails later leaves the default alone
+    scope = copy.deepcopy(config) | {'__name__': '__config__', '__file__': os.path.abspath(path)}
+    try:
+        exec(code, scope)
+    except Exception as e:
+        line = [n for frame, n in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == name][-1]
+        hint = _nearest(e.name, config) if isinstance(e, NameError) else ''
+        _fail(f'{name} line {line}: {type(e).__name__}: {e}{hint}')
+
+    imported = {(a.asname or a.name).split('.')[0] for n in ast.walk(tree)
+                if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name)} | _stored_names(tree)
+    changes = {}
+    for key, value in scope.items():
+        where = f'{name} line {lines[key]}: {key}' if key in lines else f'{name}: {key}'
+        if key in config:
+            if _differ(config[key], value):
+                changes[key] = _convert(value, defaults[key], where, config[key])
+        elif not (key.startswith('_') or key in imported
+                  or isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))):
+            _fail(f'{where} is not a key{_nearest(key, config)} (a scratch name starts with _)')
+    return changes
+
+
+def _read_option(option, following, config, defaults):
+    """{key: value} of one option without its dashes; following: the next word, if any, to show in the hint."""
+    key, equals, text = option.partition('=')
+    if key not in config:
+        _fail(f'--{key} is not a key{_nearest(key, config)}')
+    if not equals:
+        text = following[0] if following and not following[0].startswith('--') else ''
+        if not text or text.endswith('.py'):
+            text = 'True' if isinstance(config[key], bool) else str(config[key])
+        _fail(f'--{key} has no value; write {_option(key, text)}')
+    return {key: _read(text, defaults[key], f'--{key}', config[key])}
+
+
+# -----------------------------------------------------------------------------
+# values: _read is lenient with text, _convert strict with Python values, _literal their inverse
+
+def _read(text, like, where, now=None):
+    """The value that command-line text stands for; like, where, now as in _convert."""
+    kind, text = type(like), text if type(like) is str else text.strip()
+    value = text
+    if kind is bool:
+        value = {'true': True, 'yes': True, 'on': True, '1': True,
+                 'false': False, 'no': False, 'off': False, '0': False}.get(text.lower(), text)
+    elif kind in (int, float):
+        for number in (float, kind):  # float reads 1e5; int, where it can, keeps every digit
+            try:
+                value = number(text)
+            except ValueError:
+                pass
+    elif kind is not str:
+        inner = text[1:-1] if text[:1] + text[-1:] in ('()', '[]') else text
+        item = _item(like) if kind is tuple else None
+        if kind is tuple and text and type(item) not in (tuple, list) and not set(inner) & set('\'"([{'):
+            parts = inner.removesuffix(',').split(',') if inner.strip() else []
+            return tuple(_read(part.strip(), item, f'{where}[{i}]') for i, part in enumerate(parts))
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval raises
+            pass
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
+    return _convert(value, like, where, now)
+
+
+def _convert(value, like, where, now=None):
+    """A Python value as the type of the default `like` (None: any plain value); a dict merges into `now`.
+
+    Types come from the default, not from `now`: a tuple that an earlier option emptied has no element to tell its type.
+    """
+    kind = type(like)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind in (bool, str) and isinstance(value, kind):
+        return kind(value)
+    if kind is int and number and (isinstance(value, int) or value.is_integer() and abs(value) <= 2**53):
+        return int(value)
+    if kind is float and number and (isinstance(value, float) or abs(value) < 1e308 and float(value) == value):
+        return float(value)
+    if kind in (tuple, list) and isinstance(value, kind):
+        return kind(_convert(v, _item(like), f'{where}[{i}]') for i, v in enumerate(value))
+    if kind is dict and isinstance(value, dict):
+        for key in value:
+            if key not in like:
+                _fail(f'{where}[{key!r}] is not a key{_nearest(key, like, f"; its keys are {list(like)}")}')
+        return {k: _convert(value[k], like[k], f'{where}[{k!r}]', now[k]) if k in value else now[k] for k in like}
+    if like is None:
+        try:
+            _literal(value)
+            return value
+        except TypeError:
+            pass
+    needs = {
+        bool: 'True or False',
+        int: f'a whole number like {like}',
+        float: f'a number like {like}',
+        type(None): 'a plain value (bool, int, float, str, tuple, list or dict)',
+        str: f'a string: write {str(value)!r}',
+        tuple: f'a tuple: write {tuple(value) if isinstance(value, list) else (value,) if number else like}',
+    }
+    _fail(f'{where} needs {needs.get(kind, f"a {kind.__name__} like {like}")}, not {value!r}')
+
+
+def _item(like):
+    """A pattern for the elements of a tuple or list, None where they are of several types or there are none."""
+    kinds = {type(v) for v in like}
+    if len(kinds) != 1 or kinds == {dict}:
+        return None
+    # ((1, 2), ()) says of its elements what (1, 2) says
+    return kinds.pop()(itertools.chain(*like)) if kinds <= {tuple, list} else like[0]
+
+
+def _literal(value):
+    """Python source of a plain value; TypeError for any other."""
+    kind = type(value)
+    if kind is float and not math.isfinite(value):
+        return f"float('{value}')"
+    if kind is dict:
+        return '{' + ', '.join(f'{_literal(k)}: {_literal(v)}' for k, v in value.items()) + '}'
+    if kind in (tuple, list):
+        inner = ', '.join(map(_literal, value))
+        return f'[{inner}]' if kind is list else f'({inner},)' if len(value) == 1 else f'({inner})'
+    if value is None or kind in (bool, int, float, str):
+        return repr(value)
+    raise TypeError(f'{value!r} of type {kind.__name__} cannot be written as a plain Python value')
+
+
+def _option(key, text):
+    """--key=text as typed in a shell; with double quotes where that spares escaping the single ones."""
+    quoted = f'"{text}"' if "'" in text and not set(text) & set('"$`!\\') else shlex.quote(text)
+    return f'--{key}={quoted}'
+
+
+def _differ(a, b):
+    return repr(a) != repr(b)  # not a != b: nan equals nan here, and 1 is not True
+
+
+def _nearest(name, names, otherwise='; --help lists them'):
+    """A hint naming the one of names that is most like name."""
+    found = difflib.get_close_matches(str(name), map(str, names), n=1, cutoff=0.5)
+    return f'; did you mean {found[0]}?' if found else otherwise
+
+
+# -----------------------------------------------------------------------------
+# --help
+
+def _help(script, source, nodes, defaults):
+    """The --help text: first paragraph of the docstring, then headings, keys, defaults and comments as in source."""
+    comments, lines = {}, source.split('\n')  # not splitlines(), which also cuts at form feeds
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip('#').strip()
+    out = [(ast.get_docstring(ast.parse(source)) or script).split('\n\n')[0],
+           f'\nusage: python {script} [file.py ...] [--key=value ...]    (later wins)']
+    shown = None
+    for key, node in nodes.items():
+        first = node.lineno
+        while first - 1 in comments and lines[first - 2].startswith('#'):
+            first -= 1
+        heading = [comments[n] for n in range(first, node.lineno) if comments[n].strip('-=# ')]
+        if heading and node is not shown:
+            out += [''] + heading
+        shown = node
+        last = node.end_lineno
+        while last + 1 in comments and lines[last].lstrip().startswith('#') and not lines[last].startswith('#'):
+            last += 1  # an indented comment below goes on with the trailing one
+        comment = ' '.join(comments[n] for n in range(node.lineno, last + 1) if comments.get(n))
+        out.append(f'  {_option(key, str(defaults[key])):<38}  {comment}'.rstrip())
+    return '\n'.join(out)

@@ -1,0 +1,78 @@
+"""Python code, found on any machine that runs this: the standard library's own sources, byte tokens. No download.
+
+    python data/pycode/prepare.py                            -> data/pycode
+
+Sizes depend on the Python version: 3.11.7 has 669 files, 10,701,289 bytes to train on and 613,968 to validate; others
+have more or less, and some systems leave parts out, so compare losses only between runs on the same Python. About 5%
+of the files are the validation split, chosen by a hash of their path, so a file stays on its side when others come and
+go. A NUL (end of text) follows each file. Terms: the Python Software Foundation License. Train with --dataset=pycode.
+"""
+import argparse
+import hashlib
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import tokens  # noqa: E402
+from configurator import fail  # noqa: E402
+
+# tests are large and repetitive, installed packages differ from machine to machine
+SKIP_DIRS = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'idlelib', '__pycache__'}
+# what the build wrote about this very machine: config-3.11-x86_64-linux-gnu/, _sysconfigdata__linux_x86_64-linux-gnu.py
+SKIP_PREFIXES = ('config-', '_sysconfigdata')
+VAL_PERCENT = 5
+
+
+def find(root):
+    """Folder -> sorted paths of its .py files relative to it, posix style; links are not followed."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [d for d in subfolders if d not in SKIP_DIRS and not d.startswith(SKIP_PREFIXES)]
+        paths = (Path(folder, n) for n in names if n.endswith('.py') and not n.startswith(SKIP_PREFIXES))
+        found += [path.relative_to(root).as_posix() for path in paths if not path.is_symlink()]
+    return sorted(found)
+
+
+def is_val(path):
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], 'big') % 100 < VAL_PERCENT
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail  # one line instead of the usage
+    parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
+    args = parser.parse_args(argv)
+
+    root = Path(sysconfig.get_path('stdlib'))
+    sources = {path: (root / path).read_bytes() for path in find(root)}
+    sources = {path: source for path, source in sources.items() if source and b'\0' not in source}
+    splits = {split: [path for path in sources if is_val(path) == (split == 'val')] for split in tokens.SPLITS}
+    if not all(splits.values()):
+        fail(f'{root} has {len(sources)} Python sources, too few; use a full Python, not a zipped or stripped one')
+    print(f'Python {platform.python_version()} in {root}; expected: 669 files, 11.3 MB on 3.11.7, others differ; '
+          f'got: {len(sources)} files, {sum(map(len, sources.values())) / 1e6:.1f} MB')
+    for split, paths in splits.items():
+        print(f'{split}: {len(paths)} files, {sum(len(sources[path]) for path in paths):,} bytes')
+
+    contents = hashlib.sha256()
+    for path, source in sources.items():
+        contents.update(f'{path}\0{len(source)}\0'.encode() + source)
+    record = tokens.open_folder(args.out_dir, {'sha256': contents.hexdigest(), 'val_percent': VAL_PERCENT}, argv)
+    if record['complete']:
+        return
+    tokenizer = tokens.byte()
+    for split, paths in splits.items():
+        tokens.write(args.out_dir, split, (tokenizer.encode(sources[path] + b'\0')
+                                           for path in tqdm(paths, desc=split, unit='file', disable=None)), tokenizer)
+    tokens.finish(args.out_dir, record)
+
+
+if __name__ == '__main__':
+    tokens.run(main)

@@ -1,0 +1,280 @@
+"""
+Draw what runs logged. Reads a run folder (log.jsonl, config.py), writes one picture or one screen of text.
+
+    python plot.py loss out/a out/b           training and validation loss of one or more runs -> out/a/loss.png
+    python plot.py status out/a --watch       how far a run is, how fast, how long it still takes
+
+No torch here, and matplotlib is only imported to draw: `status` answers at once, also on a machine busy training.
+"""
+import argparse
+import ast
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+
+from configurator import fail
+
+# Okabe-Ito: told apart with any common colour blindness. Markers differ too, for prints in grey.
+COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
+MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X']
+
+# -----------------------------------------------------------------------------
+# reading a run folder
+
+
+def load_log(run):
+    """run folder -> (list of records, number of damaged lines). A last line still being written is neither."""
+    path = os.path.join(run, 'log.jsonl')
+    if not os.path.isdir(run):
+        fail(f'{run} is not a folder; type the out_dir of a run, the folder that holds log.jsonl')
+    if not os.path.isfile(path):
+        fail(f'{run} holds no log.jsonl; type the out_dir of a run that has started')
+    records, damaged = [], 0
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and isinstance(record.get('step'), int):
+                records.append(record)
+            elif line.strip() and line.endswith('\n'):  # no newline yet: the trainer is still writing it
+                damaged += 1
+    if not records:
+        fail(f'{path} holds no record ({damaged} damaged lines); wait for the first one or restart the run')
+    return records, damaged
+
+
+def load_config(run):
+    """run folder -> dict of the plain constants in config.py ({} without the file). Parsed, never executed."""
+    path = os.path.join(run, 'config.py')
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding='utf-8') as f:
+            tree = ast.parse(f.read())
+    except (SyntaxError, ValueError) as e:
+        fail(f'{path} is not Python ({e}); restore or delete it')
+    config = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                config[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:
+                pass  # an expression: not a constant, so not for us
+    return config
+
+
+def measured(records, *keys):
+    """The records in which all of `keys` are finite numbers: null marks the unmeasured, nan a broken step."""
+    return [r for r in records if all(isinstance(r.get(k), (int, float)) and math.isfinite(r[k]) for k in keys)]
+
+
+# -----------------------------------------------------------------------------
+# loss
+
+
+def smoothed(values, n):
+    """Centred running mean over n values, over fewer at the two ends: follows a fast early drop without lagging."""
+    sums = [0.0, *itertools.accumulate(values)]
+    spans = [(max(0, i - (n - 1) // 2), min(len(values), i + n // 2 + 1)) for i in range(len(values))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
+
+
+def bpb_ratio(records):
+    """Bits per byte of one nat per token: fixed by tokenizer and text. None if unmeasured or not one constant."""
+    ratios = [r['val_bpb'] / r['val_loss'] for r in measured(records, 'val_loss', 'val_bpb')
+              if min(r['val_loss'], r['val_bpb']) > 0]
+    return ratios[-1] if ratios and max(ratios) <= 1.001 * min(ratios) else None  # 0.1 %: room for rounded figures
+
+
+def draw_loss(logs, smooth=0):
+    """{label: records} -> (figure, one line that says what is on it)."""
+    import matplotlib
+    matplotlib.use('Agg')  # no display needed
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    shown = [r for records in logs.values() for r in measured(records, 'loss') + measured(records, 'val_loss')]
+    x = 'tokens' if len(measured(shown, 'tokens')) == len(shown) else 'step'
+    ratios = [bpb_ratio(records) for records in logs.values()]
+    one_ratio = None not in ratios and max(ratios) <= 1.001 * min(ratios)
+    heights = []  # what the y axis must hold
+
+    fig, ax = plt.subplots(figsize=(8, 5), layout='constrained')
+    for i, (label, records) in enumerate(logs.items()):
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        train, val = measured(records, 'loss'), measured(records, 'val_loss')
+        train_x, val_x = [r[x] for r in train], [r[x] for r in val]
+        train_y, val_y = [r['loss'] for r in train], [r['val_loss'] for r in val]
+        smooth_y = smoothed(train_y, smooth or max(1, len(train) // 50))
+        final = []
+        if val:
+            bpb = f" = {val[-1]['val_bpb']:.3f} bits/byte" if measured(val[-1:], 'val_bpb') else ''
+            final.append(f'val {val_y[-1]:.3f}{bpb}' + f', best {min(val_y):.3f}' * (min(val_y) < val_y[-1]))
+        if train:
+            final.append(f'train {smooth_y[-1]:.3f}')
+        ax.plot(train_x, train_y, color=color, lw=0.6, alpha=0.25)
+        ax.plot(train_x, smooth_y, color=color, lw=1.2)
+        dots = dict(marker=marker if val else '', markersize=6 if len(val) <= 50 else 3.5, mec='white', mew=0.6)
+        ax.plot(val_x, val_y, ls='', color=color, zorder=3, **dots)
+        ax.plot([], [], color=color, lw=1.2, label=f"{label}: {', '.join(final)}", **dots)  # one legend entry for both
+        # The drop from ln(vocab) in the first 5 % of a run would flatten all that follows: it may leave at the top.
+        points = list(zip(train_x + val_x, smooth_y + val_y, strict=True))
+        heights += [height for at, height in points if at >= 0.05 * max(train_x + val_x)]
+    pad = 0.05 * (max(heights) - min(heights)) or 0.1
+    ax.set_ylim(min(heights) - pad, max(heights) + pad)
+    ax.margins(x=0.02)
+    ax.set_xlabel('training tokens' if x == 'tokens' else 'step')
+    if x == 'tokens':
+        ax.xaxis.set_major_formatter(EngFormatter())
+    ax.set_ylabel('loss (nats per token)' if measured(shown, 'tokens') else 'loss (nats)')
+    ax.grid(color='0.92')
+    ax.set_axisbelow(True)
+    ax.spines[['top', 'right']].set_visible(False)
+    if one_ratio:
+        right = ax.secondary_yaxis('right', functions=(lambda y: y * ratios[0], lambda y: y / ratios[0]))
+        right.set_ylabel('bits per byte (validation text)')
+    ax.legend(title='line: training (smoothed), markers: validation', loc='upper right', fontsize=9, title_fontsize=8)
+
+    if one_ratio:
+        note = f'1 nat per token = {ratios[0]:.4f} bits per byte'
+    elif any(ratios):
+        note = 'no bits-per-byte axis: not one tokenizer for all runs, so compare bits/byte, not nats'
+    else:
+        note = 'no bits-per-byte axis: no constant val_bpb / val_loss in the logs'
+    return fig, f'loss against {x}, {note}'
+
+
+def loss(args):
+    if args.smooth < 0:
+        fail(f'--smooth={args.smooth} is no number of records; type --smooth=1 for the raw curve')
+    names = [os.path.basename(os.path.abspath(run)) for run in args.runs]
+    logs = {}
+    for run, name in zip(args.runs, names, strict=True):
+        records, damaged = load_log(run)
+        if damaged:
+            print(f'{run}/log.jsonl: {damaged} damaged line(s) skipped')
+        if not measured(records, 'loss') + measured(records, 'val_loss'):
+            fail(f'{run}/log.jsonl has neither loss nor val_loss; type a run that has logged one')
+        logs[name if names.count(name) == 1 else run] = records
+    fig, what = draw_loss(logs, args.smooth)
+    out = args.out or os.path.join(args.runs[0], 'loss.png')
+    try:
+        fig.savefig(out, dpi=150)
+    except (OSError, ValueError) as e:
+        fail(f'cannot write {out} ({e}); type --out=some/existing/folder/loss.png')
+    print(f'{out}: {what}')
+
+
+# -----------------------------------------------------------------------------
+# status
+
+
+def duration(s):
+    """Seconds as text in the two largest units."""
+    s = max(0, round(s))
+    if s < 60:
+        return f'{s} s'
+    if s < 3600:
+        return f'{s // 60} min {s % 60:02d} s'
+    return f'{s // 3600} h {s % 3600 // 60:02d} min' if s < 86400 else f'{s // 86400} d {s % 86400 // 3600:02d} h'
+
+
+def status_text(run, now):
+    """run folder, unix time -> (the screen, whether the run is finished)."""
+    (records, damaged), max_iters = load_log(run), load_config(run).get('max_iters')
+    step = max(r['step'] for r in records)
+    age = max(0, now - os.path.getmtime(os.path.join(run, 'log.jsonl')))  # records carry no clock; the file does
+    train = [r for r in records if r.get('loss') is not None]  # nan is shown, not hidden
+    val = measured(records, 'val_loss')
+    # The median of the last 20 records: a compiling, evaluating or checkpointing step does not bend the forecast.
+    ms, tokens_per_s = (statistics.median([r[key] for r in measured(records, key)[-20:]] or [math.nan])
+                        for key in ('ms', 'tokens_per_s'))
+    finished = max_iters is not None and step >= max_iters
+    gap_s = (step - max((r['step'] for r in records if r['step'] < step), default=step)) * ms / 1000
+    late = age > max(60, 5 * gap_s if math.isfinite(gap_s) else 0)  # five missed records, and never under a minute
+
+    lines = [('run', run)]
+    lines.append(('step', f'{step} of {max_iters} ({step / max(1, max_iters):.0%})' if max_iters is not None else
+                  f'{step} (no max_iters in config.py, so no time left)'))
+    if train:
+        lines.append(('loss', f"{train[-1]['loss']:.4f} at step {train[-1]['step']}"))
+    if val:
+        best = min(val, key=lambda r: r['val_loss'])
+        lines.append(('val loss', f"last {val[-1]['val_loss']:.4f} at step {val[-1]['step']}, "
+                                  f"best {best['val_loss']:.4f} at step {best['step']}"))
+    speed = [f'{tokens_per_s:,.0f} tokens/s'] * math.isfinite(tokens_per_s) + [f'{ms:,.1f} ms/step'] * math.isfinite(ms)
+    lines.append(('speed', ', '.join(speed) or 'not measured yet'))
+    if max_iters is not None and not finished and math.isfinite(ms):
+        lines.append(('time left', f'{duration((max_iters - step) * ms / 1000)} (evaluation not counted)'))
+    if finished:
+        lines.append(('state', f'finished, last record {duration(age)} ago'))
+    elif late:
+        lines.append(('state', f'no new record for {age / 60:.0f} min: stopped, or in a long evaluation'))
+    else:
+        lines.append(('state', f'running, last record {duration(age)} ago'))
+    if damaged:
+        lines.append(('log.jsonl', f'{damaged} damaged line(s) skipped'))
+    checkpoints = sorted(name for name in os.listdir(run) if name.endswith('.pt'))
+    for name in checkpoints:
+        try:
+            stat = os.stat(os.path.join(run, name))
+        except FileNotFoundError:
+            continue  # renamed by the trainer between the two lines
+        lines.append((name, f'{stat.st_size / 1e6:,.1f} MB, {duration(now - stat.st_mtime)} ago'))
+    if not checkpoints:
+        lines.append(('checkpoint', 'none yet'))
+    return '\n'.join(f'{name:<13} {text}' for name, text in lines), finished
+
+
+def status(args):
+    if not 0 < args.interval < 86400:
+        fail(f'--interval={args.interval} is no pause in seconds; type --interval=2')
+    finished = False
+    try:
+        while not finished:
+            text, finished = status_text(args.run, time.time())
+            if args.watch and sys.stdout.isatty():
+                print('\x1b[2J\x1b[H', end='')  # clear, home: one screen redrawn in place
+            print(text, flush=True)
+            if not args.watch:
+                break
+            if not finished:
+                time.sleep(args.interval)
+    except KeyboardInterrupt:
+        pass  # the way out of --watch
+
+
+# -----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, like every other mistake
+        fail(f'{message}; type {self.prog} --help')
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar='command')
+    p = commands.add_parser('loss', help='training and validation loss of runs, as a picture')
+    p.add_argument('runs', nargs='+', metavar='out/run')
+    p.add_argument('--out', metavar='PNG', help='default: loss.png in the first run folder')
+    p.add_argument('--smooth', type=int, default=0, metavar='N',
+                   help='training records in the running mean; 1: raw; default: a fiftieth of the run')
+    p.set_defaults(run_command=loss)
+    p = commands.add_parser('status', help='how far a run is, how fast, how long it still takes')
+    p.add_argument('run', metavar='out/run')
+    p.add_argument('--watch', action='store_true', help='redraw until finished or Ctrl-C')
+    p.add_argument('--interval', type=float, default=2.0, metavar='S', help='seconds between redraws')
+    p.set_defaults(run_command=status)
+    args = parser.parse_args()
+    args.run_command(args)
+
+
+if __name__ == '__main__':
+    main()

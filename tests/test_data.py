@@ -1,0 +1,374 @@
+"""The data/*/prepare.py scripts: real command lines, exact counts, interruptions, one-line errors. No network."""
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tokens
+from data.c4 import prepare as c4
+from data.pycode import prepare as pycode
+from data.shakespeare import prepare as shakespeare
+from data.text import prepare as text
+
+SHARED = tokens.ROOT.parent / 'shared' / 'data'
+WORDS = 'the quick brown fox jumps over a lazy dog while bits become signs and signs become matrices'.split()
+LINES = ''.join(f'{" ".join(WORDS[i % 7:i % 11 + 3])} {i}\n' for i in range(2000))
+
+
+def command(script, *args, ok=True, cwd=None, **environment):
+    """Runs data/<script>/prepare.py as a user does; -> stdout, or the single line on stderr where it must fail."""
+    line = [sys.executable, str(tokens.ROOT / 'data' / script / 'prepare.py'), *map(str, args)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, timeout=60)
+    if ok:
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith('error: '), (done.returncode, done.stderr)
+    return lines[0]
+
+
+def all_bytes(folder, split):
+    """The text of a split, decoded from its tokens."""
+    data = tokens.load(folder, split)
+    return data.tokenizer.decode_bytes(data.windows([0], len(data))[0].tolist())
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob('*.bin'))}
+
+
+@pytest.fixture
+def gpt2_files(monkeypatch):
+    if not (SHARED / 'gpt2_bpe' / 'vocab.bpe').is_file():
+        pytest.skip('needs GPT-2\'s vocab.bpe and encoder.json')
+    monkeypatch.setattr(tokens, 'GPT2_BPE', SHARED / 'gpt2_bpe')
+
+
+@pytest.fixture
+def gpt2_cache(tmp_path):
+    """TIKTOKEN_CACHE_DIR for a subprocess: tiktoken names a cached file by the SHA-1 of its address."""
+    folder = tmp_path / 'tiktoken_cache'
+    folder.mkdir()
+    for name in tokens.GPT2_FILES:
+        if not (SHARED / 'gpt2_bpe' / name).is_file():
+            pytest.skip('needs GPT-2\'s vocab.bpe and encoder.json')
+        key = hashlib.sha1((tokens.GPT2_URL + name).encode()).hexdigest()
+        (folder / key).write_bytes((SHARED / 'gpt2_bpe' / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def c4_file():
+    path = SHARED / 'c4' / 'c4_demo.jsonl'
+    if not path.is_file():
+        pytest.skip('needs the sample of C4')
+    return path
+
+
+def c4_texts(path):
+    return [json.loads(line)['text'] for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------------- pycode
+
+
+def test_pycode_writes_each_source_file_once(tmp_path):
+    """From another folder: the two splits together hold every source file exactly, a NUL after each; then kept."""
+    out = command('pycode', '--out_dir', tmp_path / 'py', cwd=tmp_path)
+    root = Path(pycode.sysconfig.get_path('stdlib'))
+    found = pycode.find(root)
+    expected = {path: (root / path).read_bytes() for path in found}
+    expected = {path: source for path, source in expected.items() if source and b'\0' not in source}
+    for split in tokens.SPLITS:
+        sources = [source for path, source in expected.items() if pycode.is_val(path) == (split == 'val')]
+        assert all_bytes(tmp_path / 'py', split) == b''.join(source + b'\0' for source in sources)
+        assert f'{split}: {len(sources)} files, {sum(map(len, sources)):,} bytes' in out
+        assert tokens.load(tmp_path / 'py', split).n_bytes == sum(map(len, sources))
+    assert 'os.py' in found and not any('/test/' in p or 'site-packages' in p or 'idlelib' in p for p in found)
+    assert 0.02 < sum(map(pycode.is_val, found)) / len(found) < 0.09
+    assert 'left as it is' in command('pycode', '--out_dir', tmp_path / 'py')
+
+
+def test_pycode_follows_no_links_and_skips_tests(tmp_path):
+    """Of a small tree only its own sources are found, in the order of their paths."""
+    outside = tmp_path / 'outside'
+    for path in ('lib/b.py', 'lib/a/x.py', 'lib/test/t.py', 'lib/a/tests/t.py', 'lib/site-packages/s.py', 'lib/n.txt',
+                 'outside/o.py', 'lib/config-3.11-here/c.py', 'lib/_sysconfigdata_here.py'):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text('pass\n')
+    (tmp_path / 'lib' / 'linked').symlink_to(outside)
+    (tmp_path / 'lib' / 'o.py').symlink_to(outside / 'o.py')
+    assert pycode.find(tmp_path / 'lib') == ['a/x.py', 'b.py']
+
+
+# ----------------------------------------------------------------------------------------------------------- text
+
+
+def test_text_in_bytes_is_the_file_cut_at_a_line_end(tmp_path):
+    """Train + val is the file byte for byte, cut within a line of 95%; files are joined by one NUL."""
+    (tmp_path / 'a.txt').write_text(LINES)
+    (tmp_path / 'b.txt').write_bytes(b'caf\xe9 is Latin-1\n' * 100)
+    out = command('text', '--file', 'a.txt', '--name=one', '--out_dir', tmp_path, cwd=tmp_path)
+    train, val = all_bytes(tmp_path / 'one', 'train'), all_bytes(tmp_path / 'one', 'val')
+    assert train + val == LINES.encode() and train.endswith(b'\n') and abs(len(val) / len(LINES) - 0.05) < 0.002
+    assert f'expected: {len(train):,} bytes of training and {len(val):,}' in out
+    command('text', '--file', 'a.txt', 'b.txt', '--val_file', 'b.txt', '--out_dir', tmp_path, cwd=tmp_path)
+    assert all_bytes(tmp_path, 'train') == LINES.encode() + b'\0' + (tmp_path / 'b.txt').read_bytes()
+    assert all_bytes(tmp_path, 'val') == (tmp_path / 'b.txt').read_bytes()
+
+
+def test_text_bpe_is_lossless_trained_on_train_only_and_kept(tmp_path):
+    """WikiText's training file with a vocabulary of 1,000: val decodes exactly, a second run keeps, another rebuilds."""
+    path = SHARED / 'wikitext2' / 'test.txt'
+    if not path.is_file():
+        pytest.skip('needs WikiText-2')
+    (tmp_path / 'val.txt').write_text('Zażółć gęślą jaźń 🎉\n' * 50)
+    args = ('--file', path, '--val_file', tmp_path / 'val.txt', '--out_dir', tmp_path)
+    command('text', *args, '--vocab=1000')
+    val, train = tokens.load(tmp_path, 'val'), tokens.load(tmp_path, 'train')
+    assert all_bytes(tmp_path, 'val') == (tmp_path / 'val.txt').read_bytes()
+    assert all_bytes(tmp_path, 'train') == path.read_bytes() and train.n_bytes == path.stat().st_size
+    assert train.vocab_size == 1000 and len(train) < 0.5 * train.n_bytes
+    assert 'ż'.encode() not in [val.tokenizer.decode_bytes([i]) for i in range(1000)]
+    before = shards(tmp_path)
+    assert 'left as it is' in command('text', *args, '--vocab=1000') and shards(tmp_path) == before
+    assert 'has other settings' in command('text', *args, '--vocab=256')
+    assert tokens.load(tmp_path, 'train').vocab_size == 256 and not (tmp_path / 'tokenizer.json').exists()
+
+
+def test_cut_and_blocks_on_awkward_texts():
+    """Cuts fall between lines, else characters, never leaving a side empty; blocks join to the text, each valid UTF-8."""
+    import mmap
+
+    def mapped(raw):
+        memory = mmap.mmap(-1, len(raw))
+        memory.write(raw)
+        return memory
+    assert text.cut(mapped(b'0123456789\n' * 100)) == 95 * 11
+    assert text.cut(mapped(b'a\n' + b'x' * 998)) == 2
+    assert text.cut(mapped(b'x' * 1000)) == 950
+    assert text.cut(mapped('é'.encode() * 101)) == 190
+    assert text.cut(mapped(b'x')) is None
+    text.BLOCK, block = 10, text.BLOCK
+    try:
+        for sample in (LINES[:500], '🎉' * 50, 'é' * 33 + '\n' + '語' * 40, 'short'):
+            raw = sample.encode()
+            pieces = list(text.blocks(mapped(raw), 0, len(raw)))
+            assert b''.join(pieces) == raw and all(piece.decode() for piece in pieces)
+    finally:
+        text.BLOCK = block
+
+
+def test_text_mistakes_are_one_line(tmp_path):
+    """Missing, empty, binary and non-UTF-8 files, a folder, impossible --vocab and --name: status 2, one line each."""
+    (tmp_path / 'empty.txt').write_bytes(b'')
+    (tmp_path / 'nul.txt').write_bytes(b'abc\0def')
+    (tmp_path / 'latin.txt').write_bytes(b'caf\xe9\n' * 50)
+    (tmp_path / 'one.txt').write_bytes(b'x')
+    (tmp_path / 'a.txt').write_text(LINES)
+
+    def refused(*args):
+        return command('text', *args, '--out_dir', tmp_path / 'out', ok=False, cwd=tmp_path)
+    assert 'cannot read no.txt: No such file' in refused('--file', 'no.txt')
+    assert 'empty.txt is empty' in refused('--file', 'empty.txt')
+    assert 'nul.txt has a NUL byte at offset 3' in refused('--file', 'nul.txt')
+    assert 'latin.txt is not UTF-8 at byte 3' in refused('--file', 'latin.txt', '--vocab=300')
+    assert 'one.txt is too short' in refused('--file', 'one.txt')
+    assert 'cannot read' in refused('--file', '.')
+    assert '--vocab=100 is impossible' in refused('--file', 'a.txt', '--vocab=100')
+    assert 'yields only' in refused('--file', 'a.txt', '--vocab=50000')
+    assert 'no folder name' in refused('--file', 'a.txt', '--name=../up')
+    assert '--file' in refused('--vocab=0')
+    assert not list(tmp_path.glob('out/*.bin'))
+
+
+def test_utf8_error_position_counts_from_the_start_of_the_file(tmp_path, monkeypatch, capsys):
+    """A character across a block border is fine; a bad byte in the third block is named by its offset in the file."""
+    monkeypatch.setattr(text, 'BLOCK', 8)
+    text.check_utf8('good', 'aéééééééééé🎉🎉'.encode())
+    for offset in (7, 8, 20):
+        raw = 'é'.encode() * 4 + b'x' * 30
+        with pytest.raises(SystemExit):
+            text.check_utf8('bad', raw[:offset] + b'\xff' + raw[offset + 1:])
+        assert f'byte {6 if offset == 7 else offset}' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- shakespeare
+
+
+def test_shakespeare_checks_what_it_gets_and_splits_at_90_percent(tmp_path, monkeypatch, capsys):
+    """A stand-in with a known digest comes 'down' from a file URL and is split 900 to 100; a changed one is refused."""
+    raw = LINES.encode()[:1000]
+    (tmp_path / 'play.txt').write_bytes(raw)
+    monkeypatch.setattr(shakespeare, 'URL', (tmp_path / 'play.txt').as_uri())
+    monkeypatch.setattr(shakespeare, 'SIZE', 1000)
+    monkeypatch.setattr(shakespeare, 'SHA256', hashlib.sha256(raw).hexdigest())
+    shakespeare.main(['--out_dir', str(tmp_path / 'out')])
+    assert all_bytes(tmp_path / 'out', 'train') == raw[:900] and all_bytes(tmp_path / 'out', 'val') == raw[900:]
+    shakespeare.main(['--out_dir', str(tmp_path / 'out')])
+    assert 'left as it is' in capsys.readouterr().out
+    (tmp_path / 'out' / 'input.txt').write_bytes(raw[::-1])
+    with pytest.raises(SystemExit) as stop:
+        shakespeare.main(['--out_dir', str(tmp_path / 'out')])
+    assert stop.value.code == 2 and 'is not Tiny Shakespeare' in capsys.readouterr().err
+    monkeypatch.setattr(shakespeare, 'URL', (tmp_path / 'nothing').as_uri())
+    with pytest.raises(SystemExit) as stop:
+        shakespeare.main(['--out_dir', str(tmp_path / 'new')])
+    assert stop.value.code == 2 and 'type: --file PATH' in capsys.readouterr().err
+    assert not list((tmp_path / 'new').iterdir())
+
+
+def test_shakespeare_refuses_another_text(tmp_path):
+    """--file with some other text: one line that names the script for it."""
+    (tmp_path / 'a.txt').write_text(LINES)
+    line = command('shakespeare', '--file', tmp_path / 'a.txt', '--out_dir', tmp_path, ok=False)
+    assert 'expected 1,115,394' in line and 'data/text/prepare.py --file' in line
+    assert 'there is no file' in command('shakespeare', '--file', tmp_path / 'b.txt', ok=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- c4
+
+
+def test_c4_tokens_are_the_documents_in_order(tmp_path, c4_file, gpt2_cache):
+    """300 documents, the last 15 validation, end-of-text after each, from the jsonl as from its two gzipped halves."""
+    texts = c4_texts(c4_file)
+    common = ('--shard_tokens=50000', '--out_dir')
+    out = command('c4', '--file', c4_file, *common, tmp_path / 'a', TIKTOKEN_CACHE_DIR=str(gpt2_cache))
+    for split, part in (('train', texts[:285]), ('val', texts[285:])):
+        assert all_bytes(tmp_path / 'a', split).decode() == ''.join(t + tokens.EOT for t in part)
+        assert tokens.load(tmp_path / 'a', split).n_bytes == sum(len(t.encode()) for t in part)
+    assert 'which is all there is' in out and len(list((tmp_path / 'a').glob('train_*.bin'))) == 4
+    lines = c4_file.read_bytes().splitlines(keepends=True)
+    for name, half in (('1.json.gz', lines[:290]), ('2.json.gz', lines[290:])):
+        (tmp_path / name).write_bytes(gzip.compress(b''.join(half)))
+    command('c4', '--file', tmp_path / '1.json.gz', tmp_path / '2.json.gz', '--val_docs=15', *common, tmp_path / 'b',
+            TIKTOKEN_CACHE_DIR=str(gpt2_cache))
+    assert shards(tmp_path / 'a') == shards(tmp_path / 'b')
+
+
+def test_c4_stops_at_the_tokens_asked_for(tmp_path, c4_file, gpt2_files):
+    """--tokens=1e4 and --val_tokens=2_000 are exact, wherever a document or a shard ends."""
+    c4.main(['--file', str(c4_file), '--tokens=1e4', '--val_tokens=2_000', '--shard_tokens=3000', '--out_dir',
+             str(tmp_path)])
+    assert len(tokens.load(tmp_path, 'train')) == 10_000 and len(tokens.load(tmp_path, 'val')) == 2_000
+    assert len(list(tmp_path.glob('train_*.bin'))) == 4
+
+
+@pytest.mark.parametrize('shard_tokens', [100, 2000])  # a document fills several shards; a shard holds several
+def test_c4_continues_after_a_crash_at_any_point(tmp_path, c4_file, gpt2_files, monkeypatch, capsys, shard_tokens):
+    """Crashed at the k-th renaming of any file and continued, the shards are those of the unbroken run, byte for byte."""
+    small = tmp_path / 'small.jsonl'
+    small.write_bytes(b''.join(c4_file.read_bytes().splitlines(keepends=True)[:20]))
+    args = ['--file', str(small), '--val_docs=2', f'--shard_tokens={shard_tokens}', '--tokens=9e3', '--out_dir']
+    gpt2, replace, monkeypatch_batch = tokens.gpt2(), os.replace, 5
+    monkeypatch.setattr(tokens, 'gpt2', lambda: gpt2)
+    monkeypatch.setattr(c4, 'BATCH', monkeypatch_batch)
+    c4.main([*args, str(tmp_path / 'whole')])
+    folder, renames = tmp_path / 'broken', [0]
+
+    class Crash(Exception):
+        pass
+
+    def crash_at(limit):
+        def replace_or_crash(*paths):
+            renames[0] += 1
+            if renames[0] >= limit:
+                raise Crash
+            replace(*paths)
+        renames[0] = 0
+        return replace_or_crash
+    for limit in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 2, 10):  # each run goes on from where the one before was stopped
+        monkeypatch.setattr(os, 'replace', crash_at(limit))
+        try:
+            c4.main([*args, str(folder)])
+        except Crash:
+            if (folder / 'progress.json').exists():
+                with pytest.raises(SystemExit):
+                    tokens.load(folder, 'train')
+                assert 'is unfinished' in capsys.readouterr().err
+    monkeypatch.setattr(os, 'replace', replace)
+    c4.main([*args, str(folder)])
+    assert shards(folder) == shards(tmp_path / 'whole') and len(tokens.load(folder, 'train')) > 5000
+    c4.main([*args, str(folder)])
+    assert 'left as it is' in capsys.readouterr().out
+
+
+def test_c4_continues_after_being_killed(tmp_path, c4_file, gpt2_cache):
+    """SIGKILL with some shards done: the next run says where it continues and ends with the same shards."""
+    big = tmp_path / 'big.jsonl'
+    big.write_bytes(c4_file.read_bytes() * 8)
+    args = ['--file', str(big), '--shard_tokens=20000', '--out_dir']
+    environment = {'TIKTOKEN_CACHE_DIR': str(gpt2_cache)}
+    line = [sys.executable, str(tokens.ROOT / 'data' / 'c4' / 'prepare.py'), *args, str(tmp_path / 'killed')]
+    run = subprocess.Popen(line, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 30
+    while not (tmp_path / 'killed' / 'train_000003.bin').exists() and time.time() < deadline:
+        time.sleep(0.001)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert 'finished shards' in command('c4', *args, tmp_path / 'killed', **environment)
+    command('c4', *args, tmp_path / 'whole', **environment)
+    assert shards(tmp_path / 'killed') == shards(tmp_path / 'whole')
+
+
+def test_c4_streams_from_the_hub_file_by_file(tmp_path, c4_file, gpt2_files, monkeypatch, capsys):
+    """With `datasets` reading local files in the Hub's place: id, config, revision and order are right, crashes too."""
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    lines = c4_file.read_bytes().splitlines(keepends=True)
+    for number in range(3):
+        (tmp_path / f'{number}.jsonl').write_bytes(b''.join(lines[number * 5:number * 5 + 5]))
+    (tmp_path / 'bad.jsonl').write_bytes(b'{"text": "fine"}\n{"text": oh\n')
+    load_dataset, asked, failing = datasets.load_dataset, [], [False]
+
+    def stand_in(name, config, split, revision, streaming):
+        asked.append((name, config, split, revision, streaming))
+        files = [str(tmp_path / f'{number}.jsonl') for number in ((2,) if split == 'validation' else (0, 1))]
+        if failing[0]:
+            files.append(str(tmp_path / 'bad.jsonl'))
+        return load_dataset('json', data_files=files, split='train', streaming=streaming)
+    monkeypatch.setattr(datasets, 'load_dataset', stand_in)
+    texts = [json.loads(line)['text'] for line in lines[:15]]
+    args = ['--shard_tokens=500', '--out_dir', str(tmp_path / 'out')]
+    failing[0] = True
+    with pytest.raises(SystemExit) as stop:
+        c4.main(args)
+    assert stop.value.code == 2 and 'the same command again to continue' in capsys.readouterr().err
+    failing[0] = False
+    c4.main(args)
+    assert all_bytes(tmp_path / 'out', 'train').decode() == ''.join(t + tokens.EOT for t in texts[:10])
+    assert all_bytes(tmp_path / 'out', 'val').decode() == ''.join(t + tokens.EOT for t in texts[10:])
+    assert set(asked) == {('allenai/c4', 'en', split, c4.REVISION, True) for split in ('train', 'validation')}
+
+
+def test_c4_mistakes_are_one_line(tmp_path, gpt2_cache):
+    """A damaged line is named by file and number; so are a cut .gz, a missing file, too few documents, bad counts."""
+    (tmp_path / 'bad.jsonl').write_text('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n' + '{"text": "d"}\n' * 30)
+    (tmp_path / 'list.jsonl').write_text('{"text": "a"}\n{"text": ["b"]}\n{"text": "d"}\n')
+    (tmp_path / 'one.jsonl').write_text('{"text": "a"}\n')
+    (tmp_path / 'cut.json.gz').write_bytes(gzip.compress(b'{"text": "a"}\n' * 9000)[:-20])
+
+    def refused(*args):
+        return command('c4', *args, '--out_dir', tmp_path / 'out', ok=False, cwd=tmp_path,
+                       TIKTOKEN_CACHE_DIR=str(gpt2_cache))
+    assert 'bad.jsonl, line 3: not a JSON object' in refused('--file', 'bad.jsonl')
+    assert 'list.jsonl, line 2' in refused('--file', 'list.jsonl')
+    assert 'cut.json.gz is a damaged' in refused('--file', 'cut.json.gz')
+    assert 'cannot read no.jsonl' in refused('--file', 'no.jsonl')
+    assert '1 documents cannot be split' in refused('--file', 'one.jsonl')
+    assert 'type for example 1e9' in refused('--tokens=1.5') and 'type for example' in refused('--tokens=inf')
+    assert 'goes with --file' in refused('--val_docs=3')
+
+
+def test_a_full_disk_or_a_file_in_the_way_is_one_line(tmp_path):
+    """--out_dir below a file: no traceback."""
+    (tmp_path / 'a.txt').write_text(LINES)
+    assert 'Not a directory' in command('text', '--file', tmp_path / 'a.txt', '--out_dir', tmp_path / 'a.txt' / 'x',
+                                        ok=False)

@@ -1,0 +1,470 @@
+"""Token files and tokenizers: everything between a text on disk and the integers a trainer reads.
+
+A data folder holds the shards of two splits, at most SHARD_TOKENS tokens each, and one record of how they were made:
+
+    data/x/train_000000.bin  train_000001.bin ...  val_000000.bin ...
+    data/x/progress.json     settings, command, counts, complete or not (see open_folder)
+    data/x/tokenizer.json    the tokenizer, where it is not simply bytes (gpt2.tiktoken for GPT-2's)
+
+One shard, all numbers little-endian:
+
+    offset size
+         0    8  magic, 'nanobit' and a NUL
+         8    4  format version
+        12    4  bytes per token: 2 (vocab <= 65536) or 4
+        16    8  tokens in this file
+        24    8  bytes of text that they encode; an end-of-text token encodes none
+        32    4  vocab size
+        36   32  tokenizer name, NUL-padded
+        68   16  tokenizer digest, the first half of a SHA-256
+        84   40  zeros
+       124    4  CRC-32 of bytes 0 to 123
+       128    .  tokens, uint16 or uint32
+
+Read:   data = tokens.load(tokens.dataset_dir('pycode'), 'train'); x = data.windows([0, 512], 128)
+Write:  see any data/*/prepare.py
+"""
+import base64
+import binascii
+import functools
+import hashlib
+import importlib
+import json
+import os
+import re
+import shlex
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from configurator import fail
+
+ROOT = Path(__file__).resolve().parent
+SHARD_TOKENS = 100_000_000
+SPLITS = ('train', 'val')
+MAGIC, VERSION = b'nanobit\0', 1
+HEADER = struct.Struct('<8sIIQQI32s16s40sI')
+
+# ----------------------------------------------------------------------------------------------------- tokenizers
+# Three tokenizers, one class: a table of the bytes of each token decodes all of them. `text` is whatever
+# rebuilds the tokenizer with nothing else on disk; it goes beside the tokens and into checkpoints.
+
+EOT = '<|endoftext|>'
+GPT2_BPE = ROOT / 'data' / 'gpt2_bpe'
+GPT2_FILES = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+              'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
+GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+TOKENIZER_FILE = {'byte': None, 'gpt2': 'gpt2.tiktoken', 'bpe': 'tokenizer.json'}
+
+
+class Tokenizer:
+    """name, vocab_size, eot (end-of-text id), token_bytes: int64 (vocab_size,), text bytes per token, 0 for eot.
+
+    Text that spells the end-of-text token is encoded as the text it is; only a writer puts `eot` between documents.
+    """
+
+    def __init__(self, name, table, eot, encode_batch, text=''):
+        self.name, self.eot, self.vocab_size, self.text = name, eot, len(table), text
+        self._table, self._encode_batch = table, encode_batch
+        self.token_bytes = np.array([len(b) for b in table], dtype=np.int64)
+        self.token_bytes[eot] = 0
+        self.digest = hashlib.sha256(f'{name}\0{text}'.encode()).digest()[:16]
+
+    def encode(self, text):
+        """str -> int64 array (tokens,). The byte tokenizer takes bytes as well."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        """list of n str -> list of n int64 arrays; gpt2 and bpe use all cores."""
+        return [np.asarray(ids, dtype=np.int64) for ids in self._encode_batch(texts)]
+
+    def decode_bytes(self, ids):
+        """Iterable of ids in [0, vocab_size) -> bytes; the inverse of encode, except eot, which gives its own name."""
+        return b''.join([self._table[i] for i in ids])
+
+    def decode(self, ids):
+        """Iterable of ids -> str; bytes that are not UTF-8, as at a cut character, become U+FFFD."""
+        return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+    def describe(self):
+        """Plain str and int for a checkpoint; from_description() is the inverse."""
+        return {'name': self.name, 'vocab_size': self.vocab_size, 'eot': self.eot, 'text': self.text}
+
+
+def from_description(description):
+    """The dict of Tokenizer.describe() -> Tokenizer."""
+    name = description.get('name')
+    if name not in TOKENIZER_FILE:
+        fail(f'unknown tokenizer {name!r}; there are: {", ".join(TOKENIZER_FILE)}')
+    return {'byte': byte, 'gpt2': gpt2, 'bpe': bpe}[name](description.get('text', ''))
+
+
+def byte(text=''):
+    """256 tokens, token i is byte i, so any file survives. eot is NUL, which no text file that we accept contains."""
+    def encode_batch(texts):  # surrogateescape: bytes that came in through the command line go out unchanged
+        raw = (t if isinstance(t, bytes) else t.encode('utf-8', 'surrogateescape') for t in texts)
+        return [np.frombuffer(r, dtype=np.uint8) for r in raw]
+    return Tokenizer('byte', [bytes([i]) for i in range(256)], 0, encode_batch)
+
+
+def gpt2(text=''):
+    """GPT-2's 50,257 tokens through tiktoken; from `text` (lines 'base64 rank') or from the files GPT-2 came with."""
+    tiktoken = _import('tiktoken')
+    if text:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, text.splitlines())}
+    else:
+        ranks = _gpt2_ranks()
+        text = ''.join(f'{base64.b64encode(t).decode()} {r}\n' for t, r in sorted(ranks.items(), key=lambda x: x[1]))
+    encoding = tiktoken.Encoding('gpt2', pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={EOT: len(ranks)}, explicit_n_vocab=len(ranks) + 1)
+    threads = os.cpu_count() or 1
+
+    def encode_batch(texts):
+        return encoding.encode_ordinary_batch(texts, num_threads=min(threads, len(texts)))
+    return Tokenizer('gpt2', [*sorted(ranks, key=ranks.get), EOT.encode()], len(ranks), encode_batch, text)
+
+
+def _gpt2_ranks():
+    """{token bytes: rank} from data/gpt2_bpe where the two files are there, else by tiktoken: cache or download."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks as read_ranks
+    local = all((GPT2_BPE / name).is_file() for name in GPT2_FILES)
+    vocab, encoder = (str(GPT2_BPE / name) if local else GPT2_URL + name for name in GPT2_FILES)
+    try:
+        return read_ranks(vocab, encoder, *GPT2_FILES.values())
+    except (OSError, ValueError) as error:  # no network, or something else than the file of that SHA-256
+        fail(f'cannot {"read" if local else "download"} GPT-2\'s tokenizer ({type(error).__name__}); '
+             f'put vocab.bpe and encoder.json from {GPT2_URL} into {GPT2_BPE}')
+
+
+def bpe(text):
+    """Byte-level BPE from the JSON of the `tokenizers` library; eot is its <|endoftext|>."""
+    model = _import('tokenizers').Tokenizer.from_str(text)
+    model.encode_special_tokens = True  # '<|endoftext|>' met in a text is text
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']  # GPT-2's spelling of bytes as characters
+    shifted = [b for b in range(256) if b not in plain]
+    byte_of = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(shifted)}
+    eot = model.token_to_id(EOT)
+    table = [EOT.encode() if i == eot else bytes(byte_of[c] for c in model.id_to_token(i))
+             for i in range(model.get_vocab_size())]
+
+    def encode_batch(texts):
+        return [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)]
+    return Tokenizer('bpe', table, eot, encode_batch, text)
+
+
+def train_bpe(texts, vocab_size):
+    """Iterable of str, int -> Tokenizer of exactly vocab_size tokens; the same texts give the same tokenizer."""
+    if not 257 <= vocab_size <= 1 << 24:
+        fail(f'a trained vocabulary of {vocab_size} tokens is impossible: 256 bytes and end-of-text make 257; '
+             'type --vocab=257 or more, or --vocab=0 for bytes')
+    lib = _import('tokenizers')
+    model = lib.Tokenizer(lib.models.BPE())
+    model.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = lib.decoders.ByteLevel()
+    model.train_from_iterator(texts, lib.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOT], show_progress=sys.stderr.isatty(),
+        initial_alphabet=sorted(lib.pre_tokenizers.ByteLevel.alphabet())))
+    if model.get_vocab_size() != vocab_size:
+        fail(f'this text yields only {model.get_vocab_size()} tokens, not {vocab_size}; '
+             f'type --vocab={model.get_vocab_size()} or less')
+    return bpe(model.to_str())
+
+
+def _import(package):
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fail(f'the package {package} is not installed; run: {sys.executable} -m pip install {package}')
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def dataset_dir(name):
+    """'pycode' -> <repo>/data/pycode, from any working directory; an absolute, ./ or ../ path is taken as it is."""
+    path = Path(name).expanduser()
+    return path if path.is_absolute() or str(name).startswith('.') else ROOT / 'data' / path
+
+
+class TokenData:
+    """The shards of one split as one read-only array: len() tokens, .vocab_size, .n_bytes of text, .tokenizer."""
+
+    def __init__(self, folder, paths, headers):
+        self.folder, self.paths = folder, paths
+        self.name, self.vocab_size, self.digest = (headers[0][key] for key in ('name', 'vocab_size', 'digest'))
+        self.n_bytes = sum(header['n_bytes'] for header in headers)
+        self._ends = np.cumsum([header['n_tokens'] for header in headers])
+        self._shards = [np.memmap(path, f'<u{header["width"]}', 'r', HEADER.size, (header['n_tokens'],))
+                        for path, header in zip(paths, headers, strict=True)]
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def windows(self, starts, length):
+        """starts: ints (n,) in [0, len - length]; -> torch.int64 (n, length). A window may straddle shards."""
+        import torch  # here, so that prepare.py starts without it
+        starts = np.asarray(starts, dtype=np.int64)
+        if length < 1 or len(starts) and (starts.min() < 0 or starts.max() + length > len(self)):
+            raise IndexError(f'windows of {length} from {starts.min()} to {starts.max()} in {len(self)} tokens')
+        out = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(out, starts, strict=True):
+            shard, filled = np.searchsorted(self._ends, start, side='right'), 0
+            while filled < length:
+                tokens = self._shards[shard]
+                offset = start + filled - (self._ends[shard] - len(tokens))
+                part = tokens[offset:offset + length - filled]
+                row[filled:filled + len(part)] = part
+                filled, shard = filled + len(part), shard + 1
+        if out.size and out.max() >= self.vocab_size:  # on a GPU this would be an unreadable device assert
+            fail(f'{_show(self.folder)} holds token {out.max()}, its vocabulary has {self.vocab_size}; '
+                 f'the file is damaged; delete {_show(self.folder)}/*.bin and run: {_command(self.folder)}')
+        return torch.from_numpy(out)
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The Tokenizer these tokens were made with."""
+        if self.name not in TOKENIZER_FILE:
+            fail(f'{_show(self.paths[0])} was made with an unknown tokenizer, {self.name!r}')
+        file = TOKENIZER_FILE[self.name]
+        if file and not (self.folder / file).is_file():
+            fail(f'{_show(self.folder / file)} is missing; run: {_command(self.folder)}')
+        text = (self.folder / file).read_bytes().decode('utf-8', 'replace') if file else ''
+        if hashlib.sha256(f'{self.name}\0{text}'.encode()).digest()[:16] != self.digest:
+            fail(f'{_show(self.folder / file)} is not the tokenizer of the tokens beside it; '
+                 f'run: {_command(self.folder)}')
+        return from_description({'name': self.name, 'text': text})
+
+
+def load(folder, split):
+    """Data folder (see dataset_dir), 'train' or 'val' -> TokenData. Anything amiss is one clear line."""
+    folder, headers = Path(folder), {}
+    record = _read_record(folder)
+    if record and not record['complete']:
+        fail(f'{_show(folder)} is unfinished; run: {_command(folder)}')
+    try:
+        for path in _shard_files(folder):
+            headers[path] = read_header(path)
+            first_path, first = next(iter(headers.items()))
+            if any(headers[path][key] != first[key] for key in ('name', 'vocab_size', 'digest')):
+                raise ValueError(f'{_show(path)} and {_show(first_path)} were made with different tokenizers')
+        paths = [path for path in headers if path.name.startswith(split + '_')]
+        if not paths:
+            fail(f'no tokens in {_show(folder)}; run: {_command(folder)}' if not headers else
+                 f'no {split} tokens in {_show(folder)}; run: {_command(folder)}')
+        found = {'shards': len(paths), 'tokens': sum(headers[path]['n_tokens'] for path in paths)}
+        wanted = {key: record[split][key] for key in found} if record else found
+        if found != wanted or [path.name for path in paths] != [_shard_name(split, i) for i in range(len(paths))]:
+            raise ValueError(f'{_show(folder)} lacks some of its {split} files')
+    except ValueError as error:
+        fail(f'{error}; run: {_command(folder)}')
+    return TokenData(folder, paths, [headers[path] for path in paths])
+
+
+def read_header(path):
+    """Shard -> dict n_tokens, n_bytes, width (bytes per token), vocab_size, name, digest; ValueError if not whole."""
+    with open(path, 'rb') as file:
+        raw = file.read(HEADER.size)
+        size = os.fstat(file.fileno()).st_size
+    if not raw.startswith(MAGIC):
+        raise ValueError(f'{_show(path)} is not a nanobit token file')
+    if len(raw) < HEADER.size:
+        raise ValueError(f'{_show(path)} is cut short ({size} bytes)')
+    _, version, width, n_tokens, n_bytes, vocab_size, name, digest, _, crc = HEADER.unpack(raw)
+    if crc != binascii.crc32(raw[:-4]):
+        raise ValueError(f'{_show(path)} has a damaged header')
+    if version != VERSION:
+        raise ValueError(f'{_show(path)} has format version {version}, this program reads {VERSION}')
+    if n_tokens < 1 or size != HEADER.size + n_tokens * width:
+        raise ValueError(f'{_show(path)} is {size:,} bytes, its {n_tokens:,} tokens need '
+                         f'{HEADER.size + n_tokens * width:,}; it was cut or damaged')
+    return {'n_tokens': n_tokens, 'n_bytes': n_bytes, 'width': width, 'vocab_size': vocab_size,
+            'name': name.rstrip(b'\0').decode(), 'digest': digest}
+
+
+def _shard_name(split, number):
+    return f'{split}_{number:06d}.bin'
+
+
+def _shard_files(folder):
+    """The shards in a folder, in order; [] where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r'(train|val)_\d{6}\.bin', path.name))
+
+
+def _show(path):
+    """A path as a user types it: from the repository's root where it lies inside, whole elsewhere."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _command(folder):
+    """What to type to (re)make a folder: the command it was made with, else the prepare.py in or above it."""
+    record, folder = _read_record(folder), Path(folder).absolute()
+    if record:
+        return record['command']
+    for parent in (folder, folder.parent):
+        if (parent / 'prepare.py').is_file():
+            return f'python {_show(parent / "prepare.py")}' + (f' --name={folder.name}' if parent != folder else '')
+    names = ', '.join(sorted(path.parent.name for path in ROOT.glob('data/*/prepare.py')))
+    return f'python data/NAME/prepare.py, where NAME is one of: {names}'
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+class Writer:
+    """Writes one split shard by shard; shards before `first_shard` are left alone. Holds no tokens in memory.
+
+    Each shard grows under a temporary name and gets its own once it is whole and on the disk, so a file with a
+    shard's name is a whole shard. `shards` counts the finished ones, `pending` the tokens in the unfinished one.
+    """
+
+    def __init__(self, folder, split, tokenizer, shard_tokens=SHARD_TOKENS, first_shard=0):
+        self.folder, self.split, self.tokenizer, self.shard_tokens = Path(folder), split, tokenizer, shard_tokens
+        self.shards, self.pending, self._bytes, self._file = first_shard, 0, 0, None
+        self._width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if TOKENIZER_FILE[tokenizer.name]:
+            _write_whole(self.folder / TOKENIZER_FILE[tokenizer.name], tokenizer.text.encode())
+
+    def write(self, ids):
+        """ids: ints (tokens,) in [0, vocab_size); goes on into further shards where it does not fit."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
+            raise ValueError(f'token {ids.min()} or {ids.max()} outside [0, {self.tokenizer.vocab_size})')
+        while len(ids):
+            if self._file is None:
+                self._file = open(_temporary(self._path()), 'wb')
+                self._file.write(bytes(HEADER.size))
+            part, ids = np.split(ids, [self.shard_tokens - self.pending])
+            self._file.write(part.astype(f'<u{self._width}').tobytes())
+            self._bytes += int(self.tokenizer.token_bytes[part].sum())
+            self.pending += len(part)
+            if self.pending == self.shard_tokens:
+                self.close()
+
+    def close(self):
+        """Finishes the shard under way, if any."""
+        if self._file is None:
+            return
+        head = HEADER.pack(MAGIC, VERSION, self._width, self.pending, self._bytes, self.tokenizer.vocab_size,
+                           self.tokenizer.name.encode(), self.tokenizer.digest, b'', 0)[:-4]
+        self._file.seek(0)
+        self._file.write(head + struct.pack('<I', binascii.crc32(head)))
+        _commit(self._file, self._path())
+        self.shards, self.pending, self._bytes, self._file = self.shards + 1, 0, 0, None
+
+    def _path(self):
+        return self.folder / _shard_name(self.split, self.shards)
+
+
+def write(folder, split, pieces, tokenizer, shard_tokens=SHARD_TOKENS):
+    """Writes an iterable of int arrays, one after the other, as the shards of a split."""
+    writer = Writer(folder, split, tokenizer, shard_tokens)
+    for ids in pieces:
+        writer.write(ids)
+    writer.close()
+
+
+def open_folder(folder, settings, argv):
+    """Starts, continues or recognises a data folder; returns its record, kept in progress.json.
+
+    record = {'settings', 'command', 'complete': bool, 'train': {...}, 'val': {...}}. With `settings` equal to the
+    recorded ones and the recorded shards whole, the record comes back as it was (and a line says so where it is
+    complete); otherwise the old tokens are removed. Only finish() makes a folder complete, and load() refuses others.
+    """
+    folder = Path(folder)
+    settings = json.loads(json.dumps({'format': VERSION, **settings}))
+    record = _read_record(folder)
+    if record:
+        try:
+            for split in SPLITS:
+                for number in range(record[split].get('shards', 0)):
+                    read_header(folder / _shard_name(split, number))
+            damage = None
+        except (ValueError, OSError) as error:
+            damage = str(error)
+        if record['settings'] == settings and not damage:
+            if record['complete']:
+                print(f'{_show(folder)} is complete with the same settings; left as it is')
+            return record
+        print(f'{_show(folder)} {"is damaged (" + damage + ")" if damage else "has other settings"}; made anew')
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*_shard_files(folder), *folder.glob('*.tmp'), *(folder / f for f in TOKENIZER_FILE.values() if f)]:
+        path.unlink(missing_ok=True)
+    command = shlex.join(['python', _show(Path(sys.argv[0]).resolve()), *argv])
+    record = {'settings': settings, 'command': command, 'complete': False, 'train': {}, 'val': {}}
+    save_record(folder, record)
+    return record
+
+
+def save_record(folder, record):
+    """Replaces progress.json in one step."""
+    _write_whole(Path(folder) / 'progress.json', json.dumps(record, indent=1).encode())
+
+
+def finish(folder, record):
+    """Counts what was written, marks the folder complete and prints the counts."""
+    record['complete'] = True
+    for split in SPLITS:
+        paths = [path for path in _shard_files(Path(folder)) if path.name.startswith(split + '_')]
+        headers = [read_header(path) for path in paths]
+        count = {key: sum(header[f'n_{key}'] for header in headers) for key in ('tokens', 'bytes')}
+        record[split] |= {'shards': len(paths), **count}
+        print(f'{split}: {count["tokens"]:,} tokens for {count["bytes"]:,} bytes of text '
+              f'in {len(paths)} file{"s" * (len(paths) != 1)}')
+    save_record(folder, record)
+    print(f'wrote {_show(folder)}')
+
+
+def run(main):
+    """Runs a prepare.py: a full disk, an unreadable file or Ctrl-C is one line, not a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print('\ninterrupted; run the same command again', file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        fail(f'{error.filename or "reading or writing"}: {error.strerror or error}; '
+             'put that right and run the same command again')
+
+
+def file_digest(path):
+    """SHA-256 of a file, hex; reads it in pieces."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_record(folder):
+    """progress.json -> dict; None where there is none or it is unreadable."""
+    try:
+        record = json.loads((Path(folder) / 'progress.json').read_bytes())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(record, dict) and {'settings', 'command', 'complete', *SPLITS} <= record.keys()
+    return record if whole else None
+
+
+def _temporary(path):
+    return path.with_name(path.name + '.tmp')
+
+
+def _write_whole(path, content):
+    file = open(_temporary(path), 'wb')
+    file.write(content)
+    _commit(file, path)
+
+
+def _commit(file, path):
+    """Closes a temporary file and gives it its name once its bytes are on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)

@@ -1,0 +1,488 @@
+"""
+Train a GPT-2 whose linear layers are full-precision, binary, ternary or 4-bit, in any mix.
+
+    python train_gpt.py config/pycode_bin.py                            # a laptop, minutes
+    torchrun --nproc_per_node=8 train_gpt.py config/c4_bin6.py          # a node
+    python train_gpt.py config/pycode_bin.py --n_binary=6 --seed=2      # any constant below, --key=value
+
+Constants, model, then main() from top to bottom. Stop it with Ctrl-C at any time and go on with --resume=auto.
+"""
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from itertools import count
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import configurator
+import layers
+import tokens
+
+# run
+out_dir = 'out/gpt'            # config.py, log.jsonl, last.pt, best.pt, packed.safetensors go here
+seed = 1337                    # weights, order of samples and dropout
+init_from = 'scratch'          # scratch | resume | a checkpoint whose weights to start from | gpt2, gpt2-medium, ...
+resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
+overwrite = False              # start anew in an out_dir that already holds a run
+# data
+dataset = 'pycode'             # folder under data/, made by data/<name>/prepare.py
+batch_size = 32                # sequences per optimizer step, over all devices and micro-steps
+micro_batch_size = 0           # sequences one device holds at a time; 0: its whole share. Accumulation is derived
+block_size = 128               # tokens per sequence
+# model
+n_layer = 6
+n_head = 4
+n_embd = 128
+dropout = 0.0                  # 0 for pre-training; 0.1 or more for small data
+bias = False                   # biases in Linear and LayerNorm, as GPT-2 has
+qkv_proj = 'bin'               # fp | bin | tern | int4: kind of the q, k and v projections in the low-bit blocks
+c_proj = 'bin'                 # ... of the attention's output projection
+mlp_proj = 'bin'               # ... of both MLP matrices
+n_binary = 0                   # how many leading blocks use these kinds; 0: none, 6: exactly 6
+binary_blocks = ()             # or which ones, e.g. (0, 3, 5); counted from 0
+# optimizer
+max_iters = 2000               # optimizer steps in all, also for a resumed run
+learning_rate = 1e-3           # peak
+lowbit_lr_scale = 1.0          # times the learning rate for latent low-bit weights: only their sign or level counts
+min_lr = 1e-4                  # at the last step
+second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate
+schedule = 'cosine'            # cosine | linear | constant | two_stage (weight decay ends at half, for low-bit)
+warmup_iters = 100             # linear warm-up, steps
+weight_decay = 0.1             # on matrices and embeddings, not on gains, biases and scales
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                # global norm; 0: off
+# evaluation, saving and logging
+eval_interval = 250            # steps
+eval_iters = 50                # micro-batches of the val split, the same ones each time
+log_interval = 10              # steps
+save_interval = 250            # steps between writes of last.pt; best.pt follows the evaluations
+wandb_log = False              # needs wandb installed and logged in
+wandb_project = 'nanobit'
+wandb_run_name = ''            # '': the name of out_dir
+# system
+device = ''                    # '': cuda where there is one, else cpu
+dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
+compile = -1                   # torch.compile: 1 yes, 0 no, -1 on cuda only
+profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+config = configurator.override(globals())   # file.py ... --key=value, later wins
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT, plain types only: it is kept in checkpoints."""
+    vocab_size: int
+    block_size: int = 128
+    n_layer: int = 6
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    bias: bool = False
+    qkv_proj: str = 'bin'
+    c_proj: str = 'bin'
+    mlp_proj: str = 'bin'
+    binary_blocks: tuple = ()
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, c, qkv_kind, out_kind):
+        super().__init__()
+        self.n_head, self.dropout = c.n_head, c.dropout
+        # One product, three matrices: each has its own threshold or scale, as q, k and v have in the papers.
+        qkv_options = {'alpha': 1.0} if qkv_kind == 'bin' else {}
+        self.c_attn = layers.linear(qkv_kind, c.n_embd, 3 * c.n_embd, c.bias, chunks=3, **qkv_options)
+        self.c_proj = layers.linear(out_kind, c.n_embd, c.n_embd, c.bias, **residual_options(c, out_kind))
+        self.resid_dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))   # B, H, T, C/H
+        if cache is not None:                       # keys and values of earlier tokens; the T new ones attend to all
+            if 'k' in cache:
+                k, v = torch.cat([cache['k'], k], 2), torch.cat([cache['v'], v], 2)
+            cache['k'], cache['v'] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, c, kind):
+        super().__init__()
+        self.c_fc = layers.linear(kind, c.n_embd, 4 * c.n_embd, c.bias, **({'alpha': 1.0} if kind == 'bin' else {}))
+        self.folded = kind != 'fp'                  # low-bit layers apply the GELU themselves and keep only its input
+        self.c_proj = layers.linear(kind, 4 * c.n_embd, c.n_embd, c.bias, act='gelu' if self.folded else None,
+                                    **residual_options(c, kind))
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        return self.dropout(self.c_proj(x if self.folded else F.gelu(x)))
+
+
+def residual_options(c, kind):
+    """A binary layer's output has standard deviation alpha whatever its weights are, so what GPT-2's initialisation
+    does for deep residual streams, alpha must do: 2 * n_layer branches of 1 / sqrt(2 n_layer) each."""
+    return {'alpha': (2 * c.n_layer) ** -0.5} if kind == 'bin' else {}
+
+
+class Block(nn.Module):
+    def __init__(self, c, low_bit):
+        super().__init__()
+        qkv, out, mlp = (c.qkv_proj, c.c_proj, c.mlp_proj) if low_bit else ('fp', 'fp', 'fp')
+        # A ternary layer has its RMSNorm inside; a LayerNorm in front would normalise twice.
+        self.ln_1 = nn.Identity() if qkv == 'tern' else nn.LayerNorm(c.n_embd, bias=c.bias)
+        self.attn = CausalSelfAttention(c, qkv, out)
+        self.ln_2 = nn.Identity() if mlp == 'tern' else nn.LayerNorm(c.n_embd, bias=c.bias)
+        self.mlp = MLP(c, mlp)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2, pre-norm, learned positions, tied head. ids (B, T) int64 -> logits (B, T, vocab) or a mean loss in nats."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.drop = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c, i in c.binary_blocks) for i in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        for name, p in self.named_parameters():
+            if name.endswith('weight') and p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith('c_proj.weight') else 0.02)
+
+    def forward(self, ids, targets=None, cache=None):
+        past = cache[0]['k'].shape[2] if cache and 'k' in cache[0] else 0
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        x = self.drop(self.wte(ids) + self.wpe(positions))
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache[i] if cache else None)
+        x = self.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1]])         # only the last position is needed to go on
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, generator=None, stop=None):
+        """Yield (B,) int64 ids one step at a time after the prompt ids (B, T >= 1), with a cache of keys and values.
+
+        ids >= vocab_size are padding of the vocabulary and never drawn. temperature 0: the likeliest. Ends at `stop`
+        (for B = 1). When the context is full the cache is filled anew from the later half of it."""
+        cache, fed = None, 0
+        for _ in range(max_new_tokens):
+            if cache is None or cache[0]['k'].shape[2] == self.config.block_size:
+                keep = self.config.block_size if cache is None else max(1, self.config.block_size // 2)
+                cache, fed = [{} for _ in self.blocks], max(0, ids.shape[1] - keep)
+            logits = self(ids[:, fed:], cache=cache)[:, -1, :vocab_size].float()
+            fed = ids.shape[1]
+            if temperature == 0:
+                new = logits.argmax(-1)
+            else:
+                logits = logits / temperature
+                if top_k:
+                    logits[logits < logits.topk(min(top_k, vocab_size)).values[:, [-1]]] = -math.inf
+                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            yield new
+            if stop is not None and int(new[0]) == stop:
+                return
+            ids = torch.cat([ids, new[:, None]], 1)
+
+
+def load_gpt2(model, name):
+    """Copy the weights of Hugging Face's `name` (gpt2, gpt2-medium, ... or a folder) into a GPT of the same shape."""
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError:
+        configurator.fail(f'--init_from={name} needs transformers; type: pip install transformers')
+    source = GPT2LMHeadModel.from_pretrained(name).state_dict()
+    state = {}
+    for key, t in source.items():
+        key = key.removeprefix('transformer.')
+        key = 'blocks.' + key[2:] if key.startswith('h.') else key
+        if not key.endswith(('attn.bias', 'attn.masked_bias')):
+            transposed = key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))    # GPT-2 stores (in, out)
+            state[key] = t.T.contiguous() if transposed else t
+    for key in ('wte.weight', 'lm_head.weight'):    # the vocabulary is padded to a multiple of 64 here
+        state[key] = F.pad(state[key], (0, 0, 0, model.config.vocab_size - state[key].shape[0]))
+    state['wpe.weight'] = state['wpe.weight'][:model.config.block_size]
+    common.load_model_state(model, state, name, allow_missing=('alpha', 'gain'))
+
+
+def low_bit_blocks():
+    """binary_blocks, or the first n_binary; one clear line for numbers that name no block."""
+    if n_binary and binary_blocks:
+        configurator.fail('give n_binary or binary_blocks, not both; type --n_binary=0 to use binary_blocks')
+    chosen = tuple(binary_blocks) or tuple(range(n_binary))
+    if not 0 <= n_binary <= n_layer or any(not 0 <= i < n_layer for i in chosen):
+        configurator.fail(f'blocks {chosen or n_binary} are not all among 0 .. {n_layer - 1} (n_layer={n_layer})')
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    # ------------------------------------------------------------------------------------------------------- set-up
+    rank, local_rank, world, dev = common.setup_processes(device)
+    stopped = common.stop_flag()
+    say = print if rank == 0 else (lambda *a, **k: None)
+    amp_dtype = {'float32': None, 'bfloat16': torch.bfloat16,
+                 '': torch.bfloat16 if dev.type == 'cuda' else None}.get(dtype, 'unknown')
+    if amp_dtype == 'unknown':
+        configurator.fail(f"dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16", rank0_only=True)
+    amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
+    torch.set_float32_matmul_precision('high')
+    micro = micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (micro * world):
+        configurator.fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes',
+                          rank0_only=True)
+    accumulation = batch_size // (micro * world)
+    last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
+    has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
+    resume_path = (last_path if init_from == 'resume' or (resume == 'auto' and has_run)
+                   else '' if resume == 'auto' else resume)
+    if has_run and not resume_path and not overwrite:
+        configurator.fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another '
+                          'folder, or --overwrite=True to lose it', rank0_only=True)
+
+    # --------------------------------------------------------------------------------------------------------- data
+    folder = tokens.dataset_dir(dataset)
+    train_data, val_data = tokens.load(folder, 'train'), tokens.load(folder, 'val')
+    for split, data in (('train', train_data), ('val', val_data)):
+        if len(data) <= block_size:
+            configurator.fail(f'{dataset}: {len(data)} {split} tokens, block_size={block_size} needs more', rank0_only=True)
+    tokenizer = train_data.tokenizer
+    bits_per_byte = len(val_data) / val_data.n_bytes / math.log(2)     # nats per token -> bits per byte of text
+
+    # -------------------------------------------------------------------------------------------------------- model
+    model_config = GPTConfig(vocab_size=-(-tokenizer.vocab_size // 64) * 64, block_size=block_size, n_layer=n_layer,
+                             n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias, qkv_proj=qkv_proj, c_proj=c_proj,
+                             mlp_proj=mlp_proj, binary_blocks=low_bit_blocks())
+    for kind in (qkv_proj, c_proj, mlp_proj):
+        if kind not in layers.KINDS:
+            configurator.fail(f'projection kind {kind!r} is none of {", ".join(layers.KINDS)}', rank0_only=True)
+    if n_embd % n_head:
+        configurator.fail(f'n_embd={n_embd} is no multiple of n_head={n_head}', rank0_only=True)
+    torch.manual_seed(seed)                                            # same weights on every rank
+    model = GPT(model_config)
+    try:
+        if not resume_path and init_from.startswith('gpt2'):
+            load_gpt2(model, init_from)
+        elif not resume_path and init_from != 'scratch':
+            state = common.read_checkpoint(init_from, 'train_gpt')
+            common.load_model_state(model, state['model'], init_from, allow_missing=('alpha', 'gain'))
+    except (ValueError, OSError) as e:
+        configurator.fail(str(e))
+    model.to(dev)
+    latent = [m.weight for m in model.modules() if isinstance(m, layers.LowBit)]
+    packed_bytes, fp32_bytes = layers.model_bytes(model)
+    n_params = sum(p.numel() for p in model.parameters())
+    say(f'{n_params:,} parameters, {sum(p.numel() for p in latent):,} of them low-bit; '
+        f'packed {packed_bytes:,} bytes ({packed_bytes / 1e6:.1f} MB), fp32 {fp32_bytes:,} ({fp32_bytes / 1e6:.1f} MB)')
+    say(f'{batch_size} sequences a step = {micro} x {accumulation} micro-steps x {world} processes '
+        f'= {batch_size * block_size:,} tokens; {tokenizer.name} tokens, {len(train_data):,} train, {len(val_data):,} val')
+
+    # ---------------------------------------------------------------------------------------------------- optimizer
+    ids_latent = {id(p) for p in latent}
+    others = [(n, p) for n, p in model.named_parameters() if id(p) not in ids_latent]
+    matrices = [p for n, p in others if n.endswith('weight') and p.dim() > 1]
+    scalars = [p for n, p in others if not (n.endswith('weight') and p.dim() > 1)]
+    groups = [{'params': latent, 'weight_decay': weight_decay, 'lr_scale': lowbit_lr_scale},
+              {'params': matrices, 'weight_decay': weight_decay, 'lr_scale': 1.0},
+              {'params': scalars, 'weight_decay': 0.0, 'lr_scale': 1.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=(beta1, beta2),
+                                  fused=dev.type in ('cpu', 'cuda'))
+
+    # ------------------------------------------------------------------------------------------------------- resume
+    step, best_val_loss, wandb_id = 0, math.inf, None
+    if resume_path:
+        try:
+            state = common.read_last_checkpoint(resume_path, 'train_gpt')
+            if state['model_config'] != asdict(model_config):
+                changed = [k for k, v in asdict(model_config).items() if state['model_config'].get(k) != v]
+                raise ValueError(f'{resume_path} has another {changed[0]} ({state["model_config"].get(changed[0])}, '
+                                 f'not {asdict(model_config)[changed[0]]}); resume with {out_dir}/config.py')
+            common.load_model_state(model, state['model'], resume_path)
+            optimizer.load_state_dict(state['optimizer'])
+        except ValueError as e:
+            configurator.fail(str(e))
+        step, best_val_loss, wandb_id = state['step'], state['best_val_loss'], state['wandb_id']
+        del state
+        say(f'resumed from {resume_path} at step {step}')
+    if not common.ranks_agree(step, best_val_loss, len(train_data), common.checksum(model.parameters())):
+        configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
+    if rank == 0:
+        os.makedirs(out_dir, exist_ok=True)
+        configurator.save(config, os.path.join(out_dir, 'config.py'), 'train_gpt.py: every constant of this run')
+        common.cut_log(out_dir, step)
+    run = None
+    if wandb_log and rank == 0:
+        try:
+            import wandb
+            run = wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(out_dir), config=config,
+                             id=wandb_id, resume='allow')
+            wandb_id = run.id
+        except Exception as e:                      # noqa: BLE001  whatever wandb raises, training goes on
+            say(f'warning: wandb is off: {e}')
+
+    # --------------------------------------------------------------------------------------------------------- loop
+    raw_model = model
+    if compile == 1 or (compile == -1 and dev.type == 'cuda'):
+        model = torch.compile(model)
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if dev.type == 'cuda' else None)
+
+    def batch(data, starts):
+        xy = data.windows(starts, block_size + 1)
+        if dev.type == 'cuda':
+            xy = xy.pin_memory().to(dev, non_blocking=True)
+        return xy[:, :-1], xy[:, 1:]
+
+    @torch.no_grad()
+    def evaluate():
+        """Mean loss over the same eval_iters micro-batches of the val split, shared out over ranks; None if stopped."""
+        starts = common.sample_indices(seed, -1, len(val_data) - block_size, eval_iters * micro).reshape(eval_iters, -1)
+        raw_model.eval()
+        total = n = 0
+        for i in range(0, eval_iters, world):
+            if common.any_rank(stopped()):
+                return None
+            if i + rank < eval_iters:
+                x, y = batch(val_data, starts[i + rank])
+                with amp:
+                    total, n = total + raw_model(x, y).item() * y.numel(), n + y.numel()
+        raw_model.train()
+        return common.mean_over_ranks(total, n)
+
+    def save(path, keep_previous=False):
+        if rank == 0:
+            try:
+                common.save_checkpoint(path, {
+                    'trainer': 'train_gpt', 'step': step, 'model_config': asdict(model_config),
+                    'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'best_val_loss': best_val_loss,
+                    'config': config, 'tokenizer': tokenizer.describe(), 'wandb_id': wandb_id}, keep_previous)
+                return True
+            except OSError as e:                    # a full disk must not cost the run; the file before this one stays
+                print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
+        return False
+
+    profiler = None
+    if profile and rank == 0:
+        def report(p):
+            print(p.key_averages().table(sort_by='self_cpu_time_total', row_limit=20))
+            p.export_chrome_trace(os.path.join(out_dir, 'trace.json'))
+        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=2, active=3, repeat=1),
+                                          on_trace_ready=report)
+        profiler.start()
+    joules = common.energy_meter(dev)
+    failure = ''
+    clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path else -1
+    say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
+    model.train()
+
+    for step in count(step):
+        last_step = step >= max_iters
+        stop = common.any_rank(stopped())
+        if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
+            save(last_path, keep_previous=True)
+            saved_step, clock, timed_steps = step, time.perf_counter(), 0
+        if not stop and (step % eval_interval == 0 or last_step):
+            val_loss = evaluate()
+            stop = val_loss is None
+            if not stop:
+                say(f'step {step}: val loss {val_loss:.4f} nats, {val_loss * bits_per_byte:.4f} bits per byte')
+                record = {'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
+                          'val_bpb': val_loss * bits_per_byte}
+                if rank == 0:
+                    common.append_log(out_dir, record)
+                    if run:
+                        run.log(record, step=step)
+                if val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    save(best_path)
+            elif step != saved_step and step > 0:
+                save(last_path, keep_previous=True)
+            clock, timed_steps = time.perf_counter(), 0
+        if stop or last_step:
+            break
+
+        # TRAINING SECTION BEGIN
+        lr = common.lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second_lr or learning_rate * 2 / 3)
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group['lr_scale']
+            if schedule == 'two_stage' and group['weight_decay']:
+                group['weight_decay'] = weight_decay if step < max_iters // 2 else 0.0
+        common.seed_step(seed, step, rank)
+        starts = common.sample_indices(seed, step, len(train_data) - block_size, batch_size).reshape(accumulation, world, micro)
+        loss_sum = torch.zeros((), device=dev)
+        for i in range(accumulation):
+            x, y = batch(train_data, starts[i, rank])
+            if world > 1:                           # DDP reads this flag in the forward pass
+                model.require_backward_grad_sync = i == accumulation - 1
+            with amp:
+                loss = model(x, y)
+            loss_sum += loss.detach()
+            (loss / accumulation).backward()
+        grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+        loss = common.mean_over_ranks(loss_sum.item(), accumulation)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            culprits = [n for n, p in raw_model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            failure = (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: '
+                       f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
+                       f'touched, the last checkpoint is of step {saved_step}; try a lower --learning_rate')
+            break
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # TRAINING SECTION END
+
+        timed_steps += 1
+        if profiler:
+            profiler.step()
+        if (step + 1) % log_interval == 0 or step + 1 == max_iters:
+            ms = (time.perf_counter() - clock) / timed_steps * 1e3
+            clock, timed_steps = time.perf_counter(), 0
+            record = {'step': step + 1, 'tokens': (step + 1) * batch_size * block_size, 'loss': loss, 'lr': lr,
+                      'grad_norm': grad_norm, 'ms': ms, 'tokens_per_s': batch_size * block_size / ms * 1e3,
+                      'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
+            say(f'step {step + 1}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
+                f'{record["tokens_per_s"]:,.0f} tokens/s', flush=True)
+            if rank == 0:
+                common.append_log(out_dir, record)
+                if run:
+                    run.log(record, step=step + 1)
+
+    # ---------------------------------------------------------------------------------------------------------- end
+    common.close_processes()
+    if run:
+        run.finish()
+    if failure:
+        configurator.fail(failure, rank0_only=True)
+    if stop:
+        launcher = 'python' if world == 1 else 'torchrun ...'
+        say(f'stopped at step {step}; go on with: {launcher} train_gpt.py {out_dir}/config.py --resume=auto')
+    elif rank == 0 and os.path.exists(best_path):
+        state = common.read_checkpoint(best_path, 'train_gpt')
+        raw_model.load_state_dict(state['model'])
+        meta = {'trainer': 'train_gpt', 'step': state['step'], 'model_config': asdict(model_config),
+                'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss']}
+        path = os.path.join(out_dir, 'packed.safetensors')
+        size = layers.save_packed(raw_model, path, meta)
+        say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
+
+
+if __name__ == '__main__':
+    main()
