@@ -9,6 +9,7 @@ import glob
 import json
 import math
 import os
+import pickle
 import platform
 import resource
 import signal
@@ -35,9 +36,11 @@ def setup_processes(device=''):
     there is one; without torchrun there is one process and no group. device '' means CUDA where there is one."""
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     kind = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if kind.startswith('cuda') and not torch.cuda.is_available():
-        fail(f'--device={device} but torch sees no CUDA device; type --device=cpu')
-    device = torch.device(f'cuda:{local_rank}' if kind == 'cuda' else kind)
+    try:
+        device = torch.device(f'cuda:{local_rank}' if kind == 'cuda' else kind)
+        torch.zeros(1, device=device).item()        # torch knows names of devices that it cannot compute on
+    except (RuntimeError, AssertionError):
+        fail(f'torch cannot use device={kind!r} here; type --device=cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
@@ -147,13 +150,17 @@ def atomic_write(path, write):
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:            # torch.save reports a full disk as RuntimeError
-        raise OSError(f'could not write {path}: {str(e).splitlines()[0]}') from e
+        raise OSError(f'could not write {path}: {_first_line(e)}') from e
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def _first_line(error):
+    return f'{error}'.split('\n')[0] or type(error).__name__
 
 
 def previous_path(path):
@@ -182,17 +189,17 @@ def read_checkpoint(path, trainer=None):
     """
     try:
         with zipfile.ZipFile(path) as z:
-            if bad := z.testzip():
-                raise ValueError(f'{path} is damaged: record {bad} does not match its checksum')
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=False)
+            # torch takes a record with the DOS folder bit for empty and leaves its tensor uninitialised
+            bad = z.testzip() or next((i.filename for i in z.infolist() if i.external_attr & 0x10), None)
+        state = bad or torch.load(path, map_location='cpu', weights_only=True, mmap=False)
     except FileNotFoundError:
         raise ValueError(f'{path} does not exist') from None
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, KeyError, NotImplementedError, zlib.error) as e:
-        raise ValueError(f'{path} is damaged or no checkpoint ({str(e).splitlines()[0][:90]})') from None
-    except Exception as e:                          # noqa: BLE001  the unpickler raises many kinds; all mean: not ours
-        if isinstance(e, ValueError):
-            raise
+    except pickle.UnpicklingError as e:
         raise ValueError(f'{path} holds more than tensors and plain types; refused ({type(e).__name__})') from None
+    except Exception as e:                          # noqa: BLE001  a damaged zip raises many kinds; all mean: not ours
+        raise ValueError(f'{path} is damaged or no checkpoint ({_first_line(e)[:90]})') from None
+    if bad:
+        raise ValueError(f'{path} is damaged: record {bad} does not match its checksum')
     if not isinstance(state, dict) or 'version' not in state or 'trainer' not in state:
         raise ValueError(f'{path} is no nanobit checkpoint')
     if state['version'] != CHECKPOINT_VERSION:
@@ -254,10 +261,10 @@ def read_log(out_dir):
 
 
 def cut_log(out_dir, step):
-    """Drop the records after `step` and the evaluation at it, which a resumed run makes again: its log then reads like
+    """Drop the records after `step`, and at it all but the training record, which a resumed run makes again: its log then reads like
     an unbroken one's."""
     kept = ''.join(json.dumps(r) + '\n' for r in read_log(out_dir)
-                   if r['step'] < step or (r['step'] == step and 'val_loss' not in r))
+                   if r['step'] < step or (r['step'] == step and 'loss' in r))
 
     def write(tmp):
         with open(tmp, 'w') as f:

@@ -41,13 +41,14 @@ def fail(message, rank0_only=False):
     raise SystemExit(2)
 
 
-def override(namespace, argv=None):
+def override(namespace, argv=None, quiet=False):
     """Apply config files and --key=value to the constants of a trainer, left to right.
 
     namespace: the trainer's globals(). argv: the words after the trainer's name, by default sys.argv[1:].
     Returns a dict of every key in source order; the same values are set in namespace. When the trainer is imported
     (its __name__ is not '__main__') nothing is set and the dict holds the defaults.
     A mistake in argv or in a config file ends in fail(), with namespace untouched. --help raises SystemExit(0).
+    quiet: do not print what changed, for a script whose stdout is its product.
     """
     nodes, source = _find_keys(namespace)
     defaults = {key: namespace[key] for key in nodes}
@@ -74,7 +75,7 @@ def override(namespace, argv=None):
 
     namespace.update(config)
     for key, value in config.items():
-        if _differ(defaults[key], value) and _rank() == '0':
+        if _differ(defaults[key], value) and _rank() == '0' and not quiet:
             print(f'{key}: {_literal(defaults[key])} -> {_literal(value)}  ({origin[key]})', flush=True)
     return config
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import atomic_write
+from common import atomic_write, checksum
 
 # ---------------------------------------------------------------------------------------------------------------------
 # quantizers: plain functions of tensors, each beside its inverse
@@ -155,7 +155,7 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gw = (g.T @ forward(x)).to(w.dtype)                             # (out, N) @ (N, in)
         if ctx.needs_input_grad[2]:
-            gb = g.sum(0, dtype=torch.float32)
+            gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         return gx, gw, gb, None, None, None
 
 
@@ -178,13 +178,19 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         y, rstd, alpha = ctx.saved_tensors
-        g, u = _wide(g), y / alpha
-        galpha = (g * u).sum_to_size(alpha.shape) if ctx.needs_input_grad[1] else None
+        g = _wide(g)
         slack = 1 + ctx.eps * rstd                                          # (std + eps) / std
         root = slack.sqrt()                                                 # shared between the two u's of the formula
-        dz = torch.ops.aten.native_layer_norm_backward(
-            g * alpha, u, u.shape[-ctx.ndim:], torch.zeros_like(rstd), root, None, None, [True, False, False])[0]
-        return dz.mul_(rstd / (slack * root)).to(y.dtype), galpha, None, None
+        norm = partial(torch.ops.aten.native_layer_norm_backward, normalized_shape=y.shape[-ctx.ndim:],
+                       mean=torch.zeros_like(rstd), weight=None, bias=None, output_mask=[True, False, False])
+        if ctx.ndim == 1 == alpha.shape[-1]:                                # one alpha per row: the kernel divides
+            galpha = (torch.linalg.vecdot(g, _wide(y), dim=-1).unsqueeze(-1) / alpha).sum_to_size(alpha.shape)
+            dz = norm(g, _wide(y), rstd=root / alpha)[0].mul_(alpha * alpha * rstd / (slack * root))
+        else:
+            u = y / alpha
+            galpha = (g * u).sum_to_size(alpha.shape)
+            dz = norm(g * alpha, u, rstd=root)[0].mul_(rstd / (slack * root))
+        return dz.to(y.dtype), galpha, None, None
 
 
 def _has_fast_int8(device):
@@ -223,19 +229,22 @@ class _TernaryLinear(torch.autograd.Function):
         x, w, gain, q, sx, rstd = ctx.saved_tensors
         forward, backward = ACTIVATIONS[ctx.act]
         gx = gw = ggain = None
-        gb = g.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[1]:
             gw = (g.T @ (q * sx).to(g.dtype)).to(w.dtype)                   # (out, N) @ (N, in)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
             t, sw = ctx.weights(w)
             wq = (t.view(len(sw), -1) * sw[:, None]).view(t.shape)
             gx = _wide(g @ wq.to(g.dtype))                                 # gradient at the quantizer = at its input
-            if rstd is not None:                                            # RMSNorm: u = a * rstd, n = gain * u
+            if rstd is not None:                                            # RMSNorm: n = gain * u, u = a * rstd
                 u = _wide(forward(x)) * rstd
+                p = gx * u
                 if gain is not None:
-                    ggain = (gx * u).sum(0)
-                    gx = gx * gain
-                gx = (gx - u * (gx * u).mean(-1, keepdim=True)) * rstd
+                    ggain, along = p.sum(0), (p @ gain).unsqueeze(-1)
+                    gx.mul_(gain)
+                else:
+                    along = p.sum(-1, keepdim=True)
+                gx.addcmul_(u, along, value=-1 / u.shape[-1]).mul_(rstd)    # (gain g - u mean(u gain g)) * rstd
             gx = backward(gx.to(ctx.x_dtype), x)
         return gx, gw, gb, ggain, None, None, None, None, None
 
@@ -657,6 +666,7 @@ def save_packed(model, path, meta):
     """
     from safetensors.torch import save_file
     tensors = {name: t.contiguous().cpu() for name, t in _parameters_once(pack(model)).items()}
+    meta = dict(meta, checksum=_checksum(tensors))      # safetensors has none of its own
     atomic_write(path, lambda tmp: save_file(tensors, tmp, {'nanobit': json.dumps(meta)}))
     return os.path.getsize(path)
 
@@ -667,9 +677,16 @@ def read_packed(path):
     try:
         with safe_open(path, 'pt') as f:
             meta = json.loads((f.metadata() or {})['nanobit'])
-            return meta, {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, KeyError, ValueError) as e:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}   # noqa: SIM118  not a dict
+    except (OSError, SafetensorError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is not a packed nanobit model ({type(e).__name__}: {e})') from e
+    if meta.get('checksum') != _checksum(tensors):
+        raise ValueError(f'{path} is damaged: its tensors do not match their checksum')
+    return meta, tensors
+
+
+def _checksum(tensors):
+    return checksum(tensors[name] for name in sorted(tensors))
 
 
 def load_packed(model, tensors):

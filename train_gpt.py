@@ -44,6 +44,8 @@ c_proj = 'bin'                 # ... of the attention's output projection
 mlp_proj = 'bin'               # ... of both MLP matrices
 n_binary = 0                   # how many leading blocks use these kinds; 0: none, 6: exactly 6
 binary_blocks = ()             # or which ones, e.g. (0, 3, 5); counted from 0
+binary_alpha = 1.0             # starting scale of binary q, k, v and MLP input layers
+binary_alpha_out = 0.0         # ... of the layers that add to the residual stream; 0: 1 / sqrt(2 n_layer)
 # optimizer
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 1e-3           # peak
@@ -58,7 +60,7 @@ beta2 = 0.95
 grad_clip = 1.0                # global norm; 0: off
 # evaluation, saving and logging
 eval_interval = 250            # steps
-eval_iters = 50                # micro-batches of the val split, the same ones each time
+eval_iters = 50                # batches of batch_size sequences of the val split, the same ones each time
 log_interval = 10              # steps
 save_interval = 250            # steps between writes of last.pt; best.pt follows the evaluations
 wandb_log = False              # needs wandb installed and logged in
@@ -90,6 +92,8 @@ class GPTConfig:
     c_proj: str = 'bin'
     mlp_proj: str = 'bin'
     binary_blocks: tuple = ()
+    binary_alpha: float = 1.0
+    binary_alpha_out: float = 0.0
 
 
 class CausalSelfAttention(nn.Module):
@@ -97,9 +101,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.dropout = c.n_head, c.dropout
         # One product, three matrices: each has its own threshold or scale, as q, k and v have in the papers.
-        qkv_options = {'alpha': 1.0} if qkv_kind == 'bin' else {}
-        self.c_attn = layers.linear(qkv_kind, c.n_embd, 3 * c.n_embd, c.bias, chunks=3, **qkv_options)
-        self.c_proj = layers.linear(out_kind, c.n_embd, c.n_embd, c.bias, **residual_options(c, out_kind))
+        self.c_attn = layers.linear(qkv_kind, c.n_embd, 3 * c.n_embd, c.bias, chunks=3, **scale_in(c, qkv_kind))
+        self.c_proj = layers.linear(out_kind, c.n_embd, c.n_embd, c.bias, **scale_out(c, out_kind))
         self.resid_dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, cache=None):
@@ -116,10 +119,10 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c, kind):
         super().__init__()
-        self.c_fc = layers.linear(kind, c.n_embd, 4 * c.n_embd, c.bias, **({'alpha': 1.0} if kind == 'bin' else {}))
+        self.c_fc = layers.linear(kind, c.n_embd, 4 * c.n_embd, c.bias, **scale_in(c, kind))
         self.folded = kind != 'fp'                  # low-bit layers apply the GELU themselves and keep only its input
         self.c_proj = layers.linear(kind, 4 * c.n_embd, c.n_embd, c.bias, act='gelu' if self.folded else None,
-                                    **residual_options(c, kind))
+                                    **scale_out(c, kind))
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x):
@@ -127,10 +130,14 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x if self.folded else F.gelu(x)))
 
 
-def residual_options(c, kind):
-    """A binary layer's output has standard deviation alpha whatever its weights are, so what GPT-2's initialisation
-    does for deep residual streams, alpha must do: 2 * n_layer branches of 1 / sqrt(2 n_layer) each."""
-    return {'alpha': (2 * c.n_layer) ** -0.5} if kind == 'bin' else {}
+# A binary layer's output has standard deviation alpha whatever its weights are. What GPT-2's initialisation does for a
+# deep residual stream, alpha must do: 2 n_layer branches of 1 / sqrt(2 n_layer) each.
+def scale_in(c, kind):
+    return {'alpha': c.binary_alpha} if kind == 'bin' else {}
+
+
+def scale_out(c, kind):
+    return {'alpha': c.binary_alpha_out or (2 * c.n_layer) ** -0.5} if kind == 'bin' else {}
 
 
 class Block(nn.Module):
@@ -177,11 +184,11 @@ class GPT(nn.Module):
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, generator=None, stop=None):
+    def generate(self, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, generator=None):
         """Yield (B,) int64 ids one step at a time after the prompt ids (B, T >= 1), with a cache of keys and values.
 
-        ids >= vocab_size are padding of the vocabulary and never drawn. temperature 0: the likeliest. Ends at `stop`
-        (for B = 1). When the context is full the cache is filled anew from the later half of it."""
+        ids >= vocab_size are padding of the vocabulary and never drawn. temperature 0: the likeliest. When the context
+        is full the cache is filled anew from the later half of it."""
         cache, fed = None, 0
         for _ in range(max_new_tokens):
             if cache is None or cache[0]['k'].shape[2] == self.config.block_size:
@@ -192,13 +199,11 @@ class GPT(nn.Module):
             if temperature == 0:
                 new = logits.argmax(-1)
             else:
-                logits = logits / temperature
+                logits = logits / max(temperature, 1e-6)
                 if top_k:
                     logits[logits < logits.topk(min(top_k, vocab_size)).values[:, [-1]]] = -math.inf
                 new = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
             yield new
-            if stop is not None and int(new[0]) == stop:
-                return
             ids = torch.cat([ids, new[:, None]], 1)
 
 
@@ -271,7 +276,8 @@ def main():
     # -------------------------------------------------------------------------------------------------------- model
     model_config = GPTConfig(vocab_size=-(-tokenizer.vocab_size // 64) * 64, block_size=block_size, n_layer=n_layer,
                              n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias, qkv_proj=qkv_proj, c_proj=c_proj,
-                             mlp_proj=mlp_proj, binary_blocks=low_bit_blocks())
+                             mlp_proj=mlp_proj, binary_blocks=low_bit_blocks(), binary_alpha=binary_alpha,
+                             binary_alpha_out=binary_alpha_out)
     for kind in (qkv_proj, c_proj, mlp_proj):
         if kind not in layers.KINDS:
             configurator.fail(f'projection kind {kind!r} is none of {", ".join(layers.KINDS)}', rank0_only=True)
@@ -354,17 +360,16 @@ def main():
 
     @torch.no_grad()
     def evaluate():
-        """Mean loss over the same eval_iters micro-batches of the val split, shared out over ranks; None if stopped."""
-        starts = common.sample_indices(seed, -1, len(val_data) - block_size, eval_iters * micro).reshape(eval_iters, -1)
+        """Mean loss over the same eval_iters batches of the val split, shared out over ranks; None if stopped."""
+        starts = common.sample_indices(seed, -1, len(val_data) - block_size, eval_iters * batch_size).reshape(-1, micro)
         raw_model.eval()
         total = n = 0
-        for i in range(0, eval_iters, world):
+        for i in range(0, len(starts), world):      # len(starts) is a multiple of world
             if common.any_rank(stopped()):
                 return None
-            if i + rank < eval_iters:
-                x, y = batch(val_data, starts[i + rank])
-                with amp:
-                    total, n = total + raw_model(x, y).item() * y.numel(), n + y.numel()
+            x, y = batch(val_data, starts[i + rank])
+            with amp:
+                total, n = total + raw_model(x, y).item() * y.numel(), n + y.numel()
         raw_model.train()
         return common.mean_over_ranks(total, n)
 
@@ -481,6 +486,8 @@ def main():
                 'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss']}
         path = os.path.join(out_dir, 'packed.safetensors')
         size = layers.save_packed(raw_model, path, meta)
+        common.append_log(out_dir, {'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes,
+                                    'best_step': state['step'], 'best_val_loss': state['best_val_loss']})
         say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import tokens
 from data.c4 import prepare as c4
@@ -37,7 +38,8 @@ def command(script, *args, ok=True, cwd=None, **environment):
 def all_bytes(folder, split):
     """The text of a split, decoded from its tokens."""
     data = tokens.load(folder, split)
-    return data.tokenizer.decode_bytes(data.windows([0], len(data))[0].tolist())
+    ids = data.windows([0], len(data))[0]
+    return bytes(ids.to(torch.uint8).numpy()) if data.vocab_size == 256 else data.tokenizer.decode_bytes(ids.tolist())
 
 
 def shards(folder):
@@ -125,7 +127,7 @@ def test_text_in_bytes_is_the_file_cut_at_a_line_end(tmp_path):
 
 
 def test_text_bpe_is_lossless_trained_on_train_only_and_kept(tmp_path):
-    """WikiText's training file with a vocabulary of 1,000: val decodes exactly, a second run keeps, another rebuilds."""
+    """A vocabulary of 1,000 on WikiText: both splits decode exactly, a second run keeps them, another rebuilds."""
     path = SHARED / 'wikitext2' / 'test.txt'
     if not path.is_file():
         pytest.skip('needs WikiText-2')
@@ -144,7 +146,7 @@ def test_text_bpe_is_lossless_trained_on_train_only_and_kept(tmp_path):
 
 
 def test_cut_and_blocks_on_awkward_texts():
-    """Cuts fall between lines, else characters, never leaving a side empty; blocks join to the text, each valid UTF-8."""
+    """Cuts fall between lines, else characters, and leave no side empty; blocks join to the text, each whole UTF-8."""
     import mmap
 
     def mapped(raw):
@@ -263,13 +265,13 @@ def test_c4_stops_at_the_tokens_asked_for(tmp_path, c4_file, gpt2_files):
 
 @pytest.mark.parametrize('shard_tokens', [100, 2000])  # a document fills several shards; a shard holds several
 def test_c4_continues_after_a_crash_at_any_point(tmp_path, c4_file, gpt2_files, monkeypatch, capsys, shard_tokens):
-    """Crashed at the k-th renaming of any file and continued, the shards are those of the unbroken run, byte for byte."""
+    """Crashed at the k-th renaming of any file and continued, the shards are the unbroken run's, byte for byte."""
     small = tmp_path / 'small.jsonl'
     small.write_bytes(b''.join(c4_file.read_bytes().splitlines(keepends=True)[:20]))
     args = ['--file', str(small), '--val_docs=2', f'--shard_tokens={shard_tokens}', '--tokens=9e3', '--out_dir']
-    gpt2, replace, monkeypatch_batch = tokens.gpt2(), os.replace, 5
+    gpt2, replace = tokens.gpt2(), os.replace
     monkeypatch.setattr(tokens, 'gpt2', lambda: gpt2)
-    monkeypatch.setattr(c4, 'BATCH', monkeypatch_batch)
+    monkeypatch.setattr(c4, 'BATCH', 5)
     c4.main([*args, str(tmp_path / 'whole')])
     folder, renames = tmp_path / 'broken', [0]
 

@@ -1,0 +1,18 @@
+# A 1.2M-parameter GPT on the Python standard library's sources, byte tokens: the first 3 of 6 blocks binary.
+# expected val loss: @@bin@@
+# hardware: a laptop, 2 cores
+# time: @@timebin@@
+# python train_gpt.py config/pycode_bin.py          (after python data/pycode/prepare.py)
+out_dir = 'out/pycode_bin'
+dataset = 'pycode'
+n_binary = 3
+
+batch_size = 16                # x 128 = 2,048 tokens a step
+max_iters = 1000
+learning_rate = 2e-3
+min_lr = learning_rate / 10
+warmup_iters = 50
+
+eval_interval = 250
+eval_iters = 40
+save_interval = 250

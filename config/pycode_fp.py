@@ -1,0 +1,18 @@
+# A 1.2M-parameter GPT on the Python standard library's sources, byte tokens: full precision: the baseline.
+# expected val loss: @@fp@@
+# hardware: a laptop, 2 cores
+# time: @@timefp@@
+# python train_gpt.py config/pycode_fp.py          (after python data/pycode/prepare.py)
+out_dir = 'out/pycode_fp'
+dataset = 'pycode'
+n_binary = 0
+
+batch_size = 16                # x 128 = 2,048 tokens a step
+max_iters = 1000
+learning_rate = 2e-3
+min_lr = learning_rate / 10
+warmup_iters = 50
+
+eval_interval = 250
+eval_iters = 40
+save_interval = 250

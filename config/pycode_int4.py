@@ -1,0 +1,19 @@
+# A 1.2M-parameter GPT on the Python standard library's sources, byte tokens: all 6 blocks trained through 4-bit weights.
+# expected val loss: @@int4@@
+# hardware: a laptop, 2 cores
+# time: @@timeint4@@
+# python train_gpt.py config/pycode_int4.py          (after python data/pycode/prepare.py)
+out_dir = 'out/pycode_int4'
+dataset = 'pycode'
+n_binary = 6
+qkv_proj = c_proj = mlp_proj = 'int4'
+
+batch_size = 16                # x 128 = 2,048 tokens a step
+max_iters = 1000
+learning_rate = 2e-3
+min_lr = learning_rate / 10
+warmup_iters = 50
+
+eval_interval = 250
+eval_iters = 40
+save_interval = 250

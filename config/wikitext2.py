@@ -1,0 +1,21 @@
+# What results/quality.py runs: a 1.2M-parameter GPT on WikiText-2, byte tokens, for comparing kinds at equal tokens.
+# expected val loss: in results/quality.md
+# hardware: 2 cores, one run on each
+# time: 5 to 7 minutes a run on one core
+# python train_gpt.py config/wikitext2.py --n_binary=3
+out_dir = 'out/wikitext2'
+dataset = 'text/wikitext2'     # data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --name=wikitext2
+
+n_layer, n_head, n_embd = 6, 4, 128
+block_size = 128
+batch_size = 16                # x 128 = 2,048 tokens a step
+
+max_iters = 1500
+learning_rate = 2e-3
+min_lr = learning_rate / 10
+warmup_iters = 100
+
+eval_interval = 250
+eval_iters = 100
+save_interval = 500
+log_interval = 25

@@ -1,0 +1,136 @@
+"""Starting a trainer as a shell does, without paying for the import of torch each time.
+
+A server process imports torch once; every command is a fork of it that gets its own folder, environment, process group
+and __main__, and then runs the script from its first line. What a process shows to the world (exit status, signals,
+files, both streams, torchrun's environment) is the same. A few tests pay for real command lines to make sure.
+"""
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+SERVER = multiprocessing.get_context('forkserver')
+TINY = """# a GPT of two blocks that trains 20 steps in a second
+dataset = {data!r}
+out_dir, device, compile = 'out', 'cpu', 0
+n_layer, n_head, n_embd, block_size, batch_size, micro_batch_size = 2, 2, 32, 32, 8, 2
+max_iters, warmup_iters, eval_interval, eval_iters, log_interval, save_interval = 20, 2, 10, 2, 1, 5
+learning_rate, min_lr = 3e-3, 3e-4
+"""
+
+
+@dataclass
+class Result:
+    code: int       # exit status, -9 for SIGKILL
+    out: str
+    err: str
+
+
+class Job:
+    """A running command; its process group is its own, so that a signal can go to all of it."""
+
+    def __init__(self, process, folder):
+        self.process, self.folder, self.pid = process, folder, process.pid
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def output(self):
+        return (self.folder / 'stdout').read_text()
+
+    def wait(self, timeout=100):
+        is_popen = isinstance(self.process, subprocess.Popen)
+        try:
+            self.process.wait(timeout) if is_popen else self.process.join(timeout)
+        except subprocess.TimeoutExpired:
+            pass
+        code = self.process.returncode if is_popen else self.process.exitcode
+        if code is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f'no end after {timeout} s: {self.output()} {(self.folder / "stderr").read_text()}')
+        return Result(code, self.output(), (self.folder / 'stderr').read_text())
+
+
+def run_in_fork(words, cwd, folder, environment, patch):
+    """The forked process: `python words`, after running the source text `patch` in it."""
+    os.setsid()
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = [words[0], *words[1:]]
+    sys.path[:0] = [str(ROOT)]
+    if patch:
+        exec(patch, {'__name__': 'patch'})
+    if words[0] == '-m':
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name='__main__', alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name='__main__')
+
+
+@pytest.fixture(scope='session')
+def start(tmp_path_factory):
+    """start(*words, cwd, patch='', real=False, **environment) -> Job running `python words` in the folder cwd."""
+    SERVER.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed', 'pytest'])
+    jobs = []
+
+    def begin(*words, cwd, patch='', real=False, **environment):
+        folder, words = tmp_path_factory.mktemp('job'), [str(w) for w in words]
+        environment = THREADS | environment
+        if real:
+            with open(folder / 'stdout', 'w') as out, open(folder / 'stderr', 'w') as err:
+                process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=out, stderr=err,
+                                           env={**os.environ, **environment}, start_new_session=True)
+        else:
+            process = SERVER.Process(target=run_in_fork, args=(words, cwd, folder, environment, patch), daemon=True)
+            process.start()
+        jobs.append(Job(process, folder))
+        return jobs[-1]
+
+    before = {k: os.environ.get(k) for k in THREADS}
+    os.environ.update(THREADS)                      # for the server
+    yield begin
+    for job in jobs:
+        if isinstance(job.process, subprocess.Popen) and job.process.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def ranks(world):
+    """The environments that torchrun gives to its processes, one dict per rank."""
+    port = str(free_port())
+    return [{'RANK': str(r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1',
+             'MASTER_PORT': port} for r in range(world)]
+
+
+@pytest.fixture(scope='session')
+def tiny_data(tmp_path_factory):
+    """A folder with 40,000 training and 4,000 validation bytes of a text a tiny model can learn something about."""
+    folder = tmp_path_factory.mktemp('tinytext')
+    random = np.random.default_rng(0)
+    words = 'one two three four five six seven eight nine ten and or not so'.split()
+    text = ' '.join(random.choice(words, 12000)).encode()
+    ids = np.frombuffer(text, dtype=np.uint8)
+    tokens.write(folder, 'train', [ids[:40000]], tokens.byte())
+    tokens.write(folder, 'val', [ids[40000:44000]], tokens.byte())
+    return folder

@@ -1,0 +1,464 @@
+"""common.py: order of samples, schedules, means over ranks, files that are whole or absent, log, signals, meters."""
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from conftest import ranks
+
+
+def state(**more):
+    return {'trainer': 'train_gpt', 'step': 3, 'model': {'w': torch.arange(6.0).view(2, 3), 'b': torch.ones(3)}} | more
+
+
+def refusal(path, trainer=None, reader=common.read_checkpoint):
+    """The one line of a refused checkpoint; it names the file."""
+    with pytest.raises(ValueError) as error:
+        reader(str(path), trainer)
+    line = str(error.value)
+    assert str(path) in line and '\n' not in line and len(line) < 300 + len(str(path)), line
+    return line
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / 'last.pt'
+    common.save_checkpoint(str(path), state())
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ samples and schedule
+
+
+def test_sample_indices_are_a_pure_function():
+    """Same arguments, same indices, whatever was drawn before; in [0, n); another seed or step, other indices."""
+    first = common.sample_indices(1, 7, 1000, 64)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    common.sample_indices(5, 5, 10, 1000)
+    assert first.dtype == np.int64 and first.shape == (64,) and 0 <= first.min() <= first.max() < 1000
+    assert np.array_equal(first, common.sample_indices(1, 7, 1000, 64))
+    assert np.array_equal(first[:10], common.sample_indices(1, 7, 1000, 10))
+    others = [common.sample_indices(seed, step, 1000, 64) for seed, step in ((2, 7), (1, 8), (7, 1), (1, -1), (-1, 7))]
+    everything = [first, *others]
+    for i, a in enumerate(everything):
+        for b in everything[:i]:
+            assert (a == b).mean() < 0.1                       # chance is 0.001
+    assert not common.sample_indices(1, 7, 1, 5).any()
+
+
+def test_sample_indices_do_not_change_between_versions():
+    """The order of samples is part of every published number: these are the first ones of seed 1337."""
+    assert common.sample_indices(1337, 0, 10 ** 6, 4).tolist() == [718190, 919616, 964157, 984401]
+    assert common.sample_indices(1337, -1, 10 ** 6, 4).tolist() == [394873, 853529, 555477, 281319]
+
+
+def test_sample_indices_are_uniform():
+    """Over many steps all indices come equally often: chi-squared within 4 sd, and no correlation between steps."""
+    n, steps, count = 50, 400, 32
+    drawn = np.stack([common.sample_indices(3, step, n, count) for step in range(steps)])
+    expected = drawn.size / n
+    chi2 = ((np.bincount(drawn.ravel(), minlength=n) - expected) ** 2 / expected).sum()
+    assert abs(chi2 - (n - 1)) < 4 * math.sqrt(2 * (n - 1))
+    centred = drawn - (n - 1) / 2
+    assert abs((centred[1:] * centred[:-1]).mean() / (n * n - 1) * 12) < 4 / math.sqrt(drawn.size)
+
+
+def test_seed_step_is_a_function_of_seed_step_and_rank():
+    def draw(*key):
+        common.seed_step(*key)
+        return torch.rand(4).tolist()
+    first = draw(1, 2, 0)
+    others = [draw(1, 2, 1), draw(1, 3, 0), draw(2, 2, 0), draw(2, 1, 0)]
+    assert first == draw(1, 2, 0) and first not in others and len({tuple(o) for o in others}) == 4
+
+
+@pytest.mark.parametrize('schedule, by_hand', [
+    # peak 1, floor 0.1, 4 warm-up steps, 13 in all; (12 - 4) / 2 = 4 steps after the warm-up is half way
+    ('cosine', {0: 0.2, 3: 0.8, 4: 1.0, 6: 0.1 + 0.45 * (1 + math.sqrt(0.5)), 8: 0.55, 12: 0.1}),
+    ('linear', {0: 0.2, 3: 0.8, 4: 1.0, 6: 0.775, 8: 0.55, 12: 0.1}),
+    ('constant', {0: 0.2, 3: 0.8, 4: 1.0, 6: 1.0, 8: 1.0, 12: 1.0}),
+    # the second stage starts at 13 // 2 = 6 on the line from 0.6 to 0.1: 0.1 + 0.5 * (1 - 2 / 8)
+    ('two_stage', {0: 0.2, 3: 0.8, 4: 1.0, 5: 0.1 + 0.9 * 7 / 8, 6: 0.475, 8: 0.35, 12: 0.1}),
+])
+def test_lr_at_by_hand(schedule, by_hand):
+    for step, expected in by_hand.items():
+        found = common.lr_at(step, schedule, 1.0, 0.1, 4, 13, second_lr=0.6)
+        assert found == pytest.approx(expected, rel=1e-12), (schedule, step)
+
+
+def test_lr_at_two_stage_drops_by_the_ratio_of_its_rates():
+    """With min_lr 0 the drop in the middle is exactly second_lr / learning_rate on top of the line's own slope."""
+    at = [common.lr_at(step, 'two_stage', 3.0, 0.0, 0, 101, second_lr=2.0) for step in range(101)]
+    line = [common.lr_at(step, 'linear', 3.0, 0.0, 0, 101) for step in range(101)]
+    assert at[:50] == line[:50]
+    assert at[50:] == pytest.approx([x * 2 / 3 for x in line[50:]], rel=1e-12)
+
+
+def test_lr_at_edges():
+    """No warm-up starts at the peak; a run that is all warm-up and one of a single step divide by no zero."""
+    assert common.lr_at(0, 'cosine', 1.0, 0.1, 0, 10) == 1.0
+    assert common.lr_at(9, 'linear', 1.0, 0.1, 10, 10) == pytest.approx(10 / 11)
+    assert common.lr_at(0, 'cosine', 1.0, 0.1, 0, 1) == 1.0
+    assert common.lr_at(20, 'cosine', 1.0, 0.1, 2, 10) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match='cosine, linear, two_stage, constant'):
+        common.lr_at(5, 'cosin', 1.0, 0.1, 0, 10)
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+RANKS = """
+import os, sys, torch, common, configurator
+rank, local, world, device = common.setup_processes('cpu')
+print('mean', common.mean_over_ranks([6.0, 1.0, 0.0][rank], [3, 1, 0][rank]))
+print('any', common.any_rank(rank == 1), common.any_rank(False), common.any_rank(True))
+print('same', common.ranks_agree(1, 'a', 0.5), common.ranks_agree(rank), common.ranks_agree('x' if rank else 'y'))
+w = torch.ones(5)
+print('sums', common.ranks_agree(common.checksum([w])), end=' ')
+w[4] += 1e-7 * (rank == 2)
+print(common.ranks_agree(common.checksum([w])))
+common.close_processes()
+"""
+
+
+def test_ranks_agree_on_means_flags_and_checksums(start, tmp_path):
+    """Three processes: the mean is weighted by count (7 / 4, not the mean of means), a flag on one is seen by all,
+    and one bit in one weight of one rank is found."""
+    (tmp_path / 'ranks.py').write_text(RANKS)
+    done = [job.wait() for job in [start('ranks.py', cwd=tmp_path, **r) for r in ranks(3)]]
+    for result in done:
+        assert result.code == 0, result.err
+        assert result.out.split('\n')[:4] == ['mean 1.75', 'any True False True', 'same True False False',
+                                              'sums True False']
+
+
+def test_single_process_functions():
+    assert common.mean_over_ranks(7, 4) == 1.75
+    assert common.any_rank(3) is True and common.any_rank('') is False
+    assert common.ranks_agree(math.inf, 'x')
+    a, b = torch.arange(4.0), torch.arange(4.0)
+    assert common.checksum([a, b]) == common.checksum([torch.cat([a, b])]) != common.checksum([b + 1, a])
+    assert common.checksum([torch.zeros(3).bfloat16(), torch.tensor(1)]) == common.checksum(
+        [torch.zeros(3).bfloat16(), torch.tensor(1)])
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_atomic_write_leaves_no_temporary_file(tmp_path):
+    """Whatever goes wrong while writing, the old file stays as it was and nothing else is left in the folder."""
+    path = tmp_path / 'x'
+    common.atomic_write(path, lambda tmp: open(tmp, 'w').write('old'))
+
+    def breaks(error):
+        def write(tmp):
+            open(tmp, 'w').write('half')
+            raise error
+        return write
+    for error in (OSError(28, 'No space left on device'), RuntimeError('enforce fail: file write failed\nmore')):
+        with pytest.raises(OSError, match=f'could not write {path}: .*(No space left on device|write failed)$'):
+            common.atomic_write(path, breaks(error))
+    with pytest.raises(ZeroDivisionError):
+        common.atomic_write(path, breaks(ZeroDivisionError()))
+    assert path.read_text() == 'old' and os.listdir(tmp_path) == ['x']
+    with pytest.raises(OSError, match='could not write'):
+        common.atomic_write(tmp_path / 'no_folder' / 'x', lambda tmp: open(tmp, 'w').write('new'))
+
+
+def test_checkpoint_round_trip(saved):
+    """Tensors bit for bit, plain types as they were; the file says with which versions it was written."""
+    common.save_checkpoint(str(saved), state(more=(1, 2.5, 'x', None, {'a': [True]}), best=math.inf))
+    found = common.read_checkpoint(str(saved), 'train_gpt')
+    assert torch.equal(found['model']['w'], state()['model']['w']) and found['best'] == math.inf
+    assert found['more'] == (1, 2.5, 'x', None, {'a': [True]}) and found['version'] == common.CHECKPOINT_VERSION
+    assert found['versions']['torch'] == torch.__version__
+    assert sorted(os.listdir(saved.parent)) == ['last.pt']
+
+
+def test_keep_previous(saved):
+    """The file that was there becomes *.prev.pt; without keep_previous it does not."""
+    common.save_checkpoint(str(saved), state(step=4), keep_previous=True)
+    previous = saved.with_name('last.prev.pt')
+    assert common.previous_path(str(saved)) == str(previous)
+    assert [common.read_checkpoint(str(p))['step'] for p in (saved, previous)] == [4, 3]
+    common.save_checkpoint(str(saved), state(step=5))
+    assert [common.read_checkpoint(str(p))['step'] for p in (saved, previous)] == [5, 3]
+
+
+def test_every_instant_of_a_save_leaves_a_whole_checkpoint(saved, start, tmp_path):
+    """A process killed before each system call of a save that touches the folder: last.pt or last.prev.pt loads."""
+    steps, killed_at = set(), []
+    for at in range(12):
+        patch = DIE_AT.format(at=at)
+        work = tmp_path / f'k{at}'
+        work.mkdir()
+        common.save_checkpoint(str(work / 'last.pt'), state(step=1))
+        common.save_checkpoint(str(work / 'last.pt'), state(step=2), keep_previous=True)
+        (work / 's.py').write_text('import common, torch\ncommon.save_checkpoint("last.pt", '
+                                   '{"trainer": "train_gpt", "step": 3, "w": torch.ones(2000)}, True)\n')
+        done = start('s.py', cwd=work, patch=patch).wait()
+        assert done.code in (0, -signal.SIGKILL), done.err
+        found = common.read_checkpoint(str(work / 'last.pt'))   # last.pt itself never goes missing
+        steps.add(found['step'])
+        assert common.read_checkpoint(str(work / 'last.prev.pt'))['step'] in (1, 2)
+        if done.code == 0:
+            assert found['step'] == 3 and sorted(os.listdir(work)) == ['last.prev.pt', 'last.pt', 's.py']
+            break
+        killed_at.append(done.out.split()[-1])
+    assert steps == {2, 3} and {'open', 'fsync', 'link', 'replace'} <= set(killed_at), killed_at
+
+
+DIE_AT = """
+import builtins, os, signal, torch
+left = [{at}]
+def counted(name, call):
+    def wrapped(*args, **kwargs):
+        if 'last' in str(args[0]) or name == 'fsync':
+            left[0] -= 1
+            if left[0] < 0:
+                os.write(1, name.encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+    return wrapped
+for name in ('fsync', 'link', 'replace', 'remove'):
+    setattr(os, name, counted(name, getattr(os, name)))
+builtins.open = counted('open', builtins.open)
+torch.save = counted('save', torch.save)
+"""
+
+
+def test_truncated_and_empty_files_are_refused(saved):
+    whole = saved.read_bytes()
+    for size in (0, 1, 4, 100, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        saved.write_bytes(whole[:size])
+        assert 'damaged' in refusal(saved)
+
+
+def test_any_flipped_byte_is_refused_or_harmless(saved):
+    """Each of the bytes of a checkpoint flipped in turn: either one line naming the file, or exactly what was saved
+    (padding, and fields of the zip that nobody reads)."""
+    whole, refused = saved.read_bytes(), 0
+    reference = common.read_checkpoint(str(saved))
+    for at in range(0, len(whole), 3):
+        saved.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1:])
+        try:
+            found = common.read_checkpoint(str(saved))
+        except ValueError as e:
+            assert str(saved) in str(e) and '\n' not in str(e), (at, e)
+            refused += 1
+        else:
+            assert repr(found) == repr(reference), at
+    assert refused > len(whole) / 3 * 0.2
+    where = whole.index(np.arange(6.0, dtype=np.float32).tobytes()) + 8     # in the middle of a tensor
+    saved.write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1:])
+    assert 'checksum' in refusal(saved)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / 'last.pt'
+    assert 'does not exist' in refusal(path)
+    assert 'damaged or no checkpoint' in refusal(tmp_path)       # a folder
+    with zipfile.ZipFile(path, 'w') as z:
+        z.writestr('holiday.jpg', b'x' * 100)
+    assert 'damaged or no checkpoint' in refusal(path)
+    for foreign in ({'state_dict': {}}, [1, 2], torch.ones(2)):
+        torch.save(foreign, path)
+        assert 'no nanobit checkpoint' in refusal(path)
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), 'w')
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    """A pickle that would create a file when loaded is refused and creates none: as a torch zip, in the old format
+    and bare; the same bytes do create it when loaded carelessly."""
+    path, marker = tmp_path / 'last.pt', tmp_path / 'marker'
+    for write in (lambda: torch.save(state(evil=Evil(marker)), path),
+                  lambda: torch.save(state(evil=Evil(marker)), path, _use_new_zipfile_serialization=False),
+                  lambda: path.write_bytes(pickle.dumps(Evil(marker)))):
+        write()
+        assert 'refused' in refusal(path) or 'no checkpoint' in refusal(path)
+        assert not marker.exists()
+    pickle.loads(path.read_bytes()).close()
+    assert marker.exists()
+
+
+def test_wrong_version_and_wrong_trainer(saved, monkeypatch):
+    assert 'written by train_gpt.py, not train_cnn.py' in refusal(saved, 'train_cnn')
+    monkeypatch.setattr(common, 'CHECKPOINT_VERSION', 99)
+    common.save_checkpoint(str(saved), state())
+    monkeypatch.undo()
+    assert 'version 99, this code reads 1' in refusal(saved)
+
+
+def test_read_last_checkpoint_falls_back(saved, capsys):
+    """A damaged or missing last.pt: the one before it, with a warning naming both; both damaged: the error."""
+    common.save_checkpoint(str(saved), state(step=4), keep_previous=True)
+    previous = saved.with_name('last.prev.pt')
+    assert common.read_last_checkpoint(str(saved))['step'] == 4 and capsys.readouterr().err == ''
+    saved.write_bytes(saved.read_bytes()[:-50])
+    assert common.read_last_checkpoint(str(saved), 'train_gpt')['step'] == 3
+    warning = capsys.readouterr().err
+    assert warning.startswith('warning: ') and warning.count('\n') == 1
+    assert f'{saved} is damaged' in warning and f'{previous} (step 3)' in warning
+    saved.unlink()
+    assert common.read_last_checkpoint(str(saved))['step'] == 3
+    previous.write_bytes(b'')
+    refusal(previous, reader=lambda path, trainer: common.read_last_checkpoint(str(saved), trainer))
+    previous.unlink()
+    assert 'does not exist' in refusal(saved, reader=common.read_last_checkpoint)
+
+
+def test_load_model_state_names_what_does_not_fit():
+    """Missing, unknown and misshapen keys: one line, model untouched; allow_missing keeps the initial values."""
+    def line(state, **options):
+        model = torch.nn.Linear(3, 2)
+        before = common.checksum(model.parameters())
+        with pytest.raises(ValueError) as error:
+            common.load_model_state(model, state, 'f.pt', **options)
+        assert common.checksum(model.parameters()) == before
+        return str(error.value)
+    w, b = torch.ones(2, 3), torch.ones(2)
+    assert line({'weight': w}) == 'f.pt does not fit this model: it lacks bias'
+    assert line({}) == 'f.pt does not fit this model: it lacks weight and 1 more'
+    assert 'has unknown x' in line({'weight': w, 'bias': b, 'x': b})
+    assert 'weight is (3, 2), needs (2, 3)' in line({'weight': w.T, 'bias': b})
+    assert 'lacks weight' in line({'bias': b}, allow_missing=('bias',))
+    model = torch.nn.Linear(3, 2)
+    bias = model.bias.detach().clone()
+    common.load_model_state(model, {'weight': w}, 'f.pt', allow_missing=('bias',))
+    assert torch.equal(model.weight, w) and torch.equal(model.bias, bias)
+
+
+# ------------------------------------------------------------------------------------------------------------------ log
+
+
+def test_log_is_cut_back_to_the_resumed_step(tmp_path):
+    """Training records up to the step stay, its evaluation and everything later go; non-finite numbers become null."""
+    for step in (0, 1, 2, 3):
+        common.append_log(tmp_path, {'step': step, 'loss': 1.5 * step if step else math.nan})
+        common.append_log(tmp_path, {'step': step, 'val_loss': 2.0})
+    common.cut_log(tmp_path, 2)
+    assert common.read_log(tmp_path) == [
+        {'step': 0, 'loss': None}, {'step': 0, 'val_loss': 2.0}, {'step': 1, 'loss': 1.5}, {'step': 1, 'val_loss': 2.0},
+        {'step': 2, 'loss': 3.0}]
+    assert os.listdir(tmp_path) == ['log.jsonl']
+    common.cut_log(tmp_path, 0)
+    assert common.read_log(tmp_path) == [{'step': 0, 'loss': None}]
+
+
+def test_half_written_log_line(tmp_path):
+    """A crash in the middle of a line costs that line only, and what is logged after it is not lost with it."""
+    assert common.read_log(tmp_path) == []
+    common.append_log(tmp_path, {'step': 1, 'loss': 2.0})
+    with open(tmp_path / 'log.jsonl', 'a') as f:
+        f.write('{"step": 2, "lo')
+    assert common.read_log(tmp_path) == [{'step': 1, 'loss': 2.0}]
+    common.cut_log(tmp_path, 5)
+    common.append_log(tmp_path, {'step': 2, 'loss': 1.0})
+    assert [json.loads(line)['step'] for line in (tmp_path / 'log.jsonl').read_text().splitlines()] == [1, 2]
+
+
+# ----------------------------------------------------------------------------------------------------- signals, meters
+
+
+STOP = """
+import sys, time, signal
+sys.modules['torch'] = type(sys)('torch'); sys.modules['torch'].__version__ = ''
+sys.modules['torch.distributed'] = sys.modules['torch'].distributed = type(sys)('torch.distributed')
+import common
+stopped = common.stop_flag()
+print(stopped(), flush=True)
+while not stopped():
+    time.sleep(0.01)
+print('seen', flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)])
+def test_stop_flag(tmp_path, number, code):
+    """The first signal sets the flag and nothing else; another one, once the process group had time to pass the
+    first one around, ends the process as it would have without us."""
+    process = subprocess.Popen([sys.executable, '-c', STOP], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               cwd=os.path.dirname(common.__file__))
+    assert process.stdout.readline() == 'False\n'
+    process.send_signal(number)
+    assert process.stdout.readline() == 'seen\n' and process.poll() is None
+    time.sleep(SECOND_SIGNAL_AFTER)
+    process.send_signal(number)
+    assert process.wait(10) == code
+
+
+SECOND_SIGNAL_AFTER = 0.1
+
+
+def test_meters_measure_or_say_nothing():
+    """Peak memory is in bytes, at least what is held now and grows with it; energy is None where no counter exists,
+    never 0, and grows where one does."""
+    cpu = torch.device('cpu')
+    before = common.peak_memory_bytes(cpu)
+    assert 30e6 < before < 64e9
+    held = torch.ones(100_000_000 + (before - resident_bytes()) // 4)
+    assert common.peak_memory_bytes(cpu) >= before + 300e6
+    del held
+    assert common.peak_memory_bytes(cpu) >= before + 300e6
+    joules = common.energy_meter(cpu)
+    if not any(name.startswith('intel-rapl:') for name in os.listdir('/sys/class/powercap')
+               ) if os.path.isdir('/sys/class/powercap') else True:
+        assert joules() is None
+    elif joules() is not None:
+        first = joules()
+        time.sleep(0.05)
+        assert 0 <= first < joules()
+
+
+def resident_bytes():
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def test_energy_meter_reads_and_unwraps_rapl(tmp_path, monkeypatch):
+    """Two packages and a sub-zone, made of files: joules are the packages' sum, across a wrap of the counter."""
+    for name, start in (('intel-rapl:0', 900), ('intel-rapl:1', 5), ('intel-rapl:0:0', 7)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'energy_uj').write_text(str(start))
+        (tmp_path / name / 'max_energy_range_uj').write_text('999')
+    monkeypatch.setattr(common.glob, 'glob', lambda pattern: sorted(map(str, tmp_path.iterdir())))
+    joules = common.energy_meter(torch.device('cpu'))
+    assert joules() == 0
+    (tmp_path / 'intel-rapl:0' / 'energy_uj').write_text('100')     # 900 -> 999, 0 -> 100: 200 on
+    (tmp_path / 'intel-rapl:1' / 'energy_uj').write_text('55')
+    (tmp_path / 'intel-rapl:0:0' / 'energy_uj').write_text('500')
+    assert joules() == pytest.approx(250e-6)
+
+
+def test_setup_processes_without_torchrun(monkeypatch):
+    for key in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(key, raising=False)
+    assert common.setup_processes('cpu') == (0, 0, 1, torch.device('cpu'))
+    common.close_processes()
+
+
+def test_cuda_asked_for_but_absent(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        common.setup_processes('cuda')
+    assert stop.value.code == 2 and capsys.readouterr().err == (
+        'error: --device=cuda but torch sees no CUDA device; type --device=cpu\n')

@@ -1,0 +1,800 @@
+"""Low-bit layers: values and every gradient against literal formulas, packing that changes no logit, bytes counted."""
+import copy
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import layers
+from layers import (BinaryConv2d, BinaryEmbedding, BinaryLinear, Int4Linear, TernaryLinear, binarize, convert,
+                    dequantize_int4, linear, load_packed, model_bytes, pack, pack_bits, quantize_int4, quantize_rows,
+                    read_packed, save_packed, ternarize, unpack_bits)
+
+
+@pytest.fixture(autouse=True)
+def fixed():
+    """One thread and one seed: the tests share a machine and must give the same figures in any order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------ references: formulas and plain autograd
+
+
+def straight_through(p, q):
+    return p + (q - p).detach()
+
+
+def bits(p):
+    """{0,1}, literally."""
+    return straight_through(p, (p > p.mean()).to(p.dtype))
+
+
+def normalize(z, alpha, dims, eps=1e-5):
+    return alpha * (z - z.mean(dims, keepdim=True)) / (z.std(dims, keepdim=True, unbiased=False) + eps)
+
+
+def matrices(layer):
+    """(weight, bias or None) of each chunk."""
+    n = getattr(layer, 'chunks', 1)
+    return zip(layer.weight.chunk(n), [None] * n if layer.bias is None else layer.bias.chunk(n), strict=True)
+
+
+def activated(layer, x):
+    return F.gelu(x) if layer.act == 'gelu' else x
+
+
+def reference_binary(layer, x):
+    z = [F.linear(activated(layer, x), bits(w), None if b is None else bits(b)) for w, b in matrices(layer)]
+    return torch.cat([normalize(z, alpha, -1, layer.eps) for z, alpha in zip(z, layer.alpha, strict=True)], -1)
+
+
+def reference_conv(layer, x):
+    z = F.conv2d(x, bits(layer.weight), None if layer.bias is None else bits(layer.bias), **layer.conv)
+    dims = {'channel': (1,), 'spatial': (2, 3), 'sample': (1, 2, 3)}[layer.norm]
+    return normalize(z, layer.alpha.view(-1, 1, 1), dims, layer.eps)
+
+
+def reference_embedding(layer, ids):
+    return normalize(bits(layer.weight)[ids] + (0 if layer.bias is None else bits(layer.bias)), layer.alpha, -1)
+
+
+def reference_ternary(layer, x):
+    a = activated(layer, x)
+    if layer.norm:
+        a = a / (a.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.gain
+    s = 127 / a.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    a = straight_through(a, (a * s).round().clamp(-128, 127) / s)
+    scales = [(w.abs().mean() if layer.scale == 'mean' else w.abs().median()).clamp(min=1e-5) for w in
+              layer.weight.chunk(layer.chunks)]
+    return torch.cat([F.linear(a, straight_through(w, (w / s).round().clamp(-1, 1) * s), b)
+                      for s, (w, b) in zip(scales, matrices(layer), strict=True)], -1)
+
+
+def reference_int4(layer, x):
+    w = F.pad(layer.weight.flatten(), (0, -layer.weight.numel() % layer.group)).view(-1, layer.group)
+    n = w.abs().amax(1, keepdim=True).half().to(w.dtype)
+    w = straight_through(w, ((w + n) / (2 * n) * 15).round().clamp(0, 15) / 15 * 2 * n - n)
+    return F.linear(activated(layer, x), w.flatten()[:layer.weight.numel()].view(layer.shape), layer.bias)
+
+
+def filled(layer, dtype=torch.float64, seed=1):
+    """The layer with random parameters: biases and gains that matter, alphas of both signs, none of them near 0."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            r = torch.randn(p.shape, generator=g)
+            p.copy_(torch.where(r > 0, r + 0.5, r - 0.5) if name in ('alpha', 'gain') else r)
+    return layer.to(dtype)
+
+
+def gradients(layer, function, x, v):
+    """{name: tensor} of the value and the gradients of sum(value * v) for x and every parameter."""
+    names, wanted = map(list, zip(*layer.named_parameters(), strict=True))
+    if x.is_floating_point():
+        x = x.detach().requires_grad_()
+        names, wanted = ['input', *names], [x, *wanted]
+    y = function(x)
+    return {'value': y.detach(), **dict(zip(names, torch.autograd.grad(y, wanted, v), strict=True))}
+
+
+def check(layer, reference, x, tol):
+    """Value and every gradient within tol of the reference's, relative to the largest entry of a tensor or to 1."""
+    v = torch.randn_like(reference(layer, x))
+    got, want = (gradients(layer, f, x, v) for f in (layer, lambda x: reference(layer, x)))
+    for name in want:
+        assert got[name].dtype == want[name].dtype and got[name].shape == want[name].shape, name
+        assert_close(got[name], want[name], rtol=0, atol=tol * max(want[name].abs().max().item(), 1),
+                     msg=lambda m, name=name: f'{name}: {m}')
+
+
+def off(got, want, floor=1e-30):
+    """Distance of two tensors, relative to the norm of the second or to `floor`."""
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=floor)).item()
+
+
+# ------------------------------------------------------------------------------------------- values and every gradient
+
+BINARY = [((5, 13), 6, {}), ((2, 3, 7), 9, dict(chunks=3, act='gelu')), ((4, 1), 2, dict(bias=False)), ((17,), 5, {}),
+          ((3, 8), 6, dict(alpha_per='channel')), ((2, 2, 2, 33), 31, dict(act='gelu')),
+          ((3, 8), 6, dict(alpha_per='channel', chunks=3, bias=False, eps=1e-3))]
+CONV = [dict(norm=norm, **options) for norm in ('channel', 'spatial', 'sample') for options in (
+    {}, dict(stride=2, padding=1, bias=False), dict(kernel_size=(1, 3), padding=(0, 2), dilation=2), dict(groups=2))]
+TERNARY = [((5, 13), 6, dict(bias=True)), ((2, 3, 7), 9, dict(chunks=3, scale='median', act='gelu')),
+           ((4, 1), 2, {}), ((4, 2), 1, {}), ((17,), 5, dict(norm=False)), ((2, 2, 33), 31, dict(act='gelu', eps=1e-3)),
+           ((3, 8), 6, dict(norm=False, act='gelu', chunks=3, bias=True)),
+           ((3, 8), 6, dict(scale='median', norm=False, bias=True))]
+INT4 = [((5, 13), 6, {}), ((2, 3, 7), 9, dict(act='gelu')), ((4, 1), 2, dict(bias=False)), ((17,), 5, dict(group=2)),
+        ((3, 16), 4, dict(group=64, act='gelu', bias=False))]
+
+
+@pytest.mark.parametrize('shape, out, options', BINARY)
+def test_binary_linear_is_its_formula(shape, out, options):
+    """BinaryLinear with {0,1} weights, per-chunk means and alphas: value and gradients of x, weight, bias, alpha."""
+    check(filled(BinaryLinear(shape[-1], out, **options)), reference_binary, torch.randn(shape).double(), 1e-12)
+
+
+@pytest.mark.parametrize('options', CONV, ids=str)
+def test_binary_conv_is_its_formula(options):
+    """BinaryConv2d with {0,1} weights under each norm, stride, padding, dilation and groups, on non-negative images."""
+    options = dict(kernel_size=3) | options
+    check(filled(BinaryConv2d(4, 6, **options)), reference_conv, torch.rand(2, 4, 9, 8).double(), 1e-11)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('ids', [[[0, 3, 3, 10]], [[1, 2], [2, 9]], 4], ids=str)
+def test_binary_embedding_is_its_formula(bias, ids):
+    """BinaryEmbedding: bits of the row plus bits of the bias, mean over the whole table, repeated ids add up."""
+    check(filled(BinaryEmbedding(11, 13, bias)), reference_embedding, torch.tensor(ids), 1e-12)
+
+
+@pytest.mark.parametrize('shape, out, options', TERNARY)
+def test_ternary_linear_is_its_formula(shape, out, options):
+    """TernaryLinear, RMSNorm inside or not, scale mean or median: value and gradients of x, weight, bias and gain."""
+    check(filled(TernaryLinear(shape[-1], out, **options)), reference_ternary, torch.randn(shape).double(), 1e-12)
+
+
+@pytest.mark.parametrize('shape, out, options', INT4)
+def test_int4_linear_is_its_formula(shape, out, options):
+    """Int4Linear: value and gradients of x, weight, bias; to 1e-6, its levels are fp32 whatever the weight is."""
+    check(filled(Int4Linear(shape[-1], out, **options)), reference_int4, torch.randn(shape).double(), 1e-6)
+
+
+FORMS = {'binary': (lambda: BinaryLinear(33, 12), reference_binary, (7, 33)),
+         'conv channel': (lambda: BinaryConv2d(4, 8, 3), reference_conv, (2, 4, 9, 8)),
+         'conv spatial': (lambda: BinaryConv2d(4, 8, 3, norm='spatial'), reference_conv, (2, 4, 9, 8)),
+         'conv sample': (lambda: BinaryConv2d(4, 8, 3, norm='sample'), reference_conv, (2, 4, 9, 8)),
+         'embedding': (lambda: BinaryEmbedding(11, 12), reference_embedding, None),
+         'ternary': (lambda: TernaryLinear(33, 12, True), reference_ternary, (7, 33)),
+         'int4': (lambda: Int4Linear(33, 12), reference_int4, (7, 33))}
+every_form = pytest.mark.parametrize('form', FORMS)
+
+
+def made(form, dtype=torch.float32):
+    """(layer, reference, input) of FORMS."""
+    make, reference, shape = FORMS[form]
+    x = torch.tensor([[0, 3, 10], [3, 5, 1]]) if shape is None else torch.randn(shape).to(dtype)
+    return filled(make(), dtype), reference, x
+
+
+@every_form
+@pytest.mark.parametrize('dtype, tol', [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_lower_precision_is_near_float64(form, dtype, tol):
+    """In fp32 and bf16 value and gradients are within rounding of the formula in float64 on the same numbers."""
+    layer, reference, x = made(form, dtype)
+    exact, x64 = copy.deepcopy(layer).double(), x.double() if x.is_floating_point() else x
+    v = torch.randn_like(layer(x))
+    got = gradients(layer, layer, x, v)
+    want = gradients(exact, lambda x: reference(exact, x), x64, v.double())
+    for name in want:
+        assert got[name].dtype == dtype and off(got[name], want[name], 1) < tol, (name, off(got[name], want[name], 1))
+
+
+@pytest.mark.parametrize('frozen', ['weight', 'bias', 'alpha', 'gain', 'input'])
+@pytest.mark.parametrize('cls', [BinaryLinear, TernaryLinear, Int4Linear])
+def test_freezing_one_tensor_leaves_the_other_gradients(cls, frozen):
+    """Without a gradient for one of x, weight, bias, alpha, gain, the rest get the same gradients as before."""
+    x, layer = torch.randn(3, 7).requires_grad_(), filled(cls(7, 6, True), torch.float32)
+    leaves = dict(layer.named_parameters(), input=x)
+    full = dict(zip(leaves, torch.autograd.grad(layer(x).square().sum(), leaves.values()), strict=True))
+    if frozen in leaves:
+        leaves.pop(frozen).requires_grad_(False)
+    for name, g in zip(leaves, torch.autograd.grad(layer(x).square().sum(), leaves.values()), strict=True):
+        assert torch.equal(g, full[name]), name
+
+
+# -------------------------------------------------------------------------------------------------------- equivalences
+
+
+def plus_minus(p):
+    return torch.where(p > p.mean(), 1.0, -1.0).to(p)
+
+
+def test_binary_linear_equals_plus_minus_one_with_twice_the_eps():
+    """{0,1} weights and biases give the function of {-1,+1} ones when eps doubles: z01 = z+-/2 + (sum(x) + 1)/2."""
+    layer, x = filled(BinaryLinear(13, 6, eps=1e-2)), torch.randn(5, 13).double()
+    z = F.linear(x, plus_minus(layer.weight), plus_minus(layer.bias))
+    assert_close(layer(x), normalize(z, layer.alpha, -1, 2e-2), rtol=0, atol=1e-13)
+    assert off(layer(x), normalize(z, layer.alpha, -1, 1e-2)) > 1e-4
+
+
+@pytest.mark.parametrize('norm, same', [('channel', True), ('spatial', False), ('sample', False)])
+def test_binary_conv_equals_plus_minus_one_only_under_channel_norm(norm, same):
+    """The common term of {0,1} weights is the same for every channel of a pixel; no other norm removes it."""
+    layer, x = filled(BinaryConv2d(4, 6, 3, padding=1, norm=norm)), torch.rand(2, 4, 8, 7).double()
+    z = F.conv2d(x, plus_minus(layer.weight), plus_minus(layer.bias), padding=1)
+    dims = {'channel': 1, 'spatial': (2, 3), 'sample': (1, 2, 3)}[norm]
+    distance = off(layer(x), normalize(z, layer.alpha.view(-1, 1, 1), dims, 2e-5))
+    assert distance < 1e-13 if same else distance > 0.1
+
+
+@pytest.mark.parametrize('cls, options', [
+    (BinaryLinear, {}), (BinaryLinear, dict(alpha_per='channel')), (TernaryLinear, {}),
+    (TernaryLinear, dict(scale='median', norm=False, act='gelu'))])
+def test_three_chunks_are_three_layers(cls, options):
+    """chunks=3 gives what three layers on the same input give, each with its own threshold or scale, and alpha."""
+    fused, x = filled(cls(7, 12, True, chunks=3, **options), torch.float32), torch.randn(5, 7)
+    with torch.no_grad():
+        fused.weight *= torch.tensor([1.0, 10.0, 0.1]).repeat_interleave(4)[:, None]    # one shared scale would show
+        fused.weight += torch.tensor([0.0, 5.0, -1.0]).repeat_interleave(4)[:, None]
+        parts = [cls(7, 4, True, **options) for _ in range(3)]
+        for i, part in enumerate(parts):
+            for name, p in part.named_parameters():
+                whole = getattr(fused, name)
+                p.copy_(whole if name == 'gain' else whole.chunk(3)[i])
+    assert_close(fused(x), torch.cat([part(x) for part in parts], -1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('cls', [BinaryLinear, TernaryLinear, Int4Linear])
+def test_gelu_inside_equals_gelu_outside(cls):
+    """act='gelu' is F.gelu in front of the layer, in value and gradients."""
+    inside, x = filled(cls(9, 6, True, act='gelu')), torch.randn(4, 9).double()
+    outside = cls(9, 6, True).double()
+    outside.load_state_dict(inside.state_dict())
+    v = torch.randn(4, 6).double()
+    got, want = gradients(inside, inside, x, v), gradients(outside, lambda x: outside(F.gelu(x)), x, v)
+    for name in want:
+        assert_close(got[name], want[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('chunks', [1, 3])
+def test_ternary_product_in_int8_equals_the_float_product(monkeypatch, chunks, bias):
+    """The int8 product and the fp32 one give the same fp32 outputs to the bit, also for sums as large as 127 * in."""
+    layer = filled(TernaryLinear(1031, 6, bias, chunks=chunks), torch.float32)
+    with torch.no_grad():
+        layer.weight[0] = layer.weight.abs().max()                         # all +1; with x = 1 the largest sum there is
+        layer.gain.fill_(1)
+    x = torch.cat([torch.ones(1, 1031), torch.randn(4, 1031)])
+    ys = []
+    for fast in (True, False):
+        monkeypatch.setattr(layers, '_has_fast_int8', lambda device, fast=fast: fast)
+        ys.append((layer(x), layer.double()(x.double()), layer.float()(x.bfloat16()).float()))
+    assert torch.equal(ys[0][0], ys[1][0])
+    assert_close(ys[0][1], ys[1][1], rtol=1e-12, atol=1e-12)
+    assert off(ys[0][2], ys[1][2]) < 0.01
+
+
+def test_ternary_product_does_not_overflow_in_fp16(monkeypatch):
+    """Integer sums beyond 65504 stay finite under fp16 autocast without int8 instructions, as on a GPU."""
+    monkeypatch.setattr(layers, '_has_fast_int8', lambda device: False)
+    layer = TernaryLinear(1024, 2, norm=False)
+    nn.init.constant_(layer.weight, 0.01)
+    with torch.autocast('cpu', torch.float16):
+        y = layer(torch.ones(1, 1024))
+    assert y.dtype == torch.float16
+    assert_close(y.float(), torch.full((1, 2), 10.24), rtol=1e-3, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- edge cases
+
+
+def test_binarize_by_hand():
+    """binarize's docstring; a weight equal to the mean is 0 (strict >); each chunk has its own mean."""
+    assert binarize(torch.tensor([[1.0, 2], [3, 6]])).tolist() == [[False, False], [False, True]]
+    assert binarize(torch.tensor([[1.0, 2], [3, 2]])).tolist() == [[False, False], [True, False]]
+    assert binarize(torch.tensor([[1.0, 2], [3, 6]]), chunks=2).tolist() == [[False, True], [False, True]]
+    assert not binarize(torch.full((3, 5), 0.1)).any()
+    # The mean of 1,000 ones and a 0 is 0.999; in bf16 it would be 1, and no weight above it.
+    assert binarize(torch.cat([torch.ones(1000), torch.zeros(1)]).bfloat16()).sum() == 1000
+
+
+def test_ternarize_by_hand():
+    """ternarize's docstring, the median, the floor of 1e-5, and half to even: |w| = scale / 2 is 0."""
+    codes, scale = ternarize(torch.tensor([[1, -2], [0.2, 4.8]]))
+    assert codes.tolist() == [[0, -1], [0, 1]] and codes.dtype == torch.int8
+    assert_close(scale, torch.tensor([2.0]))
+    codes, scale = ternarize(torch.tensor([[1, -2], [0.2, 4.8]]), scale='median')           # the lower of 1 and 2
+    assert codes.tolist() == [[1, -1], [0, 1]] and scale.tolist() == [1]
+    assert ternarize(torch.zeros(2, 2))[1].tolist() == pytest.approx([1e-5])
+    assert ternarize(torch.tensor([[1e-5, 1e-6]]))[0].tolist() == [[1, 0]]
+
+
+def test_quantize_rows_by_hand():
+    """Codes are round(127 x / max|x|) per row, half to even, at least 1e-5 under the fraction."""
+    codes, scale = quantize_rows(torch.tensor([[1.0, -127, 2.5], [0, 0, 0], [1e-6, 0, 0]]))
+    assert codes.tolist() == [[1, -127, 2], [0, 0, 0], [13, 0, 0]] and codes.dtype == torch.int8
+    assert_close(scale, torch.tensor([[1], [1e-5 / 127], [1e-5 / 127]]))
+
+
+def test_two_by_two_binary_linear_by_hand():
+    """BinaryLinear's docstring: W01 = [[0, 1], [1, 0]], x = [3, 5] -> z = [5, 3] -> [1, -1] / (1 + 1e-5)."""
+    layer = BinaryLinear(2, 2, bias=False, alpha=1.0).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.1, 0.7], [0.4, 0.0]]))
+    assert binarize(layer.weight).tolist() == [[False, True], [True, False]]
+    y = torch.tensor([1, -1]).double() / (1 + 1e-5)
+    assert_close(layer(torch.tensor([3.0, 5]).double()), y, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize('form', ['binary', 'conv channel', 'conv spatial', 'embedding'])
+def test_zero_bias_is_all_zero_bits(form):
+    """A fresh bias holds no bit, so a fresh layer equals the one without it; alpha starts at 0.25."""
+    layer = FORMS[form][0]()
+    assert not binarize(layer.bias).any() and set(layer.alpha.flatten().tolist()) == {0.25}
+    x = made(form)[2]
+    y = layer(x)
+    layer.bias = None
+    assert_close(y, layer(x), rtol=1e-5, atol=1e-6)
+
+
+@every_form
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('what', ['zero input', 'constant input', 'equal weights', 'zero weights'])
+def test_degenerate_tensors_give_finite_values_and_gradients(form, dtype, what):
+    """Constant x, constant z, all weights equal or 0: no NaN or infinity forward or backward."""
+    layer, _, x = made(form, dtype)
+    with torch.no_grad():
+        if 'weights' in what:
+            layer.weight.fill_(0.1 if what == 'equal weights' else 0)
+        elif x.is_floating_point():
+            x.fill_(0.3 if what == 'constant input' else 0)
+    for name, t in gradients(layer, layer, x, torch.randn_like(layer(x))).items():
+        assert t.isfinite().all(), name
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('value', [0, 0.1, -7.3, 1000.7])
+def test_gradient_of_constant_features_is_at_most_one_over_eps(dtype, value):
+    """(z - mean) / (std + eps) has slopes of at most 1 / eps, and on constant z it is 0: no blow-up where std is 0."""
+    z = torch.full((5, 1, 101), value, dtype=dtype, requires_grad=True)
+    y = layers._Normalize.apply(z, torch.full((1, 1), 0.25), 1, 1e-5)
+    g = torch.randn_like(y)
+    assert y.abs().max() < 1e-6
+    assert torch.autograd.grad(y, z, g)[0].float().norm() < 1.01 * 0.25e5 * g.float().norm()
+
+
+@pytest.mark.parametrize('alpha', [0.0, 1e-9, -1e-9])
+@pytest.mark.parametrize('form', ['binary', 'conv channel', 'conv spatial', 'conv sample', 'embedding'])
+def test_alpha_crosses_zero(form, alpha):
+    """With alpha at 0 the output is about 0, everything is finite, and alpha still gets its full gradient."""
+    layer, reference, x = made(form)
+    nn.init.constant_(layer.alpha, alpha)
+    v = torch.randn_like(layer(x))
+    got, want = (gradients(layer, f, x, v) for f in (layer, lambda x: reference(layer, x)))
+    assert all(t.isfinite().all() for t in got.values()) and got['value'].abs().max() < 1e-4
+    assert want['alpha'].abs().max() > 0.1 and off(got['alpha'], want['alpha']) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------ memory kept
+
+
+def kept(model, x):
+    """(bytes, [(dtype, numel)]) of what autograd keeps of model(x): each storage once, parameters not counted."""
+    own, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def hold(t):
+        if t.untyped_storage().data_ptr() not in own:
+            held[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+        y = model(x)
+    assert y.grad_fn is not None
+    return sum(t.untyped_storage().nbytes() for t in held.values()), [(t.dtype, t.numel()) for t in held.values()]
+
+
+@pytest.mark.parametrize('cls', [BinaryLinear, TernaryLinear, Int4Linear])
+def test_gelu_inside_keeps_one_activation_less(cls):
+    """An MLP whose second layer applies the GELU keeps exactly one (tokens, 4c) fp32 tensor less than one outside."""
+    n, c = 24, 16
+    outside = nn.Sequential(cls(c, 4 * c), nn.GELU(), cls(4 * c, c))
+    inside = nn.Sequential(cls(c, 4 * c), cls(4 * c, c, act='gelu'))
+    x = torch.randn(n, c)
+    assert kept(outside, x)[0] - kept(inside, x)[0] == n * 4 * c * 4
+
+
+def test_what_each_layer_keeps():
+    """Ternary: the int8 codes and one scalar per token. Binary: x, y and one scalar per token. Int4: x. No weights."""
+    x = torch.randn(24, 16)
+    total, tensors = kept(TernaryLinear(16, 40, True, norm=False), x)
+    assert total == 24 * 16 + 24 * 4 and (torch.int8, 24 * 16) in tensors
+    assert kept(TernaryLinear(16, 40, True), x)[0] == 24 * 16 * (4 + 1) + 24 * 4 * 2
+    assert kept(BinaryLinear(16, 40), x)[0] == 4 * (24 * 16 + 24 * 40 + 24 + 1)             # 1: alpha
+    assert kept(Int4Linear(16, 40), x)[0] == 4 * 24 * 16
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 7, 8, 9, 16, 33])
+@pytest.mark.parametrize('width', [1, 2, 4])
+def test_pack_bits_round_trip(width, n):
+    """unpack_bits(pack_bits(c)) is c for any length; rows take ceil(n * bits / 8) bytes and are filled up with 0."""
+    codes = torch.randint(0, 2 ** width, (2, 3, n), dtype=torch.uint8)
+    packed = pack_bits(codes, width)
+    assert packed.dtype == torch.uint8 and packed.shape == (2, 3, math.ceil(n * width / 8))
+    assert torch.equal(unpack_bits(packed, width, n), codes)
+    assert not unpack_bits(packed, width, packed.shape[-1] * 8 // width)[..., n:].any()
+
+
+def test_pack_bits_by_hand():
+    """The first code sits in the lowest bits: 1 0 1 1 0 0 0 1 -> 0b10001101; 1 2 3 0 -> 0b00111001; 3 5 -> 0x53."""
+    assert pack_bits(torch.tensor([1, 0, 1, 1, 0, 0, 0, 1, 1]), 1).tolist() == [0b10001101, 1]
+    assert pack_bits(torch.tensor([1, 2, 3, 0, 2]), 2).tolist() == [0b00111001, 2]
+    assert pack_bits(torch.tensor([3, 5, 15]), 4).tolist() == [0x53, 0x0F]
+
+
+def test_int4_by_hand():
+    """u = round((w + n) / 2n * 15), zero -> 7.5 -> 8 -> +n/15, byte = u_even | u_odd << 4, n rounded to fp16 first."""
+    w = torch.tensor([-2.0, 2, 0, 1, -1, 0.5])                              # (w + 2) * 3.75: 0 15 7.5 11.25 3.75 9.375
+    codes, absmax = quantize_int4(w, group=6)
+    assert codes.tolist() == [0, 15, 8, 11, 4, 9] and absmax.tolist() == [2] and absmax.dtype == torch.float16
+    assert pack_bits(codes, 4).tolist() == [0xF0, 0xB8, 0x94]
+    assert_close(dequantize_int4(codes, absmax, (2, 3)),
+                 torch.tensor([[-2, 2, 2 / 15], [14 / 15, -14 / 15, 0.4]]), rtol=1e-6, atol=1e-7)
+    codes, absmax = quantize_int4(torch.tensor([0.1, -0.1]), group=2)
+    assert codes.tolist() == [15, 0] and absmax.item() == torch.tensor(0.1).half().item()
+    assert dequantize_int4(codes, absmax, (2,)).tolist() == [absmax.item(), -absmax.item()]
+
+
+@pytest.mark.parametrize('group, numel', [(16, 17), (2, 9), (64, 64)])
+def test_int4_pads_the_last_group_and_survives_zeros(group, numel):
+    """A group of zeros gives no NaN and about 0 back; lengths that are no multiple of the group come back whole."""
+    w = torch.randn(numel)
+    w[:group] = 0
+    codes, absmax = quantize_int4(w, group)
+    back = dequantize_int4(codes, absmax, w.shape)
+    assert codes.numel() == math.ceil(numel / group) * group and absmax.numel() == math.ceil(numel / group)
+    assert back.isfinite().all() and back[:group].abs().max() < 1e-7
+    assert (back - w).abs().max() <= w.abs().max() * (1 / 15 + 1e-3) + 1e-8         # half a step is n / 15
+
+
+def test_int4_refuses_weights_beyond_fp16():
+    """A weight above 65504 has no fp16 absmax: packing raises, and leaves the layer as it was."""
+    layer = Int4Linear(4, 4)
+    nn.init.constant_(layer.weight, 1e5)
+    with pytest.raises(ValueError, match='65504'):
+        layer.pack_()
+    assert not layer.packed and layer.weight is not None
+
+
+def test_errors_on_gaussian_weights():
+    """On N(0,1): int4 in groups of 16 is .0795 off (RMS), ternary .513 with 31.0 % zeros, 26.4 % with the median."""
+    w = torch.randn(1000, 1000)
+    assert off(dequantize_int4(*quantize_int4(w), w.shape), w) == pytest.approx(0.0795, rel=0.01)
+    codes, scale = ternarize(w)
+    assert off(codes * scale, w) == pytest.approx(0.513, rel=0.01)
+    assert (codes == 0).float().mean().item() == pytest.approx(0.310, abs=0.002)
+    assert (ternarize(w, scale='median')[0] == 0).float().mean().item() == pytest.approx(0.264, abs=0.002)
+
+
+def test_bignet_matrix_takes_five_bits_a_weight():
+    """1024 x 1024 in int4: 524,288 bytes of codes and 131,072 of fp16 absmax; the bias stays fp32."""
+    layer = Int4Linear(1024, 1024)
+    assert layer.packed_bytes() == 524288 + 131072 + 4096
+    layer.pack_()
+    assert layer.code.nbytes == 524288 and layer.absmax.nbytes == 131072 and layer.bias.dtype == torch.float32
+
+
+X = (5, 13)
+PACKABLE = {'binary': (lambda: BinaryLinear(13, 6), X, 12 + 1 + 4),         # rows of ceil(13/8) bytes, bias bits, alpha
+            'binary chunks': (lambda: BinaryLinear(13, 9, False, chunks=3, alpha_per='channel'), X, 18 + 36),
+            'binary act': (lambda: BinaryLinear(13, 9, chunks=3, act='gelu'), X, 18 + 2 + 12),
+            'conv': (lambda: BinaryConv2d(3, 5, 3, 2, 1), (2, 3, 7, 9), 5 * 4 + 1 + 20),
+            'conv sample': (lambda: BinaryConv2d(4, 6, (1, 3), bias=False, norm='sample'), (2, 4, 5, 9), 6 * 2 + 24),
+            'conv groups': (lambda: BinaryConv2d(4, 6, 3, groups=2), (2, 4, 5, 9), 6 * 3 + 1 + 24),
+            'conv spatial': (lambda: BinaryConv2d(3, 5, 3, norm='spatial'), (2, 3, 7, 9), 5 * 4 + 1 + 20),
+            'embedding': (lambda: BinaryEmbedding(11, 7), None, 11 + 1 + 4),
+            'embedding bare': (lambda: BinaryEmbedding(11, 9, False), None, 22 + 4),
+            'ternary': (lambda: TernaryLinear(13, 6, True), X, 6 * 4 + 4 + 24 + 52),    # codes, scale, bias, gain
+            'ternary median': (lambda: TernaryLinear(13, 6, scale='median', norm=False, act='gelu'), X, 24 + 4),
+            'ternary chunks': (lambda: TernaryLinear(13, 9, chunks=3), X, 9 * 4 + 12 + 52),
+            'int4': (lambda: Int4Linear(13, 6), X, 40 + 10 + 24),           # 78 weights: 5 groups of 8 bytes and fp16
+            'int4 wide': (lambda: Int4Linear(13, 6, False, group=32, act='gelu'), X, 48 + 6)}
+every_packable = pytest.mark.parametrize('name', PACKABLE)
+
+
+def packable(name, dtype=torch.float32):
+    """(layer, input, bytes when packed) of PACKABLE."""
+    make, shape, n_bytes = PACKABLE[name]
+    x = torch.tensor([[0, 3, 10], [3, 5, 1]]) if shape is None else torch.randn(shape).to(dtype)
+    return filled(make(), dtype), x, n_bytes
+
+
+@every_packable
+def test_packing_changes_no_logit_and_counts_every_byte(name):
+    """pack_() leaves the outputs the same to the bit, nothing trainable, and the bytes packed_bytes() had foretold."""
+    layer, x, n_bytes = packable(name)
+    y = layer(x)
+    assert layer.packed_bytes() == n_bytes
+    assert layer.pack_() is layer and layer.pack_().packed                  # twice is once
+    assert torch.equal(layer(x), y)
+    assert layer.packed_bytes() == n_bytes == sum(t.nbytes for t in layer.state_dict().values())
+    assert not any(p.requires_grad for p in layer.parameters()) and layer.weight is None
+
+
+@pytest.mark.parametrize('name', [name for name in PACKABLE if 'embedding' not in name])
+def test_packed_layer_passes_the_input_gradient(name):
+    """A packed layer is frozen but not a wall: the gradient of its input is that of the latent layer."""
+    layer, x, _ = packable(name)
+    x.requires_grad_()
+    want = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    assert_close(torch.autograd.grad(layer.pack_()(x).square().sum(), x)[0], want, rtol=1e-5, atol=1e-6)
+
+
+@every_packable
+def test_unpacked_layer_is_the_same_function_and_trains(name):
+    """unpack_() gives a layer with the same outputs, gradients for every parameter, and the same codes when packed."""
+    layer, x, _ = packable(name)
+    y, names = layer(x), sorted(n for n, _ in layer.named_parameters())
+    codes = layer.pack_().code
+    assert layer.unpack_() is layer and layer.unpack_() is layer
+    assert_close(layer(x), y, rtol=1e-5, atol=1e-6)
+    layer(x).square().sum().backward()
+    assert sorted(n for n, p in layer.named_parameters() if p.grad is not None) == names
+    assert not list(layer.buffers()) and torch.equal(layer.pack_().code, codes)
+
+
+@every_packable
+def test_state_dict_and_deepcopy_round_trip(name):
+    """state_dict -> a fresh layer, and deepcopy, give equal outputs, latent and packed; copies are independent."""
+    layer, x, _ = packable(name)
+    for packed in (False, True):
+        fresh = PACKABLE[name][0]()
+        if packed:
+            layer.pack_()
+            fresh.pack_()
+        fresh.load_state_dict(layer.state_dict())
+        twin = copy.deepcopy(layer)
+        assert torch.equal(fresh(x), layer(x)) and torch.equal(twin(x), layer(x))
+    layer.unpack_()
+    assert twin.packed and torch.equal(twin(x), fresh(x))
+
+
+@every_packable
+def test_a_bfloat16_layer_trains_and_packs(name):
+    """.to(bfloat16) before or after packing: bf16 out, near the fp32 layer; gradients in bf16, finite."""
+    low, x, _ = packable(name, torch.bfloat16)
+    layer = copy.deepcopy(low).float()                                      # of the same numbers
+    want = layer(x.float() if x.is_floating_point() else x)
+    y = low(x)
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in low.parameters())
+    assert torch.equal(low.pack_()(x), y)
+    for got in (y, layer.pack_().to(torch.bfloat16)(x)):
+        assert got.dtype == torch.bfloat16 and off(got, want) < 0.03, off(got, want)
+
+
+# ------------------------------------------------------------------------------------------------ autocast and compile
+
+
+@every_form
+def test_autocast_computes_in_bfloat16(form):
+    """Under autocast the output is bf16 and near the fp32 one, gradients are finite and of the parameters' dtype."""
+    layer, _, x = made(form)
+    want, leaves = layer(x), [*layer.parameters(), *([x.requires_grad_()] if x.is_floating_point() else [])]
+    with torch.autocast('cpu', torch.bfloat16):
+        y = layer(x)
+        packed = copy.deepcopy(layer).pack_()(x)
+    assert y.dtype == (torch.float32 if form == 'embedding' else torch.bfloat16)            # a look-up is no product
+    assert off(y, want) < 0.02 and torch.equal(packed, y)
+    for p, g in zip(leaves, torch.autograd.grad(y.float().square().sum(), leaves), strict=True):
+        assert g.dtype == p.dtype and g.isfinite().all()
+
+
+@pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
+def test_compiled_equals_eager():
+    """torch.compile takes a ternary, binary and int4 MLP as one graph: outputs and gradients to 1e-5 of eager."""
+    model = nn.Sequential(TernaryLinear(12, 24, True), BinaryLinear(24, 24, act='gelu', chunks=3), Int4Linear(24, 8),
+                          TernaryLinear(8, 1))
+    x = torch.randn(5, 12)
+    v = torch.randn_like(model(x))
+    got, want = (gradients(model, f, x, v) for f in (torch.compile(model, fullgraph=True), model))
+    for name in want:
+        assert_close(got[name], want[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f'{name}: {m}')
+
+
+# ----------------------------------------------------------------------------------------- constructors and conversion
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda: BinaryLinear(8, 7, chunks=3), 'chunks=3'),
+    (lambda: BinaryLinear(8, 6, alpha_per='row'), "alpha_per='row'"),
+    (lambda: BinaryLinear(8, 6, act='relu'), "act='relu'"),
+    (lambda: BinaryLinear(8, 6, alpha=0), 'alpha'),
+    (lambda: BinaryLinear(8, 6, alpha=-1.0), 'alpha'),
+    (lambda: BinaryLinear(8, 6, alpha=math.nan), 'alpha'),
+    (lambda: BinaryConv2d(4, 6, 3, norm='batch'), "norm='batch'"),
+    (lambda: BinaryConv2d(4, 6, 3, groups=3), 'groups=3'),
+    (lambda: BinaryConv2d(6, 4, 3, groups=3), 'groups=3'),
+    (lambda: BinaryConv2d(4, 6, 3, alpha=0), 'alpha'),
+    (lambda: BinaryEmbedding(4, 6, alpha=0), 'alpha'),
+    (lambda: TernaryLinear(8, 7, chunks=3), 'chunks=3'),
+    (lambda: TernaryLinear(8, 6, scale='max'), "scale='max'"),
+    (lambda: TernaryLinear(8, 6, act='relu'), "act='relu'"),
+    (lambda: TernaryLinear(131072, 1), '131072'),
+    (lambda: Int4Linear(8, 6, group=3), 'group=3'),
+    (lambda: Int4Linear(8, 6, group=0), 'group=0'),
+    (lambda: Int4Linear(8, 6, act='relu'), "act='relu'"),
+    (lambda: linear('binary', 8, 6), "kind='binary'"),
+    (lambda: linear('fp', 8, 6, act='gelu'), "act='gelu'"),
+    (lambda: linear('fp', 8, 6, alpha=1.0), 'alpha')])
+def test_bad_arguments_are_refused_at_construction(make, says):
+    """Each argument a layer cannot honour raises ValueError with its value in it."""
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_linear_makes_each_kind():
+    """linear(kind, ...) gives the class of the kind; chunks and act reach it where they mean something."""
+    for kind, cls in [('fp', nn.Linear), ('bin', BinaryLinear), ('tern', TernaryLinear), ('int4', Int4Linear)]:
+        for bias in (True, False):
+            layer = linear(kind, 5, 6, bias, chunks=3)
+            assert type(layer) is cls and (layer.bias is not None) == bias and layer(torch.randn(2, 5)).shape == (2, 6)
+            assert getattr(layer, 'chunks', 3) == 3
+        assert kind == 'fp' or linear(kind, 5, 6, act='gelu').act == 'gelu'
+    assert linear('bin', 5, 6, alpha=0.5).alpha.item() == 0.5
+
+
+class Net(nn.Module):
+    """Something of everything convert() meets: nesting, a tied head, a convolution, an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(11, 8)
+        self.pos = nn.Embedding(3, 8)
+        self.stem = nn.Conv2d(3, 8, (3, 1), stride=2, padding=1, groups=1, bias=False)
+        self.blocks = nn.ModuleList(nn.ModuleDict({'fc': nn.Linear(8, 16), 'proj': nn.Linear(16, 8, bias=False)})
+                                    for _ in range(2))
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.wte.weight
+
+
+def test_convert_takes_the_first_rule_that_matches(capsys):
+    """Nested names, first match wins, tied weights left, weights and biases copied; prints what it did and did not."""
+    model = Net().double()
+    model.blocks[0].eval()
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+    nn.init.normal_(model.blocks[1]['fc'].bias)
+    old['blocks.1.fc.bias'] = model.blocks[1]['fc'].bias.detach().clone()
+    rules = {'blocks.0.proj': 'fp', 'blocks.*.fc': ('bin', dict(alpha=0.5, chunks=2)), 'blocks.*': 'tern', '*': 'bin'}
+    names = convert(model, rules)
+    assert names == ['pos', 'stem', 'blocks.0.fc', 'blocks.1.fc', 'blocks.1.proj']
+    assert capsys.readouterr().out.splitlines() == [
+        'convert: pos -> bin', 'convert: stem -> bin', 'convert: blocks.0.fc -> bin', 'convert: blocks.1.fc -> bin',
+        'convert: blocks.1.proj -> tern', 'convert: wte left (its weight is tied to another module)',
+        'convert: blocks.0.proj left (fp by rule or no rule)',
+        'convert: head left (its weight is tied to another module)']
+    kinds = [type(model.get_submodule(n)) for n in names]
+    assert kinds == [BinaryEmbedding, BinaryConv2d, BinaryLinear, BinaryLinear, TernaryLinear]
+    assert model.head.weight is model.wte.weight and type(model.blocks[0]['proj']) is nn.Linear
+    new = dict(model.named_parameters())
+    assert all(torch.equal(new[n], p) for n, p in old.items()) and all(p.dtype == torch.float64 for p in new.values())
+    assert model.blocks[1]['fc'].alpha.tolist() == [[0.5], [0.5]]
+    assert not model.blocks[0]['fc'].training and model.blocks[1]['fc'].training
+    assert model.stem.bias is None and model.stem(torch.randn(1, 3, 8, 8).double()).shape == (1, 8, 4, 5)
+
+
+def test_convert_says_what_has_no_such_form(capsys):
+    """Only linear layers have int4 and ternary forms, only zero padding a binary one; verbose=False prints nothing."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect'), nn.Linear(2, 2),
+                          nn.Embedding(3, 2, max_norm=1.0))
+    assert convert(model, {'2': 'int4', '0': 'tern', '*': 'bin'}) == ['2']
+    out = capsys.readouterr().out
+    assert 'convert: 0 left (no tern form of Conv2d)' in out and 'convert: 1 left (no bin form of Conv2d)' in out
+    assert 'convert: 3 left (no bin form of Embedding)' in out and isinstance(model[2], Int4Linear)
+    assert convert(model, {'0': 'bin'}, verbose=False) == ['0'] and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize('rules, says', [({'nope.*': 'bin', '*': 'fp'}, 'nope'), ({'*': 'int8'}, 'int8'),
+                                         ({'wte': 'bin', 'blocks': 'bin'}, 'blocks')])
+def test_convert_refuses_before_it_changes_anything(rules, says):
+    """A pattern that matches nothing or an unknown kind raises ValueError naming it, and the model is as before."""
+    model = Net()
+    before = str(model)
+    with pytest.raises(ValueError, match=says):
+        convert(model, rules, verbose=False)
+    assert str(model) == before
+
+
+def test_convert_leaves_a_module_that_is_used_twice():
+    """One module under two names is tied to itself: replacing it under one name only would part the two."""
+    model = nn.ModuleDict({'a': nn.Linear(4, 4)})
+    model['b'] = model['a']
+    assert convert(model, {'*': 'bin'}, verbose=False) == [] and model['a'] is model['b']
+
+
+def test_convert_refuses_a_bare_layer():
+    """The root cannot be replaced in place: it is not said to be converted."""
+    with pytest.raises(ValueError, match='linear'):
+        convert(nn.Linear(4, 4), {'*': 'bin'}, verbose=False)
+
+
+# --------------------------------------------------------------------------------------------------------- whole models
+
+
+def gpt(n_layer, n_embd, vocab, block_size, **options):
+    from train_gpt import GPT, GPTConfig
+    return GPT(GPTConfig(vocab, block_size, n_layer, n_embd // 64, n_embd, **options))
+
+
+def small_gpt():
+    return gpt(2, 64, 97, 16, bias=True, qkv_proj='bin', c_proj='tern', mlp_proj='int4', binary_blocks=(0, 1)).eval()
+
+
+def test_packed_file_gives_the_same_outputs(tmp_path):
+    """save -> read -> load into a fresh model: equal logits, meta back, the head still tied, no byte unexplained."""
+    model, path, ids = small_gpt(), tmp_path / 'packed.safetensors', torch.randint(0, 97, (2, 9))
+    filled(model, torch.float32)
+    y, foretold = model(ids), model_bytes(model)
+    size = save_packed(model, path, {'step': 7, 'name': 'é'})
+    header = 8 + int.from_bytes(path.read_bytes()[:8], 'little')
+    assert size == path.stat().st_size == foretold[0] + header and header < 4096
+    assert model_bytes(model) == foretold                                   # packed already, counted the same
+    meta, tensors = read_packed(path)
+    fresh = load_packed(small_gpt(), tensors)
+    assert meta == {'step': 7, 'name': 'é'} and torch.equal(fresh(ids), y) and torch.equal(model(ids), y)
+    assert fresh.lm_head.weight is fresh.wte.weight and model_bytes(fresh) == foretold
+    assert [p.name for p in tmp_path.iterdir()] == ['packed.safetensors']
+
+
+def test_load_packed_refuses_another_shape(tmp_path):
+    """Missing names or other shapes raise ValueError that names some of them."""
+    save_packed(nn.Sequential(BinaryLinear(8, 6)), tmp_path / 'a', {})
+    tensors = read_packed(tmp_path / 'a')[1]
+    for other in (BinaryLinear(16, 6), BinaryLinear(8, 6, bias=False), TernaryLinear(8, 6)):
+        with pytest.raises(ValueError, match=r'fit each other.*0\.'):
+            load_packed(nn.Sequential(other), tensors)
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'empty', 'text', 'foreign', 'other metadata', 'not json'])
+def test_a_damaged_or_foreign_file_is_named(tmp_path, damage):
+    """A cut file, no safetensors at all, or one written by something else: ValueError with the path in it."""
+    from safetensors.torch import save_file
+    path, tensors = tmp_path / 'odd.safetensors', {'w': torch.ones(3)}
+    if damage == 'truncated':
+        save_packed(nn.Sequential(BinaryLinear(64, 64)), path, {})
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage in ('empty', 'text'):
+        path.write_bytes(b'' if damage == 'empty' else b'this is not a model, it is a line of text')
+    else:
+        metadata = {'foreign': None, 'other metadata': {'format': 'pt'}, 'not json': {'nanobit': '{'}}
+        save_file(tensors, path, metadata[damage])
+    with pytest.raises(ValueError, match='odd.safetensors'):
+        read_packed(path)
+
+
+def test_model_bytes_counts_the_same_before_and_after_packing():
+    """Biases, alphas, gains and plain layers are counted, packed or not; fp32 bytes do not depend on the state."""
+    model = nn.Sequential(nn.Linear(13, 13).bfloat16(), *(make() for make, _, _ in PACKABLE.values()))
+    want = 13 * 14 * 2 + sum(n for _, _, n in PACKABLE.values()), 4 * sum(p.numel() for p in model.parameters())
+    assert model_bytes(model) == want
+    assert pack(model) is model
+    assert model_bytes(model) == want
+
+
+@pytest.mark.parametrize('n, mb', [(3, 415.2), (6, 332.9), (9, 250.7), (12, 168.4)])
+def test_gpt2_with_binary_blocks_takes_the_published_bytes(n, mb):
+    """GPT-2 124M, vocabulary 50,304: 497.5 MB in fp32, packed 82.3 MB less for every three binary blocks."""
+    with torch.device('meta'):
+        model = gpt(12, 768, 50304, 1024, binary_blocks=tuple(range(n)))
+    packed, full = (size / 1e6 for size in model_bytes(model))
+    assert packed == pytest.approx(mb, abs=0.1) and full == pytest.approx(497.5, abs=0.1)
