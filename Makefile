@@ -27,7 +27,7 @@ bench: $(READY) ## time and memory of a training step
 	$(PY) bench.py train
 
 results: $(READY) ## the runs behind the table in the README
-	$(PY) results/quality.py
+	$(PY) results/runs.py quality
 
 # .unfinished is there from the first byte to the last: an install that was interrupted is found by it and starts over.
 # pip alone would not notice, it takes a half-unpacked package for an installed one. Renaming it keeps its time, so a

@@ -139,7 +139,8 @@ def train(a):
     print(f'training step, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, {a.device} '
           f'({last[variants[0]]["name"]}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
           f'{a.rounds} rounds x {a.steps} steps; memory: {memory}')
-    print(f'{"kind":6} {"dtype":9} {"ms/step":>9} {"x fp":>6} {"tokens/s":>10} {"peak MiB":>9} {"x fp":>6}' + '   MFU' * bool(flops))
+    print(f'{"kind":6} {"dtype":9} {"ms/step":>9} {"x fp":>6} {"tokens/s":>10} {"peak MiB":>9} {"x fp":>6}'
+          + '   MFU' * bool(flops))
     rows = []
     for kind, dtype in variants:
         mine = [statistics.median(r['ms']) for r in answers[kind, dtype]]

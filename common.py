@@ -5,6 +5,7 @@ means over tokens and ranks, checkpoints, the run folder and its log, stop signa
 Nothing here knows a trainer, a model or a constants block. Two silently different copies of any of this would make a
 published number wrong; everything else belongs in the trainers.
 """
+import contextlib
 import glob
 import json
 import math
@@ -40,7 +41,7 @@ def setup_processes(device=''):
         device = torch.device(f'cuda:{local_rank}' if kind == 'cuda' else kind)
         torch.zeros(1, device=device).item()        # torch knows names of devices that it cannot compute on
     except (RuntimeError, AssertionError):
-        fail(f'torch cannot use device={kind!r} here; type --device=cpu')
+        fail(f'torch cannot use device={kind!r} here; type --device=cpu', rank0_only=True)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
@@ -110,6 +111,9 @@ def seed_step(seed, step, rank):
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
+SCHEDULES = ('cosine', 'linear', 'two_stage', 'constant')
+
+
 def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second_lr=None):
     """Learning rate of step 0 .. max_iters - 1: linear warm-up over `warmup_iters`, then
 
@@ -131,7 +135,7 @@ def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second
         return min_lr + (peak - min_lr) * (1 - done)
     if schedule == 'constant':
         return learning_rate
-    raise ValueError(f'schedule {schedule!r} is none of cosine, linear, two_stage, constant')
+    raise ValueError(f'schedule {schedule!r} is none of {", ".join(SCHEDULES)}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +147,8 @@ def atomic_write(path, write):
 
     Raises OSError naming `path` (disk full, no permission, ...); the temporary file is removed.
     """
+    for left in glob.glob(f'{glob.escape(str(path))}.tmp*'):    # by a process that was killed while writing
+        os.remove(left)
     tmp = f'{path}.tmp{os.getpid()}'
     try:
         write(tmp)
@@ -174,10 +180,12 @@ def save_checkpoint(path, state, keep_previous=False):
     *.prev.pt; at every instant one of the two is whole. Raises OSError; what was there is then untouched."""
     def write(tmp):
         torch.save(dict(state, version=CHECKPOINT_VERSION, versions=versions()), tmp)
-        if keep_previous and os.path.exists(path):
+        previous = previous_path(path)
+        # After a kill between the two renames both names are one file already; renaming one to the other does nothing.
+        if keep_previous and os.path.exists(path) and not (os.path.exists(previous) and os.path.samefile(path, previous)):
             link = f'{tmp}.prev'
             os.link(path, link)                     # a second name first, so that `path` itself never goes missing
-            os.replace(link, previous_path(path))
+            os.replace(link, previous)
     atomic_write(path, write)
 
 
@@ -210,7 +218,9 @@ def read_checkpoint(path, trainer=None):
 
 
 def read_last_checkpoint(path, trainer=None):
-    """read_checkpoint(path), or with a warning its *.prev.pt when `path` is damaged or missing. Raises ValueError."""
+    """read_checkpoint(path), or with a warning its *.prev.pt when `path` is damaged or missing. Raises ValueError.
+
+    The damaged file becomes *.pt.damaged: the next save would else keep it as the previous one and lose the good one."""
     try:
         return read_checkpoint(path, trainer)
     except ValueError as e:
@@ -218,6 +228,8 @@ def read_last_checkpoint(path, trainer=None):
         if not os.path.exists(previous):
             raise
         state = read_checkpoint(previous, trainer)
+        with contextlib.suppress(OSError):          # another rank was first, or the folder is read-only
+            os.replace(path, f'{path}.damaged')
         print(f'warning: {e}; going on from {previous} (step {state["step"]})', file=sys.stderr)
         return state
 
@@ -261,8 +273,8 @@ def read_log(out_dir):
 
 
 def cut_log(out_dir, step):
-    """Drop the records after `step`, and at it all but the training record, which a resumed run makes again: its log then reads like
-    an unbroken one's."""
+    """Drop what a resumed run makes again, so that its log reads like an unbroken one's: the records after `step`, and
+    those at it that are not the training record."""
     kept = ''.join(json.dumps(r) + '\n' for r in read_log(out_dir)
                    if r['step'] < step or (r['step'] == step and 'loss' in r))
 

@@ -86,7 +86,9 @@ def quantize_int4(w, group=16):
     grid: the nearest levels are -n/15 and +n/15. An all-zero group gets n = the smallest fp16 (6e-8) instead of 0/0.
     """
     flat = F.pad(w.detach().reshape(-1).float(), (0, -w.numel() % group)).view(-1, group)
-    n = flat.abs().amax(1, keepdim=True).half().clamp(min=6e-8)
+    n = flat.abs().amax(1, keepdim=True)
+    n = n * 8193 - (n * 8193 - n)       # to fp16's 11 bits by hand: torch.compile leaves out half().float() round trips
+    n = n.half().clamp(min=6e-8)
     u = ((flat / n.float() + 1) * 7.5).round_().clamp_(0, 15)        # fp16 n may lie just below the true absmax
     return u.to(torch.uint8).view(-1), n.view(-1)
 
@@ -187,15 +189,19 @@ class _Normalize(torch.autograd.Function):
             galpha = (torch.linalg.vecdot(g, _wide(y), dim=-1).unsqueeze(-1) / alpha).sum_to_size(alpha.shape)
             dz = norm(g, _wide(y), rstd=root / alpha)[0].mul_(alpha * alpha * rstd / (slack * root))
         else:
-            u = y / alpha
+            u = _wide(y) / alpha
             galpha = (g * u).sum_to_size(alpha.shape)
             dz = norm(g * alpha, u, rstd=root)[0].mul_(rstd / (slack * root))
         return dz.to(y.dtype), galpha, None, None
 
 
+# Without the int8 dot-product instructions torch._int_mm can be slower than the float product by far. Asked once, here:
+# torch.compile cannot trace the question.
+FAST_INT8_CPU = getattr(torch.cpu, '_is_vnni_supported', lambda: False)()
+
+
 def _has_fast_int8(device):
-    # Without the int8 dot-product instructions torch._int_mm can be slower than the float product by far.
-    return device.type == 'cpu' and getattr(torch.cpu, '_is_vnni_supported', lambda: False)()
+    return device.type == 'cpu' and FAST_INT8_CPU
 
 
 class _TernaryLinear(torch.autograd.Function):
@@ -213,11 +219,12 @@ class _TernaryLinear(torch.autograd.Function):
             a = a * rstd if gain is None else a * rstd * gain
         q, sx = quantize_rows(a)                                            # (N, in) int8, (N, 1)
         t, sw = weights(w)                                                  # (out, in) int8, (chunks,)
-        if _has_fast_int8(q.device):
-            z = torch._int_mm(q, t.T)                                       # int32 (N, out)
+        if _has_fast_int8(q.device) and min(*q.shape, len(t)) > 1:          # size-1 strides: pytorch/pytorch#195066
+            z, sx_z = torch._int_mm(q, t.T), sx                             # int32 (N, out)
         else:
-            z = F.linear(q.to(dtype), t.to(dtype))
-        y = (z.unflatten(-1, (len(sw), -1)) * (sx * sw).unsqueeze(-1)).flatten(-2)
+            shrink = 2 ** -10 if dtype == torch.float16 else 1              # fp16 ends at 65504; the sums need not
+            z, sx_z = F.linear(q.to(dtype) * shrink, t.to(dtype)), sx / shrink
+        y = (z.unflatten(-1, (len(sw), -1)) * (sx_z * sw).unsqueeze(-1)).flatten(-2)
         if b is not None:
             y += b
         ctx.save_for_backward(x if norm or act else None, w, gain, q, sx, rstd)
@@ -240,7 +247,7 @@ class _TernaryLinear(torch.autograd.Function):
                 u = _wide(forward(x)) * rstd
                 p = gx * u
                 if gain is not None:
-                    ggain, along = p.sum(0), (p @ gain).unsqueeze(-1)
+                    ggain, along = p.sum(0), (p @ gain.to(p.dtype)).unsqueeze(-1)
                     gx.mul_(gain)
                 else:
                     along = p.sum(-1, keepdim=True)
@@ -412,8 +419,10 @@ class BinaryConv2d(_Binary, nn.Module):
 
     def forward(self, x):
         dtype = _compute_dtype(x)
-        # Only a mean over the channels removes the common term that subtracting 1/2 from every weight adds.
-        z = F.conv2d(x.to(dtype), *self._weights(dtype, 0.5 if self.norm == 'channel' else 0.0), **self.conv)
+        # Only a mean over the channels removes the common term that subtracting 1/2 from every weight adds, and with
+        # groups it is no longer common: each group sums other inputs.
+        offset = 0.5 if self.norm == 'channel' and self.conv['groups'] == 1 else 0.0
+        z = F.conv2d(x.to(dtype), *self._weights(dtype, offset), **self.conv)
         if self.norm == 'channel':
             y = _Normalize.apply(z.permute(0, 2, 3, 1).contiguous(), self.alpha, 1, self.eps)
             return y.permute(0, 3, 1, 2)
@@ -596,7 +605,10 @@ def convert(model, rules, verbose=True):
     and why. Raises ValueError for a pattern that matches nothing or an unknown kind.
     """
     rules = {pattern: (rule, {}) if isinstance(rule, str) else rule for pattern, rule in rules.items()}
-    candidates = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)}
+    candidates = {n: m for n, m in model.named_modules(remove_duplicate=False)
+                  if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)}
+    if '' in candidates:
+        raise ValueError('convert: a bare layer cannot be replaced in place; wrap it in nn.Sequential or use linear()')
     uses = {}
     for m in candidates.values():
         uses[id(m.weight)] = uses.get(id(m.weight), 0) + 1
@@ -615,11 +627,11 @@ def convert(model, rules, verbose=True):
         elif (new := _converted(module, kind, options)) is None:
             left[name] = f'no {kind} form of {type(module).__name__}'
         else:
+            new.to(module.weight.device, module.weight.dtype).train(module.training)
             with torch.no_grad():
                 new.weight.copy_(module.weight)
                 if getattr(module, 'bias', None) is not None:
                     new.bias.copy_(module.bias)
-            new.to(module.weight.device, module.weight.dtype).train(module.training)
             parent, _, leaf = name.rpartition('.')
             setattr(model.get_submodule(parent), leaf, new)
             converted[name] = kind
@@ -654,7 +666,8 @@ def model_bytes(model):
     low = [m for m in model.modules() if isinstance(m, LowBit)]
     inside = {id(p) for m in low for p in m.parameters(recurse=False)}
     rest = [p for p in model.parameters() if id(p) not in inside]
-    latent = sum(math.prod(m.shape) for m in low if m.packed)
+    latent = sum(math.prod(m.shape) for m in low if m.packed)           # and the biases that are bits now
+    latent += sum(m.shape[isinstance(m, BinaryEmbedding)] for m in low if hasattr(m, 'packed_bias'))
     return (sum(m.packed_bytes() for m in low) + sum(p.numel() * p.element_size() for p in rest),
             4 * (sum(p.numel() for p in model.parameters()) + latent))
 
@@ -680,7 +693,7 @@ def read_packed(path):
             tensors = {name: f.get_tensor(name) for name in f.keys()}   # noqa: SIM118  not a dict
     except (OSError, SafetensorError, KeyError, ValueError) as e:
         raise ValueError(f'{path} is not a packed nanobit model ({type(e).__name__}: {e})') from e
-    if meta.get('checksum') != _checksum(tensors):
+    if not isinstance(meta, dict) or meta.get('checksum') != _checksum(tensors):
         raise ValueError(f'{path} is damaged: its tensors do not match their checksum')
     return meta, tensors
 

@@ -9,9 +9,10 @@ Constants, model, then main() from top to bottom. Stop it with Ctrl-C at any tim
 """
 import math
 import os
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass
-from itertools import count
 
 import torch
 import torch.nn as nn
@@ -251,6 +252,12 @@ def main():
         configurator.fail(f"dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16", rank0_only=True)
     amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
     torch.set_float32_matmul_precision('high')
+    for key in ('batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval',
+                'save_interval'):
+        if globals()[key] < 1:
+            configurator.fail(f'{key}={globals()[key]} must be 1 or more', rank0_only=True)
+    if schedule not in common.SCHEDULES:
+        configurator.fail(f'schedule={schedule!r} is none of {", ".join(common.SCHEDULES)}', rank0_only=True)
     micro = micro_batch_size or batch_size // world
     if micro < 1 or batch_size % (micro * world):
         configurator.fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes',
@@ -323,7 +330,10 @@ def main():
                 raise ValueError(f'{resume_path} has another {changed[0]} ({state["model_config"].get(changed[0])}, '
                                  f'not {asdict(model_config)[changed[0]]}); resume with {out_dir}/config.py')
             common.load_model_state(model, state['model'], resume_path)
+            asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
             optimizer.load_state_dict(state['optimizer'])
+            for group, options in zip(optimizer.param_groups, asked, strict=True):
+                group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
         except ValueError as e:
             configurator.fail(str(e))
         step, best_val_loss, wandb_id = state['step'], state['best_val_loss'], state['wandb_id']
@@ -332,9 +342,15 @@ def main():
     if not common.ranks_agree(step, best_val_loss, len(train_data), common.checksum(model.parameters())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
     if rank == 0:
-        os.makedirs(out_dir, exist_ok=True)
-        configurator.save(config, os.path.join(out_dir, 'config.py'), 'train_gpt.py: every constant of this run')
-        common.cut_log(out_dir, step)
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            if not resume_path:                     # nothing of a run that is overwritten may be resumed or packed
+                for name in {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors'} & set(os.listdir(out_dir)):
+                    os.remove(os.path.join(out_dir, name))
+            configurator.save(config, os.path.join(out_dir, 'config.py'), 'train_gpt.py: every constant of this run')
+            common.cut_log(out_dir, step)
+        except OSError as e:
+            configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
     run = None
     if wandb_log and rank == 0:
         try:
@@ -399,12 +415,13 @@ def main():
     say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
     model.train()
 
-    for step in count(step):
+    while True:
         last_step = step >= max_iters
         stop = common.any_rank(stopped())
         if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
-            save(last_path, keep_previous=True)
-            saved_step, clock, timed_steps = step, time.perf_counter(), 0
+            if save(last_path, keep_previous=True):
+                saved_step = step
+            clock, timed_steps = time.perf_counter(), 0
         if not stop and (step % eval_interval == 0 or last_step):
             val_loss = evaluate()
             stop = val_loss is None
@@ -442,7 +459,7 @@ def main():
                 loss = model(x, y)
             loss_sum += loss.detach()
             (loss / accumulation).backward()
-        grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+        grad_norm = nn.utils.get_total_norm([p.grad for p in raw_model.parameters() if p.grad is not None]).item()
         loss = common.mean_over_ranks(loss_sum.item(), accumulation)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             culprits = [n for n, p in raw_model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -450,25 +467,27 @@ def main():
                        f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
                        f'touched, the last checkpoint is of step {saved_step}; try a lower --learning_rate')
             break
+        if grad_clip:
+            nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, torch.tensor(grad_norm, device=dev))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # TRAINING SECTION END
 
-        timed_steps += 1
+        step, timed_steps = step + 1, timed_steps + 1
         if profiler:
             profiler.step()
-        if (step + 1) % log_interval == 0 or step + 1 == max_iters:
+        if step % log_interval == 0 or step == max_iters:
             ms = (time.perf_counter() - clock) / timed_steps * 1e3
             clock, timed_steps = time.perf_counter(), 0
-            record = {'step': step + 1, 'tokens': (step + 1) * batch_size * block_size, 'loss': loss, 'lr': lr,
+            record = {'step': step, 'tokens': step * batch_size * block_size, 'loss': loss, 'lr': lr,
                       'grad_norm': grad_norm, 'ms': ms, 'tokens_per_s': batch_size * block_size / ms * 1e3,
                       'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
-            say(f'step {step + 1}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
+            say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
                 f'{record["tokens_per_s"]:,.0f} tokens/s', flush=True)
             if rank == 0:
                 common.append_log(out_dir, record)
                 if run:
-                    run.log(record, step=step + 1)
+                    run.log(record, step=step)
 
     # ---------------------------------------------------------------------------------------------------------- end
     common.close_processes()
@@ -478,7 +497,8 @@ def main():
         configurator.fail(failure, rank0_only=True)
     if stop:
         launcher = 'python' if world == 1 else 'torchrun ...'
-        say(f'stopped at step {step}; go on with: {launcher} train_gpt.py {out_dir}/config.py --resume=auto')
+        command = shlex.join([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
+        say(f'stopped at step {step}; go on with: {launcher} {command}')
     elif rank == 0 and os.path.exists(best_path):
         state = common.read_checkpoint(best_path, 'train_gpt')
         raw_model.load_state_dict(state['model'])

@@ -1,4 +1,4 @@
-# What results/quality.py runs: a 1.2M-parameter GPT on WikiText-2, byte tokens, for comparing kinds at equal tokens.
+# What results/runs.py quality runs: a 1.2M-parameter GPT on WikiText-2, byte tokens, for comparing kinds at equal tokens.
 # expected val loss: in results/quality.md
 # hardware: 2 cores, one run on each
 # time: 5 to 7 minutes a run on one core

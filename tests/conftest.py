@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 import tokens
 
@@ -29,6 +31,8 @@ n_layer, n_head, n_embd, block_size, batch_size, micro_batch_size = 2, 2, 32, 32
 max_iters, warmup_iters, eval_interval, eval_iters, log_interval, save_interval = 20, 2, 10, 2, 1, 5
 learning_rate, min_lr = 3e-3, 3e-4
 """
+
+torch.set_num_threads(1)                          # tiny tensors; more threads than idle cores would wait for each other
 
 
 @dataclass
@@ -90,6 +94,8 @@ def start(tmp_path_factory):
     def begin(*words, cwd, patch='', real=False, **environment):
         folder, words = tmp_path_factory.mktemp('job'), [str(w) for w in words]
         environment = THREADS | environment
+        for name in ('stdout', 'stderr'):
+            (folder / name).touch()
         if real:
             with open(folder / 'stdout', 'w') as out, open(folder / 'stderr', 'w') as err:
                 process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=out, stderr=err,
@@ -116,11 +122,22 @@ def free_port():
         return s.getsockname()[1]
 
 
+STORES = []
+
+
 def ranks(world):
-    """The environments that torchrun gives to its processes, one dict per rank."""
-    port = str(free_port())
+    """The environments that torchrun gives to its processes, one dict per rank; as there, we hold the store."""
+    STORES.append(dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False))
     return [{'RANK': str(r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1',
-             'MASTER_PORT': port} for r in range(world)]
+             'MASTER_PORT': str(STORES[-1].port), 'TORCHELASTIC_USE_AGENT_STORE': 'True'} for r in range(world)]
+
+
+def wait_all(jobs, timeout=60):
+    """The Result of each job; when one does not end, what all of them said."""
+    try:
+        return [job.wait(timeout) for job in jobs]
+    except AssertionError as e:
+        raise AssertionError([(job.output(), (job.folder / 'stderr').read_text()) for job in jobs]) from e
 
 
 @pytest.fixture(scope='session')

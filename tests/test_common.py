@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import common
-from conftest import ranks
+from conftest import ranks, wait_all
 
 
 def state(**more):
@@ -136,7 +136,7 @@ def test_ranks_agree_on_means_flags_and_checksums(start, tmp_path):
     """Three processes: the mean is weighted by count (7 / 4, not the mean of means), a flag on one is seen by all,
     and one bit in one weight of one rank is found."""
     (tmp_path / 'ranks.py').write_text(RANKS)
-    done = [job.wait() for job in [start('ranks.py', cwd=tmp_path, **r) for r in ranks(3)]]
+    done = wait_all([start('ranks.py', cwd=tmp_path, **r) for r in ranks(3)])
     for result in done:
         assert result.code == 0, result.err
         assert result.out.split('\n')[:4] == ['mean 1.75', 'any True False True', 'same True False False',
@@ -194,6 +194,19 @@ def test_keep_previous(saved):
     assert [common.read_checkpoint(str(p))['step'] for p in (saved, previous)] == [4, 3]
     common.save_checkpoint(str(saved), state(step=5))
     assert [common.read_checkpoint(str(p))['step'] for p in (saved, previous)] == [5, 3]
+
+
+def test_save_after_a_kill_between_the_renames(saved, monkeypatch):
+    """last.pt and last.prev.pt are then two names of one file, and temporary files lie around, perhaps of the same
+    process number: the next saves work all the same and clean up."""
+    previous = saved.with_name('last.prev.pt')
+    os.link(saved, previous)
+    for left in (f'last.pt.tmp{os.getpid()}.prev', f'last.pt.tmp{os.getpid()}', 'last.pt.tmp1'):
+        saved.with_name(left).write_bytes(b'half')
+    for step in (4, 5, 6):
+        common.save_checkpoint(str(saved), state(step=step), keep_previous=True)
+        assert [common.read_checkpoint(str(p))['step'] for p in (saved, previous)] == [step, step - 1]
+        assert sorted(os.listdir(saved.parent)) == ['last.prev.pt', 'last.pt']
 
 
 def test_every_instant_of_a_save_leaves_a_whole_checkpoint(saved, start, tmp_path):
@@ -317,7 +330,7 @@ def test_read_last_checkpoint_falls_back(saved, capsys):
     warning = capsys.readouterr().err
     assert warning.startswith('warning: ') and warning.count('\n') == 1
     assert f'{saved} is damaged' in warning and f'{previous} (step 3)' in warning
-    saved.unlink()
+    assert not saved.exists() and saved.with_name('last.pt.damaged').exists()    # no save may take it for the good one
     assert common.read_last_checkpoint(str(saved))['step'] == 3
     previous.write_bytes(b'')
     refusal(previous, reader=lambda path, trainer: common.read_last_checkpoint(str(saved), trainer))
@@ -460,5 +473,5 @@ def test_cuda_asked_for_but_absent(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit) as stop:
         common.setup_processes('cuda')
-    assert stop.value.code == 2 and capsys.readouterr().err == (
-        'error: --device=cuda but torch sees no CUDA device; type --device=cpu\n')
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith('error: ') and 'cuda' in error and 'type --device=cpu' in error

@@ -334,6 +334,15 @@ def test_two_by_two_binary_linear_by_hand():
     assert_close(layer(torch.tensor([3.0, 5]).double()), y, rtol=0, atol=1e-15)
 
 
+def test_binary_embedding_by_hand():
+    """Mean 2 of [[1, 2], [3, 2]]: bits 0 0 and, a weight equal to the mean being 0, 1 0, which normalises to 1 -1."""
+    layer = BinaryEmbedding(2, 2, bias=False, alpha=1.0).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2], [3, 2]]))
+    y = torch.tensor([[0, 0], [1, -1]]).double() * 0.5 / (0.5 + 1e-5)
+    assert_close(layer(torch.tensor([0, 1])), y, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize('form', ['binary', 'conv channel', 'conv spatial', 'embedding'])
 def test_zero_bias_is_all_zero_bits(form):
     """A fresh bias holds no bit, so a fresh layer equals the one without it; alpha starts at 0.25."""
@@ -450,19 +459,21 @@ def test_int4_by_hand():
     assert pack_bits(codes, 4).tolist() == [0xF0, 0xB8, 0x94]
     assert_close(dequantize_int4(codes, absmax, (2, 3)),
                  torch.tensor([[-2, 2, 2 / 15], [14 / 15, -14 / 15, 0.4]]), rtol=1e-6, atol=1e-7)
-    codes, absmax = quantize_int4(torch.tensor([0.1, -0.1]), group=2)
-    assert codes.tolist() == [15, 0] and absmax.item() == torch.tensor(0.1).half().item()
+    # n = 0.1 is 0.099976 in fp16: 0.053325 -> 11.5004 -> 12; with the fp32 n it would be 11.4994 -> 11.
+    codes, absmax = quantize_int4(torch.tensor([0.1, -0.1, 0.053325, 0.1]), group=4)
+    assert codes.tolist() == [15, 0, 12, 15] and absmax.item() == torch.tensor(0.1).half().item()
     assert dequantize_int4(codes, absmax, (2,)).tolist() == [absmax.item(), -absmax.item()]
 
 
 @pytest.mark.parametrize('group, numel', [(16, 17), (2, 9), (64, 64)])
 def test_int4_pads_the_last_group_and_survives_zeros(group, numel):
-    """A group of zeros gives no NaN and about 0 back; lengths that are no multiple of the group come back whole."""
+    """A group of zeros is all code 8 and about 0 back, no 0/0; lengths no multiple of the group come back whole."""
     w = torch.randn(numel)
     w[:group] = 0
     codes, absmax = quantize_int4(w, group)
     back = dequantize_int4(codes, absmax, w.shape)
     assert codes.numel() == math.ceil(numel / group) * group and absmax.numel() == math.ceil(numel / group)
+    assert (codes[:group] == 8).all() and absmax.min() > 0
     assert back.isfinite().all() and back[:group].abs().max() < 1e-7
     assert (back - w).abs().max() <= w.abs().max() * (1 / 15 + 1e-3) + 1e-8         # half a step is n / 15
 
@@ -751,7 +762,8 @@ def test_packed_file_gives_the_same_outputs(tmp_path):
     assert model_bytes(model) == foretold                                   # packed already, counted the same
     meta, tensors = read_packed(path)
     fresh = load_packed(small_gpt(), tensors)
-    assert meta == {'step': 7, 'name': 'é'} and torch.equal(fresh(ids), y) and torch.equal(model(ids), y)
+    assert meta.pop('checksum') and meta == {'step': 7, 'name': 'é'}
+    assert torch.equal(fresh(ids), y) and torch.equal(model(ids), y)
     assert fresh.lm_head.weight is fresh.wte.weight and model_bytes(fresh) == foretold
     assert [p.name for p in tmp_path.iterdir()] == ['packed.safetensors']
 
@@ -765,18 +777,21 @@ def test_load_packed_refuses_another_shape(tmp_path):
             load_packed(nn.Sequential(other), tensors)
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'empty', 'text', 'foreign', 'other metadata', 'not json'])
+@pytest.mark.parametrize('damage', ['truncated', 'flipped', 'empty', 'text', 'foreign', 'other metadata', 'not json',
+                                    'no dict'])
 def test_a_damaged_or_foreign_file_is_named(tmp_path, damage):
-    """A cut file, no safetensors at all, or one written by something else: ValueError with the path in it."""
+    """A cut file, one flipped bit, no safetensors at all, another program's: ValueError with the path in it."""
     from safetensors.torch import save_file
     path, tensors = tmp_path / 'odd.safetensors', {'w': torch.ones(3)}
-    if damage == 'truncated':
+    if damage in ('truncated', 'flipped'):
         save_packed(nn.Sequential(BinaryLinear(64, 64)), path, {})
-        path.write_bytes(path.read_bytes()[:-100])
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-100] if damage == 'truncated' else raw[:-1] + bytes([raw[-1] ^ 1]))
     elif damage in ('empty', 'text'):
         path.write_bytes(b'' if damage == 'empty' else b'this is not a model, it is a line of text')
     else:
-        metadata = {'foreign': None, 'other metadata': {'format': 'pt'}, 'not json': {'nanobit': '{'}}
+        metadata = {'foreign': None, 'other metadata': {'format': 'pt'}, 'not json': {'nanobit': '{'},
+                    'no dict': {'nanobit': '[1]'}}
         save_file(tensors, path, metadata[damage])
     with pytest.raises(ValueError, match='odd.safetensors'):
         read_packed(path)

@@ -18,7 +18,7 @@ import common
 import layers
 import tokens
 import train_gpt
-from conftest import ROOT, THREADS, TINY, free_port, ranks
+from conftest import ROOT, TINY, free_port, ranks, wait_all
 
 SCRIPT = ROOT / 'train_gpt.py'
 MEASURED = {'ms', 'tokens_per_s', 'peak_mem_bytes', 'energy_j'}
@@ -28,8 +28,7 @@ BINARY, TERNARY = ('--n_binary=2',), ('--n_binary=2', '--qkv_proj=tern', '--c_pr
 # What a test does to a running trainer, as source text run before it. Each finds the trainer by what it calls.
 AT_STEP = """
 import common, os, signal
-plain = common.seed_step
-def seed_step(seed, step, rank):
+def seed_step(seed, step, rank, plain=common.seed_step):
     if step == {step} and rank == {rank}:
         {action}
     plain(seed, step, rank)
@@ -184,7 +183,7 @@ def test_two_nodes_equal_one(start, folder, unbroken):
     two, port = folder(), free_port()
     jobs = [start(*torchrun(SCRIPT, 'tiny.py', '--binary_blocks=1', nodes=2, rank=r, port=port, per_node=1), cwd=two,
                   real=True) for r in (0, 1)]
-    done = [job.wait() for job in jobs]
+    done = wait_all(jobs)
     assert [d.code for d in done] == [0, 0], [d.err for d in done]
     assert_same_losses(unbroken('--binary_blocks=1'), two)
 
@@ -195,7 +194,7 @@ def test_batches_do_not_depend_on_world_size(start, folder, unbroken, world, mic
     cwd = folder()
     jobs = [start(SCRIPT, 'tiny.py', f'--micro_batch_size={micro}', '--max_iters=3', '--eval_interval=3', cwd=cwd, **r)
             for r in ranks(world)]
-    assert [job.wait().code for job in jobs] == [0] * world
+    assert [done.code for done in wait_all(jobs)] == [0] * world
     one = unbroken('--max_iters=3', '--eval_interval=3')
     assert log(cwd, 'loss') == pytest.approx(log(one, 'loss'), abs=2e-6, rel=0)
     assert log(cwd, 'val_loss') == pytest.approx(log(one, 'val_loss'), abs=2e-6, rel=0)
@@ -205,7 +204,7 @@ def test_ranks_stay_identical_with_dropout(start, folder):
     """Dropout differs between ranks, weights do not; binary, ternary and 4-bit layers together."""
     cwd = folder()
     jobs = [start(SCRIPT, 'tiny.py', *MIXED, '--dropout=0.3', cwd=cwd, patch=CHECKSUMS, **r) for r in ranks(2)]
-    assert [job.wait().code for job in jobs] == [0, 0]
+    assert [done.code for done in wait_all(jobs)] == [0, 0]
     sums = [(cwd / f'sums{rank}').read_text().split() for rank in (0, 1)]
     assert sums[0] == sums[1] and len(set(sums[0])) == 20
 
@@ -290,7 +289,8 @@ def test_killed_while_saving_every_step(start, train, folder, unbroken):
         assert job.wait().code in (0, -9)
         if (cwd / 'out' / 'last.pt').exists():
             assert checkpoint(cwd)['step'] >= 1
-    assert train(*options, cwd=cwd).err == ''
+    done = train(*options, cwd=cwd)
+    assert done.err == '' and 'warning' not in done.out and not [n for n in os.listdir(cwd / 'out') if 'tmp' in n]
     whole = unbroken()
     assert_same_state(checkpoint(cwd), checkpoint(whole))
     assert log(cwd) == log(whole)
@@ -331,13 +331,13 @@ def test_damaged_last_falls_back_to_the_one_before(train, folder, unbroken):
         shutil.copytree(whole / 'out', cwd / 'out')
         (cwd / 'out' / 'last.pt').write_bytes(data)
         done = train('--resume=auto', cwd=cwd)
-        assert re.fullmatch(r'warning: out/last\.pt is damaged.*going on from out/last\.prev\.pt \(step 15\)\n',
+        assert re.fullmatch(r'warning: out/last\.pt .*; going on from out/last\.prev\.pt \(step 15\)\n',
                             done.err), (what, done.err)
         assert_same_state(checkpoint(cwd), checkpoint(whole))
         assert log(cwd) == log(whole)
         (cwd / 'out' / 'last.prev.pt').unlink()
         (cwd / 'out' / 'last.pt').write_bytes(data)
-        assert 'out/last.pt is damaged' in one_error(train('--resume=auto', cwd=cwd, code=2))
+        assert one_error(train('--resume=auto', cwd=cwd, code=2)).startswith('error: out/last.pt ')
 
 
 def test_after_a_fallback_the_good_file_outlives_the_damaged_one(train, folder):
@@ -444,7 +444,7 @@ def test_nan_on_one_rank_stops_both(start, folder):
     """Only rank 1 sees the NaN: both leave with status 2 and one of them says why."""
     cwd = folder()
     patch = NAN_LOSS.format(call=7 * 2 + 1, rank=1)
-    done = [job.wait(60) for job in [start(SCRIPT, 'tiny.py', cwd=cwd, patch=patch, **r) for r in ranks(2)]]
+    done = wait_all([start(SCRIPT, 'tiny.py', cwd=cwd, patch=patch, **r) for r in ranks(2)])
     assert [d.code for d in done] == [2, 2] and done[1].err == ''
     refused_nan(done[0], cwd, 7, 5, 'wte.weight')
 
@@ -512,7 +512,7 @@ def test_signals_under_torchrun(start, folder, unbroken, number, everyone):
     """SIGTERM to torchrun, as a scheduler sends it, and Ctrl-C, which a terminal sends to torchrun and both processes
     and torchrun then passes on once more: a whole checkpoint, from which one process ends like two unbroken ones."""
     cwd = folder()
-    (cwd / 'slow.py').write_text(SLOW + DRIVER)
+    (cwd / 'slow.py').write_text(SLOW.replace('0.03', '0.5 * (step > 6)') + DRIVER)
     job = start(*torchrun('slow.py', SCRIPT, 'tiny.py'), cwd=cwd, real=True, PYTHONUNBUFFERED='1')
     deadline = time.monotonic() + 60
     while 'step 6:' not in job.output() and time.monotonic() < deadline:
@@ -520,7 +520,6 @@ def test_signals_under_torchrun(start, folder, unbroken, number, everyone):
     os.killpg(job.pid, number) if everyone else job.signal(number)
     done = job.wait()
     assert 'stopped at step' in done.out, done.err
-    assert 'KeyboardInterrupt' not in done.err.replace('torch/distributed', '') or True
     stopped = int(re.search(r'stopped at step (\d+)', done.out)[1])
     assert checkpoint(cwd)['step'] == stopped >= 6
     again = start(SCRIPT, 'tiny.py', '--resume=auto', cwd=cwd).wait()
@@ -530,10 +529,10 @@ def test_signals_under_torchrun(start, folder, unbroken, number, everyone):
 
 def test_a_signal_on_one_rank_stops_both(start, folder):
     """Only rank 1 gets the signal, in the middle of step 6 or of an evaluation: both save at the same step and end."""
-    for patch, step in ((kill_at(6, rank=1), 7), (kill_at(9, rank=1) , 10)):
+    for patch, step in ((kill_at(6, rank=1), 7), (kill_at(9, rank=1), 10)):
         cwd = folder()
         jobs = [start(SCRIPT, 'tiny.py', cwd=cwd, patch=patch, **r) for r in ranks(2)]
-        done = [job.wait(60) for job in jobs]
+        done = wait_all(jobs)
         assert [d.code for d in done] == [0, 0], [d.err for d in done]
         assert checkpoint(cwd)['step'] == step and f'stopped at step {step}' in done[0].out
 
@@ -624,7 +623,7 @@ def test_mistakes_are_one_line(start, folder, group):
 
 def test_two_ranks_make_a_mistake_in_one_line(start, folder):
     jobs = [start(SCRIPT, 'tiny.py', '--batch_size=6', cwd=folder(), **r) for r in ranks(2)]
-    done = [job.wait() for job in jobs]
+    done = wait_all(jobs)
     assert [d.code for d in done] == [2, 2] and done[1].err == ''
     assert 'batch_size=6 is no multiple of micro_batch_size=2 x 2 processes' in one_error(done[0])
 
@@ -749,7 +748,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits():
     assert torch.allclose(model(ids[:, :-1])[:, 0], z[:, -1].float(), atol=1e-6)
 
 
-@pytest.mark.parametrize('kind, prompt', itertools.product(layers.KINDS, (1, 5, 16, 40)))
+@pytest.mark.parametrize('kind, prompt', list(itertools.product(layers.KINDS, (1, 5, 16, 40))))
 def test_cached_generation_equals_the_plain_one(kind, prompt):
     """Temperature 0, 40 tokens, far across block_size 16, from prompts shorter and longer than it. The window by hand:
     it starts at the last 16 tokens and grows; when it holds 16, it starts again from the later 8."""
@@ -770,8 +769,8 @@ def test_cached_generation_equals_the_plain_one(kind, prompt):
 
 
 def test_sampling_options():
-    """Padding of the vocabulary is never drawn, top_k=1 is temperature 0, the same generator draws the same, `stop`
-    ends after itself, a batch gives one id per row."""
+    """Padding of the vocabulary is never drawn, top_k=1 is temperature 0, the same generator draws the same, a
+    batch gives one id per row."""
     model, ids = tiny_gpt(), random_ids(1, 3)
 
     def draw(n=60, vocab=50, **options):
@@ -780,7 +779,6 @@ def test_sampling_options():
     drawn = draw(generator=seeded())
     assert drawn == draw(generator=seeded()) and max(drawn) < 50 and len(set(drawn)) > 20
     assert draw(top_k=1) == draw(temperature=0)
-    assert draw(stop=drawn[4], generator=seeded()) == drawn[:drawn.index(drawn[4]) + 1]
     assert [t.shape for t in model.generate(random_ids(3, 2), 2, 64)] == [(3,), (3,)]
 
 

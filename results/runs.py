@@ -1,0 +1,147 @@
+"""
+The runs behind the tables: variants of one config on the same batches, several seeds each, measured and tabulated.
+
+    python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --name=wikitext2
+    python results/runs.py quality [--seeds=1,2,3] [--jobs=2] [--only=fp,bin6]     # an hour on 2 cores
+    python results/runs.py depth                                                  # 12 of 12 blocks binary
+    python results/runs.py quality --table                                        # from the logs alone
+
+Runs train_gpt.py once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
+writes results/<name>.md and .png, and puts the table into README.md. No number in them is typed by hand.
+"""
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOW = '--n_binary=6 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
+EXPERIMENTS = {                                     # name: config, baseline, {variant: (label, what it changes)}
+    'quality': ('config/wikitext2.py', 'fp', {
+        'fp': ('full precision', ''),
+        'bin3': ('3 of 6 blocks binary', '--n_binary=3'),
+        'bin6': ('all binary', '--n_binary=6'),
+        'tern6': ('all ternary', LOW.format('tern')),
+        'int4': ('all 4-bit', LOW.format('int4')),
+    }),
+    'depth': ('config/pycode_bin12.py', 'fp', {
+        'fp': ('12 blocks, full precision', '--n_binary=0'),
+        'bin12': ('12 of 12 binary', ''),
+        'bin12_alpha25': ('... every scale starting at 0.25, as the reference', '--binary_alpha=0.25 --binary_alpha_out=0.25'),
+        'bin12_alpha1': ('... every scale starting at 1', '--binary_alpha_out=1.0'),
+        'bin12_lr5': ('... 5 x the learning rate', '--learning_rate=1e-2 --min_lr=1e-3'),
+    }),
+}
+
+
+def train(name, variant, seed, threads):
+    """One run, resumed if it was interrupted; its log ends up in results/<name>/<variant>_s<seed>.jsonl."""
+    config, _, variants = EXPERIMENTS[name]
+    out = f'out/{name}/{variant}_s{seed}'
+    command = [sys.executable, 'train_gpt.py', config, *variants[variant][1].split(),
+               f'--seed={seed}', f'--out_dir={out}', '--resume=auto']
+    os.makedirs(ROOT / out, exist_ok=True)
+    with open(ROOT / out / 'stdout.txt', 'a') as f:
+        subprocess.run(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, check=True,
+                       env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+    shutil.copy(ROOT / out / 'log.jsonl', ROOT / 'results' / name / f'{variant}_s{seed}.jsonl')
+    print(f'{variant} seed {seed}: done', flush=True)
+
+
+def summary(name):
+    """{variant: {seed: dict}} of the finished logs: val loss and bits per byte at the end, ms, memory, bytes."""
+    found = {}
+    for variant in EXPERIMENTS[name][2]:
+        for path in sorted((ROOT / 'results' / name).glob(f'{variant}_s*.jsonl')):
+            records = [json.loads(line) for line in open(path)]
+            steps = [r for r in records if 'ms' in r]
+            last = [r for r in records if 'val_loss' in r][-1]
+            end = records[-1]
+            if 'packed_file_bytes' not in end:
+                continue
+            found.setdefault(variant, {})[int(path.stem.rsplit('_s', 1)[1])] = {
+                'loss': last['val_loss'], 'bpb': last['val_bpb'], 'step': last['step'], 'tokens': last['tokens'],
+                'ms': statistics.median(r['ms'] for r in steps), 'peak': max(r['peak_mem_bytes'] for r in steps),
+                'packed': end['packed_file_bytes'], 'fp32': end['fp32_bytes']}
+    return found
+
+
+def mean_sd(values):
+    sd = f'{statistics.stdev(values):.4f}' if len(values) > 1 else '-'
+    return f'{statistics.mean(values):.4f} ± {sd}'
+
+
+def table(name, found):
+    """Markdown lines: mean ± sd over seeds; the gap to the baseline is paired by seed, both saw the same batches."""
+    config, baseline, variants = EXPERIMENTS[name]
+    base = found[baseline]
+    one = next(iter(base.values()))
+    lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; mean ± sd over seeds; loss in nats per token '
+             '(here a byte) at the last step; the gap is paired by seed.', '',
+             '| variant | val loss | bits per byte | gap | ms/step | peak resident MiB | packed file bytes |',
+             '|---|---|---|---|---|---|---|']
+    for variant, runs in found.items():
+        both = sorted(runs.keys() & base.keys())
+        gap = '-' if variant == baseline or not both else mean_sd([runs[s]['loss'] - base[s]['loss'] for s in both])
+        rows = list(runs.values())
+        lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {mean_sd([r["loss"] for r in rows])} | '
+                     f'{statistics.mean(r["bpb"] for r in rows):.4f} | {gap} | '
+                     f'{statistics.median(r["ms"] for r in rows):.0f} | '
+                     f'{statistics.median(r["peak"] for r in rows) / 2 ** 20:.0f} | {rows[0]["packed"]:,} |')
+    return lines
+
+
+def write_tables(name):
+    found = summary(name)
+    if EXPERIMENTS[name][1] not in found:
+        sys.exit(f'error: no finished baseline run in results/{name}; run: python results/runs.py {name}')
+    text = '\n'.join(table(name, found))
+    (ROOT / 'results' / f'{name}.md').write_text(text + '\n')
+    readme = (ROOT / 'README.md').read_text()
+    head, mark, rest = readme.partition(f'<!-- {name} -->\n')
+    if mark:
+        (ROOT / 'README.md').write_text(f'{head}{mark}{text}\n<!-- end -->{rest.partition("<!-- end -->")[2]}')
+    print(text)
+    plot(name, found)
+
+
+def plot(name, found):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for i, variant in enumerate(found):
+        for n, path in enumerate(sorted((ROOT / 'results' / name).glob(f'{variant}_s*.jsonl'))):
+            curve = [(r['tokens'], r['val_loss']) for r in map(json.loads, open(path)) if 'val_loss' in r and r['step']]
+            axes.plot(*zip(*curve, strict=True), color=f'C{i}', lw=1, alpha=0.7,
+                      label=None if n else f'{EXPERIMENTS[name][2][variant][0]}: {curve[-1][1]:.3f}')
+    axes.set(xlabel='training tokens', ylabel='validation loss, nats per byte', title='one line per seed')
+    axes.legend(frameon=False, title='first seed, last value')
+    figure.savefig(ROOT / 'results' / f'{name}.png', dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('name', choices=EXPERIMENTS)
+    parser.add_argument('--seeds', default='1,2,3')
+    parser.add_argument('--only', default='', help='variants, separated by commas')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, each on its share of the cores')
+    parser.add_argument('--table', action='store_true', help='train nothing')
+    a = parser.parse_args()
+    if not a.table:
+        (ROOT / 'results' / a.name).mkdir(exist_ok=True)
+        threads = max(1, (os.cpu_count() or 1) // a.jobs)
+        chosen = a.only.split(',') if a.only else list(EXPERIMENTS[a.name][2])
+        jobs = [(a.name, v, int(s), threads) for s in a.seeds.split(',') for v in chosen]
+        with ThreadPoolExecutor(a.jobs) as pool:
+            list(pool.map(lambda job: train(*job), jobs))
+    write_tables(a.name)
+
+
+if __name__ == '__main__':
+    main()
