@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -66,6 +67,17 @@ def peak_resident_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
+def cpu_allocator_peak(step, model, optimizer):
+    """Most bytes of tensors alive at once during one step: parameters and optimizer state, which are alive before it, plus
+    the peak of the running sum of what the CPU allocator hands out and takes back (as max_memory_allocated on CUDA)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        step()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
+    state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    return (sum(t.numel() * t.element_size() for t in [*model.parameters(), *state])
+            + max(accumulate(n for _, n in changes)))
+
+
 def worker(a):
     """One variant in this process: for each line on stdin (a number of steps) one line of JSON on stdout."""
     torch.set_num_threads(a.threads)
@@ -90,6 +102,10 @@ def worker(a):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     for line in sys.stdin:
+        if line == 'memory\n':
+            peak = torch.cuda.max_memory_allocated() if cuda else cpu_allocator_peak(step, model, optimizer)
+            print(json.dumps({'peak_bytes': peak, 'resident_bytes': peak_resident_bytes() - before}), flush=True)
+            continue
         times = []
         for _ in range(int(line)):
             sync()
@@ -97,8 +113,7 @@ def worker(a):
             step()
             sync()
             times.append((time.perf_counter() - start) * 1e3)
-        peak = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes() - before
-        print(json.dumps({'ms': times, 'peak_bytes': peak, 'parameters': sum(p.numel() for p in model.parameters()),
+        print(json.dumps({'ms': times, 'parameters': sum(p.numel() for p in model.parameters()),
                           'name': torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}),
               flush=True)
 
@@ -125,8 +140,11 @@ def train(a):
                 sys.exit(f'error: {v[0]} in {v[1]} failed, see above')
             if i >= 0:
                 answers[v].append(json.loads(line))
-    for p in processes.values():
+    memory = {}
+    for v, p in processes.items():
+        p.stdin.write('memory\n')
         p.stdin.close()
+        memory[v] = json.loads(p.stdout.readline())
         p.wait()
     tokens = a.batch_size * a.block_size
     last = {v: answers[v][-1] for v in variants}
@@ -135,11 +153,10 @@ def train(a):
     if a.device == 'cuda' and peak:
         n = last[variants[0]]['parameters'] - a.block_size * a.n_embd
         flops = tokens * (6 * n + 12 * a.n_layer * a.n_embd * a.block_size)     # PaLM appendix B, attention not halved
-    memory = 'allocator peak' if a.device == 'cuda' else 'resident peak - before the model'
     print(f'training step, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, {a.device} '
           f'({last[variants[0]]["name"]}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
-          f'{a.rounds} rounds x {a.steps} steps; memory: {memory}')
-    print(f'{"kind":6} {"dtype":9} {"ms/step":>9} {"x fp":>6} {"tokens/s":>10} {"peak MiB":>9} {"x fp":>6}'
+          f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: of the process, above its start')
+    print(f'{"kind":6} {"dtype":9} {"ms/step":>9} {"x fp":>6} {"tokens/s":>10} {"peak MiB":>9} {"x fp":>6} {"resident":>9} {"x fp":>6}'
           + '   MFU' * bool(flops))
     rows = []
     for kind, dtype in variants:
@@ -147,16 +164,18 @@ def train(a):
         base = [statistics.median(r['ms']) for r in answers.get(('fp', dtype), answers[kind, dtype])]
         ms = statistics.median(mine)
         ratio = statistics.median(m / b for m, b in zip(mine, base, strict=True))
-        memory_ratio = last[kind, dtype]['peak_bytes'] / last.get(('fp', dtype), last[kind, dtype])['peak_bytes']
+        mine_bytes, base_bytes = memory[kind, dtype], memory.get(('fp', dtype), memory[kind, dtype])
+        memory_ratio, resident_ratio = (mine_bytes[k] / base_bytes[k] for k in ('peak_bytes', 'resident_bytes'))
         row = {'bench': 'train', 'kind': kind, 'dtype': dtype, 'ms': ms, 'ms_min': min(mine), 'ms_max': max(mine),
-               'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, 'peak_bytes': last[kind, dtype]['peak_bytes'],
-               'peak_ratio': memory_ratio, 'mfu': flops / ms * 1e3 / peak if flops else None,
+               'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes,
+               'peak_ratio': memory_ratio, 'resident_ratio': resident_ratio, 'mfu': flops / ms * 1e3 / peak if flops else None,
                'parameters': last[kind, dtype]['parameters'], 'batch_size': a.batch_size, 'block_size': a.block_size,
                'n_layer': a.n_layer, 'n_embd': a.n_embd, 'threads': a.threads, 'compile': a.compile,
                'device': last[kind, dtype]['name'], 'torch': torch.__version__}
         rows.append(row)
         print(f'{kind:6} {dtype:9} {ms:9.1f} {ratio:6.2f} {row["tokens_per_s"]:10,.0f} '
-              f'{row["peak_bytes"] / 2 ** 20:9.1f} {memory_ratio:6.2f}' + (f' {row["mfu"]:5.1%}' if flops else ''))
+              f'{row["peak_bytes"] / 2 ** 20:9.1f} {memory_ratio:6.2f} {row["resident_bytes"] / 2 ** 20:9.1f} {resident_ratio:6.2f}'
+              + (f' {row["mfu"]:5.1%}' if flops else ''))
     if a.json:
         with open(a.json, 'a') as f:
             f.writelines(json.dumps(r) + '\n' for r in rows)

@@ -138,41 +138,44 @@ class _StraightThrough(torch.autograd.Function):
         return g, None
 
 
-class _QuantizedLinear(torch.autograd.Function):
-    """y (N, out) = act(x) (N, in) @ q(w).T + q_b(b). Keeps x, w, b; q(w) and act(x) are made again in the backward."""
-    @staticmethod
-    def forward(ctx, x, w, b, quantize, quantize_bias, act):
-        ctx.save_for_backward(x, w)
-        ctx.quantize, ctx.act = quantize, act
-        bq = None if b is None else quantize_bias(b, dtype=x.dtype)
-        return F.linear(ACTIVATIONS[act][0](x), quantize(w, dtype=x.dtype), bq)
+def _blocks(x, wanted=True):
+    """Slices of the rows of x. On the CPU some rows at a time, so that what is made on the way stays in the cache
+    and never takes the memory of a whole activation; elsewhere, and under torch.compile, which fuse by themselves, one."""
+    rows = len(x) if not wanted or x.device.type != 'cpu' or torch.compiler.is_compiling() else 1024
+    return [slice(i, i + rows) for i in range(0, len(x), rows)] if len(x) > rows else [slice(None)]
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        forward, backward = ACTIVATIONS[ctx.act]
-        gx = gw = gb = None
-        if ctx.needs_input_grad[0]:
-            gx = backward(g @ ctx.quantize(w, dtype=g.dtype), x)            # (N, out) @ (out, in)
-        if ctx.needs_input_grad[1]:
-            gw = (g.T @ forward(x)).to(w.dtype)                             # (out, N) @ (N, in)
-        if ctx.needs_input_grad[2]:
-            gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
-        return gx, gw, gb, None, None, None
+
+def _normalize(z, alpha, ndim, eps):
+    """(y, rstd): y = alpha * (z - mean) / (std + eps) over the last `ndim` dimensions, population std; rstd = 1 / std."""
+    u, _, rstd = torch.native_layer_norm(_wide(z), z.shape[-ndim:], None, None, TINY_VAR)
+    return u.mul_(alpha / (1 + eps * rstd)), rstd                           # 1/(std + eps) = rstd / (1 + eps rstd)
+
+
+def _normalize_backward(g, y, rstd, alpha, ndim, eps):
+    """(dz, dalpha) from dy and y itself, which the next operation mostly keeps anyway: z need not be kept.
+
+    With u = y / alpha and g' = alpha * dy:  dz = (g' - mean(g') - u mean(g' u) (std + eps) / std) / (std + eps).
+    """
+    g, u = _wide(g), _wide(y) / alpha
+    slack = 1 + eps * rstd                                                  # (std + eps) / std
+    root = slack.sqrt()                                                     # shared between the two u's of the formula
+    dz = torch.ops.aten.native_layer_norm_backward(g * alpha, u, u.shape[-ndim:], torch.zeros_like(rstd), root, None, None,
+                                                   [True, False, False])[0].mul_(rstd / (slack * root))
+    return dz, (g * u).sum_to_size(alpha.shape)
+
+
+def _away_from_zero(alpha):
+    return torch.where(alpha.abs() < TINY_ALPHA, TINY_ALPHA, alpha)
 
 
 class _Normalize(torch.autograd.Function):
-    """y = alpha * (z - mean) / (std + eps) over the last `ndim` dimensions of z, population std, alpha broadcast to z.
-
-    Keeps y, which the next operation mostly keeps too, instead of z: with u = y / alpha,
-        dz = (g' - mean(g') - u mean(g' u) (std + eps) / std) / (std + eps),   g' = alpha * dy.
-    The LayerNorm kernels do the sums. fp32 inside whatever z's dtype is.
-    """
+    """_normalize as a layer, for what is not a linear layer. Keeps y and rstd. alpha broadcasts to z, without its dim 0."""
     @staticmethod
     def forward(ctx, z, alpha, ndim, eps):
-        alpha = torch.where(alpha.abs() < TINY_ALPHA, TINY_ALPHA, alpha)
-        u, _, rstd = torch.native_layer_norm(_wide(z), z.shape[-ndim:], None, None, TINY_VAR)
-        y = u.mul_(alpha / (1 + eps * rstd)).to(z.dtype)                    # 1/(std + eps) = rstd / (1 + eps rstd)
+        alpha = _away_from_zero(alpha)
+        y, rstd = torch.empty_like(z), torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=_wide(z[:0]).dtype, device=z.device)
+        for rows in _blocks(z):
+            y[rows], rstd[rows] = _normalize(z[rows], alpha, ndim, eps)
         ctx.save_for_backward(y, rstd, alpha)
         ctx.ndim, ctx.eps = ndim, eps
         return y
@@ -180,19 +183,72 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         y, rstd, alpha = ctx.saved_tensors
-        g = _wide(g)
-        slack = 1 + ctx.eps * rstd                                          # (std + eps) / std
-        root = slack.sqrt()                                                 # shared between the two u's of the formula
-        norm = partial(torch.ops.aten.native_layer_norm_backward, normalized_shape=y.shape[-ctx.ndim:],
-                       mean=torch.zeros_like(rstd), weight=None, bias=None, output_mask=[True, False, False])
-        if ctx.ndim == 1 == alpha.shape[-1]:                                # one alpha per row: the kernel divides
-            galpha = (torch.linalg.vecdot(g, _wide(y), dim=-1).unsqueeze(-1) / alpha).sum_to_size(alpha.shape)
-            dz = norm(g, _wide(y), rstd=root / alpha)[0].mul_(alpha * alpha * rstd / (slack * root))
-        else:
-            u = _wide(y) / alpha
-            galpha = (g * u).sum_to_size(alpha.shape)
-            dz = norm(g * alpha, u, rstd=root)[0].mul_(rstd / (slack * root))
-        return dz.to(y.dtype), galpha, None, None
+        dz, galpha = torch.empty_like(y), torch.zeros_like(alpha, dtype=rstd.dtype)
+        for rows in _blocks(y):
+            dz[rows], part = _normalize_backward(g[rows], y[rows], rstd[rows], alpha, ctx.ndim, ctx.eps)
+            galpha += part
+        return dz, galpha.to(alpha.dtype), None, None
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """y (N, out) = act(x) (N, in) @ wq.T + bq, and _normalize of that when alpha (chunks, 1 or out / chunks) is given.
+
+    `wq, bq = quantize(w, b, dtype)`. Keeps x, w, b and, with alpha, y and 1 / std; wq and act(x) are made again.
+    """
+    @staticmethod
+    def forward(ctx, x, w, b, alpha, quantize, act, eps):
+        wq, bq = quantize(w, b, x.dtype)
+        y, rstd, blocks = None, None, _blocks(x, alpha is not None or act is not None)
+        if alpha is not None:
+            alpha = _away_from_zero(alpha)
+            rstd = torch.empty(len(x), len(alpha), 1, dtype=_wide(x[:0]).dtype, device=x.device)
+        for rows in blocks:
+            z = F.linear(ACTIVATIONS[act][0](x[rows]), wq, bq)
+            if alpha is not None:
+                z, rstd[rows] = _normalize(z.view(len(z), len(alpha), -1), alpha, 1, eps)
+                z = z.view(len(z), -1)
+            if len(blocks) == 1:
+                y = z.to(x.dtype)
+            else:
+                y = x.new_empty(len(x), len(wq)) if y is None else y
+                y[rows] = z
+        ctx.save_for_backward(x, w, b, alpha, rstd, None if alpha is None else y)
+        ctx.quantize, ctx.act, ctx.eps = quantize, act, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w, b, alpha, rstd, y = ctx.saved_tensors
+        forward, backward = ACTIVATIONS[ctx.act]
+        wide = _wide(g[:0]).dtype
+        wq, _ = ctx.quantize(w, b, x.dtype)
+        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        gw, gb, galpha = (torch.zeros_like(t, dtype=wide) if need and t is not None else None
+                          for t, need in zip((w, b, alpha), ctx.needs_input_grad[1:4], strict=True))
+        for rows in _blocks(x, alpha is not None or ctx.act is not None):
+            dz = g[rows]
+            if alpha is not None:
+                shape = (len(dz), len(alpha), -1)
+                dz, part = _normalize_backward(dz.view(shape), y[rows].view(shape), rstd[rows], alpha, 1, ctx.eps)
+                dz = dz.view(len(dz), -1).to(x.dtype)
+                if galpha is not None:
+                    galpha += part
+            if gb is not None:
+                gb += dz.sum(0, dtype=wide)
+            if gw is not None:
+                _add_product(gw, dz, forward(x[rows]))
+            if gx is not None:
+                gx[rows] = backward(dz @ wq, x[rows])                       # (rows, out) @ (out, in)
+        gw, gb, galpha = (t if t is None else t.to(p.dtype) for t, p in ((gw, w), (gb, b), (galpha, alpha)))
+        return gx, gw, gb, galpha, None, None, None
+
+
+def _add_product(total, g, x):
+    """total (out, in) += g (rows, out).T @ x (rows, in), without a temporary where the dtypes allow."""
+    if total.dtype == g.dtype:
+        total.addmm_(g.T, x)
+    else:
+        total += g.T @ x
 
 
 # Without the int8 dot-product instructions torch._int_mm can be slower than the float product by far. Asked once, here:
@@ -213,11 +269,15 @@ class _TernaryLinear(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, w, b, gain, weights, norm, eps, act, dtype):
-        a, rstd = _wide(ACTIVATIONS[act][0](x)), None
-        if norm:
-            rstd = (torch.linalg.vector_norm(a, dim=-1, keepdim=True).square() / a.shape[-1] + eps).rsqrt()
-            a = a * rstd if gain is None else a * rstd * gain
-        q, sx = quantize_rows(a)                                            # (N, in) int8, (N, 1)
+        q = torch.empty_like(x, dtype=torch.int8)                           # (N, in)
+        sx = _wide(x[:, :1]).new_empty(len(x), 1)
+        rstd = torch.empty_like(sx) if norm else None
+        for rows in _blocks(x):
+            a = _wide(ACTIVATIONS[act][0](x[rows]))
+            if norm:
+                rstd[rows] = (torch.linalg.vector_norm(a, dim=-1, keepdim=True).square() / a.shape[-1] + eps).rsqrt()
+                a = a * rstd[rows] if gain is None else (a * rstd[rows]).mul_(gain)
+            q[rows], sx[rows] = quantize_rows(a)
         t, sw = weights(w)                                                  # (out, in) int8, (chunks,)
         if _has_fast_int8(q.device) and min(*q.shape, len(t)) > 1:          # size-1 strides: pytorch/pytorch#195066
             z, sx_z = torch._int_mm(q, t.T), sx                             # int32 (N, out)
@@ -235,25 +295,32 @@ class _TernaryLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, w, gain, q, sx, rstd = ctx.saved_tensors
         forward, backward = ACTIVATIONS[ctx.act]
-        gx = gw = ggain = None
+        need_w, need_x = ctx.needs_input_grad[1], ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
         gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.needs_input_grad[2] else None
-        if ctx.needs_input_grad[1]:
-            gw = (g.T @ (q * sx).to(g.dtype)).to(w.dtype)                   # (out, N) @ (N, in)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+        gx = torch.empty_like(q, dtype=ctx.x_dtype) if need_x else None
+        gw = torch.zeros_like(w, dtype=sx.dtype) if need_w else None
+        ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
+        if need_x:
             t, sw = ctx.weights(w)
-            wq = (t.view(len(sw), -1) * sw[:, None]).view(t.shape)
-            gx = _wide(g @ wq.to(g.dtype))                                 # gradient at the quantizer = at its input
-            if rstd is not None:                                            # RMSNorm: n = gain * u, u = a * rstd
-                u = _wide(forward(x)) * rstd
-                p = gx * u
-                if gain is not None:
-                    ggain, along = p.sum(0), (p @ gain.to(p.dtype)).unsqueeze(-1)
-                    gx.mul_(gain)
-                else:
-                    along = p.sum(-1, keepdim=True)
-                gx.addcmul_(u, along, value=-1 / u.shape[-1]).mul_(rstd)    # (gain g - u mean(u gain g)) * rstd
-            gx = backward(gx.to(ctx.x_dtype), x)
-        return gx, gw, gb, ggain, None, None, None, None, None
+            wq = (t.view(len(sw), -1) * sw[:, None]).view(t.shape).to(g.dtype)
+        for rows in _blocks(q):
+            if need_w:
+                _add_product(gw, g[rows], (q[rows] * sx[rows]).to(g.dtype))
+            if need_x:
+                h = _wide(g[rows] @ wq)                                     # gradient at the quantizer = at its input
+                if rstd is not None:                                        # RMSNorm: n = gain * u, u = a * rstd
+                    u = _wide(forward(x[rows])) * rstd[rows]
+                    p = h * u
+                    if gain is None:
+                        along = p.sum(-1, keepdim=True)
+                    else:
+                        ggain += p.sum(0)
+                        along = (p @ gain.to(p.dtype)).unsqueeze(-1)
+                        h.mul_(gain)
+                    h.addcmul_(u, along, value=-1 / u.shape[-1]).mul_(rstd[rows])   # (h - u mean(u h)) * rstd
+                gx[rows] = h if ctx.act is None else backward(h.to(ctx.x_dtype), x[rows])
+        gw = gw.to(w.dtype) if need_w else None
+        return gx, gw, gb, ggain if gain is None else ggain.to(gain.dtype), None, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,15 +445,14 @@ class BinaryLinear(_Binary, nn.Module):
         nn.init.xavier_uniform_(self.weight)
         self._init_alpha(alpha, (chunks, 1 if alpha_per == 'layer' else out_features // chunks))
 
-    def forward(self, x):
-        dtype = _compute_dtype(x)
-        flat = x.reshape(-1, self.in_features).to(dtype)
+    def _quantize(self, weight, bias, dtype):
         if self.packed:
-            z = F.linear(ACTIVATIONS[self.act][0](flat), *self._weights(dtype))
-        else:
-            bits = partial(half_bits, chunks=self.chunks)
-            z = _QuantizedLinear.apply(flat, self.weight, self.bias, bits, bits, self.act)
-        y = _Normalize.apply(z.view(-1, self.chunks, self.out_features // self.chunks), self.alpha, 1, self.eps)
+            return self._weights(dtype)
+        return half_bits(weight, self.chunks, dtype), None if bias is None else half_bits(bias, self.chunks, dtype)
+
+    def forward(self, x):
+        flat = x.reshape(-1, self.in_features).to(_compute_dtype(x))
+        y = _QuantizedLinear.apply(flat, self.weight, self.bias, self.alpha, self._quantize, self.act, self.eps)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
@@ -544,23 +610,20 @@ class Int4Linear(LowBit, nn.Module):
     def decode(self):
         return dequantize_int4(unpack_bits(self.code, 4, self.absmax.numel() * self.group), self.absmax, self.shape), None
 
-    def forward(self, x):
-        dtype = _compute_dtype(x)
-        flat = x.reshape(-1, self.in_features).to(dtype)
+    def _quantize(self, weight, bias, dtype):
         if self.packed:
-            y = F.linear(ACTIVATIONS[self.act][0](flat), self.decode()[0].to(dtype),
-                         None if self.bias is None else self.bias.to(dtype))
+            weight = self.decode()[0].to(dtype)
         else:
-            y = _QuantizedLinear.apply(flat, self.weight, self.bias, partial(_fake_int4, group=self.group),
-                                       lambda b, dtype: b.to(dtype), self.act)
+            weight = dequantize_int4(*quantize_int4(weight, self.group), weight.shape, dtype)
+        return weight, None if bias is None else bias.to(dtype)
+
+    def forward(self, x):
+        flat = x.reshape(-1, self.in_features).to(_compute_dtype(x))
+        y = _QuantizedLinear.apply(flat, self.weight, self.bias, None, self._quantize, self.act, 0.0)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, group={self.group}, act={self.act}, packed={self.packed}'
-
-
-def _fake_int4(w, group, dtype):
-    return dequantize_int4(*quantize_int4(w, group), w.shape, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def load_gpt2(model, name):
     for key, t in source.items():
         key = key.removeprefix('transformer.')
         key = 'blocks.' + key[2:] if key.startswith('h.') else key
-        if not key.endswith(('attn.bias', 'attn.masked_bias')):
+        if not key.endswith(('.attn.bias', '.attn.masked_bias')):
             transposed = key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))    # GPT-2 stores (in, out)
             state[key] = t.T.contiguous() if transposed else t
     for key in ('wte.weight', 'lm_head.weight'):    # the vocabulary is padded to a multiple of 64 here

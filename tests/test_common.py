@@ -3,6 +3,8 @@ import json
 import math
 import os
 import pickle
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -388,6 +390,21 @@ def test_half_written_log_line(tmp_path):
     assert [json.loads(line)['step'] for line in (tmp_path / 'log.jsonl').read_text().splitlines()] == [1, 2]
 
 
+def test_full_disk_costs_log_lines_not_the_run(tmp_path, capsys):
+    """With room for half a line or none, a warning each and a log without half lines; with room again it goes on."""
+    common.append_log(tmp_path, {'step': 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (5, 0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / 'log.jsonl').stat().st_size + room, before[1]))
+        try:
+            common.append_log(tmp_path, {'step': 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert re.fullmatch(r'warning: could not write .*/log\.jsonl: .*\n', capsys.readouterr().err)
+    common.append_log(tmp_path, {'step': 3})
+    assert common.read_log(tmp_path) == [{'step': 1}, {'step': 3}]
+
+
 # ----------------------------------------------------------------------------------------------------- signals, meters
 
 
@@ -405,21 +422,22 @@ time.sleep(20)
 """
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)])
-def test_stop_flag(tmp_path, number, code):
-    """The first signal sets the flag and nothing else; another one, once the process group had time to pass the
-    first one around, ends the process as it would have without us."""
-    process = subprocess.Popen([sys.executable, '-c', STOP], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               cwd=os.path.dirname(common.__file__))
-    assert process.stdout.readline() == 'False\n'
-    process.send_signal(number)
-    assert process.stdout.readline() == 'seen\n' and process.poll() is None
-    time.sleep(SECOND_SIGNAL_AFTER)
-    process.send_signal(number)
-    assert process.wait(10) == code
-
-
-SECOND_SIGNAL_AFTER = 0.1
+def test_stop_flag():
+    """The first signal sets the flag and nothing else, and so does the same one passed on at once by torchrun; another
+    one a second later ends the process as it would have without us."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    running = [subprocess.Popen([sys.executable, '-c', STOP], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                cwd=os.path.dirname(common.__file__)) for _ in numbers]
+    for process, number in zip(running, numbers, strict=True):
+        assert process.stdout.readline() == 'False\n'
+        process.send_signal(number)
+        assert process.stdout.readline() == 'seen\n'
+        process.send_signal(number)
+    time.sleep(1.1)
+    for process, number in zip(running, numbers, strict=True):
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(10) == -number
 
 
 def test_meters_measure_or_say_nothing():
