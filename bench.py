@@ -156,7 +156,8 @@ def train(a):
     print(f'training step, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, {a.device} '
           f'({last[variants[0]]["name"]}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
           f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: of the process, above its start')
-    print(f'{"kind":6} {"dtype":9} {"ms/step":>9} {"x fp":>6} {"tokens/s":>10} {"peak MiB":>9} {"x fp":>6} {"resident":>9} {"x fp":>6}'
+    print(f'{"kind":6} {"dtype":9} {"ms/step":>9} {"x fp":>6} {"tokens/s":>10} {"peak MiB":>9} {"x fp":>6} '
+          f'{"resident":>9} {"x fp":>6}'
           + '   MFU' * bool(flops))
     rows = []
     for kind, dtype in variants:
@@ -174,7 +175,8 @@ def train(a):
                'device': last[kind, dtype]['name'], 'torch': torch.__version__}
         rows.append(row)
         print(f'{kind:6} {dtype:9} {ms:9.1f} {ratio:6.2f} {row["tokens_per_s"]:10,.0f} '
-              f'{row["peak_bytes"] / 2 ** 20:9.1f} {memory_ratio:6.2f} {row["resident_bytes"] / 2 ** 20:9.1f} {resident_ratio:6.2f}'
+              f'{row["peak_bytes"] / 2 ** 20:9.1f} {memory_ratio:6.2f} '
+              f'{row["resident_bytes"] / 2 ** 20:9.1f} {resident_ratio:6.2f}'
               + (f' {row["mfu"]:5.1%}' if flops else ''))
     if a.json:
         with open(a.json, 'a') as f:

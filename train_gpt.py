@@ -46,7 +46,7 @@ mlp_proj = 'bin'               # ... of both MLP matrices
 n_binary = 0                   # how many leading blocks use these kinds; 0: none, 6: exactly 6
 binary_blocks = ()             # or which ones, e.g. (0, 3, 5); counted from 0
 binary_alpha = 1.0             # starting scale of binary q, k, v and MLP input layers
-binary_alpha_out = 0.0         # ... of the layers that add to the residual stream; 0: 1 / sqrt(2 n_layer)
+binary_alpha_out = 0.05        # ... of the layers that add to the residual stream; the embedding starts at 0.02
 # optimizer
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 1e-3           # peak
@@ -94,7 +94,7 @@ class GPTConfig:
     mlp_proj: str = 'bin'
     binary_blocks: tuple = ()
     binary_alpha: float = 1.0
-    binary_alpha_out: float = 0.0
+    binary_alpha_out: float = 0.05
 
 
 class CausalSelfAttention(nn.Module):
@@ -131,14 +131,14 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x if self.folded else F.gelu(x)))
 
 
-# A binary layer's output has standard deviation alpha whatever its weights are. What GPT-2's initialisation does for a
-# deep residual stream, alpha must do: 2 n_layer branches of 1 / sqrt(2 n_layer) each.
+# A binary layer's output has standard deviation alpha whatever its weights and input are: with the same alpha everywhere
+# the first steps add noise, 2 n_layer times as loud as the embeddings. A small alpha on the way out lets them speak.
 def scale_in(c, kind):
     return {'alpha': c.binary_alpha} if kind == 'bin' else {}
 
 
 def scale_out(c, kind):
-    return {'alpha': c.binary_alpha_out or (2 * c.n_layer) ** -0.5} if kind == 'bin' else {}
+    return {'alpha': c.binary_alpha_out} if kind == 'bin' else {}
 
 
 class Block(nn.Module):

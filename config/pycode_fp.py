@@ -9,7 +9,7 @@ n_binary = 0
 
 batch_size = 16                # x 128 = 2,048 tokens a step
 max_iters = 1000
-learning_rate = 2e-3
+learning_rate = 4e-3
 min_lr = learning_rate / 10
 warmup_iters = 50
 

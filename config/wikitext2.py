@@ -8,14 +8,14 @@ dataset = 'text/wikitext2'     # data/text/prepare.py --file wiki.train.txt --va
 
 n_layer, n_head, n_embd = 6, 4, 128
 block_size = 128
-batch_size = 16                # x 128 = 2,048 tokens a step
+batch_size = 12                # x 128 = 1,536 tokens a step
 
 max_iters = 1500
-learning_rate = 2e-3
+learning_rate = 4e-3
 min_lr = learning_rate / 10
 warmup_iters = 100
 
-eval_interval = 250
+eval_interval = 500
 eval_iters = 100
 save_interval = 500
 log_interval = 25

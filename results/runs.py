@@ -34,7 +34,7 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'bin12': ('12 of 12 binary', ''),
         'bin12_alpha25': ('... every scale starting at 0.25, as the reference', '--binary_alpha=0.25 --binary_alpha_out=0.25'),
         'bin12_alpha1': ('... every scale starting at 1', '--binary_alpha_out=1.0'),
-        'bin12_lr5': ('... 5 x the learning rate', '--learning_rate=1e-2 --min_lr=1e-3'),
+        'bin12_lr4': ('... 4 x the learning rate', '--learning_rate=1.6e-2 --min_lr=1.6e-3'),
     }),
 }
 

@@ -117,7 +117,7 @@ def test_lr_at_edges():
         common.lr_at(5, 'cosin', 1.0, 0.1, 0, 10)
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
+# ----------------------------------------------------------------------------------------------------------- processes
 
 
 RANKS = """
@@ -155,7 +155,7 @@ def test_single_process_functions():
         [torch.zeros(3).bfloat16(), torch.tensor(1)])
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
@@ -361,7 +361,7 @@ def test_load_model_state_names_what_does_not_fit():
     assert torch.equal(model.weight, w) and torch.equal(model.bias, bias)
 
 
-# ------------------------------------------------------------------------------------------------------------------ log
+# ----------------------------------------------------------------------------------------------------------------- log
 
 
 def test_log_is_cut_back_to_the_resumed_step(tmp_path):
@@ -426,8 +426,8 @@ def test_stop_flag():
     """The first signal sets the flag and nothing else, and so does the same one passed on at once by torchrun; another
     one a second later ends the process as it would have without us."""
     numbers = (signal.SIGTERM, signal.SIGINT)
-    running = [subprocess.Popen([sys.executable, '-c', STOP], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                                cwd=os.path.dirname(common.__file__)) for _ in numbers]
+    running = [subprocess.Popen([sys.executable, '-c', STOP], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                text=True, cwd=os.path.dirname(common.__file__)) for _ in numbers]
     for process, number in zip(running, numbers, strict=True):
         assert process.stdout.readline() == 'False\n'
         process.send_signal(number)

@@ -1,4 +1,4 @@
-"""All trainers alike where they must be: keys, comments, section markers, imports without effects; configs that load."""
+"""All trainers alike where they must be: keys, comments, section markers, imports without effects, configs."""
 import ast
 import io
 import os
@@ -16,16 +16,18 @@ CONFIGS = sorted(ROOT.glob('config/*.py'))
 
 # Same name, type and meaning in every trainer that has them.
 SHARED = {
-    'out_dir': str, 'seed': int, 'dataset': str, 'init_from': str, 'resume': str, 'max_iters': int, 'eval_interval': int,
-    'eval_iters': int, 'log_interval': int, 'save_interval': int, 'batch_size': int, 'micro_batch_size': int,
-    'block_size': int, 'learning_rate': float, 'min_lr': float, 'warmup_iters': int, 'weight_decay': float, 'beta1': float,
-    'beta2': float, 'grad_clip': float, 'n_layer': int, 'n_head': int, 'n_embd': int, 'dropout': float, 'bias': bool,
-    'device': str, 'dtype': str, 'compile': int, 'profile': bool, 'wandb_log': bool, 'wandb_project': str,
-    'wandb_run_name': str}
-NOT_EVERYWHERE = {'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'eval_iters', 'beta1', 'beta2', 'min_lr',
-                  'warmup_iters', 'grad_clip'}      # a CNN has no heads, an evaluation of a whole split no eval_iters
+    'out_dir': str, 'seed': int, 'dataset': str, 'init_from': str, 'resume': str, 'max_iters': int,
+    'eval_interval': int, 'eval_iters': int, 'log_interval': int, 'save_interval': int, 'batch_size': int,
+    'micro_batch_size': int, 'block_size': int, 'learning_rate': float, 'min_lr': float, 'warmup_iters': int,
+    'weight_decay': float, 'beta1': float, 'beta2': float, 'grad_clip': float, 'n_layer': int, 'n_head': int,
+    'n_embd': int, 'dropout': float, 'bias': bool, 'device': str, 'dtype': str, 'compile': int, 'profile': bool,
+    'wandb_log': bool, 'wandb_project': str, 'wandb_run_name': str}
+# A CNN has no heads, an evaluation of a whole split no eval_iters.
+NOT_EVERYWHERE = {'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'eval_iters', 'beta1', 'beta2',
+                  'min_lr', 'warmup_iters', 'grad_clip'}
 SELF_EXPLAINING = {'n_layer', 'n_head', 'n_embd', 'beta1', 'beta2', 'wandb_project'}
-MARKERS = ['set-up', 'data', 'model', 'optimizer', 'resume', 'loop', 'TRAINING SECTION BEGIN', 'TRAINING SECTION END', 'end']
+MARKERS = ['set-up', 'data', 'model', 'optimizer', 'resume', 'loop', 'TRAINING SECTION BEGIN', 'TRAINING SECTION END',
+           'end']
 
 
 class Trainer:
@@ -87,7 +89,7 @@ def test_no_two_spellings_of_one_key():
 
 def test_every_constant_is_read_and_none_is_assigned_again(trainer):
     """After the block each constant is used, and none is assigned, not even as a local variable or loop variable
-    (which would silently hide it), nor named in a global statement. Parameters and dataclass fields may share a name."""
+    (which would silently hide it), nor named in a global statement. Parameters and dataclass fields may share one."""
     fields = {id(n.target) for c in ast.walk(trainer.tree) if isinstance(c, ast.ClassDef) for n in c.body
               if isinstance(n, ast.AnnAssign)}
     read = set()
@@ -157,6 +159,7 @@ def test_every_config_loads_and_says_what_it_is_for(config, monkeypatch):
             'scope["configurator"] = configurator\n'
             'tree.body = tree.body[:end + 1]\n'
             'exec(compile(tree, "constants", "exec"), scope)\n')
-    done = subprocess.run([sys.executable, '-c', code, str(config)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, '-c', code, str(config)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
     assert done.returncode == 0, done.stderr
     assert ' -> ' in done.stdout and done.stderr == ''
