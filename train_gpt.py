@@ -109,7 +109,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))   # B, H, T, C/H
-        if cache is not None:                       # keys and values of earlier tokens; the T new ones attend to all
+        if cache is not None:                       # keys and values of earlier tokens; one new one attends to all of them
+            assert T == 1 or 'k' not in cache, 'several tokens at once only into an empty cache'
             if 'k' in cache:
                 k, v = torch.cat([cache['k'], k], 2), torch.cat([cache['v'], v], 2)
             cache['k'], cache['v'] = k, v
@@ -267,7 +268,8 @@ def main():
     has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
     resume_path = (last_path if init_from == 'resume' or (resume == 'auto' and has_run)
                    else '' if resume == 'auto' else resume)
-    if has_run and not resume_path and not overwrite:
+    elsewhere = resume_path and os.path.abspath(os.path.dirname(resume_path)) != os.path.abspath(out_dir)
+    if has_run and (elsewhere or not resume_path) and not overwrite:
         configurator.fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another '
                           'folder, or --overwrite=True to lose it', rank0_only=True)
 
@@ -347,7 +349,8 @@ def main():
             if not resume_path:                     # nothing of a run that is overwritten may be resumed or packed
                 for name in {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors'} & set(os.listdir(out_dir)):
                     os.remove(os.path.join(out_dir, name))
-            configurator.save(config, os.path.join(out_dir, 'config.py'), 'train_gpt.py: every constant of this run')
+            configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
+                              'train_gpt.py: every constant of this run')
             common.cut_log(out_dir, step)
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
@@ -436,8 +439,8 @@ def main():
                 if val_loss < best_val_loss:
                     best_val_loss = val_loss
                     save(best_path)
-            elif step != saved_step and step > 0:
-                save(last_path, keep_previous=True)
+            elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
+                saved_step = step
             clock, timed_steps = time.perf_counter(), 0
         if stop or last_step:
             break
@@ -496,9 +499,10 @@ def main():
     if failure:
         configurator.fail(failure, rank0_only=True)
     if stop:
-        launcher = 'python' if world == 1 else 'torchrun ...'
+        launcher = 'python' if world == 1 else f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world)}'
         command = shlex.join([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
-        say(f'stopped at step {step}; go on with: {launcher} {command}')
+        kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
+        say(f'stopped at step {step}{kept}; go on with: {launcher} {command}')
     elif rank == 0 and os.path.exists(best_path):
         state = common.read_checkpoint(best_path, 'train_gpt')
         raw_model.load_state_dict(state['model'])

@@ -135,7 +135,8 @@ def main():
     a = parser.parse_args()
     if not a.table:
         (ROOT / 'results' / a.name).mkdir(exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // a.jobs)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        threads = max(1, cores // a.jobs)
         chosen = a.only.split(',') if a.only else list(EXPERIMENTS[a.name][2])
         jobs = [(a.name, v, int(s), threads) for s in a.seeds.split(',') for v in chosen]
         with ThreadPoolExecutor(a.jobs) as pool:
