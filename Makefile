@@ -15,7 +15,7 @@ help: ## this list
 
 train: $(READY) ## data, a small 1-bit GPT on Python code, its loss curve and a sample
 	$(PY) data/pycode/prepare.py
-	$(PY) train_gpt.py config/pycode_bin.py
+	$(PY) train_gpt.py config/pycode_bin.py --resume=auto
 	$(PY) plot.py loss out/pycode_bin
 	$(PY) sample.py --ckpt=out/pycode_bin/best.pt --num_samples=1
 

@@ -229,7 +229,7 @@ class _QuantizedLinear(torch.autograd.Function):
             dz = g[rows]
             if alpha is not None:
                 shape = (len(dz), len(alpha), -1)
-                dz, part = _normalize_backward(dz.view(shape), y[rows].view(shape), rstd[rows], alpha, 1, ctx.eps)
+                dz, part = _normalize_backward(dz.reshape(shape), y[rows].view(shape), rstd[rows], alpha, 1, ctx.eps)
                 dz = dz.view(len(dz), -1).to(x.dtype)
                 if galpha is not None:
                     galpha += part

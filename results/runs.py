@@ -4,6 +4,8 @@ The runs behind the tables: variants of one config on the same batches, several 
     python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --name=wikitext2
     python results/runs.py quality [--seeds=1,2,3] [--jobs=2] [--only=fp,bin6]     # an hour on 2 cores
     python results/runs.py depth                                                  # 12 of 12 blocks binary
+    python results/runs.py recipe                                                 # what was tried on the way, one seed
+    python results/runs.py speed                                                  # bench.py train, its table
     python results/runs.py quality --table                                        # from the logs alone
 
 Runs train_gpt.py once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
@@ -12,6 +14,7 @@ writes results/<name>.md and .png, and puts the table into README.md. No number 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -36,14 +39,36 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'bin12_alpha1': ('... every scale starting at 1', '--binary_alpha_out=1.0'),
         'bin12_lr4': ('... 4 x the learning rate', '--learning_rate=1.6e-2 --min_lr=1.6e-3'),
     }),
+    # Batches of 16, seed 1337. Those without options used layer options that were taken out again: they did not help.
+    'recipe': ('config/wikitext2.py', 'fp_4', {
+        'fp_2': ('full precision, learning rate 2e-3', '--learning_rate=2e-3 --min_lr=2e-4'),
+        'fp_4': ('full precision, learning rate 4e-3', ''),
+        'tern_4': ('all ternary, 4e-3', LOW.format('tern')),
+        'bin_2': ('all binary, 2e-3, scales 1 and 0.29', '--n_binary=6 --learning_rate=2e-3 --min_lr=2e-4 '
+                  '--binary_alpha_out=0.29'),
+        'bin_2_s4': ('... latent weights at 4 x the rate', '--n_binary=6 --learning_rate=2e-3 --min_lr=2e-4 '
+                     '--binary_alpha_out=0.29 --matrix_lr_scale=4'),
+        'bin_2_a2': ('... scales 2 and 0.29', '--n_binary=6 --learning_rate=2e-3 --min_lr=2e-4 --binary_alpha=2 '
+                     '--binary_alpha_out=0.29'),
+        'bin_2_a25ao05': ('... scales 0.25 and 0.05', '--n_binary=6 --learning_rate=2e-3 --min_lr=2e-4 --binary_alpha=0.25'),
+        'bin_4': ('all binary, 4e-3, scales 1 and 0.29', '--n_binary=6 --binary_alpha_out=0.29'),
+        'bin_4_ch': ('... one scale per output channel', None),
+        'bin_4_st': ('... no normalisation, only a learned scale (BitNet b1)', None),
+        'bin_4_a25ao05': ('... scales 0.25 and 0.05', '--n_binary=6 --binary_alpha=0.25'),
+        'bin_4_ao05': ('... scales 1 and 0.05: what train_gpt.py now starts from', '--n_binary=6'),
+        'bin_4_ao02': ('... scales 1 and 0.02', '--n_binary=6 --binary_alpha_out=0.02'),
+        'bin_4_ao05_s025': ('... 1 and 0.05, latent weights at a quarter of the rate', '--n_binary=6 --matrix_lr_scale=0.25'),
+    }),
 }
+DEFAULT_SEEDS = {'quality': '1,2,3', 'depth': '1', 'recipe': '1337'}
 
 
 def train(name, variant, seed, threads):
     """One run, resumed if it was interrupted; its log ends up in results/<name>/<variant>_s<seed>.jsonl."""
     config, _, variants = EXPERIMENTS[name]
     out = f'out/{name}/{variant}_s{seed}'
-    command = [sys.executable, 'train_gpt.py', config, *variants[variant][1].split(),
+    extra = ['--batch_size=16'] if name == 'recipe' else []
+    command = [sys.executable, 'train_gpt.py', config, *extra, *variants[variant][1].split(),
                f'--seed={seed}', f'--out_dir={out}', '--resume=auto']
     os.makedirs(ROOT / out, exist_ok=True)
     with open(ROOT / out / 'stdout.txt', 'a') as f:
@@ -53,11 +78,16 @@ def train(name, variant, seed, threads):
     print(f'{variant} seed {seed}: done', flush=True)
 
 
+def logs(name, variant):
+    """Paths of the logs of one variant, by seed."""
+    return sorted(p for p in (ROOT / 'results' / name).glob('*.jsonl') if re.fullmatch(rf'{variant}_s\d+', p.stem))
+
+
 def summary(name):
     """{variant: {seed: dict}} of the finished logs: val loss and bits per byte at the end, ms, memory, bytes."""
     found = {}
     for variant in EXPERIMENTS[name][2]:
-        for path in sorted((ROOT / 'results' / name).glob(f'{variant}_s*.jsonl')):
+        for path in logs(name, variant):
             records = [json.loads(line) for line in open(path)]
             steps = [r for r in records if 'ms' in r]
             last = [r for r in records if 'val_loss' in r][-1]
@@ -96,18 +126,55 @@ def table(name, found):
     return lines
 
 
+def table_by_step(name):
+    """Markdown lines: validation loss along each run; a run given up early ends early."""
+    rows = {}
+    for variant, (label, _) in EXPERIMENTS[name][2].items():
+        for path in logs(name, variant):
+            rows[label, path.stem] = {r['step']: r['val_loss'] for r in map(json.loads, open(path)) if 'val_loss' in r}
+    steps = sorted({s for row in rows.values() for s in row if s})
+    return [f'`{EXPERIMENTS[name][0]}`: validation loss, nats per byte, one seed.', '',
+            '| variant | ' + ' | '.join(f'step {s:,}' for s in steps) + ' |', '|---' * (len(steps) + 1) + '|',
+            *(f'| {label} | ' + ' | '.join(f'{row[s]:.4f}' if s in row else '' for s in steps) + ' |'
+              for (label, _), row in rows.items())]
+
+
+def speed_table(json_path):
+    """Markdown lines from the rows that bench.py train wrote."""
+    rows = [json.loads(line) for line in open(json_path)]
+    one = rows[0]
+    lines = [f'{one["n_layer"]} layers x {one["n_embd"]}, {one["batch_size"]} x {one["block_size"]} tokens, {one["device"]}, '
+             f'{one["threads"]} threads, torch {one["torch"]}; × is relative to fp of the same dtype; peak memory is what '
+             'is alive in tensors at once, resident what the process grew by.', '',
+             '| kind | dtype | ms/step | × | tokens/s | peak MiB | × | resident MiB | × |', '|---' * 9 + '|']
+    for r in rows:
+        lines.append(f'| {r["kind"]} | {r["dtype"]} | {r["ms"]:.0f} | {r["ratio"]:.2f} | {r["tokens_per_s"]:,.0f} | '
+                     f'{r["peak_bytes"] / 2 ** 20:.0f} | {r["peak_ratio"]:.2f} | {r["resident_bytes"] / 2 ** 20:.0f} | '
+                     f'{r["resident_ratio"]:.2f} |')
+    return lines
+
+
 def write_tables(name):
+    if name == 'speed':
+        return publish(name, speed_table(ROOT / 'results' / 'speed.jsonl'))
+    if name == 'recipe':
+        return publish(name, table_by_step(name))
     found = summary(name)
     if EXPERIMENTS[name][1] not in found:
         sys.exit(f'error: no finished baseline run in results/{name}; run: python results/runs.py {name}')
-    text = '\n'.join(table(name, found))
+    publish(name, table(name, found))
+    plot(name, found)
+
+
+def publish(name, lines):
+    """Write results/<name>.md and the place for it in README.md, and print it."""
+    text = '\n'.join(lines)
     (ROOT / 'results' / f'{name}.md').write_text(text + '\n')
     readme = (ROOT / 'README.md').read_text()
     head, mark, rest = readme.partition(f'<!-- {name} -->\n')
     if mark:
         (ROOT / 'README.md').write_text(f'{head}{mark}{text}\n<!-- end -->{rest.partition("<!-- end -->")[2]}')
     print(text)
-    plot(name, found)
 
 
 def plot(name, found):
@@ -116,7 +183,7 @@ def plot(name, found):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     for i, variant in enumerate(found):
-        for n, path in enumerate(sorted((ROOT / 'results' / name).glob(f'{variant}_s*.jsonl'))):
+        for n, path in enumerate(logs(name, variant)):
             curve = [(r['tokens'], r['val_loss']) for r in map(json.loads, open(path)) if 'val_loss' in r and r['step']]
             axes.plot(*zip(*curve, strict=True), color=f'C{i}', lw=1, alpha=0.7,
                       label=None if n else f'{EXPERIMENTS[name][2][variant][0]}: {curve[-1][1]:.3f}')
@@ -127,18 +194,21 @@ def plot(name, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('name', choices=EXPERIMENTS)
-    parser.add_argument('--seeds', default='1,2,3')
+    parser.add_argument('name', choices=[*EXPERIMENTS, 'speed'])
+    parser.add_argument('--seeds', default='', help='e.g. 1,2,3')
     parser.add_argument('--only', default='', help='variants, separated by commas')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, each on its share of the cores')
     parser.add_argument('--table', action='store_true', help='train nothing')
     a = parser.parse_args()
-    if not a.table:
+    if a.name == 'speed' and not a.table:
+        (ROOT / 'results' / 'speed.jsonl').unlink(missing_ok=True)
+        subprocess.run([sys.executable, 'bench.py', 'train', '--json=results/speed.jsonl'], cwd=ROOT, check=True)
+    elif not a.table:
         (ROOT / 'results' / a.name).mkdir(exist_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         threads = max(1, cores // a.jobs)
-        chosen = a.only.split(',') if a.only else list(EXPERIMENTS[a.name][2])
-        jobs = [(a.name, v, int(s), threads) for s in a.seeds.split(',') for v in chosen]
+        chosen = a.only.split(',') if a.only else [v for v, (_, o) in EXPERIMENTS[a.name][2].items() if o is not None]
+        jobs = [(a.name, v, int(s), threads) for s in (a.seeds or DEFAULT_SEEDS[a.name]).split(',') for v in chosen]
         with ThreadPoolExecutor(a.jobs) as pool:
             list(pool.map(lambda job: train(*job), jobs))
     write_tables(a.name)
