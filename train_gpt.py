@@ -50,7 +50,7 @@ binary_alpha_out = 0.05        # ... of the layers that add to the residual stre
 # optimizer
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 1e-3           # peak
-matrix_lr_scale = 1.0          # times the learning rate for the matrices of the blocks, of whatever kind
+lowbit_lr_scale = 0.25         # times the learning rate for latent low-bit weights: too fast and their bits only flicker
 min_lr = 1e-4                  # at the last step
 second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate
 schedule = 'cosine'            # cosine | linear | constant | two_stage (weight decay ends at half, for low-bit)
@@ -312,13 +312,13 @@ def main():
         f'= {batch_size * block_size:,} tokens; {tokenizer.name} tokens, {len(train_data):,} train, {len(val_data):,} val')
 
     # ---------------------------------------------------------------------------------------------------- optimizer
-    matrices = {n: p for n, p in model.named_parameters() if n.endswith('weight') and p.dim() > 1}
-    groups = [{'params': [p for n, p in matrices.items() if n.startswith('blocks.')], 'weight_decay': weight_decay,
-               'lr_scale': matrix_lr_scale},
-              {'params': [p for n, p in matrices.items() if not n.startswith('blocks.')], 'weight_decay': weight_decay,
-               'lr_scale': 1.0},
-              {'params': [p for n, p in model.named_parameters() if n not in matrices], 'weight_decay': 0.0, 'lr_scale': 1.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2),
+    ids_latent = {id(p) for p in latent}
+    matrices = [p for n, p in model.named_parameters() if n.endswith('weight') and p.dim() > 1]
+    groups = [{'params': latent, 'weight_decay': weight_decay, 'lr_scale': lowbit_lr_scale},
+              {'params': [p for p in matrices if id(p) not in ids_latent], 'weight_decay': weight_decay, 'lr_scale': 1.0},
+              {'params': [p for n, p in model.named_parameters() if not (n.endswith('weight') and p.dim() > 1)],
+               'weight_decay': 0.0, 'lr_scale': 1.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=(beta1, beta2),
                                   fused=dev.type in ('cpu', 'cuda'))
 
     # ------------------------------------------------------------------------------------------------------- resume

@@ -47,7 +47,7 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'bin_2': ('all binary, 2e-3, scales 1 and 0.29', '--n_binary=6 --learning_rate=2e-3 --min_lr=2e-4 '
                   '--binary_alpha_out=0.29'),
         'bin_2_s4': ('... latent weights at 4 x the rate', '--n_binary=6 --learning_rate=2e-3 --min_lr=2e-4 '
-                     '--binary_alpha_out=0.29 --matrix_lr_scale=4'),
+                     '--binary_alpha_out=0.29 --lowbit_lr_scale=4'),
         'bin_2_a2': ('... scales 2 and 0.29', '--n_binary=6 --learning_rate=2e-3 --min_lr=2e-4 --binary_alpha=2 '
                      '--binary_alpha_out=0.29'),
         'bin_2_a25ao05': ('... scales 0.25 and 0.05', '--n_binary=6 --learning_rate=2e-3 --min_lr=2e-4 --binary_alpha=0.25'),
@@ -57,7 +57,7 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'bin_4_a25ao05': ('... scales 0.25 and 0.05', '--n_binary=6 --binary_alpha=0.25'),
         'bin_4_ao05': ('... scales 1 and 0.05: what train_gpt.py now starts from', '--n_binary=6'),
         'bin_4_ao02': ('... scales 1 and 0.02', '--n_binary=6 --binary_alpha_out=0.02'),
-        'bin_4_ao05_s025': ('... 1 and 0.05, latent weights at a quarter of the rate', '--n_binary=6 --matrix_lr_scale=0.25'),
+        'bin_4_ao05_s025': ('... 1 and 0.05, latent weights at a quarter of the rate', '--n_binary=6 --lowbit_lr_scale=0.25'),
     }),
 }
 DEFAULT_SEEDS = {'quality': '1,2,3', 'depth': '1', 'recipe': '1337'}
