@@ -78,6 +78,13 @@ def cpu_allocator_peak(step, model, optimizer):
             + max(accumulate(n for _, n in changes)))
 
 
+def cpu_name():
+    try:
+        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def worker(a):
     """One variant in this process: for each line on stdin (a number of steps) one line of JSON on stdout."""
     torch.set_num_threads(a.threads)
@@ -113,8 +120,10 @@ def worker(a):
             step()
             sync()
             times.append((time.perf_counter() - start) * 1e3)
+        if cuda:
+            torch.cuda.empty_cache()                            # the other variants' processes share the card
         print(json.dumps({'ms': times, 'parameters': sum(p.numel() for p in model.parameters()),
-                          'name': torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}),
+                          'name': torch.cuda.get_device_name() if cuda else cpu_name()}),
               flush=True)
 
 

@@ -13,6 +13,7 @@ import os
 import pickle
 import platform
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -39,10 +40,11 @@ def setup_processes(device=''):
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     kind = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        device = torch.device(f'cuda:{local_rank}' if kind == 'cuda' else kind)
+        name = f'cuda:{local_rank}' if kind == 'cuda' else kind
+        device = torch.device(name)
         torch.zeros(1, device=device).item()        # torch knows names of devices that it cannot compute on
     except (RuntimeError, AssertionError):
-        fail(f'torch cannot use device={kind!r} here; type --device=cpu', rank0_only=True)
+        fail(f'torch cannot use device={name!r} in process {local_rank}; type --device=cpu, or run no more processes than GPUs')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
@@ -112,7 +114,7 @@ def sample_indices(seed, step, n, count):
 
 def seed_step(seed, step, rank):
     """Seed torch's generators for one step of one rank, so that dropout too is a function of (seed, step, rank)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(int(np.random.SeedSequence([seed % 2 ** 64, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 SCHEDULES = ('cosine', 'linear', 'two_stage', 'constant')
@@ -188,7 +190,10 @@ def save_checkpoint(path, state, keep_previous=False):
         # After a kill between the two renames both names are one file already; renaming one to the other does nothing.
         if keep_previous and os.path.exists(path) and not (os.path.exists(previous) and os.path.samefile(path, previous)):
             link = f'{tmp}.prev'
-            os.link(path, link)                     # a second name first, so that `path` itself never goes missing
+            try:
+                os.link(path, link)                 # a second name first, so that `path` itself never goes missing
+            except OSError:                         # a file system without hard links
+                shutil.copyfile(path, link)
             os.replace(link, previous)
     atomic_write(path, write)
 
@@ -208,6 +213,8 @@ def read_checkpoint(path, trainer=None):
         raise ValueError(f'{path} does not exist') from None
     except pickle.UnpicklingError as e:
         raise ValueError(f'{path} holds more than tensors and plain types; refused ({type(e).__name__})') from None
+    except (MemoryError, PermissionError) as e:
+        raise ValueError(f'{path} cannot be read ({_first_line(e)[:90]})') from None
     except Exception as e:                          # noqa: BLE001  a damaged zip raises many kinds; all mean: not ours
         raise ValueError(f'{path} is damaged or no checkpoint ({_first_line(e)[:90]})') from None
     if bad:
@@ -221,10 +228,11 @@ def read_checkpoint(path, trainer=None):
     return state
 
 
-def read_last_checkpoint(path, trainer=None):
+def read_last_checkpoint(path, trainer=None, set_aside=False):
     """read_checkpoint(path), or with a warning its *.prev.pt when `path` is damaged or missing. Raises ValueError.
 
-    The damaged file becomes *.pt.damaged: the next save would else keep it as the previous one and lose the good one."""
+    set_aside, for who will save there again: a damaged file becomes *.pt.damaged, or else the next save would keep it as
+    the previous one and lose the good one."""
     try:
         return read_checkpoint(path, trainer)
     except ValueError as e:
@@ -232,8 +240,9 @@ def read_last_checkpoint(path, trainer=None):
         if not os.path.exists(previous):
             raise
         state = read_checkpoint(previous, trainer)
-        with contextlib.suppress(OSError):          # another rank was first, or the folder is read-only
-            os.replace(path, f'{path}.damaged')
+        if set_aside and 'damaged' in str(e):
+            with contextlib.suppress(OSError):      # another rank was first, or the folder is read-only
+                os.replace(path, f'{path}.damaged')
         print(f'warning: {e}; going on from {previous} (step {state["step"]})', file=sys.stderr)
         return state
 
@@ -279,10 +288,14 @@ def append_log(out_dir, record):
 
 
 def read_log(out_dir):
-    """List of the records of out_dir/log.jsonl; a half-written last line is left out. [] without a log."""
-    path = os.path.join(out_dir, 'log.jsonl')
-    lines = open(path).read().split('\n')[:-1] if os.path.exists(path) else []
-    return [json.loads(line) for line in lines if line]
+    """List of the records of out_dir/log.jsonl, without lines that a crash left half-written. [] without a log."""
+    path, records = os.path.join(out_dir, 'log.jsonl'), []
+    for line in open(path, errors='replace') if os.path.exists(path) else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get('step'), int):
+                records.append(record)
+    return records
 
 
 def cut_log(out_dir, step):

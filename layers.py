@@ -27,6 +27,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from common import atomic_write, checksum
 
@@ -87,7 +88,8 @@ def quantize_int4(w, group=16):
     """
     flat = F.pad(w.detach().reshape(-1).float(), (0, -w.numel() % group)).view(-1, group)
     n = flat.abs().amax(1, keepdim=True)
-    n = n * 8193 - (n * 8193 - n)       # to fp16's 11 bits by hand: torch.compile leaves out half().float() round trips
+    i = n.view(torch.int32)             # to fp16's 11 bits, half to even, in integers: compilers drop half().float()
+    n = ((i + 0xFFF + ((i >> 13) & 1)) & -0x2000).view(torch.float32)
     n = n.half().clamp(min=6e-8)
     u = ((flat / n.float() + 1) * 7.5).round_().clamp_(0, 15)        # fp16 n may lie just below the true absmax
     return u.to(torch.uint8).view(-1), n.view(-1)
@@ -181,6 +183,7 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         y, rstd, alpha = ctx.saved_tensors
         dz, galpha = torch.empty_like(y), torch.zeros_like(alpha, dtype=rstd.dtype)
@@ -205,8 +208,8 @@ class _QuantizedLinear(torch.autograd.Function):
         for rows in blocks:
             z = F.linear(ACTIVATIONS[act][0](x[rows]), wq, bq)
             if alpha is not None:
-                z, rstd[rows] = _normalize(z.view(len(z), len(alpha), -1), alpha, 1, eps)
-                z = z.view(len(z), -1)
+                z, rstd[rows] = _normalize(z.unflatten(-1, (len(alpha), -1)), alpha, 1, eps)
+                z = z.flatten(1)
             if len(blocks) == 1:
                 y = z.to(x.dtype)
             else:
@@ -217,6 +220,7 @@ class _QuantizedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         x, w, b, alpha, rstd, y = ctx.saved_tensors
         forward, backward = ACTIVATIONS[ctx.act]
@@ -228,9 +232,9 @@ class _QuantizedLinear(torch.autograd.Function):
         for rows in _blocks(x, alpha is not None or ctx.act is not None):
             dz = g[rows]
             if alpha is not None:
-                shape = (len(dz), len(alpha), -1)
-                dz, part = _normalize_backward(dz.reshape(shape), y[rows].view(shape), rstd[rows], alpha, 1, ctx.eps)
-                dz = dz.view(len(dz), -1).to(x.dtype)
+                dz, part = _normalize_backward(*(t.unflatten(-1, (len(alpha), -1)) for t in (dz, y[rows])), rstd[rows], alpha,
+                                               1, ctx.eps)
+                dz = dz.flatten(1).to(x.dtype)
                 if galpha is not None:
                     galpha += part
             if gb is not None:
@@ -265,7 +269,8 @@ class _TernaryLinear(torch.autograd.Function):
 
     Keeps x, the int8 codes of the normalised input and per-token scalars: dL/dw = dy.T @ (codes * scale) exactly.
     `codes, scales = weights(w)` gives the ternary weight. norm=False: x is normalised already.
-    The product of the codes is exact in int32, and in fp32 too as long as |sum| <= 128 * in < 2**24.
+    The product of the codes is exact in int32, and in fp32 too as long as |sum| <= 128 * in < 2**24; under autocast it is
+    rounded to bf16 like any other product there.
     """
     @staticmethod
     def forward(ctx, x, w, b, gain, weights, norm, eps, act, dtype):
@@ -292,6 +297,7 @@ class _TernaryLinear(torch.autograd.Function):
         return y.to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         x, w, gain, q, sx, rstd = ctx.saved_tensors
         forward, backward = ACTIVATIONS[ctx.act]
@@ -336,13 +342,13 @@ def _compute_dtype(x):
 class LowBit:
     """What the low-bit modules share: latent `weight` (and `bias`) Parameters or, after pack_(), uint8 codes.
 
-    A subclass gives `bits`, `encode()` -> dict of buffers that hold the quantized weight, its inverse `decode()` ->
+    A subclass gives `kind`, `bits`, `encode()` -> dict of buffers that hold the quantized weight, its inverse `decode()` ->
     (weight, bias or None) and a forward() for both states.
     """
     packed = False
 
     def pack_(self):
-        """Replace the latent weights by their codes (buffers `packed`, ...), in place. Not trainable from here on."""
+        """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
         if not self.packed:
             with torch.no_grad():
                 buffers = self.encode()
@@ -385,7 +391,7 @@ class LowBit:
 
 class _Binary(LowBit):
     """Bits of weight and bias for the three binary modules; `chunks` slices of dim 0 have their own mean each."""
-    bits, chunks = 1, 1
+    kind, bits, chunks = 'bin', 1, 1
 
     def _init_alpha(self, alpha, shape):
         if not alpha > 0:
@@ -465,7 +471,7 @@ class BinaryConv2d(_Binary, nn.Module):
     As BinaryLinear with a convolution for the product; alpha is one per output channel. norm says over what z is
     normalised: 'channel' at each pixel over the channels (default; the only one for which {0,1} and {-1,1} weights are
     the same network), 'spatial' over the pixels of each (example, channel), 'sample' over all values of an example.
-    Zero padding only. Raises ValueError for an unknown norm or chunks that do not fit.
+    Zero padding only. Raises ValueError for an unknown norm or groups that do not divide the channels.
     """
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, *,
                  norm='channel', alpha=0.25, eps=1e-5):
@@ -545,7 +551,7 @@ class TernaryLinear(LowBit, nn.Module):
     scale per chunk. Raises ValueError for chunks that do not divide `out`, an unknown scale or act, or in > 131071
     (the fp32 product of the codes would no longer be exact).
     """
-    bits = 2
+    kind, bits = 'tern', 2
 
     def __init__(self, in_features, out_features, bias=False, *, chunks=1, scale='mean', norm=True, act=None, eps=1e-5):
         super().__init__()
@@ -590,7 +596,7 @@ class Int4Linear(LowBit, nn.Module):
 
     Uniform 16 levels per `group` weights, flattened, with an fp16 absmax (see quantize_int4); the bias stays as it is.
     """
-    bits = 4
+    kind, bits = 'int4', 4
 
     def __init__(self, in_features, out_features, bias=True, *, group=16, act=None):
         super().__init__()
@@ -655,7 +661,7 @@ def _converted(module, kind, options):
         m = module
         return BinaryConv2d(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, bias,
                             **options)
-    if isinstance(module, nn.Embedding) and kind == 'bin' and module.max_norm is None:
+    if isinstance(module, nn.Embedding) and kind == 'bin' and module.max_norm is module.padding_idx is None:
         return BinaryEmbedding(module.num_embeddings, module.embedding_dim, bias=True, **options)
     return None
 
@@ -698,6 +704,9 @@ def convert(model, rules, verbose=True):
             parent, _, leaf = name.rpartition('.')
             setattr(model.get_submodule(parent), leaf, new)
             converted[name] = kind
+    for module in model.modules():                  # low-bit layers need their output in the backward pass
+        if converted and getattr(module, 'inplace', False):
+            module.inplace = False
     if verbose:
         for name, kind in converted.items():
             print(f'convert: {name} -> {kind}')

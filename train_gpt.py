@@ -50,7 +50,7 @@ binary_alpha_out = 0.05        # ... of the layers that add to the residual stre
 # optimizer
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 1e-3           # peak
-lowbit_lr_scale = 0.25         # times the learning rate for latent low-bit weights: too fast and their bits only flicker
+lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0}   # times the learning rate for the latent weights of each kind
 min_lr = 1e-4                  # at the last step
 second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate
 schedule = 'cosine'            # cosine | linear | constant | two_stage (weight decay ends at half, for low-bit)
@@ -70,7 +70,7 @@ wandb_run_name = ''            # '': the name of out_dir
 # system
 device = ''                    # '': cuda where there is one, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-compile = -1                   # torch.compile: 1 yes, 0 no, -1 on cuda only
+compile = torch.cuda.is_available()   # torch.compile: pays on a GPU, on a CPU only in long runs
 profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
@@ -170,9 +170,11 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        for name, p in self.named_parameters():
-            if name.endswith('weight') and p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith('c_proj.weight') else 0.02)
+        for name, m in self.named_modules():        # GPT-2's 0.02, and less for what adds to the residual stream
+            if isinstance(m, nn.Linear | nn.Embedding | layers.LowBit):
+                # A ternary layer's scale is mean|W|: it has to grow from 0.02 while its latent weights learn slowly.
+                std = m.in_features ** -0.5 if isinstance(m, layers.TernaryLinear) else 0.02
+                nn.init.normal_(m.weight, std=std / math.sqrt(2 * c.n_layer) if name.endswith('c_proj') else std)
 
     def forward(self, ids, targets=None, cache=None):
         past = cache[0]['k'].shape[2] if cache and 'k' in cache[0] else 0
@@ -209,8 +211,30 @@ class GPT(nn.Module):
             ids = torch.cat([ids, new[:, None]], 1)
 
 
-def load_gpt2(model, name):
-    """Copy the weights of Hugging Face's `name` (gpt2, gpt2-medium, ... or a folder) into a GPT of the same shape."""
+def check_tokens(state, path, tokenizer, dataset):
+    if state['tokenizer'] != tokenizer.describe():
+        raise ValueError(f'{path} was trained on other tokens than those of {dataset}')
+
+
+def to_kinds_of(model, state):
+    """State dict of a GPT of other kinds, for this one. A ternary layer has the LayerNorm of its input inside, as a gain;
+    scales that this model has no use for are left out, and those that it needs keep their starting values."""
+    own, out = model.state_dict(), {}
+    moved = {'ln_1.weight': 'attn.c_attn.gain', 'ln_2.weight': 'mlp.c_fc.gain'}
+    for key, t in state.items():
+        for old, new in [*moved.items(), *((v, k) for k, v in moved.items())]:
+            if key not in own and key.endswith(old):
+                key = key.removesuffix(old) + new
+        if key in own or not key.endswith(('alpha', 'gain', 'ln_1.bias', 'ln_2.bias')):
+            out[key] = t
+    return out
+
+
+def load_gpt2(model, name, tokenizer, dataset):
+    """Copy the weights of Hugging Face's `name` (gpt2, gpt2-medium, ... or a folder whose name starts so) into a GPT of
+    the same shape."""
+    if tokenizer.name != 'gpt2':
+        raise ValueError(f'{name} needs GPT-2 tokens, {dataset} has {tokenizer.name} tokens; type --dataset=c4')
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
@@ -226,7 +250,7 @@ def load_gpt2(model, name):
     for key in ('wte.weight', 'lm_head.weight'):    # the vocabulary is padded to a multiple of 64 here
         state[key] = F.pad(state[key], (0, 0, 0, model.config.vocab_size - state[key].shape[0]))
     state['wpe.weight'] = state['wpe.weight'][:model.config.block_size]
-    common.load_model_state(model, state, name, allow_missing=('alpha', 'gain'))
+    common.load_model_state(model, to_kinds_of(model, state), name, allow_missing=('alpha', 'gain'))
 
 
 def low_bit_blocks():
@@ -293,31 +317,32 @@ def main():
     if n_embd % n_head:
         configurator.fail(f'n_embd={n_embd} is no multiple of n_head={n_head}', rank0_only=True)
     torch.manual_seed(seed)                                            # same weights on every rank
-    model = GPT(model_config)
     try:
-        if not resume_path and init_from.startswith('gpt2'):
-            load_gpt2(model, init_from)
+        model = GPT(model_config)
+        if not resume_path and init_from.startswith('gpt2') and not os.path.isfile(init_from):
+            load_gpt2(model, init_from, tokenizer, dataset)
         elif not resume_path and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_gpt')
-            common.load_model_state(model, state['model'], init_from, allow_missing=('alpha', 'gain'))
+            check_tokens(state, init_from, tokenizer, dataset)
+            common.load_model_state(model, to_kinds_of(model, state['model']), init_from, allow_missing=('alpha', 'gain'))
     except (ValueError, OSError) as e:
         configurator.fail(str(e))
     model.to(dev)
-    latent = [m.weight for m in model.modules() if isinstance(m, layers.LowBit)]
+    low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
     packed_bytes, fp32_bytes = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
-    say(f'{n_params:,} parameters, {sum(p.numel() for p in latent):,} of them low-bit; '
+    say(f'{n_params:,} parameters, {sum(m.weight.numel() for m in low_bit):,} of them low-bit; '
         f'packed {packed_bytes:,} bytes ({packed_bytes / 1e6:.1f} MB), fp32 {fp32_bytes:,} ({fp32_bytes / 1e6:.1f} MB)')
     say(f'{batch_size} sequences a step = {micro} x {accumulation} micro-steps x {world} processes '
         f'= {batch_size * block_size:,} tokens; {tokenizer.name} tokens, {len(train_data):,} train, {len(val_data):,} val')
 
     # ---------------------------------------------------------------------------------------------------- optimizer
-    ids_latent = {id(p) for p in latent}
-    matrices = [p for n, p in model.named_parameters() if n.endswith('weight') and p.dim() > 1]
-    groups = [{'params': latent, 'weight_decay': weight_decay, 'lr_scale': lowbit_lr_scale},
-              {'params': [p for p in matrices if id(p) not in ids_latent], 'weight_decay': weight_decay, 'lr_scale': 1.0},
-              {'params': [p for n, p in model.named_parameters() if not (n.endswith('weight') and p.dim() > 1)],
-               'weight_decay': 0.0, 'lr_scale': 1.0}]
+    matrices = {id(p): p for n, p in model.named_parameters() if n.endswith('weight') and p.dim() > 1}
+    scalars = [p for p in model.parameters() if id(p) not in matrices]
+    groups = [{'params': [matrices.pop(id(m.weight)) for m in low_bit if m.kind == kind],
+               'weight_decay': weight_decay, 'lr_scale': scale} for kind, scale in lr_scale.items()]
+    groups += [{'params': list(matrices.values()), 'weight_decay': weight_decay, 'lr_scale': 1.0},
+               {'params': scalars, 'weight_decay': 0.0, 'lr_scale': 1.0}]
     optimizer = torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=(beta1, beta2),
                                   fused=dev.type in ('cpu', 'cuda'))
 
@@ -325,7 +350,8 @@ def main():
     step, best_val_loss, wandb_id = 0, math.inf, None
     if resume_path:
         try:
-            state = common.read_last_checkpoint(resume_path, 'train_gpt')
+            state = common.read_last_checkpoint(resume_path, 'train_gpt', set_aside=rank == 0)
+            check_tokens(state, resume_path, tokenizer, dataset)
             if state['model_config'] != asdict(model_config):
                 changed = [k for k, v in asdict(model_config).items() if state['model_config'].get(k) != v]
                 raise ValueError(f'{resume_path} has another {changed[0]} ({state["model_config"].get(changed[0])}, '
@@ -337,7 +363,7 @@ def main():
                 group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
         except ValueError as e:
             configurator.fail(str(e))
-        step, best_val_loss, wandb_id = state['step'], state['best_val_loss'], state['wandb_id']
+        step, best_val_loss, wandb_id = state['step'], math.inf if elsewhere else state['best_val_loss'], state['wandb_id']
         del state
         say(f'resumed from {resume_path} at step {step}')
     if not common.ranks_agree(step, best_val_loss, len(train_data), common.checksum(model.parameters())):
@@ -365,7 +391,7 @@ def main():
 
     # --------------------------------------------------------------------------------------------------------- loop
     raw_model = model
-    if compile == 1 or (compile == -1 and dev.type == 'cuda'):
+    if compile:
         model = torch.compile(model)
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if dev.type == 'cuda' else None)
@@ -391,6 +417,15 @@ def main():
         raw_model.train()
         return common.mean_over_ranks(total, n)
 
+    def log(record):
+        if rank == 0:
+            common.append_log(out_dir, record)
+            if run:
+                try:
+                    run.log(record, step=record['step'])
+                except Exception as e:              # noqa: BLE001  its failure never stops training
+                    say(f'warning: wandb: {e}')
+
     def save(path, keep_previous=False):
         if rank == 0:
             try:
@@ -406,14 +441,14 @@ def main():
     profiler = None
     if profile and rank == 0:
         def report(p):
-            print(p.key_averages().table(sort_by='self_cpu_time_total', row_limit=20))
+            print(p.key_averages().table(sort_by=f'self_{dev.type}_time_total', row_limit=20))
             p.export_chrome_trace(os.path.join(out_dir, 'trace.json'))
         profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=2, active=3, repeat=1),
                                           on_trace_ready=report)
         profiler.start()
-    joules = common.energy_meter(dev)
+    joules = common.energy_meter(dev)              # since this process started
     failure = ''
-    clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path else -1
+    clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
     model.train()
 
@@ -431,10 +466,7 @@ def main():
                 say(f'step {step}: val loss {val_loss:.4f} nats, {val_loss * bits_per_byte:.4f} bits per byte')
                 record = {'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
                           'val_bpb': val_loss * bits_per_byte}
-                if rank == 0:
-                    common.append_log(out_dir, record)
-                    if run:
-                        run.log(record, step=step)
+                log(record)
                 if val_loss < best_val_loss:
                     best_val_loss = val_loss
                     save(best_path)
@@ -486,15 +518,12 @@ def main():
                       'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
             say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
                 f'{record["tokens_per_s"]:,.0f} tokens/s', flush=True)
-            if rank == 0:
-                common.append_log(out_dir, record)
-                if run:
-                    run.log(record, step=step)
+            log(record)
 
     # ---------------------------------------------------------------------------------------------------------- end
     common.close_processes()
     if run:
-        run.finish()
+        run.finish(exit_code=1 if failure else 0)
     if failure:
         configurator.fail(failure, rank0_only=True)
     if stop:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOW = '--n_binary=6 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
-BIN = '--n_binary=6 --lowbit_lr_scale=1.0'
+BIN = "--n_binary=6 --lr_scale={'bin':1.0}"
 BIN_2 = BIN + ' --learning_rate=2e-3 --min_lr=2e-4'
 EXPERIMENTS = {                                     # name: config, baseline, {variant: (label, what it changes)}
     'quality': ('config/wikitext2.py', 'fp', {
@@ -32,7 +32,7 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'bin3': ('3 of 6 blocks binary', '--n_binary=3'),
         'bin6': ('all binary', '--n_binary=6'),
         'tern6': ('all ternary', LOW.format('tern')),
-        'int4': ('all 4-bit', LOW.format('int4') + ' --lowbit_lr_scale=1.0'),
+        'int4': ('all 4-bit', LOW.format('int4')),
     }),
     'depth': ('config/pycode_bin12.py', 'fp', {
         'fp': ('12 blocks, full precision', '--n_binary=0'),
@@ -46,8 +46,9 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'fp_2': ('full precision, learning rate 2e-3', '--learning_rate=2e-3 --min_lr=2e-4'),
         'fp_4': ('full precision, 4e-3', ''),
         'fp_4_s025': ('... its block matrices at a quarter of that', None),
-        'tern_4': ('all ternary, 4e-3', LOW.format('tern') + ' --lowbit_lr_scale=1.0'),
-        'tern_4_s025': ('... latent weights at a quarter of that', LOW.format('tern')),
+        'tern_4': ('all ternary, 4e-3, latent weights starting at 0.02', None),
+        'tern_4_s025': ('... at a quarter of the rate', None),
+        'tern_4_i4': ('... starting at 0.08, at half the rate', LOW.format('tern')),
         'bin_2': ('all binary, 2e-3, scales 1 in, 0.29 out', BIN_2 + ' --binary_alpha_out=0.29'),
         'bin_2_a2': ('... scales 2, 0.29', BIN_2 + ' --binary_alpha=2 --binary_alpha_out=0.29'),
         'bin_2_a25ao05': ('... scales 0.25, 0.05', BIN_2 + ' --binary_alpha=0.25'),

@@ -269,7 +269,7 @@ def test_resumed_hyperparameters_are_the_ones_asked_for(train, folder):
     """A constant changed on the command line of a resumed run is what the optimizer uses, as config.py will say."""
     cwd = folder()
     train(cwd=cwd, patch=kill_at(4))
-    train('--resume=auto', '--weight_decay=0.25', '--beta2=0.9', '--lowbit_lr_scale=2', cwd=cwd)
+    train('--resume=auto', '--weight_decay=0.25', '--beta2=0.9', "--lr_scale={'bin': 2.0}", cwd=cwd)
     groups = checkpoint(cwd)['optimizer']['param_groups']
     assert {g['weight_decay'] for g in groups} == {0.0, 0.25} and {g['betas'] for g in groups} == {(0.9, 0.9)}
 
