@@ -230,11 +230,9 @@ def to_kinds_of(model, state):
     return out
 
 
-def load_gpt2(model, name, tokenizer, dataset):
+def load_gpt2(model, name):
     """Copy the weights of Hugging Face's `name` (gpt2, gpt2-medium, ... or a folder whose name starts so) into a GPT of
     the same shape."""
-    if tokenizer.name != 'gpt2':
-        raise ValueError(f'{name} needs GPT-2 tokens, {dataset} has {tokenizer.name} tokens; type --dataset=c4')
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
@@ -320,7 +318,9 @@ def main():
     try:
         model = GPT(model_config)
         if not resume_path and init_from.startswith('gpt2') and not os.path.isfile(init_from):
-            load_gpt2(model, init_from, tokenizer, dataset)
+            load_gpt2(model, init_from)
+            if tokenizer.name != 'gpt2':
+                raise ValueError(f'{init_from} knows GPT-2 tokens, {dataset} has {tokenizer.name} tokens; type --dataset=c4')
         elif not resume_path and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_gpt')
             check_tokens(state, init_from, tokenizer, dataset)

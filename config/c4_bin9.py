@@ -1,7 +1,9 @@
 # GPT-2 124M on C4, the first 9 of 12 blocks binary; packed 250.7 MB of 497.5.
 # expected val loss: 3.510 nats against 3.313 for fp (reference's pruning notebook)
-# hardware: 8 GPUs of 80 GB; --micro_batch_size=5 for 24 GB, any number of devices gives the same batches
-# time: 12.3B tokens, e.g. 7.2 hours at the 475k tokens/s that llm.c reports for one H100; not measured here yet
+# (the reference has no last LayerNorm and no end-of-text between documents; not measured here)
+# hardware: 8 GPUs of 80 GB; --micro_batch_size=5 for 24 GB, as many devices as divide
+# 480 / micro_batch_size see the same batches
+# time: 12.3B tokens: 7.2 GPU-hours at the 475k tokens/s that llm.c reports for full precision on one H100; not measured here
 # torchrun --nproc_per_node=8 train_gpt.py config/c4_bin9.py
 out_dir = 'out/c4_bin9'
 wandb_log = False              # True when wandb is installed and logged in

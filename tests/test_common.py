@@ -329,6 +329,9 @@ def test_read_last_checkpoint_falls_back(saved, capsys):
     assert common.read_last_checkpoint(str(saved))['step'] == 4 and capsys.readouterr().err == ''
     saved.write_bytes(saved.read_bytes()[:-50])
     assert common.read_last_checkpoint(str(saved), 'train_gpt')['step'] == 3
+    assert saved.exists()                           # a reader leaves things as they are; who will save there sets it aside
+    capsys.readouterr()
+    assert common.read_last_checkpoint(str(saved), 'train_gpt', set_aside=True)['step'] == 3
     warning = capsys.readouterr().err
     assert warning.startswith('warning: ') and warning.count('\n') == 1
     assert f'{saved} is damaged' in warning and f'{previous} (step 3)' in warning

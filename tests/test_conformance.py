@@ -9,6 +9,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = sorted([*ROOT.glob('train_*.py'), *ROOT.glob('finetune_*.py')])
@@ -20,7 +21,7 @@ SHARED = {
     'eval_interval': int, 'eval_iters': int, 'log_interval': int, 'save_interval': int, 'batch_size': int,
     'micro_batch_size': int, 'block_size': int, 'learning_rate': float, 'min_lr': float, 'warmup_iters': int,
     'weight_decay': float, 'beta1': float, 'beta2': float, 'grad_clip': float, 'n_layer': int, 'n_head': int,
-    'n_embd': int, 'dropout': float, 'bias': bool, 'device': str, 'dtype': str, 'compile': int, 'profile': bool,
+    'n_embd': int, 'dropout': float, 'bias': bool, 'device': str, 'dtype': str, 'compile': bool, 'profile': bool,
     'wandb_log': bool, 'wandb_project': str, 'wandb_run_name': str}
 # A CNN has no heads, an evaluation of a whole split no eval_iters.
 NOT_EVERYWHERE = {'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'eval_iters', 'beta1', 'beta2',
@@ -44,7 +45,8 @@ class Trainer:
                     break
                 assert len(names) == 1, f'{path.name}:{node.lineno}: one constant a line'
                 if not names[0].startswith('_'):
-                    self.keys[names[0]], self.lines[names[0]] = ast.literal_eval(node.value), node.lineno
+                    self.keys[names[0]] = eval(ast.unparse(node.value), {'torch': torch})    # a default may ask for a GPU
+                    self.lines[names[0]] = node.lineno
         self.comments = {t.start[0]: t.string for t in tokenize.generate_tokens(io.StringIO(self.source).readline)
                          if t.type == tokenize.COMMENT}
 
@@ -156,7 +158,8 @@ def test_every_config_loads_and_says_what_it_is_for(config, monkeypatch):
             'tree = ast.parse(source)\n'
             'tree.body = [n for n in tree.body if isinstance(n, ast.Assign)]\n'
             'end = next(i for i, n in enumerate(tree.body) if "override" in ast.dump(n))\n'
-            'scope["configurator"] = configurator\n'
+            'import torch\n'
+            'scope |= {"configurator": configurator, "torch": torch}\n'
             'tree.body = tree.body[:end + 1]\n'
             'exec(compile(tree, "constants", "exec"), scope)\n')
     done = subprocess.run([sys.executable, '-c', code, str(config)], cwd=ROOT, capture_output=True, text=True,
