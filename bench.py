@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import configurator
+
 # Dense bf16 peak of a card without sparsity, from its data sheet, for the share of it that a model's arithmetic uses.
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12}
 
@@ -132,6 +134,8 @@ def train(a):
 
     The variants' processes live at once but work in turns, round after round, so that what else the machine does
     falls on all of them alike; the ratio is the median over rounds of the ratio within a round."""
+    if a.device == 'cuda' and not torch.cuda.is_available():
+        configurator.fail('torch sees no CUDA device here; type --device=cpu')
     if a.gpt2:
         a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size = 12, 12, 768, 1024, 50304
     shape = [f'--{k}={getattr(a, k)}' for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'batch_size',
@@ -146,7 +150,7 @@ def train(a):
             p.stdin.flush()
             line = p.stdout.readline()
             if not line:
-                sys.exit(f'error: {v[0]} in {v[1]} failed, see above')
+                configurator.fail(f'{v[0]} in {v[1]} failed, see above')
             if i >= 0:
                 answers[v].append(json.loads(line))
     memory = {}
