@@ -1,4 +1,5 @@
 """train_gpt.py as people run it: same losses on any number of processes, exact resumption, crashes, mistakes."""
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -280,17 +281,19 @@ def test_resumed_hyperparameters_are_the_ones_asked_for(train, folder):
 def test_killed_while_saving_every_step(start, train, folder, unbroken):
     """SIGKILL at arbitrary moments of a run that saves after every step, six times: what is left always resumes without
     a warning, and the run ends with the weights of one that was never killed."""
-    cwd, options = folder(), ('--save_interval=1', '--resume=auto')
+    cwd, options, codes = folder(), ('--save_interval=1', '--resume=auto'), []
     for i in range(6):
         job = start(SCRIPT, 'tiny.py', *options, cwd=cwd)
         first = time.monotonic() + 20
         while 'step ' not in job.output() and time.monotonic() < first:
             time.sleep(0.005)
         time.sleep(0.03 + 0.02 * i)
-        job.signal(signal.SIGKILL)
-        assert job.wait().code in (0, -9)
+        with contextlib.suppress(ProcessLookupError):   # it had few steps to go and is done
+            job.signal(signal.SIGKILL)
+        codes.append(job.wait().code)
         if (cwd / 'out' / 'last.pt').exists():
             assert checkpoint(cwd)['step'] >= 1
+    assert -9 in codes and set(codes) <= {0, -9}
     done = train(*options, cwd=cwd)
     assert done.err == '' and 'warning' not in done.out and not [n for n in os.listdir(cwd / 'out') if 'tmp' in n]
     whole = unbroken()
