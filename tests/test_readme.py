@@ -41,7 +41,7 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python train_gpt.py config/', 2, TINY, r'step 3: val loss[\s\S]+packed into out/'),
     ('torchrun --nproc_per_node=8 train_gpt.py config/', 2, TINY, r'2 processes[\s\S]+packed into out/'),
     ('python bench.py train', 2, f'{BENCH} --dtypes=float32', r'fp +float32[\s\S]+tern +float32'),
-    ('python results/runs.py', 2, '--table', r'\| full precision \(n='),
+    ('python results/runs.py', 2, '--table', r'full precision \(n='),
     ('python plot.py loss', 3, '', r'loss\.png: loss against'),
     ('python plot.py status', 3, '', 'state +finished'),
     ('python sample.py', 3, '--max_new_tokens=9 --device=cpu', 'tokens/s on cpu'),
