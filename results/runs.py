@@ -203,7 +203,7 @@ def main():
     a = parser.parse_args()
     if a.name == 'speed' and not a.table:
         (ROOT / 'results' / 'speed.jsonl').unlink(missing_ok=True)
-        subprocess.run([sys.executable, 'bench.py', 'train', '--json=results/speed.jsonl'], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, 'bench.py', 'train', '--steps=2', '--json=results/speed.jsonl'], cwd=ROOT, check=True)
     elif not a.table:
         (ROOT / 'results' / a.name).mkdir(exist_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -750,7 +750,8 @@ def test_a_later_token_changes_no_earlier_logit(kind):
         after = all_logits(model, changed)
         assert torch.allclose(after[:, :at], before[:, :at], atol=1e-6, rtol=0)
         moved = (after[:, at:] - before[:, at:]).abs().amax(-1) > 1e-5
-        assert moved[:, 0].all() and moved.float().mean() > 0.9     # it does change; int8 may swallow it here and there
+        # each later one does change; only int8 activations may swallow it here and there
+        assert moved.all() if kind != 'tern' else moved[:, 0].all() and moved.float().mean() > 0.9
 
 
 @pytest.mark.parametrize('kind', layers.KINDS)
