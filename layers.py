@@ -1,23 +1,32 @@
 """
-Layers whose weights take 1, 1.58 or 4 bits, for training and packed for keeping.
+Layers whose weights take 1, 1.58, 4, 8 or 16 bits, for training and packed for keeping; LoRA over any of them.
 
-    kind   class            weight used in the forward pass                         packed
-    bin    BinaryLinear     {0,1} by `w > mean(w)`; the output is normalised        1 bit  + alpha
-    tern   TernaryLinear    {-1,0,1} * mean|w|; the input is RMSNormed, then int8   2 bits + one scale
-    int4   Int4Linear       16 levels between -absmax and absmax of each 16 weights 4 bits + fp16 per group
-    fp     nn.Linear        as it is                                                32 bits
+    kind     class            weight used in the forward pass                            packed
+    bin      BinaryLinear     {0,1} by `w > mean(w)`; the output is normalised           1 bit  + alpha
+    tern     TernaryLinear    {-1,0,1} * mean|w|; the input is RMSNormed, then int8      2 bits + one scale
+    int4     Linear4bit       16 even levels between -absmax and absmax of 16 weights    4 bits + fp16 per group
+    nf4      Linear4bit       16 normal quantiles times the absmax of 64 weights         4 bits + fp16 per group
+    fit4     Linear4bit       16 fitted levels times a signed scale of 32 weights        4 bits + 8 per group
+    int8     Int8Linear       255 levels between -absmax and absmax of a row             8 bits + fp32 per row
+    half     HalfLinear       fp16 or bf16                                               16 bits
+    lowrank  LowRankLinear    A diag(c) B                                                32 bits, fewer numbers
+    lora     LoRALinear       any of the above, frozen, + B A of its own                 as its base, + fp32 adapters
+    fp       nn.Linear        as it is                                                   32 bits
 
-and BinaryConv2d, BinaryEmbedding. Each layer keeps latent full-precision weights while training and lets the gradient
+and BinaryConv2d, BinaryEmbedding. The first six keep latent full-precision weights while training and let the gradient
 pass straight through the rounding (dL/dw := dL/dw_q). `layer.pack_()` drops the latent weights for packed codes; the
 same forward arithmetic then runs on the unpacked codes, so packing changes no logit.
 
 Straight-through training usually needs MORE memory than fp training, because autograd keeps the rounded weight and
 every intermediate of the normalisation. Here the rounded weight is made again in the backward pass, the normalisation
 is undone from its own output, the ternary layer keeps the int8 activations its weight gradient is made of, and
-`act='gelu'` folds the activation in front of a layer into it, so that it is made again rather than kept.
+`act='gelu'` folds the activation in front of a layer into it, so that it is made again rather than kept. A frozen layer
+keeps nothing for its backward pass and never holds more than a block of its decoded weights.
 
-Read in this order: quantizers and packing, autograd functions, modules, convert() and pack().
+What turns weights into codes is in quant.py, the products and their gradients in functional.py, adapters' files in
+adapters.py. Read here: low-bit modules; half, low rank and LoRA; convert() and pack(); files.
 """
+import copy
 import fnmatch
 import json
 import math
@@ -27,316 +36,15 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from common import atomic_write, checksum
-
-# ---------------------------------------------------------------------------------------------------------------------
-# quantizers: plain functions of tensors, each beside its inverse
-
-
-def _wide(t):
-    """t in at least fp32: statistics are never taken in bf16."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def binarize(w, chunks=1):
-    """{0,1} as bool, same shape as w (out, ...) : w > mean(w), strictly, one mean per `chunks` equal slices of dim 0.
-
-    arXiv 2509.07025 eq. 1. The mean is taken in fp32. Worked by hand: [[1, 2], [3, 6]] has mean 3 -> [[0, 0], [0, 1]].
-    """
-    flat = _wide(w.reshape(chunks, -1))
-    return (flat > flat.mean(1, keepdim=True)).view(w.shape)
-
-
-def half_bits(w, chunks=1, dtype=None):
-    """binarize(w) - 1/2, i.e. {-1/2, +1/2}, in `dtype` (default w's).
-
-    Under a mean subtraction over the output features, W01 and W01 - 1/2 give the same result with the same standard
-    deviation (they differ by sum(x)/2 in every feature), and the second does not lose small differences between
-    features under a large common term. It is also sign(w - mean(w)) / 2, the weight of BitNet b1 (arXiv 2310.11453).
-    """
-    return binarize(w, chunks).to(dtype or w.dtype).sub_(0.5)
-
-
-def ternarize(w, chunks=1, scale='mean'):
-    """(codes, scales): codes int8 in {-1,0,1} of w's shape, scales fp32 (chunks,), so that w ~ codes * scale.
-
-    scale = mean|w| (arXiv 2402.17764, Tips PDF) or median|w| (arXiv 2407.09527) of each of `chunks` slices of dim 0,
-    at least 1e-5. Worked by hand: [[1, -2], [0.2, 4.8]] has mean|w| = 2 -> round(w / 2) = [[0, -1], [0, 1]].
-    """
-    flat = _wide(w.reshape(chunks, -1))
-    s = flat.abs()
-    s = (s.median(1, keepdim=True).values if scale == 'median' else s.mean(1, keepdim=True)).clamp_(min=1e-5)
-    return (flat / s).round_().clamp_(-1, 1).to(torch.int8).view(w.shape), s.flatten()
-
-
-def quantize_rows(x):
-    """(codes, scales): int8 absmax per row (token), codes of x's shape, scales fp32 (..., 1), x ~ codes * scale.
-
-    scale = max|x| / 127 with max|x| at least 1e-5 (arXiv 2402.17764, Tips PDF: round(x * 127 / max), to [-128, 127]).
-    """
-    top = x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
-    return (x * (127 / top)).round_().clamp_(-128, 127).to(torch.int8), top / 127
-
-
-def quantize_int4(w, group=16):
-    """(codes, absmax): uint8 codes 0..15 (padded flat length,), fp16 absmax (groups,) of each `group` flat weights.
-
-    u = round((w + n) / (2 n) * 15) with n = absmax of the group, rounded to fp16 before it is used. Zero is not on the
-    grid: the nearest levels are -n/15 and +n/15. An all-zero group gets n = the smallest fp16 (6e-8) instead of 0/0.
-    """
-    flat = F.pad(w.detach().reshape(-1).float(), (0, -w.numel() % group)).view(-1, group)
-    n = flat.abs().amax(1, keepdim=True)
-    i = n.view(torch.int32)             # to fp16's 11 bits, half to even, in integers: compilers drop half().float()
-    n = ((i + 0xFFF + ((i >> 13) & 1)) & -0x2000).view(torch.float32)
-    n = n.half().clamp(min=6e-8)
-    u = ((flat / n.float() + 1) * 7.5).round_().clamp_(0, 15)        # fp16 n may lie just below the true absmax
-    return u.to(torch.uint8).view(-1), n.view(-1)
-
-
-def dequantize_int4(codes, absmax, shape, dtype=torch.float32):
-    """Inverse of quantize_int4: u / 15 * 2n - n, as `dtype` of `shape`."""
-    n = absmax.float().view(-1, 1)
-    w = codes.view(absmax.numel(), -1).float().mul_(2 / 15).sub_(1).mul_(n)
-    return w.view(-1)[:math.prod(shape)].view(shape).to(dtype)
-
-
-def pack_bits(codes, bits):
-    """uint8 (..., ceil(n * bits / 8)) from integer codes (..., n) in 0 .. 2**bits - 1, bits in 1, 2, 4.
-
-    Little-endian in the byte, each row filled up with zeros to whole bytes. For 2 bits:
-        byte j :  | c[4j+3] | c[4j+2] | c[4j+1] | c[4j] |     (most significant bits left)
-    """
-    per = 8 // bits
-    c = F.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=c.device)
-    return (c << shifts).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed, bits, n):
-    """Inverse of pack_bits: uint8 codes (..., n)."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & (2 ** bits - 1)).flatten(-2)[..., :n]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# autograd functions. Each keeps as little as the exact gradient allows.
-
-ACTIVATIONS = {None: (lambda x: x, lambda g, x: g),
-               'gelu': (F.gelu, torch.ops.aten.gelu_backward)}      # name: (forward, backward(grad, input))
-TINY_ALPHA = 1e-6    # alpha is used no closer to 0 than this, so that the normalised value can be had back from y / alpha
-TINY_VAR = 1e-30     # keeps 1/std finite on constant input; the eps of the formula is added to std, not to the variance
-
-
-class _StraightThrough(torch.autograd.Function):
-    """q in the forward pass, identity to w in the backward pass. (w + (q - w) would round q in its last digits.)"""
-    @staticmethod
-    def forward(ctx, w, q):
-        return q
-
-    @staticmethod
-    def backward(ctx, g):
-        return g, None
-
-
-def _blocks(x, wanted=True):
-    """Slices of the rows of x. On the CPU some rows at a time, so that what is made on the way stays in the cache
-    and never takes the memory of a whole activation; elsewhere, and under torch.compile, which fuse by themselves, one."""
-    rows = len(x) if not wanted or x.device.type != 'cpu' or torch.compiler.is_compiling() else 1024
-    return [slice(i, i + rows) for i in range(0, len(x), rows)] if len(x) > rows else [slice(None)]
-
-
-def _normalize(z, alpha, ndim, eps):
-    """(y, rstd): y = alpha * (z - mean) / (std + eps) over the last `ndim` dimensions, population std; rstd = 1 / std."""
-    u, _, rstd = torch.native_layer_norm(_wide(z), z.shape[-ndim:], None, None, TINY_VAR)
-    return u.mul_(alpha / (1 + eps * rstd)), rstd                           # 1/(std + eps) = rstd / (1 + eps rstd)
-
-
-def _normalize_backward(g, y, rstd, alpha, ndim, eps):
-    """(dz, dalpha) from dy and y itself, which the next operation mostly keeps anyway: z need not be kept.
-
-    With u = y / alpha and g' = alpha * dy:  dz = (g' - mean(g') - u mean(g' u) (std + eps) / std) / (std + eps).
-    """
-    g, u = _wide(g), _wide(y) / alpha
-    slack = 1 + eps * rstd                                                  # (std + eps) / std
-    root = slack.sqrt()                                                     # shared between the two u's of the formula
-    dz = torch.ops.aten.native_layer_norm_backward(g * alpha, u, u.shape[-ndim:], torch.zeros_like(rstd), root, None, None,
-                                                   [True, False, False])[0].mul_(rstd / (slack * root))
-    return dz, (g * u).sum_to_size(alpha.shape)
-
-
-def _away_from_zero(alpha):
-    return torch.where(alpha.abs() < TINY_ALPHA, TINY_ALPHA, alpha)
-
-
-class _Normalize(torch.autograd.Function):
-    """_normalize as a layer, for what is not a linear layer. Keeps y and rstd. alpha broadcasts to z, without its dim 0."""
-    @staticmethod
-    def forward(ctx, z, alpha, ndim, eps):
-        alpha = _away_from_zero(alpha)
-        y, rstd = torch.empty_like(z), torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=_wide(z[:0]).dtype, device=z.device)
-        for rows in _blocks(z):
-            y[rows], rstd[rows] = _normalize(z[rows], alpha, ndim, eps)
-        ctx.save_for_backward(y, rstd, alpha)
-        ctx.ndim, ctx.eps = ndim, eps
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        y, rstd, alpha = ctx.saved_tensors
-        dz, galpha = torch.empty_like(y), torch.zeros_like(alpha, dtype=rstd.dtype)
-        for rows in _blocks(y):
-            dz[rows], part = _normalize_backward(g[rows], y[rows], rstd[rows], alpha, ctx.ndim, ctx.eps)
-            galpha += part
-        return dz, galpha.to(alpha.dtype), None, None
-
-
-class _QuantizedLinear(torch.autograd.Function):
-    """y (N, out) = act(x) (N, in) @ wq.T + bq, and _normalize of that when alpha (chunks, 1 or out / chunks) is given.
-
-    `wq, bq = quantize(w, b, dtype)`. Keeps x, w, b and, with alpha, y and 1 / std; wq and act(x) are made again.
-    """
-    @staticmethod
-    def forward(ctx, x, w, b, alpha, quantize, act, eps):
-        wq, bq = quantize(w, b, x.dtype)
-        y, rstd, blocks = None, None, _blocks(x, alpha is not None or act is not None)
-        if alpha is not None:
-            alpha = _away_from_zero(alpha)
-            rstd = torch.empty(len(x), len(alpha), 1, dtype=_wide(x[:0]).dtype, device=x.device)
-        for rows in blocks:
-            z = F.linear(ACTIVATIONS[act][0](x[rows]), wq, bq)
-            if alpha is not None:
-                z, rstd[rows] = _normalize(z.unflatten(-1, (len(alpha), -1)), alpha, 1, eps)
-                z = z.flatten(1)
-            if len(blocks) == 1:
-                y = z.to(x.dtype)
-            else:
-                y = x.new_empty(len(x), len(wq)) if y is None else y
-                y[rows] = z
-        ctx.save_for_backward(x, w, b, alpha, rstd, None if alpha is None else y)
-        ctx.quantize, ctx.act, ctx.eps = quantize, act, eps
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x, w, b, alpha, rstd, y = ctx.saved_tensors
-        forward, backward = ACTIVATIONS[ctx.act]
-        wide = _wide(g[:0]).dtype
-        wq, _ = ctx.quantize(w, b, x.dtype)
-        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        gw, gb, galpha = (torch.zeros_like(t, dtype=wide) if need and t is not None else None
-                          for t, need in zip((w, b, alpha), ctx.needs_input_grad[1:4], strict=True))
-        for rows in _blocks(x, alpha is not None or ctx.act is not None):
-            dz = g[rows]
-            if alpha is not None:
-                dz, part = _normalize_backward(*(t.unflatten(-1, (len(alpha), -1)) for t in (dz, y[rows])), rstd[rows], alpha,
-                                               1, ctx.eps)
-                dz = dz.flatten(1).to(x.dtype)
-                if galpha is not None:
-                    galpha += part
-            if gb is not None:
-                gb += dz.sum(0, dtype=wide)
-            if gw is not None:
-                _add_product(gw, dz, forward(x[rows]))
-            if gx is not None:
-                gx[rows] = backward(dz @ wq, x[rows])                       # (rows, out) @ (out, in)
-        gw, gb, galpha = (t if t is None else t.to(p.dtype) for t, p in ((gw, w), (gb, b), (galpha, alpha)))
-        return gx, gw, gb, galpha, None, None, None
-
-
-def _add_product(total, g, x):
-    """total (out, in) += g (rows, out).T @ x (rows, in), without a temporary where the dtypes allow."""
-    if total.dtype == g.dtype:
-        total.addmm_(g.T, x)
-    else:
-        total += g.T @ x
-
-
-# Without the int8 dot-product instructions torch._int_mm can be slower than the float product by far. Asked once, here:
-# torch.compile cannot trace the question.
-FAST_INT8_CPU = getattr(torch.cpu, '_is_vnni_supported', lambda: False)()
-
-
-def _has_fast_int8(device):
-    return device.type == 'cpu' and FAST_INT8_CPU
-
-
-class _TernaryLinear(torch.autograd.Function):
-    """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales + b.
-
-    Keeps x, the int8 codes of the normalised input and per-token scalars: dL/dw = dy.T @ (codes * scale) exactly.
-    `codes, scales = weights(w)` gives the ternary weight. norm=False: x is normalised already.
-    The product of the codes is exact in int32, and in fp32 too as long as |sum| <= 128 * in < 2**24; under autocast it is
-    rounded to bf16 like any other product there.
-    """
-    @staticmethod
-    def forward(ctx, x, w, b, gain, weights, norm, eps, act, dtype):
-        q = torch.empty_like(x, dtype=torch.int8)                           # (N, in)
-        sx = _wide(x[:, :1]).new_empty(len(x), 1)
-        rstd = torch.empty_like(sx) if norm else None
-        for rows in _blocks(x):
-            a = _wide(ACTIVATIONS[act][0](x[rows]))
-            if norm:
-                rstd[rows] = (torch.linalg.vector_norm(a, dim=-1, keepdim=True).square() / a.shape[-1] + eps).rsqrt()
-                a = a * rstd[rows] if gain is None else (a * rstd[rows]).mul_(gain)
-            q[rows], sx[rows] = quantize_rows(a)
-        t, sw = weights(w)                                                  # (out, in) int8, (chunks,)
-        if _has_fast_int8(q.device) and min(*q.shape, len(t)) > 1:          # size-1 strides: pytorch/pytorch#195066
-            z, sx_z = torch._int_mm(q, t.T), sx                             # int32 (N, out)
-        else:
-            shrink = 2 ** -10 if dtype == torch.float16 else 1              # fp16 ends at 65504; the sums need not
-            z, sx_z = F.linear(q.to(dtype) * shrink, t.to(dtype)), sx / shrink
-        y = (z.unflatten(-1, (len(sw), -1)) * (sx_z * sw).unsqueeze(-1)).flatten(-2)
-        if b is not None:
-            y += b
-        ctx.save_for_backward(x if norm or act else None, w, gain, q, sx, rstd)
-        ctx.weights, ctx.act, ctx.x_dtype = weights, act, x.dtype
-        return y.to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x, w, gain, q, sx, rstd = ctx.saved_tensors
-        forward, backward = ACTIVATIONS[ctx.act]
-        need_w, need_x = ctx.needs_input_grad[1], ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
-        gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.needs_input_grad[2] else None
-        gx = torch.empty_like(q, dtype=ctx.x_dtype) if need_x else None
-        gw = torch.zeros_like(w, dtype=sx.dtype) if need_w else None
-        ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
-        if need_x:
-            t, sw = ctx.weights(w)
-            wq = (t.view(len(sw), -1) * sw[:, None]).view(t.shape).to(g.dtype)
-        for rows in _blocks(q):
-            if need_w:
-                _add_product(gw, g[rows], (q[rows] * sx[rows]).to(g.dtype))
-            if need_x:
-                h = _wide(g[rows] @ wq)                                     # gradient at the quantizer = at its input
-                if rstd is not None:                                        # RMSNorm: n = gain * u, u = a * rstd
-                    u = _wide(forward(x[rows])) * rstd[rows]
-                    p = h * u
-                    if gain is None:
-                        along = p.sum(-1, keepdim=True)
-                    else:
-                        ggain += p.sum(0)
-                        along = (p @ gain.to(p.dtype)).unsqueeze(-1)
-                        h.mul_(gain)
-                    h.addcmul_(u, along, value=-1 / u.shape[-1]).mul_(rstd[rows])   # (h - u mean(u h)) * rstd
-                gx[rows] = h if ctx.act is None else backward(h.to(ctx.x_dtype), x[rows])
-        gw = gw.to(w.dtype) if need_w else None
-        return gx, gw, gb, ggain if gain is None else ggain.to(gain.dtype), None, None, None, None, None
-
+from functional import (ACTIVATIONS, compute_dtype, frozen_linear, has_fast_int8, normalize, quantized_linear,
+                        straight_through, ternary_linear)
+from quant import (FORMATS4, SCALES4, binarize, decode4, half_bits, levels4, pack4, pack_bits, quantize4, quantize_rows,
+                   scales4, ternarize, unpack_bits, wide)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # modules
-
-
-def _compute_dtype(x):
-    """What a matmul of x would run in: autocast's dtype inside autocast, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class LowBit:
@@ -346,6 +54,30 @@ class LowBit:
     (weight, bias or None) and a forward() for both states.
     """
     packed = False
+    act = None
+
+    def weight_input(self, x):
+        """What the weight is multiplied by, given the layer's input: what an adapter beside it has to see."""
+        return ACTIVATIONS[self.act][0](x)
+
+    def effective_weight(self):
+        """fp32 (out, in): what weight_input(x) is multiplied by, of a packed layer."""
+        return self.decode()[0].float()
+
+    def merged(self, delta, requantize, x):
+        """A layer of weight effective_weight() + delta: this kind, packed, with requantize; else in fp32."""
+        if requantize:
+            new = copy.deepcopy(self).unpack_()
+            new.weight.add_(self._latent_change(delta, x))
+            return new.pack_()
+        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=delta.device)
+        new.weight.copy_(self.effective_weight() + delta)
+        if self.bias is not None:
+            new.bias.copy_(self.bias)
+        return new if self.act is None else nn.Sequential(nn.GELU(), new)
+
+    def _latent_change(self, delta, x):
+        return delta
 
     def pack_(self):
         """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
@@ -417,7 +149,7 @@ class _Binary(LowBit):
         if self.packed:
             weight = self._bits('code', math.prod(self.shape[1:]), dtype, offset).view(self.shape)
             return weight, self._bits('packed_bias', self.shape[0], dtype, offset) if hasattr(self, 'packed_bias') else None
-        pair = [None if p is None else _StraightThrough.apply(p, binarize(p, self.chunks).to(dtype).sub_(offset))
+        pair = [None if p is None else straight_through(p, binarize(p, self.chunks).to(dtype).sub_(offset))
                 for p in (self.weight, self.bias)]
         return pair
 
@@ -451,14 +183,26 @@ class BinaryLinear(_Binary, nn.Module):
         nn.init.xavier_uniform_(self.weight)
         self._init_alpha(alpha, (chunks, 1 if alpha_per == 'layer' else out_features // chunks))
 
+    def merged(self, delta, requantize, x):
+        if not requantize:
+            raise ValueError('BinaryLinear: its output is normalised, which no full-precision layer does; type requantize=True')
+        return super().merged(delta, requantize, x)
+
+    def _latent_change(self, delta, x):
+        # y = alpha (z - mean z) / std z: what is to add delta x to y adds std / alpha times as much to z
+        z = F.linear(self.weight_input(x).reshape(-1, self.in_features).float(), *self._weights(torch.float32))
+        std = z.unflatten(-1, (self.chunks, -1)).std(-1, unbiased=False).mean(0)
+        alpha = self.alpha.expand(-1, self.out_features // self.chunks)
+        return (delta.unflatten(0, (self.chunks, -1)) * (std[:, None] / alpha).unsqueeze(-1)).flatten(0, 1)
+
     def _quantize(self, weight, bias, dtype):
         if self.packed:
             return self._weights(dtype)
         return half_bits(weight, self.chunks, dtype), None if bias is None else half_bits(bias, self.chunks, dtype)
 
     def forward(self, x):
-        flat = x.reshape(-1, self.in_features).to(_compute_dtype(x))
-        y = _QuantizedLinear.apply(flat, self.weight, self.bias, self.alpha, self._quantize, self.act, self.eps)
+        flat = x.reshape(-1, self.in_features).to(compute_dtype(x))
+        y = quantized_linear(flat, self.weight, self.bias, self.alpha, self._quantize, self.act, self.eps)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
@@ -490,15 +234,15 @@ class BinaryConv2d(_Binary, nn.Module):
         self._init_alpha(alpha, (out_channels,))
 
     def forward(self, x):
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         # Only a mean over the channels removes the common term that subtracting 1/2 from every weight adds, and with
         # groups it is no longer common: each group sums other inputs.
         offset = 0.5 if self.norm == 'channel' and self.conv['groups'] == 1 else 0.0
         z = F.conv2d(x.to(dtype), *self._weights(dtype, offset), **self.conv)
         if self.norm == 'channel':
-            y = _Normalize.apply(z.permute(0, 2, 3, 1).contiguous(), self.alpha, 1, self.eps)
+            y = normalize(z.permute(0, 2, 3, 1).contiguous(), self.alpha, 1, self.eps)
             return y.permute(0, 3, 1, 2)
-        y = _Normalize.apply(z.flatten(2), self.alpha[:, None], 1 if self.norm == 'spatial' else 2, self.eps)
+        y = normalize(z.flatten(2), self.alpha[:, None], 1 if self.norm == 'spatial' else 2, self.eps)
         return y.view(z.shape)
 
     def extra_repr(self):
@@ -527,10 +271,10 @@ class BinaryEmbedding(_Binary, nn.Module):
                 e = e + self._bits('packed_bias', self.embedding_dim, e.dtype, 0.5)
         else:
             rows = F.embedding(ids, self.weight)
-            e = _StraightThrough.apply(rows, (_wide(rows) > _wide(self.weight).mean()).to(rows.dtype) - 0.5)
+            e = straight_through(rows, (wide(rows) > wide(self.weight).mean()).to(rows.dtype) - 0.5)
             if self.bias is not None:
-                e = e + _StraightThrough.apply(self.bias, half_bits(self.bias))
-        return _Normalize.apply(e, self.alpha, 1, self.eps)
+                e = e + straight_through(self.bias, half_bits(self.bias))
+        return normalize(e, self.alpha, 1, self.eps)
 
     def decode(self):
         weight = self._bits('code', self.embedding_dim, torch.float32, 0.5)
@@ -575,15 +319,32 @@ class TernaryLinear(LowBit, nn.Module):
 
     def decode(self):
         # A latent of code * scale / share has mean|W| = scale again when `share` of the codes are not 0.
+        return self._latent_change(self.effective_weight()), None
+
+    def effective_weight(self):
         codes, scales = self._ternary()
-        flat = codes.view(self.chunks, -1).float()
-        share = flat.abs().mean(1, keepdim=True).clamp_(min=1e-9) if self.scale == 'mean' else 1
-        return (flat * scales[:, None] / share).view(self.shape), None
+        return (codes.view(self.chunks, -1) * scales[:, None]).view(self.shape)
+
+    def _latent_change(self, delta, _=None):
+        share = self._ternary()[0].view(self.chunks, -1).ne(0).float().mean(1, keepdim=True).clamp_(min=1e-9)
+        return delta if self.scale == 'median' else (delta.view(self.chunks, -1) / share).view(self.shape)
+
+    def weight_input(self, x):
+        x = super().weight_input(x)
+        return x if not self.norm else F.rms_norm(x, (self.in_features,), self.gain.to(x.dtype), self.eps)
+
+    def merged(self, delta, requantize, x):
+        new = super().merged(delta, requantize, x)
+        if requantize or not self.norm:
+            return new
+        norm = nn.RMSNorm(self.in_features, self.eps, device=delta.device)
+        norm.weight.copy_(self.gain)
+        return nn.Sequential(*([norm, new] if self.act is None else [new[0], norm, new[1]]))
 
     def forward(self, x):
         weights = self._ternary if self.packed else partial(ternarize, chunks=self.chunks, scale=self.scale)
-        y = _TernaryLinear.apply(x.reshape(-1, self.in_features), self.weight, self.bias, self.gain, weights, self.norm,
-                                 self.eps, self.act, _compute_dtype(x))
+        y = ternary_linear(x.reshape(-1, self.in_features), self.weight, self.bias, self.gain, weights, self.norm,
+                                 self.eps, self.act, compute_dtype(x))
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
@@ -591,99 +352,368 @@ class TernaryLinear(LowBit, nn.Module):
                 f'act={self.act}, packed={self.packed}')
 
 
-class Int4Linear(LowBit, nn.Module):
-    """Linear layer trained through 4-bit weights (fake quantization), (..., in) -> (..., out) in the compute dtype.
+class Linear4bit(LowBit, nn.Module):
+    """Linear layer with 4-bit weights, trained through the rounding or, after pack_(), frozen; (..., in) -> (..., out).
 
-    Uniform 16 levels per `group` weights, flattened, with an fp16 absmax (see quantize_int4); the bias stays as it is.
+    format: 'uniform' (the course's BigNet: levels u / 15 * 2n - n), 'nf4' (arXiv 2305.14314), 'fit4' (quant.py; the least
+    error of the three). `group` weights of the flattened matrix share a scale (0: 16, 64, 32), kept as scales='fp16',
+    'fp32', '8bit' (quantized once more, per 256 groups) or, for fit4, 'log8'. The bias stays as it is. Packed buffers:
+    code uint8, absmax, absmax_top. Raises ValueError for an unknown format or scales, a group that is not even, an
+    unknown act, and in pack_() for weights that are not finite or beyond the scale's range.
     """
-    kind, bits = 'int4', 4
+    bits = 4
 
-    def __init__(self, in_features, out_features, bias=True, *, group=16, act=None):
+    def __init__(self, in_features, out_features, bias=True, *, format='uniform', group=0, scales='', act=None):
         super().__init__()
-        if act not in ACTIVATIONS or group < 2 or group % 2:
-            raise ValueError(f'Int4Linear: act={act!r} must be in {list(ACTIVATIONS)}, group={group} even')
+        if format not in FORMATS4 or act not in ACTIVATIONS or group < 0 or group % 2:
+            raise ValueError(f'Linear4bit: format={format!r} must be in {list(FORMATS4)}, act={act!r} in {list(ACTIVATIONS)}, '
+                             f'group={group} even')
+        scales = scales or FORMATS4[format].scales
+        if scales not in SCALES4 or (scales == 'log8' and format != 'fit4'):
+            raise ValueError(f"Linear4bit: scales={scales!r} must be in {SCALES4}; 'log8' is for fit4's levels")
         self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
-        self.group, self.act = group, act
+        self.format, self.group, self.scales, self.act = format, group or FORMATS4[format].group, scales, act
+        self.kind = 'int4' if format == 'uniform' else format
         self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def encode(self):
-        codes, absmax = quantize_int4(self.weight, self.group)
-        if not torch.isfinite(absmax).all():
-            raise ValueError('Int4Linear: weights must be finite and at most 65504 (fp16) in size to be packed')
-        return {'code': pack_bits(codes, 4), 'absmax': absmax}
+        codes, held = quantize4(self.weight, self.format, self.group, self.scales)
+        if not (torch.isfinite(self.weight).all() and torch.isfinite(scales4(held)).all()):
+            raise ValueError(f'Linear4bit: weights must be finite, and at most 65504 in size for scales={self.scales!r}, '
+                             'to be packed')
+        return {'code': pack4(codes, self.format), **held}
+
+    def _held(self):
+        return {name: t for name, t in self.named_buffers(recurse=False) if name != 'code'}
 
     def decode(self):
-        return dequantize_int4(unpack_bits(self.code, 4, self.absmax.numel() * self.group), self.absmax, self.shape), None
+        weight = decode4(self.code, scales4(self._held()), self.format, 0, 2 * len(self.code))
+        return weight[:math.prod(self.shape)].view(self.shape), None
 
     def _quantize(self, weight, bias, dtype):
-        if self.packed:
-            weight = self.decode()[0].to(dtype)
-        else:
-            weight = dequantize_int4(*quantize_int4(weight, self.group), weight.shape, dtype)
-        return weight, None if bias is None else bias.to(dtype)
+        codes, held = quantize4(weight, self.format, self.group, self.scales)
+        weight = levels4(codes, self.format).mul_(scales4(held)[:, None]).view(-1)[:weight.numel()].view(weight.shape)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def forward(self, x):
-        flat = x.reshape(-1, self.in_features).to(_compute_dtype(x))
-        y = _QuantizedLinear.apply(flat, self.weight, self.bias, None, self._quantize, self.act, 0.0)
+        if not self.packed:
+            flat = x.reshape(-1, self.in_features).to(compute_dtype(x))
+            y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, self.act, 0.0)
+            return y.view(*x.shape[:-1], self.out_features)
+        scales, n, dtype = scales4(self._held()), self.in_features, compute_dtype(x)
+
+        def weights(i, j):                          # rows of whole groups, but for the last, which may be filled up
+            end = -(-j * n // self.group) * self.group
+            return decode4(self.code, scales, self.format, i * n, end)[:(j - i) * n].view(j - i, n).to(dtype)
+        return frozen_linear(ACTIVATIONS[self.act][0](x), self.bias, weights, self.shape,
+                              self.group // math.gcd(n, self.group))
+
+    def extra_repr(self):
+        return (f'{self.in_features}, {self.out_features}, format={self.format}, group={self.group}, scales={self.scales}, '
+                f'act={self.act}, packed={self.packed}')
+
+
+class Int8Linear(LowBit, nn.Module):
+    """Linear layer with int8 weights, one fp32 absmax / 127 per output row; (..., in) -> (..., out).
+
+    Trained through the rounding or, after pack_(), frozen. activations='int8' rounds the input as well, to an absmax per
+    token (LLM.int8, arXiv 2208.07339, without its outlier columns); packed, the product then runs in int8 where the
+    device has it (torch._int_mm), exactly. Raises ValueError for other activations, and in pack_() for weights that are
+    not finite.
+    """
+    kind, bits = 'int8', 8
+
+    def __init__(self, in_features, out_features, bias=True, *, activations=None, act=None):
+        super().__init__()
+        if activations not in (None, 'int8') or act not in ACTIVATIONS or in_features >= 2 ** 17:
+            raise ValueError(f"Int8Linear: activations={activations!r} must be None or 'int8', act={act!r} in "
+                             f'{list(ACTIVATIONS)}, in={in_features} < 131072')
+        self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
+        self.activations, self.act = activations, act
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def encode(self):
+        if not torch.isfinite(self.weight).all():
+            raise ValueError('Int8Linear: weights must be finite to be packed')
+        codes, scales = quantize_rows(wide(self.weight), tiny=1e-30)
+        return {'code': codes, 'weight_scale': scales}
+
+    def decode(self):
+        return self.code * self.weight_scale, None
+
+    @staticmethod
+    def _quantize(weight, bias, dtype):
+        codes, scales = quantize_rows(wide(weight), tiny=1e-30)
+        return (codes * scales).to(dtype), None if bias is None else bias.to(dtype)
+
+    def forward(self, x):
+        dtype = compute_dtype(x)
+        flat = ACTIVATIONS[self.act][0](x.reshape(-1, self.in_features))
+        if self.activations:
+            codes, scales = quantize_rows(wide(flat.detach()))
+            if self.packed and not x.requires_grad and has_fast_int8(x.device) and min(*codes.shape, self.out_features) > 1:
+                y = torch._int_mm(codes, self.code.T) * scales * self.weight_scale.T
+                return (y if self.bias is None else y + self.bias).to(dtype).view(*x.shape[:-1], self.out_features)
+            flat = straight_through(flat, (codes * scales).to(flat.dtype))
+        if self.packed:
+            y = frozen_linear(flat, self.bias, lambda i, j: (self.code[i:j] * self.weight_scale[i:j]).to(dtype), self.shape)
+        else:
+            y = quantized_linear(flat.to(dtype), self.weight, self.bias, None, self._quantize, None, 0.0)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
-        return f'{self.in_features}, {self.out_features}, group={self.group}, act={self.act}, packed={self.packed}'
+        return (f'{self.in_features}, {self.out_features}, activations={self.activations}, act={self.act}, '
+                f'packed={self.packed}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# half precision, low rank, LoRA
+
+
+class HalfLinear(nn.Module):
+    """Linear layer that keeps weight and bias in fp16 or bf16 and computes in its input's dtype; (..., in) -> (..., out).
+
+    Frozen, or trained in its own dtype with trainable=True (its gradients are fp16 or bf16 as well). Raises ValueError for
+    another dtype.
+    """
+    kind, bits = 'half', 16
+
+    def __init__(self, in_features, out_features, bias=True, *, dtype=torch.float16, trainable=False):
+        super().__init__()
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f'HalfLinear: dtype={dtype} must be torch.float16 or torch.bfloat16')
+        self.in_features, self.out_features, self.trainable = in_features, out_features, trainable
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5).to(dtype), trainable)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), trainable) if bias else None
+
+    def forward(self, x):
+        dtype = compute_dtype(x)
+        if self.weight.requires_grad:
+            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return frozen_linear(x, self.bias, lambda i, j: self.weight[i:j].to(dtype), self.weight.shape)
+
+    def extra_repr(self):
+        return f'{self.in_features}, {self.out_features}, dtype={self.weight.dtype}, trainable={self.trainable}'
+
+
+class LowRankLinear(nn.Module):
+    """y = ((x B^T) * c) A^T + b with A (out, rank), c (rank,), B (rank, in), all trainable; the weight is never formed.
+
+    from_linear() takes them from a randomized SVD of a weight (arXiv 0909.4061: torch.svd_lowrank with 8 more columns and
+    2 power iterations), the "weight reduction" of the rSVD experiments. Raises ValueError for rank < 1 or > min(in, out).
+    """
+    kind, bits = 'lowrank', 32
+
+    def __init__(self, in_features, out_features, bias=True, *, rank):
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f'LowRankLinear({in_features}, {out_features}): rank={rank} must be 1 .. '
+                             f'{min(in_features, out_features)}')
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.A = nn.Parameter(torch.randn(out_features, rank) * rank ** -0.5)
+        self.c = nn.Parameter(torch.ones(rank))
+        self.B = nn.Parameter(torch.randn(rank, in_features) * in_features ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear, rank, niter=2):
+        """A LowRankLinear near nn.Linear `linear`; the random draw is torch's generator's."""
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, rank=rank).to(linear.weight.device)
+        with torch.no_grad():
+            U, c, V = torch.svd_lowrank(linear.weight.float(), q=min(rank + 8, *linear.weight.shape), niter=niter)
+            new._set(U[:, :rank], c[:rank], V[:, :rank].T)
+            if linear.bias is not None:
+                new.bias.copy_(linear.bias)
+        return new.to(linear.weight.dtype)
+
+    def _set(self, A, c, B):
+        for p, t in ((self.A, A), (self.c, c), (self.B, B)):
+            p.data = t.to(p.dtype).contiguous()
+        self.rank = len(c)
+
+    @torch.no_grad()
+    def truncate(self, rank, shrink=False):
+        """Keep the `rank` largest singular values of A diag(c) B ("+ SVT" there, though nothing is thresholded): QR of
+        A diag(c) and of B^T, SVD of the small core. Filled up with zeros to the old rank, so that an optimizer's state
+        still fits; shrink=True leaves them out (make the optimizer anew). Returns the share of the squared norm kept."""
+        if not 1 <= rank <= self.rank:
+            raise ValueError(f'LowRankLinear: cannot truncate rank {self.rank} to {rank}')
+        Qa, Ra = torch.linalg.qr((self.A * self.c).float())
+        Qb, Rb = torch.linalg.qr(self.B.T.float())
+        U, c, Vh = torch.linalg.svd(Ra @ Rb.T)
+        kept = (c[:rank].square().sum() / c.square().sum().clamp(min=1e-30)).item()
+        fill = 0 if shrink else self.rank - rank
+        self._set(F.pad(Qa @ U[:, :rank], (0, fill)), F.pad(c[:rank], (0, fill)), F.pad(Vh[:rank] @ Qb.T, (0, 0, 0, fill)))
+        return kept
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.B) * self.c, self.A, self.bias)
+
+    def extra_repr(self):
+        return f'{self.in_features}, {self.out_features}, rank={self.rank}'
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + alpha / rank * B A dropout(x): any linear layer, frozen, with A (rank, in) and B (out, rank) trained.
+
+    arXiv 2106.09685: A kaiming-uniform, B zero, so that nothing changes at first. A low-bit base is packed. Where the base
+    works on something else than x (a ternary layer's RMSNorm, a folded activation) the adapter sees that, as the weight
+    does; over a binary base it adds to the normalised output. Adapters are fp32 and compute in the input's dtype. Raises
+    ValueError for a base without in_features and out_features, rank < 1 or dropout outside [0, 1).
+    """
+    kind = 'lora'
+
+    def __init__(self, base, *, rank=8, alpha=16.0, dropout=0.0):
+        super().__init__()
+        if not hasattr(base, 'out_features') or isinstance(base, LoRALinear) or rank < 1 or not 0 <= dropout < 1:
+            raise ValueError(f'LoRALinear: no LoRA over {type(base).__name__} with rank={rank}, dropout={dropout}')
+        self.base = base.pack_() if isinstance(base, LowBit) else base
+        for p in base.parameters():
+            p.requires_grad_(False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        device = next(t.device for t in [*base.parameters(), *base.buffers()])
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def adapter(self, x):
+        """What is added to base(x), (..., out) in the compute dtype."""
+        x = self.base.weight_input(x) if isinstance(self.base, LowBit) else x
+        dtype = compute_dtype(x)
+        h = F.linear(F.dropout(x, self.dropout, self.training).to(dtype), self.lora_A.to(dtype))
+        return F.linear(h, self.lora_B.to(dtype)) * (self.alpha / self.rank)
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + self.adapter(x).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self, x, requantize=False):
+        """(layer, damage): one layer for base and adapter, and {'max', 'mean'} of |its output - this one's| on inputs x.
+
+        A full-precision base gives nn.Linear. A quantized one gives its decoded weights plus the adapter in fp32 (behind
+        the RMSNorm of a ternary one), or with requantize=True a packed layer of the same kind, which costs what it costs:
+        look at the damage. A binary base only has requantize=True, since its output is normalised; its adapter is scaled
+        to what reaches the output on x. A low-rank base takes the adapter's ranks, and drops as many with requantize=True.
+        """
+        delta = self.lora_B @ self.lora_A * (self.alpha / self.rank)
+        base = self.base
+        if isinstance(base, LowBit):
+            new = base.merged(delta, requantize, x)
+        elif isinstance(base, LowRankLinear):
+            new = LowRankLinear(self.in_features, self.out_features, base.bias is not None, rank=base.rank).to(delta.device)
+            new._set(torch.cat([base.A, self.lora_B * (self.alpha / self.rank)], 1), F.pad(base.c, (0, self.rank), value=1.0),
+                     torch.cat([base.B, self.lora_A]))
+            if base.bias is not None:
+                new.bias.copy_(base.bias)
+            if requantize:
+                new.truncate(base.rank, shrink=True)
+        else:
+            new = nn.Linear(self.in_features, self.out_features, base.bias is not None, device=delta.device)
+            new.weight.copy_(base.weight + delta)
+            if base.bias is not None:
+                new.bias.copy_(base.bias)
+            if requantize and isinstance(base, HalfLinear):
+                new = _converted(new, 'half', {'dtype': base.weight.dtype}, True)
+        training, self.training = self.training, False                  # no dropout while comparing
+        off = (new(x).float() - self(x).float()).abs()
+        self.training = training
+        return new, {'max': off.max().item(), 'mean': off.mean().item()}
+
+    def extra_repr(self):
+        return f'rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}'
+
+
+def _copied(new, old):
+    """`new` with the weight and bias of `old`."""
+    with torch.no_grad():
+        new.weight.copy_(old.weight)
+        if getattr(old, 'bias', None) is not None:
+            new.bias.copy_(old.bias)
+    return new
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one entry each: make a layer, convert a model, pack a model, keep it in a file
 
-KINDS = ('fp', 'bin', 'tern', 'int4')
+KINDS = ('fp', 'bin', 'tern', 'int4')                                       # for training from scratch
+COMPRESSED = ('half', 'int8', 'nf4', 'fit4', 'lowrank', 'lora')             # for what was trained
 
 
 def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **options):
-    """A linear layer of one of KINDS. Options a kind has no use for are dropped only where they change nothing:
-    chunks for fp and int4, which have no per-matrix statistics. Raises ValueError for an unknown kind, or act with fp.
+    """A linear layer of one of KINDS, or int8, nf4, fit4. Options a kind has no use for are dropped only where they change
+    nothing: chunks where there are no per-matrix statistics. Raises ValueError for an unknown kind, or act with fp.
     """
     if kind == 'bin':
         return BinaryLinear(in_features, out_features, bias, chunks=chunks, act=act, **options)
     if kind == 'tern':
         return TernaryLinear(in_features, out_features, bias, chunks=chunks, act=act, **options)
-    if kind == 'int4':
-        return Int4Linear(in_features, out_features, bias, act=act, **options)
+    if kind in ('int4', 'nf4', 'fit4'):
+        options.setdefault('format', 'uniform' if kind == 'int4' else kind)
+        return Linear4bit(in_features, out_features, bias, act=act, **options)
+    if kind == 'int8':
+        return Int8Linear(in_features, out_features, bias, act=act, **options)
     if kind == 'fp' and act is None and not options:
         return nn.Linear(in_features, out_features, bias)
     raise ValueError(f'kind={kind!r} must be one of {KINDS}; fp takes no act or options (got act={act!r}, {options})')
 
 
-def _converted(module, kind, options):
+def _rule(rule):
+    return (rule, {}) if isinstance(rule, str) else rule
+
+
+def _converted(module, kind, options, packed):
+    """A layer of `kind` with the weights of `module`, or None where there is none."""
     bias = getattr(module, 'bias', None) is not None
+    if kind == 'lora':
+        options = dict(options)
+        base, base_options = _rule(options.pop('base', 'fp'))
+        base = module if base == 'fp' else _converted(module, base, base_options, True)
+        return LoRALinear(base, **options) if isinstance(base, LINEARS) else None
+    if isinstance(module, nn.Linear) and kind == 'lowrank':
+        return LowRankLinear.from_linear(module, **options)
+    if isinstance(module, nn.Linear) and kind == 'half':
+        return _copied(HalfLinear(module.in_features, module.out_features, bias, **options).to(module.weight.device), module)
     if isinstance(module, nn.Linear):
-        return linear(kind, module.in_features, module.out_features, bias, **options)
-    if isinstance(module, nn.Conv2d) and kind == 'bin' and module.padding_mode == 'zeros':
+        new = linear(kind, module.in_features, module.out_features, bias, **options)
+    elif isinstance(module, nn.Conv2d) and kind == 'bin' and module.padding_mode == 'zeros':
         m = module
-        return BinaryConv2d(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, bias,
-                            **options)
-    if isinstance(module, nn.Embedding) and kind == 'bin' and module.max_norm is module.padding_idx is None:
-        return BinaryEmbedding(module.num_embeddings, module.embedding_dim, bias=True, **options)
-    return None
+        new = BinaryConv2d(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, bias,
+                           **options)
+    elif isinstance(module, nn.Embedding) and kind == 'bin' and module.max_norm is module.padding_idx is None:
+        new = BinaryEmbedding(module.num_embeddings, module.embedding_dim, bias=True, **options)
+    else:
+        return None
+    new = _copied(new.to(module.weight.device, module.weight.dtype), module)
+    return new.pack_() if packed else new
 
 
-def convert(model, rules, verbose=True):
+def convert(model, rules, verbose=True, packed=False):
     """Replace nn.Linear, nn.Conv2d and nn.Embedding modules in place, weights and biases copied; returns their names.
 
     rules: {glob over module names: kind or (kind, options)}, the first match decides, e.g.
-    {'lm_head': 'fp', 'blocks.*.mlp.*': 'tern', '*': ('bin', dict(alpha=0.5))}. Prints what it converted and what it left
-    and why. Raises ValueError for a pattern that matches nothing or an unknown kind.
+    {'lm_head': 'fp', 'blocks.*.mlp.*': 'tern', '*': ('bin', dict(alpha=0.5))}. Low-bit layers are trainable until pack(),
+    or packed at once with packed=True. ('lora', dict(rank=8, base='nf4')) puts LoRA over a packed nf4 layer, with no base
+    over what is there, low-bit layers included; what is not wrapped stays trainable: see only_adapters(). Prints what it
+    converted and what it left and why. Raises ValueError for a pattern that matches nothing or an unknown kind.
     """
-    rules = {pattern: (rule, {}) if isinstance(rule, str) else rule for pattern, rule in rules.items()}
+    rules = {pattern: _rule(rule) for pattern, rule in rules.items()}
+    inside = tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, LoRALinear))
     candidates = {n: m for n, m in model.named_modules(remove_duplicate=False)
-                  if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)}
+                  if isinstance(m, (*LINEARS, nn.Conv2d, nn.Embedding)) and not n.startswith(inside or ' ')}
     if '' in candidates:
         raise ValueError('convert: a bare layer cannot be replaced in place; wrap it in nn.Sequential or use linear()')
     uses = {}
     for m in candidates.values():
-        uses[id(m.weight)] = uses.get(id(m.weight), 0) + 1
-    for pattern, (kind, _) in rules.items():
-        if kind not in KINDS:
-            raise ValueError(f'convert: kind {kind!r} of rule {pattern!r} must be one of {KINDS}')
+        if getattr(m, 'weight', None) is not None:
+            uses[id(m.weight)] = uses.get(id(m.weight), 0) + 1
+    for pattern, (kind, options) in rules.items():
+        for k in {kind, _rule(options.get('base', 'fp'))[0] if kind == 'lora' else kind}:
+            if k not in KINDS + COMPRESSED:
+                raise ValueError(f'convert: kind {k!r} of rule {pattern!r} must be one of {KINDS + COMPRESSED}')
         if not fnmatch.filter(candidates, pattern):
             raise ValueError(f'convert: rule {pattern!r} matches none of {list(candidates)}')
     converted, left = {}, {}
@@ -691,16 +721,12 @@ def convert(model, rules, verbose=True):
         kind, options = next((rules[p] for p in rules if fnmatch.fnmatchcase(name, p)), ('fp', {}))
         if kind == 'fp':
             left[name] = 'fp by rule or no rule'
-        elif uses[id(module.weight)] > 1:
+        elif uses.get(id(getattr(module, 'weight', None)), 0) > 1:
             left[name] = 'its weight is tied to another module'
-        elif (new := _converted(module, kind, options)) is None:
+        elif (new := _converted(module, kind, options, packed)) is None:
             left[name] = f'no {kind} form of {type(module).__name__}'
         else:
-            new.to(module.weight.device, module.weight.dtype).train(module.training)
-            with torch.no_grad():
-                new.weight.copy_(module.weight)
-                if getattr(module, 'bias', None) is not None:
-                    new.bias.copy_(module.bias)
+            new.train(module.training)
             parent, _, leaf = name.rpartition('.')
             setattr(model.get_submodule(parent), leaf, new)
             converted[name] = kind
@@ -713,6 +739,9 @@ def convert(model, rules, verbose=True):
         for name, why in left.items():
             print(f'convert: {name} left ({why})')
     return list(converted)
+
+
+LINEARS = (nn.Linear, BinaryLinear, TernaryLinear, Linear4bit, Int8Linear, HalfLinear, LowRankLinear)
 
 
 def pack(model):

@@ -825,7 +825,7 @@ def test_each_projection_takes_its_own_kind():
     names = lambda b: [type(m).__name__ for m in (
         b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj, b.ln_1, b.ln_2)]
     assert names(model.blocks[0]) == ['Linear'] * 4 + ['LayerNorm'] * 2
-    assert names(model.blocks[1]) == ['TernaryLinear', 'Int4Linear', 'BinaryLinear', 'BinaryLinear', 'Identity',
+    assert names(model.blocks[1]) == ['TernaryLinear', 'Linear4bit', 'BinaryLinear', 'BinaryLinear', 'Identity',
                                       'LayerNorm']
 
 

@@ -1,0 +1,121 @@
+"""
+LoRA adapters of a model: trained alone, merged, kept and loaded in peft's folder layout.
+
+    convert(model, {'*attn*': ('lora', dict(rank=8, base='nf4'))})          # layers.py
+    only_adapters(model)
+    ...                                                                     # train
+    save_adapters(model, 'out/adapters')                                    # load_adapters(model, 'out/adapters')
+    damage = merge_adapters(model, ids)
+"""
+import json
+import os
+
+import torch
+
+from common import atomic_write
+from layers import LINEARS, LoRALinear
+
+PEFT = 'base_model.model.'      # what peft puts before a module's name
+
+
+def adapters(model):
+    """{name: LoRALinear} of the model; ValueError when there is none."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not found:
+        raise ValueError('the model has no LoRA layers; convert it with a lora rule first')
+    return found
+
+
+def only_adapters(model):
+    """Freeze everything but the adapters, as peft does; returns the model."""
+    trained = {id(p) for m in adapters(model).values() for p in (m.lora_A, m.lora_B)}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
+    return model
+
+
+def merge_adapters(model, *inputs, requantize=False):
+    """LoRALinear.merge() of every adapter, in place, on what reaches it in model(*inputs); returns {name: damage}."""
+    seen, found = {}, adapters(model)
+    hooks = [m.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
+             for name, m in found.items()]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if unseen := found.keys() - seen.keys():
+        raise ValueError(f'merge_adapters: these inputs do not reach {sorted(unseen)[0]}')
+    merged = {name: m.merge(seen[name], requantize) for name, m in found.items()}       # all of them or, on an error, none
+    for name, (new, _) in merged.items():
+        parent, _, leaf = name.rpartition('.')
+        setattr(model.get_submodule(parent), leaf, new.train(found[name].training))
+    return {name: damage for name, (_, damage) in merged.items()}
+
+
+def save_adapters(model, folder, base_model=''):
+    """Write the adapters alone to `folder` as peft lays them out: adapter_model.safetensors and adapter_config.json.
+
+    base_model: name or path of the Hugging Face model they belong to, for peft."""
+    from safetensors.torch import save_file
+    found = adapters(model)
+    first = next(iter(found.values()))
+    ranks, alphas = ({name: getattr(m, key) for name, m in found.items() if getattr(m, key) != getattr(first, key)}
+                     for key in ('rank', 'alpha'))
+    config = {'peft_type': 'LORA', 'base_model_name_or_path': base_model, 'r': first.rank, 'lora_alpha': first.alpha,
+              'lora_dropout': first.dropout, 'target_modules': list(found), 'rank_pattern': ranks, 'alpha_pattern': alphas,
+              'bias': 'none', 'fan_in_fan_out': False, 'task_type': None, 'inference_mode': True}
+    tensors = {f'{PEFT}{name}.lora_{ab}.weight': getattr(m, f'lora_{ab}').detach().cpu().contiguous()
+               for name, m in found.items() for ab in 'AB'}
+    os.makedirs(folder, exist_ok=True)
+    atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(tensors, tmp, {'format': 'pt'}))
+
+    def write(tmp):
+        with open(tmp, 'w') as f:
+            json.dump(config, f, indent=2)
+    atomic_write(os.path.join(folder, 'adapter_config.json'), write)
+
+
+def load_adapters(model, folder):
+    """Put the adapters of save_adapters, or of peft, into the model, in place; layers without LoRA get it. Returns names.
+
+    Raises ValueError naming what is missing, unknown or of another shape; the model is then untouched."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    path = os.path.join(folder, 'adapter_model.safetensors')
+    try:
+        with open(os.path.join(folder, 'adapter_config.json')) as f:
+            config = json.load(f)
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as e:
+        raise ValueError(f'{folder} holds no LoRA adapters ({type(e).__name__}: {e})') from e
+    if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora', 'fan_in_fan_out')):
+        raise ValueError(f'{folder}: only plain LoRA adapters can be loaded')
+    present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    names = list(dict.fromkeys([*present, *(k.removeprefix(PEFT).rsplit('.lora_', 1)[0] for k in tensors)]))
+    wanted = {f'{PEFT}{name}.lora_{ab}.weight' for name in names for ab in 'AB'}
+    if wrong := sorted(wanted ^ tensors.keys()):
+        raise ValueError(f'{path} {"lacks" if wrong[0] in wanted else "has unknown"} {wrong[0]}')
+    ready = {}
+    for name in names:
+        A, B = (tensors[f'{PEFT}{name}.lora_{ab}.weight'] for ab in 'AB')
+        try:
+            layer = present.get(name) or model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f'{path} has adapters for {name}, which the model lacks') from None
+        shape = (len(A), A.shape[1], len(B), B.shape[1])
+        if not isinstance(layer, (*LINEARS, LoRALinear)) \
+                or shape != (layer.rank if name in present else len(A), layer.in_features, layer.out_features, len(A)):
+            raise ValueError(f'{path}: adapters {tuple(A.shape)}, {tuple(B.shape)} do not fit {name}, {layer}')
+        ready[name] = layer, A, B, config.get('alpha_pattern', {}).get(name, config['lora_alpha'])
+    for name, (layer, A, B, alpha) in ready.items():
+        if name not in present:
+            parent, _, leaf = name.rpartition('.')
+            layer = LoRALinear(layer, rank=len(A), dropout=config.get('lora_dropout', 0.0)).train(layer.training)
+            setattr(model.get_submodule(parent), leaf, layer)
+        layer.alpha = alpha
+        with torch.no_grad():
+            layer.lora_A.copy_(A)
+            layer.lora_B.copy_(B)
+    return names

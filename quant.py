@@ -1,0 +1,284 @@
+"""
+Weights to codes and back: plain functions of tensors, each beside its inverse. No modules, nothing trainable.
+
+    binarize, half_bits        {0,1} by `w > mean(w)`                          1 bit
+    ternarize                  {-1,0,1} * mean|w|                              1.58 bits, kept in 2
+    quantize_rows              int8 absmax per row: weights, or activations per token
+    quantize4, decode4         sixteen levels times a scale per group of weights: uniform, nf4, fit4
+    pack_bits, unpack_bits     codes of 1, 2 or 4 bits in bytes
+
+On the CPU packed 4-bit weights are decoded by kernels.c, compiled on first use where there is a C compiler; otherwise, on
+other devices and under torch.compile by the same arithmetic in torch. Both give the same bits.
+"""
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import subprocess
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+def wide(t):
+    """t in at least fp32: statistics are never taken in bf16."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def binarize(w, chunks=1):
+    """{0,1} as bool, same shape as w (out, ...) : w > mean(w), strictly, one mean per `chunks` equal slices of dim 0.
+
+    arXiv 2509.07025 eq. 1. The mean is taken in fp32. Worked by hand: [[1, 2], [3, 6]] has mean 3 -> [[0, 0], [0, 1]].
+    """
+    flat = wide(w.reshape(chunks, -1))
+    return (flat > flat.mean(1, keepdim=True)).view(w.shape)
+
+
+def half_bits(w, chunks=1, dtype=None):
+    """binarize(w) - 1/2, i.e. {-1/2, +1/2}, in `dtype` (default w's).
+
+    Under a mean subtraction over the output features, W01 and W01 - 1/2 give the same result with the same standard
+    deviation (they differ by sum(x)/2 in every feature), and the second does not lose small differences between
+    features under a large common term. It is also sign(w - mean(w)) / 2, the weight of BitNet b1 (arXiv 2310.11453).
+    """
+    return binarize(w, chunks).to(dtype or w.dtype).sub_(0.5)
+
+
+def ternarize(w, chunks=1, scale='mean'):
+    """(codes, scales): codes int8 in {-1,0,1} of w's shape, scales fp32 (chunks,), so that w ~ codes * scale.
+
+    scale = mean|w| (arXiv 2402.17764, Tips PDF) or median|w| (arXiv 2407.09527) of each of `chunks` slices of dim 0,
+    at least 1e-5. Worked by hand: [[1, -2], [0.2, 4.8]] has mean|w| = 2 -> round(w / 2) = [[0, -1], [0, 1]].
+    """
+    flat = wide(w.reshape(chunks, -1))
+    s = flat.abs()
+    s = (s.median(1, keepdim=True).values if scale == 'median' else s.mean(1, keepdim=True)).clamp_(min=1e-5)
+    return (flat / s).round_().clamp_(-1, 1).to(torch.int8).view(w.shape), s.flatten()
+
+
+def quantize_rows(x, tiny=1e-5):
+    """(codes, scales): int8 absmax per row (token), codes of x's shape, scales fp32 (..., 1), x ~ codes * scale.
+
+    scale = max|x| / 127 with max|x| at least `tiny` (arXiv 2402.17764, Tips PDF: round(x * 127 / max), to [-128, 127]).
+    """
+    top = x.abs().amax(-1, keepdim=True).clamp(min=tiny)
+    return (x * (127 / top)).round_().clamp_(-128, 127).to(torch.int8), top / 127
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# four bits: a code 0..15 for each weight, a scale for each group of weights, flattened; w ~ levels[code] * scale
+
+
+class Format4(NamedTuple):
+    """levels: 16 ascending numbers; group: weights that share a scale, unless told otherwise; scales: how it is kept;
+    high_first: the first of two weights is in the high half of the byte."""
+    levels: tuple
+    group: int
+    scales: str
+    high_first: bool
+
+
+# -Phi^-1(linspace(.9677083, .5, 8))[:-1], 0, Phi^-1(linspace(.5, .9677083, 9))[1:], over the largest (arXiv 2305.14314)
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+# Lloyd's algorithm on normally distributed weights in blocks of 32: results/fit4.py
+FIT4 = (-0.9608, -0.7286, -0.5677, -0.4360, -0.3213, -0.2170, -0.1188, -0.0239,
+        0.0702, 0.1657, 0.2649, 0.3701, 0.4861, 0.6184, 0.7822, 1.0)
+FORMATS4 = {
+    'uniform': Format4(tuple((2 * u - 15) / 15 for u in range(16)), 16, 'fp16', False),     # u / 15 * 2n - n, 5 bits
+    'nf4': Format4(NF4, 64, 'fp16', True),          # 4.25 bits; with scales='fp32' byte for byte what bitsandbytes keeps
+    'fit4': Format4(FIT4, 32, 'log8', False),       # 4.25 bits; a sign, seven bits of logarithm
+}
+SCALES4 = ('fp16', 'fp32', '8bit', 'log8')
+LOG8_STEPS = 14     # scales a factor 2 ** (1 / 14) = 1.05 apart reach from the largest |w| of a tensor to 1/538 of it
+LOG8 = tuple(math.copysign(2 ** ((abs(h) - 127) / LOG8_STEPS), h) if h else 0.0 for h in range(-128, 128))
+
+
+def group_scales(absmax, scales):
+    """{'absmax': ..., ['absmax_top': ...]}: fp32 absmax (groups,) as it is kept.
+
+    fp16   rounded, half to even; at most 65504
+    fp32   as it is
+    8bit   uint8, 255ths of `absmax_top`, the largest of each 256 groups (the second quantization of arXiv 2305.14314,
+           without its mean and its dynamic code): 8 + 32 / 256 bits a group
+    """
+    if scales == 'fp32':
+        return {'absmax': absmax}
+    if scales == '8bit':
+        top = F.pad(absmax, (0, -len(absmax) % 256)).view(-1, 256).amax(1)
+        each = top.clamp(min=1e-30).repeat_interleave(256)[:len(absmax)]
+        return {'absmax': (absmax / each * 255).round_().to(torch.uint8), 'absmax_top': top}
+    i = absmax.view(torch.int32)        # to fp16's 11 bits, half to even, in integers: compilers drop half().float()
+    return {'absmax': ((i + 0xFFF + ((i >> 13) & 1)) & -0x2000).view(torch.float32).half()}
+
+
+@functools.cache
+def _table(numbers, device):
+    return torch.tensor(numbers, device=device)
+
+
+def _constant(numbers, device):
+    """fp32 tensor of a tuple, made once for each device; torch.compile makes its own."""
+    return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _table(numbers, device)
+
+
+def scales4(held):
+    """fp32 (groups,) from what quantize4 or search4 keeps: tensors absmax and, for one-byte scales, absmax_top."""
+    s, top = held['absmax'], held.get('absmax_top')
+    if s.dtype == torch.uint8:
+        return s.float() * (top / 255).repeat_interleave(256)[:len(s)]
+    if s.dtype == torch.int8:
+        return _constant(LOG8, s.device)[s.int() + 128] * top
+    return s.float()
+
+
+def quantize4(w, format='uniform', group=0, scales=''):
+    """(codes, held): uint8 codes 0..15 (groups, group), and the scales as tensors by name; group, scales: 0, '' for the
+    format's own. w of any shape is flattened, the last group filled up with zeros.
+
+    The scale is rounded to what is kept before it is used. uniform: u = round((w + n) / (2 n) * 15) with n = absmax; zero
+    is not on its grid. nf4: the nearest level to w / absmax. fit4: see search4. A group of zeros decodes to zeros.
+    """
+    form = FORMATS4[format]
+    group, scales = group or form.group, scales or form.scales
+    flat = F.pad(w.detach().reshape(-1).float(), (0, -w.numel() % group)).view(-1, group)
+    if scales == 'log8':
+        return search4(flat, _constant(form.levels, w.device))
+    held = group_scales(flat.abs().amax(1), scales)
+    u = flat / scales4(held).clamp(min=1e-30)[:, None]               # a kept scale may lie just below the true absmax
+    if format == 'uniform':
+        return ((u + 1) * 7.5).round_().clamp_(0, 15).to(torch.uint8), held
+    levels = _constant(form.levels, w.device)
+    return torch.bucketize(u, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8), held
+
+
+def search4(flat, levels):
+    """quantize4 of fp32 (groups, group) for levels (16,) with one-byte signed scales on a logarithmic grid.
+
+    scale = sign(h) * absmax_top * 2 ** ((|h| - 127) / 14) for an int8 h, absmax_top the largest |w| of the tensor; h = 0:
+    a group of zeros. Of the steps around the group's own absmax, with either sign, the one with the least squared error
+    is kept: the levels are not symmetric, so that a sign is worth a bit of the codes.
+    """
+    levels, middle = levels.float(), (levels[1:] + levels[:-1]).float() / 2
+    top = flat.abs().amax().view(1)
+    grid = _constant(LOG8, flat.device)
+    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    absmax = torch.zeros(len(flat), dtype=torch.int8, device=flat.device)
+    for rows in range(0, len(flat), 1 << 15):                           # some groups at a time: what is made on the way
+        w = flat[rows:rows + (1 << 15)]                                 # is many times the weights
+        own = w.abs().amax(1)
+        nearest = (127 + LOG8_STEPS * (own / top.clamp(min=1e-30)).log2()).round().clamp(-999, 127).int()
+        best = torch.full_like(own, math.inf)
+        for step in range(-3, 3):
+            h = (nearest + step).clamp(1, 127)
+            for signed in (h, -h):
+                s = (grid[signed + 128] * top)[:, None]
+                c = torch.bucketize(w / s.where(s != 0, 1.0), middle, out_int32=True)
+                off = (levels[c] * s - w).square().sum(1)
+                better = (off < best) & (own > 0)
+                best = torch.where(better, off, best)
+                codes[rows:rows + len(w)] = torch.where(better[:, None], c.to(torch.uint8), codes[rows:rows + len(w)])
+                absmax[rows:rows + len(w)] = torch.where(better, signed.to(torch.int8), absmax[rows:rows + len(w)])
+    codes[absmax == 0] = 0
+    return codes, {'absmax': absmax, 'absmax_top': top}
+
+
+def pack4(codes, format):
+    """uint8 (n / 2,) of codes of quantize4: byte = c[2j] | c[2j+1] << 4, for nf4 the other way round (bitsandbytes)."""
+    pairs = codes.view(-1, 2)
+    return pack_bits(pairs.flip(1) if FORMATS4[format].high_first else pairs, 4).view(-1)
+
+
+def levels4(codes, format):
+    """fp32 levels of codes 0..15 of any shape."""
+    if format == 'uniform':
+        return codes.float().mul_(2 / 15).sub_(1)                       # as FACTS, and faster than a table
+    return _constant(FORMATS4[format].levels, codes.device)[codes.int()]
+
+
+def decode4(code, scales, format, start, stop):
+    """fp32 weights start .. stop - 1 (whole groups) of packed `code` (uint8, from pack4), given scales4(held) (groups,)."""
+    group = 2 * len(code) // len(scales)
+    if kernel := None if code.device.type != 'cpu' or torch.compiler.is_compiling() else kernels():
+        out = torch.empty(stop - start)
+        kernel.decode4(code.data_ptr() + start // 2, scales.data_ptr() + start // group * 4, _levels_pointer(format),
+                       stop - start, group, FORMATS4[format].high_first, torch.get_num_threads(), out.data_ptr())
+        return out
+    b = code[start // 2:stop // 2].to(torch.int16)                      # two halves of a byte to two bytes
+    c = ((b >> 4 | b << 8) if FORMATS4[format].high_first else (b | b << 4)) & 0x0F0F
+    return (levels4(c.view(torch.uint8), format).view(-1, group) * scales[start // group:stop // group, None]).view(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# codes in bytes
+
+
+def pack_bits(codes, bits):
+    """uint8 (..., ceil(n * bits / 8)) from integer codes (..., n) in 0 .. 2**bits - 1, bits in 1, 2, 4.
+
+    Little-endian in the byte, each row filled up with zeros to whole bytes. For 2 bits:
+        byte j :  | c[4j+3] | c[4j+2] | c[4j+1] | c[4j] |     (most significant bits left)
+    """
+    per = 8 // bits
+    c = F.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=c.device)
+    return (c << shifts).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed, bits, n):
+    """Inverse of pack_bits: uint8 codes (..., n)."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & (2 ** bits - 1)).flatten(-2)[..., :n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels.c
+
+
+@functools.cache
+def _levels_pointer(format):
+    table = (ctypes.c_float * 16)(*(levels4(torch.arange(16, dtype=torch.uint8), format)).tolist())
+    _levels_pointer.kept = [*getattr(_levels_pointer, 'kept', []), table]
+    return ctypes.addressof(table)
+
+
+@functools.cache
+def kernels():
+    """The compiled kernels.c, or None without a C compiler (said once) or with NANOBIT_KERNELS=0.
+
+    Compiled for this very processor into ~/.cache/nanobit under a name made of the source, the flags and the processor;
+    $CC names another compiler than cc. Linked to the OpenMP library that torch brings, where it does, to share its threads.
+    """
+    if os.environ.get('NANOBIT_KERNELS') == '0':
+        return None
+    source = Path(__file__).with_name('kernels.c')
+    bundled = sorted((Path(torch.__file__).parent / 'lib').glob('libgomp*'))[:1]
+    flags = ['-O3', '-march=native', '-fopenmp', '-shared', '-fPIC']
+    try:
+        cpu = next((line for line in open('/proc/cpuinfo') if line.startswith(('flags', 'Features'))), '')
+    except OSError:
+        cpu = platform.processor()
+    name = hashlib.sha256(repr((source.read_bytes(), flags, bundled, cpu, os.environ.get('CC'))).encode()).hexdigest()[:16]
+    path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanobit' / f'kernels-{name}.so'
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tmp = path.with_suffix(f'.{os.getpid()}')
+            link = [*map(str, bundled)]
+            subprocess.run([*os.environ.get('CC', 'cc').split(), *flags, str(source), '-o', str(tmp), *link],
+                           check=True, capture_output=True, text=True)
+            os.replace(tmp, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as e:
+        why = getattr(e, 'stderr', None) or str(e)
+        warnings.warn(f'kernels.c was not compiled, 4-bit layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
+        return None
+    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.decode4.argtypes, library.decode4.restype = (p, p, p, n, n, i, i, p), None
+    return library

@@ -1,0 +1,43 @@
+"""
+The sixteen levels of quant.py's `fit4`, by Lloyd's algorithm on blocks of normally distributed weights.
+
+    python results/fit4.py            # prints FIT4 and its error; two minutes
+
+Each turn draws new blocks of 32, gives each the scale and codes with the least squared error, as quant.py does, and moves
+every level to the mean of what was rounded to it, weighted by the squared scale. The search for the scale and the sign
+makes the levels what they are: extremes are not exactly -1 and 1, and the two sides differ.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import quant  # noqa: E402
+
+
+def error(levels, group, generator, blocks=1 << 15):
+    """(relative RMS error, the levels moved to the means) on `blocks` fresh blocks."""
+    w = torch.randn(blocks, group, generator=generator)
+    codes, held = quant.search4(w, levels)
+    s = quant.scales4(held)[:, None]
+    off = (levels[codes.long()] * s - w).square().sum() / w.square().sum()
+    weight = (s * s).expand_as(w).flatten()
+    total = torch.zeros(16).scatter_add_(0, codes.long().flatten(), (w / s).flatten() * weight)
+    return off.sqrt().item(), total / torch.zeros(16).scatter_add_(0, codes.long().flatten(), weight)
+
+
+def main():
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor(quant.NF4)
+    for _ in range(200):
+        _, levels = error(levels, 32, generator)
+        levels = levels / levels.abs().max()        # a common factor belongs to the scale
+    print('FIT4 = (' + ', '.join(f'{x:.4f}' for x in levels.tolist()) + ')')
+    levels = torch.tensor([round(x, 4) for x in levels.tolist()])
+    for group in (16, 32, 64, 128):
+        print(f'blocks of {group}: {4 + 8 / group:g} bits, relative RMS error {error(levels, group, generator)[0]:.4f}')
+
+
+if __name__ == '__main__':
+    main()
