@@ -1,28 +1,483 @@
 """
-Time and memory, measured. Every variant runs in a fresh process of its own; ratios are to a baseline of the same run.
+Time, memory and error, measured. Every variant runs in a fresh process of its own; ratios are to a baseline of the same run.
 
+    python bench.py stats bignet half lora int4 qlora          # parameters, bytes, peaks of BigNet's compressed forms
+    python bench.py compare half lora int4 qlora               # how far their outputs are from the full-precision ones
+    python bench.py fit lora qlora --seeds=1,2,3               # a small training loop; exit status 1 if it does not learn
+    python bench.py layers                                     # every kind: bits, error, time beside nn.Linear
     python bench.py train                                      # a training step of each kind, fp32 and bf16, 2 minutes
-    python bench.py train --kinds=fp,bin --dtypes=float32 --n_embd=512 --rounds=15
     python bench.py train --gpt2 --device=cuda --compile       # GPT-2 124M at 1,024 tokens on a GPU
+    python bench.py bundle nanobit.zip                         # the sources, byte for byte the same zip each time
+
+stats and compare take a run's checkpoint or a Hugging Face folder in place of bignet. --json=PATH appends the rows as JSON
+lines; `python plot.py bars PATH` draws them.
 """
 import argparse
+import hashlib
+import importlib.util
 import json
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import configurator
+import layers
 
 # Dense bf16 peak of a card without sparsity, from its data sheet, for the share of it that a model's arithmetic uses.
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12}
+MIB = 2 ** 20
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what every measurement uses
+
+
+class Worker:
+    """One variant in a process of its own: ask(line) sends it a line and gives its answer, a dict."""
+
+    def __init__(self, job):
+        self.job = job
+        self.process = subprocess.Popen([sys.executable, __file__, 'worker', json.dumps(job)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True,
+                                        env={'KINETO_LOG_LEVEL': '99', **os.environ})      # the profiler talks otherwise
+
+    def ask(self, line=''):
+        try:
+            self.process.stdin.write(f'{line}\n')
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (ValueError, OSError):
+            configurator.fail(f'{self.job["name"]} failed, see above')
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(names, bench, a):
+    """One answer of a fresh process for each name, one after the other."""
+    rows = []
+    for name in names:
+        worker = Worker(dict(vars(a), run=None, bench=bench, name=name))
+        rows.append({'bench': bench, 'name': name, **worker.ask(), 'device': device_name(a), 'torch': torch.__version__})
+        worker.close()
+    return rows
+
+
+def in_turns(jobs, rounds, warm_up, line):
+    """[[answer, ...] of each job]: their processes live at once but work in turns, round after round, so that what else
+    the machine does falls on all of them alike. Gives (workers, answers); the workers can be asked more."""
+    workers = [Worker(job) for job in jobs]
+    for w in workers:
+        w.ask(warm_up)
+    answers = [[] for _ in jobs]
+    for _ in range(rounds):
+        for w, found in zip(workers, answers, strict=True):
+            found.append(w.ask(line))
+    return workers, answers
+
+
+def show(rows, columns, path):
+    """Print rows (dicts) as a table, columns: (key, header, format spec or function); append them to path as JSON lines."""
+    cells = [[h for _, h, _ in columns]]
+    for r in rows:
+        cells.append(['-' if r.get(k) is None else f(r[k]) if callable(f) else format(r[k], f) for k, _, f in columns])
+    width = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        print('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))))
+    if path:
+        with open(path, 'a') as f:
+            f.writelines(json.dumps(r) + '\n' for r in rows)
+
+
+def mib(n):
+    return f'{n / MIB:.2f}'
+
+
+def device_name(a):
+    return torch.cuda.get_device_name() if a.device == 'cuda' else cpu_name()
+
+
+def median_ms(step, seconds, cuda):
+    """Median milliseconds of step(), repeated for about `seconds` and at least 3 times."""
+    sync = torch.cuda.synchronize if cuda else (lambda: None)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        sync()
+        start = time.perf_counter()
+        step()
+        sync()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def resident_bytes():
+    """Resident memory now (Linux), else the peak so far."""
+    try:
+        return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_resident_bytes()
+
+
+def peak_resident_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def peak_above(step, cuda):
+    """Most bytes alive at once during step() above what was alive before it: the running sum of what the CPU allocator
+    hands out and takes back, from the profiler; max_memory_allocated on CUDA."""
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        step()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
+    return max(accumulate((n for _, n in changes), initial=0))
+
+
+def cpu_name():
+    try:
+        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BigNet, its compressed forms, or those of a checkpoint
+
+
+class BigNet(nn.Sequential):
+    """6 residual blocks of three Linear(dim, dim), ReLU between, LayerNorm between blocks: 18,903,040 parameters at 1,024.
+    The model of a course on deep learning (UT Austin), whose compressed forms are a common first exercise."""
+
+    class Block(nn.Sequential):
+        def __init__(self, dim):
+            super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+        def forward(self, x):
+            return x + super().forward(x)
+
+    def __init__(self, dim=1024):
+        super().__init__(*(m for i in range(6) for m in ([nn.LayerNorm(dim)] if i else []) + [self.Block(dim)]))
+
+
+FORMS = {'half': 'half', 'int8': 'int8', 'int4': 'int4', 'nf4': 'nf4', 'fit4': 'fit4', 'ternary': 'tern', 'binary': 'bin',
+         'lora': ('lora', 'half'), 'qlora': ('lora', 'int4'), 'lora-nf4': ('lora', 'nf4'), 'lora-fit4': ('lora', 'fit4'),
+         'lora-ternary': ('lora', 'tern'), 'lora-binary': ('lora', 'bin'), 'lowrank': 'lowrank'}
+# The course's bounds, max and mean, on the distance of outputs from the full-precision ones.
+BOUNDS = {'half': (1e-2, 1e-3), 'lora': (5e-3, 5e-4), 'int4': (.5, .1), 'qlora': (.5, .1)}
+
+
+def base_model(base, seed, device):
+    """(model, inputs): BigNet with weights of `seed`, or what a checkpoint or a Hugging Face folder holds."""
+    torch.manual_seed(seed)
+    if base == 'bignet':
+        model, inputs = BigNet(), lambda n: torch.randn(n, 1024)
+    elif os.path.isfile(os.path.join(base, 'config.json')):
+        try:
+            from transformers import AutoModel
+        except ImportError:
+            configurator.fail(f'{base} is a Hugging Face folder; type: pip install transformers')
+        model = AutoModel.from_pretrained(base, local_files_only=True)
+        inputs = lambda n: torch.randint(model.config.vocab_size, (n, 64))
+    else:
+        import sample
+        model, _, _ = sample.load(sample.find_checkpoint(base))
+        inputs = lambda n: torch.randint(model.config.vocab_size, (n, model.config.block_size))
+    return model.to(device), lambda n: inputs(n).to(device)
+
+
+def form(model, name, a):
+    """The model with its nn.Linear layers, but for tied ones, in the form `name`; unchanged for a base's own name."""
+    if name not in FORMS:
+        return model
+    kind, base = FORMS[name] if isinstance(FORMS[name], tuple) else (FORMS[name], None)
+    options = {'lora': dict(rank=a.rank, alpha=a.alpha, base=base), 'lowrank': dict(rank=a.rank)}.get(kind, {})
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in embeddings}
+    layers.convert(model, {n: (kind, options) for n in linears}, verbose=False, packed=True)
+    for m in model.modules():                       # biases stay trainable, as in the course; under an adapter they do not
+        if isinstance(m, layers.Linear4bit | layers.Int8Linear) and base is None and m.bias is not None:
+            m.bias.requires_grad_(True)
+    return model
+
+
+def theoretical_bytes(module):
+    """Bytes of one module by the formula of its format, from its shape alone; None for a module without one."""
+    n = getattr(module, 'in_features', 0) * getattr(module, 'out_features', 0)
+    out = getattr(module, 'out_features', 0)
+    bias = 0 if getattr(module, 'bias', None) is None else 4 * out
+    if isinstance(module, layers.Linear4bit):
+        groups = -(-n // module.group)
+        scale = {'fp16': 2 * groups, 'fp32': 4 * groups, '8bit': groups + 4 * -(-groups // 256), 'log8': groups + 4}
+        return groups * module.group // 2 + scale[module.scales] + bias
+    if isinstance(module, layers.Int8Linear):
+        return n + 4 * out + bias
+    if isinstance(module, layers.HalfLinear):
+        return 2 * n + bias // 2
+    if isinstance(module, layers.TernaryLinear):
+        return -(-module.in_features // 4) * out + 4 * module.chunks + bias + 4 * module.in_features * module.norm
+    if isinstance(module, layers.BinaryLinear):
+        held = getattr(module, 'packed_bias', None)
+        return -(-module.in_features // 8) * out + (0 if held is None else -(-out // 8)) + 4 * module.alpha.numel()
+    if isinstance(module, layers.LowRankLinear):
+        return 4 * module.rank * (module.in_features + out + 1) + bias
+    if isinstance(module, layers.LoRALinear):
+        return 4 * module.rank * (module.in_features + out)             # and its base, a module of its own
+    if isinstance(module, nn.Linear):
+        return 4 * n + bias
+    return None
+
+
+def counts(model):
+    """{parameters: as numbers of the network, whatever holds them; elements: of the tensors that do; bytes, by formula
+    and summed over tensors}. A tied weight counts once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = layers.model_bytes(model)[1] // 4
+    theory, seen = 0, set()
+    for m in model.modules():
+        own = {id(t) for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]}
+        by_formula = theoretical_bytes(m) if not own & seen else 0
+        theory += sum(tensors[i].nbytes for i in own - seen) if by_formula is None else by_formula
+        seen |= own
+    return {'trainable': trainable, 'frozen': total - trainable, 'parameters': total,
+            'elements': sum(t.numel() for t in tensors.values()), 'theoretical_bytes': theory,
+            'actual_bytes': sum(t.nbytes for t in tensors.values())}
+
+
+def output(model, x):
+    y = model(x)
+    return y if torch.is_tensor(y) else y[0]
+
+
+def stats_worker(a):
+    model, inputs = base_model(a.base, a.seed, a.device)
+    model, x, held = form(model, a.name, a).train(), inputs(a.batch), {}
+    cuda = a.device == 'cuda'
+
+    def forward():
+        held['y'] = output(model, x)
+    y = output(model, x)                            # libraries set themselves up on first use
+    y.float().square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    del y
+    up = peak_above(forward, cuda)
+    loss = held.pop('y').float().square().mean()
+    after = peak_above(loss.backward, cuda)
+    yield {**counts(model), 'forward_bytes': up, 'backward_bytes': after, 'resident_bytes': peak_resident_bytes()}
+
+
+def stats(a):
+    """Parameters, bytes and peaks of a model's compressed forms."""
+    names = split_names(a)
+    print(f'{a.base}, batch {a.batch}, {a.device} ({device_name(a)}), torch {torch.__version__}; MiB. forward: most alive '
+          'at once above\nthe model itself; backward: the same above what the forward pass left, gradients included')
+    millions = lambda n: f'{n / 1e6:.2f} M'
+    show(measure(names, 'stats', a),
+         [('name', 'form', ''), ('trainable', 'trainable', millions), ('frozen', 'frozen', millions),
+          ('parameters', 'total', millions), ('elements', 'elements', millions), ('theoretical_bytes', 'theoretical', mib),
+          ('actual_bytes', 'actual', mib), ('actual_bytes', 'bytes', ','), ('forward_bytes', 'forward', mib),
+          ('backward_bytes', 'backward', mib)], a.json)
+
+
+def compare_worker(a):
+    model, inputs = base_model(a.base, a.seed, a.device)
+    x = inputs(a.batch)
+    with torch.no_grad():
+        model.eval()
+        right = output(model, x).float()
+        off = (output(form(model, a.name, a).eval(), x).float() - right).abs()
+    bounds = BOUNDS.get(a.name, (None, None)) if a.base == 'bignet' else (None, None)
+    yield {'max': off.max().item(), 'mean': off.mean().item(), 'relative': (off.norm() / right.norm()).item(),
+           'max_bound': bounds[0], 'mean_bound': bounds[1]}
+
+
+def compare(a):
+    """Distance of the outputs of compressed forms from those of the full-precision model, same weights, same inputs."""
+    names = split_names(a)
+    print(f'{a.base}, batch {a.batch}, {a.device} ({device_name(a)}), torch {torch.__version__}; |output - output in full '
+          'precision|, and the root mean square of it over that of the output')
+    rows = measure(names, 'compare', a)
+    show(rows, [('name', 'form', ''), ('max', 'max', '.2e'), ('max_bound', 'bound', '.0e'), ('mean', 'mean', '.2e'),
+                ('mean_bound', 'bound', '.0e'), ('relative', 'relative', '.4f')], a.json)
+    bounded = [r for r in rows if r['max_bound'] is not None]
+    if over := [r['name'] for r in bounded if not (r['max'] <= r['max_bound'] and r['mean'] <= r['mean_bound'])]:
+        sys.exit(f'error: over its bound: {", ".join(over)}')
+
+
+def fit_worker(a):
+    """Noise with random binary labels, learnt by heart: a linear head is trained with whatever the form leaves trainable."""
+    for line in sys.stdin:
+        seed = int(line)
+        model, _ = base_model('bignet', seed, a.device)
+        model = nn.Sequential(form(model, a.name, a), nn.Linear(1024, 1, device=a.device), nn.Flatten(0))
+        x = torch.randn(1000, 1024, device=a.device)
+        labels = torch.randint(2, (1000,), device=a.device).float()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=a.lr)
+        generator, losses, times, right = torch.Generator().manual_seed(seed), [], [], []
+        for _ in range(a.steps):
+            pick = torch.randint(1000, (a.batch,), generator=generator)
+            start = time.perf_counter()
+            logits = model(x[pick])
+            loss = F.binary_cross_entropy_with_logits(logits, labels[pick])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            times.append((time.perf_counter() - start) * 1e3)
+            right.append(((logits > 0) == labels[pick].bool()).float().mean().item())
+        with torch.no_grad():
+            logits = model(x)
+            loss = F.binary_cross_entropy_with_logits(logits, labels).item()
+            accuracy = ((logits > 0) == labels.bool()).float().mean().item()
+        print(f'{a.name} seed {seed}: ' + ', '.join(f'step {i} loss {losses[i]:.4f} accuracy {right[i]:.0%}'
+              for i in range(0, a.steps, max(1, a.steps // 4))) + f'; on all, loss {loss:.4f} accuracy {accuracy:.1%}',
+              file=sys.stderr, flush=True)
+        yield {'seed': seed, 'loss': loss, 'accuracy': accuracy, 'first_loss': losses[0], 'ms': statistics.median(times),
+               'trainable': sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def fit(a):
+    """A small training loop on BigNet's forms; exit status 1 if one does not learn."""
+    a.base, rows = 'bignet', []
+    for name in split_names(a):
+        worker = Worker(dict(vars(a), run=None, bench='fit', name=name))
+        answers = [worker.ask(seed) for seed in a.seeds.split(',')]
+        worker.close()
+        losses = [r['loss'] for r in answers]
+        rows.append({'bench': 'fit', 'name': name, 'loss': statistics.mean(losses),
+                     'sd': statistics.stdev(losses) if len(losses) > 1 else None, 'losses': losses, 'threads': a.threads,
+                     'accuracy': min(r['accuracy'] for r in answers), 'ms': statistics.median(r['ms'] for r in answers),
+                     'trainable': answers[0]['trainable'], 'steps': a.steps, 'batch': a.batch, 'lr': a.lr, 'seeds': a.seeds,
+                     'device': device_name(a), 'torch': torch.__version__})
+    print(f'{a.steps} steps of {a.batch} of 1,000 noise samples, AdamW {a.lr:g}, seeds {a.seeds}; loss in nats, lowest '
+          f'accuracy; {a.device} ({device_name(a)}), {a.threads} threads, torch {torch.__version__}')
+    show(rows, [('name', 'form', ''), ('trainable', 'trainable', ','), ('loss', 'loss', '.4f'), ('sd', 'sd', '.4f'),
+                ('accuracy', 'accuracy', '.1%'), ('ms', 'ms/step', '.1f')], a.json)
+    if bad := [r['name'] for r in rows if not r['accuracy'] > 0.9]:
+        sys.exit(f'error: did not learn (accuracy 90 % or less): {", ".join(bad)}')
+
+
+def split_names(a):
+    """The forms asked for; a path or bignet among them becomes the base. One line for a name that is neither."""
+    a.base = next((n for n in a.names if n not in FORMS), 'bignet')
+    for name in a.names:
+        if name not in (*FORMS, 'bignet') and (name != a.base or not os.path.exists(name)):
+            configurator.fail(f'{name!r} is no form and no file; type one of bignet, {", ".join(FORMS)} or a checkpoint')
+    return a.names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# single layers
+
+LAYERS = {'linear': None, 'half': 'half', 'int8': 'int8', 'int8 act': ('int8', dict(activations='int8')), 'int4': 'int4',
+          'nf4': 'nf4', 'nf4 8bit': ('nf4', dict(scales='8bit')), 'fit4': 'fit4', 'fit4 64': ('fit4', dict(group=64)),
+          'ternary': 'tern', 'binary': 'bin', 'lora half': ('lora', dict(rank=32, base='half')),
+          'lora int4': ('lora', dict(rank=32, base='int4')), 'lora nf4': ('lora', dict(rank=32, base='nf4')),
+          'lora fit4': ('lora', dict(rank=32, base='fit4')), 'bitsandbytes nf4': None, 'bitsandbytes nf4 8bit': None}
+
+
+def make_layer(name, columns, rows, device):
+    """(layer, bits per weight, relative RMS error) of a layer with N(0,1) weights, no bias, frozen but for adapters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(columns, rows, bias=False, device=device))
+    w = nn.init.normal_(model[0].weight).detach().clone()
+    if name == 'linear':
+        return model[0], 32, 0.0
+    if name.startswith('bitsandbytes'):
+        import bitsandbytes
+        layer = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.float32, quant_type='nf4',
+                                           compress_statistics=name.endswith('8bit'))
+        layer.load_state_dict({'weight': w.cpu()})
+        layer = layer.to(device)
+        state = layer.weight.quant_state
+        q = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).float()
+        held = [layer.weight, state.absmax] + ([state.state2.absmax] if state.nested else [])
+        return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
+    layers.convert(model, {'0': LAYERS[name]}, verbose=False, packed=True)
+    layer = model[0]
+    base = getattr(layer, 'base', layer)
+    q = base.effective_weight() if isinstance(base, layers.LowBit) else base.weight.float()
+    if name == 'binary':                            # its output is normalised: the scale that fits best is the layer's
+        q = q * (q * w).sum() / q.square().sum()
+    held = [t for t in [*base.parameters(), *base.buffers()]]
+    if name == 'ternary':
+        held.remove(base.gain)                      # of the RMSNorm that it has inside
+    return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
+
+
+def layers_worker(a):
+    rows = {}
+    for line in sys.stdin:
+        ask = json.loads(line)
+        tokens, columns, outs = ask['shape']
+        if (columns, outs) not in rows:
+            rows[columns, outs] = make_layer(a.name, columns, outs, a.device)
+        layer, bits, error = rows[columns, outs]
+        x = torch.randn(tokens, columns, device=a.device, dtype=getattr(torch, a.dtype))
+        g = torch.randn(tokens, outs, device=a.device, dtype=x.dtype)
+        if a.name == 'linear':
+            layer.to(x.dtype)
+
+        def forward(layer=layer, x=x):
+            with torch.inference_mode():
+                layer(x)
+
+        def both(layer=layer, x=x, g=g):
+            layer(x.requires_grad_()).backward(g)
+        yield {'bits': bits, 'error': error, 'forward_ms': median_ms(forward, ask['seconds'], a.device == 'cuda'),
+               'both_ms': median_ms(both, ask['seconds'], a.device == 'cuda')}
+
+
+def bench_layers(a):
+    """Every kind of layer: bits per weight, error on normally distributed weights, time beside nn.Linear."""
+    names = a.kinds.split(',') if a.kinds else [n for n in LAYERS if 'bits' not in n
+                                                or importlib.util.find_spec('bitsandbytes')]
+    if unknown := [n for n in names if n not in LAYERS]:
+        configurator.fail(f'{unknown[0]!r} is no kind of layer; type --kinds= and some of {",".join(LAYERS)}')
+    shapes = [tuple(map(int, s.split('x'))) for s in a.shapes.split(',')]
+    names = [n for n in names if n != 'linear']
+    names.insert(0, 'linear')
+    rows = []
+    for shape in shapes:
+        ask = json.dumps({'shape': shape, 'seconds': a.seconds})
+        workers, answers = in_turns([dict(vars(a), run=None, bench='layers', name=n) for n in names], a.rounds, ask, ask)
+        for worker in workers:
+            worker.close()
+        base = answers[0]
+        for name, found in zip(names, answers, strict=True):
+            ms = {k: statistics.median(r[k] for r in found) for k in ('forward_ms', 'both_ms')}
+            ratio = {k.replace('ms', 'ratio'): statistics.median(r[k] / b[k] for r, b in zip(found, base, strict=True))
+                     for k in ms}
+            rows.append({'bench': 'layers', 'name': name, 'bits': found[0]['bits'], 'error': found[0]['error'], **ms, **ratio,
+                         'tokens': shape[0], 'in': shape[1], 'out': shape[2], 'dtype': a.dtype, 'threads': a.threads,
+                         'device': device_name(a), 'torch': torch.__version__})
+        one = rows[-len(names)]
+        print(f'{one["tokens"]} tokens x {one["in"]} -> {one["out"]}, {a.dtype}, {a.device} ({one["device"]}), {a.threads} '
+              f'threads, torch {torch.__version__}, {a.rounds} rounds')
+        show(rows[-len(names):], [('name', 'layer', ''), ('bits', 'bits/weight', '.3f'), ('error', 'relative RMS', '.4f'),
+                                  ('forward_ms', 'forward ms', '.3f'), ('forward_ratio', '×', '.2f'),
+                                  ('both_ms', 'with backward ms', '.3f'), ('both_ratio', '×', '.2f')], a.json)
+        print()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a training step
 
 
 class PlainGPT(nn.Module):
@@ -57,51 +512,16 @@ def make_model(kind, a):
                          mlp_proj=kind, binary_blocks=low))
 
 
-def resident_bytes():
-    """Resident memory now (Linux), else the peak so far."""
-    try:
-        return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_resident_bytes()
-
-
-def peak_resident_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
-def cpu_allocator_peak(step, model, optimizer):
-    """Most bytes of tensors alive at once during one step: parameters and optimizer state, which are alive before it, plus
-    the peak of the running sum of what the CPU allocator hands out and takes back (as max_memory_allocated on CUDA)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-        step()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
-    state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
-    return (sum(t.numel() * t.element_size() for t in [*model.parameters(), *state])
-            + max(accumulate(n for _, n in changes)))
-
-
-def cpu_name():
-    try:
-        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def worker(a):
-    """One variant in this process: for each line on stdin (a number of steps) one line of JSON on stdout."""
-    torch.set_num_threads(a.threads)
-    torch.set_float32_matmul_precision('high')
+def train_worker(a):
+    """For each line (a number of steps, or memory) one answer."""
     cuda = a.device == 'cuda'
     torch.manual_seed(0)
     ids = torch.randint(a.vocab_size, (a.batch_size, a.block_size + 1), device=a.device)
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))                # the matmul library's own set-up is not the model's
     before = resident_bytes()
-    model = make_model(a.kind, a).to(a.device)
+    model = make_model(a.name, a).to(a.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     step_model = torch.compile(model) if a.compile else model
-    sync = torch.cuda.synchronize if cuda else (lambda: None)
 
     def step():
         with torch.autocast(a.device, torch.bfloat16, enabled=a.dtype == 'bfloat16'):
@@ -112,10 +532,12 @@ def worker(a):
         optimizer.zero_grad(set_to_none=True)
     for line in sys.stdin:
         if line == 'memory\n':
-            peak = torch.cuda.max_memory_allocated() if cuda else cpu_allocator_peak(step, model, optimizer)
-            print(json.dumps({'peak_bytes': peak, 'resident_bytes': peak_resident_bytes() - before}), flush=True)
+            state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+            yield {'peak_bytes': sum(t.nbytes for t in [*model.parameters(), *state]) + peak_above(step, cuda),
+                   'resident_bytes': peak_resident_bytes() - before,
+                   'parameters': sum(p.numel() for p in model.parameters())}
             continue
-        times = []
+        times, sync = [], torch.cuda.synchronize if cuda else (lambda: None)
         for _ in range(int(line)):
             sync()
             start = time.perf_counter()
@@ -124,96 +546,133 @@ def worker(a):
             times.append((time.perf_counter() - start) * 1e3)
         if cuda:
             torch.cuda.empty_cache()                            # the other variants' processes share the card
-        print(json.dumps({'ms': times, 'parameters': sum(p.numel() for p in model.parameters()),
-                          'name': torch.cuda.get_device_name() if cuda else cpu_name()}),
-              flush=True)
+        yield {'ms': times}
 
 
 def train(a):
-    """Median ms of a whole training step (forward, backward, clip, AdamW) and peak memory, per kind and dtype.
-
-    The variants' processes live at once but work in turns, round after round, so that what else the machine does
-    falls on all of them alike; the ratio is the median over rounds of the ratio within a round."""
-    if a.device == 'cuda' and not torch.cuda.is_available():
-        configurator.fail('torch sees no CUDA device here; type --device=cpu')
+    """Median ms of a whole training step (forward, backward, clip, AdamW) and peak memory, per kind and dtype."""
     if a.gpt2:
         a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size = 12, 12, 768, 1024, 50304
-    shape = [f'--{k}={getattr(a, k)}' for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'batch_size',
-                                                 'threads', 'device')] + ['--compile'] * a.compile
     variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
-    processes = {v: subprocess.Popen([sys.executable, __file__, 'worker', f'--kind={v[0]}', f'--dtype={v[1]}', *shape],
-                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for v in variants}
-    answers = {v: [] for v in variants}
-    for i in range(-1, a.rounds):                               # round -1 warms up (and compiles)
-        for v, p in processes.items():
-            p.stdin.write(f'{a.steps if i >= 0 else 3}\n')
-            p.stdin.flush()
-            line = p.stdout.readline()
-            if not line:
-                configurator.fail(f'{v[0]} in {v[1]} failed, see above')
-            if i >= 0:
-                answers[v].append(json.loads(line))
+    workers, answers = in_turns([dict(vars(a), run=None, bench='train', name=kind, dtype=dtype) for kind, dtype in variants],
+                                a.rounds, 3, a.steps)            # 3 steps to warm up (and compile)
     memory = {}
-    for v, p in processes.items():
-        p.stdin.write('memory\n')
-        p.stdin.close()
-        memory[v] = json.loads(p.stdout.readline())
-        p.wait()
-    tokens = a.batch_size * a.block_size
-    last = {v: answers[v][-1] for v in variants}
-    flops = None
-    peak = next((f for name, f in PEAK_FLOPS.items() if name in last[variants[0]]['name']), None)
+    for v, worker in zip(variants, workers, strict=True):
+        memory[v] = worker.ask('memory')
+        worker.close()
+    times = {v: [statistics.median(r['ms']) for r in found] for v, found in zip(variants, answers, strict=True)}
+    tokens, name = a.batch_size * a.block_size, device_name(a)
+    flops, peak = None, next((f for card, f in PEAK_FLOPS.items() if card in name), None)
     if a.device == 'cuda' and peak:
-        n = last[variants[0]]['parameters'] - a.block_size * a.n_embd
+        n = memory[variants[0]]['parameters'] - a.block_size * a.n_embd
         flops = tokens * (6 * n + 12 * a.n_layer * a.n_embd * a.block_size)     # PaLM appendix B, attention not halved
-    print(f'training step, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, {a.device} '
-          f'({last[variants[0]]["name"]}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
+    print(f'training step, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, {a.device} ({name}), '
+          f'{a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
           f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: of the process, above its start')
-    print(f'{"kind":6} {"dtype":9} {"ms/step":>9} {"x fp":>6} {"tokens/s":>10} {"peak MiB":>9} {"x fp":>6} '
-          f'{"resident":>9} {"x fp":>6}'
-          + '   MFU' * bool(flops))
     rows = []
     for kind, dtype in variants:
-        mine = [statistics.median(r['ms']) for r in answers[kind, dtype]]
-        base = [statistics.median(r['ms']) for r in answers.get(('fp', dtype), answers[kind, dtype])]
+        mine, base = times[kind, dtype], times.get(('fp', dtype), times[kind, dtype])
         ms = statistics.median(mine)
         ratio = statistics.median(m / b for m, b in zip(mine, base, strict=True))
         mine_bytes, base_bytes = memory[kind, dtype], memory.get(('fp', dtype), memory[kind, dtype])
         memory_ratio, resident_ratio = (mine_bytes[k] / base_bytes[k] for k in ('peak_bytes', 'resident_bytes'))
-        row = {'bench': 'train', 'kind': kind, 'dtype': dtype, 'ms': ms, 'ms_min': min(mine), 'ms_max': max(mine),
-               'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes,
-               'peak_ratio': memory_ratio, 'resident_ratio': resident_ratio, 'mfu': flops / ms * 1e3 / peak if flops else None,
-               'parameters': last[kind, dtype]['parameters'], 'batch_size': a.batch_size, 'block_size': a.block_size,
-               'n_layer': a.n_layer, 'n_embd': a.n_embd, 'threads': a.threads, 'compile': a.compile,
-               'device': last[kind, dtype]['name'], 'torch': torch.__version__}
-        rows.append(row)
-        print(f'{kind:6} {dtype:9} {ms:9.1f} {ratio:6.2f} {row["tokens_per_s"]:10,.0f} '
-              f'{row["peak_bytes"] / 2 ** 20:9.1f} {memory_ratio:6.2f} '
-              f'{row["resident_bytes"] / 2 ** 20:9.1f} {resident_ratio:6.2f}'
-              + (f' {row["mfu"]:5.1%}' if flops else ''))
-    if a.json:
-        with open(a.json, 'a') as f:
-            f.writelines(json.dumps(r) + '\n' for r in rows)
+        rows.append({'bench': 'train', 'kind': kind, 'dtype': dtype, 'ms': ms, 'ms_min': min(mine), 'ms_max': max(mine),
+                     'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes, 'peak_ratio': memory_ratio,
+                     'resident_ratio': resident_ratio, 'mfu': flops / ms * 1e3 / peak if flops else None,
+                     'batch_size': a.batch_size, 'block_size': a.block_size, 'n_layer': a.n_layer, 'n_embd': a.n_embd,
+                     'threads': a.threads, 'compile': a.compile, 'device': name, 'torch': torch.__version__})
+    show(rows, [('kind', 'kind', ''), ('dtype', 'dtype', ''), ('ms', 'ms/step', '.1f'), ('ratio', 'x fp', '.2f'),
+                ('tokens_per_s', 'tokens/s', ',.0f'), ('peak_bytes', 'peak MiB', mib), ('peak_ratio', 'x fp', '.2f'),
+                ('resident_bytes', 'resident', mib), ('resident_ratio', 'x fp', '.2f')]
+         + [('mfu', 'MFU', '.1%')] * bool(flops), a.json)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a zip of the sources
+
+
+BUNDLED = ('*.py', '*.c', '*.md', '*.txt', '*.toml', 'LICENSE', 'Makefile', 'config/*.py', 'data/*/prepare.py', 'tests/*.py',
+           'results/*.py')
+
+
+def bundle(a):
+    """A zip of the sources with a manifest of checksums, byte for byte the same from the same sources."""
+    root = Path(__file__).resolve().parent
+    files = {p.relative_to(root).as_posix(): p.read_bytes() for glob in BUNDLED for p in root.glob(glob) if p.is_file()}
+    lines = [f'{hashlib.sha256(data).hexdigest()}  {name}\n' for name, data in sorted(files.items())]
+    files['MANIFEST.sha256'] = ''.join(lines).encode()
+
+    def write(tmp):
+        with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z:        # stored: what zlib makes of it differs by version
+            for name, data in sorted(files.items()):
+                entry = zipfile.ZipInfo(f'nanobit/{name}', (1980, 1, 1, 0, 0, 0))
+                entry.create_system, entry.external_attr = 3, 0o644 << 16
+                z.writestr(entry, data)
+    from common import atomic_write
+    try:
+        atomic_write(a.path, write)
+    except OSError as e:
+        configurator.fail(f'{e}; type another path')
+    print(f'{a.path}: {len(files)} files, {os.path.getsize(a.path):,} bytes, sha256 '
+          f'{hashlib.sha256(Path(a.path).read_bytes()).hexdigest()}')
+    print('unpack it and type: sha256sum -c MANIFEST.sha256')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+WORKERS = {'stats': stats_worker, 'compare': compare_worker, 'fit': fit_worker, 'layers': layers_worker, 'train': train_worker}
+
+
+def worker(a):
+    """This process is one variant's: a line of JSON on stdout for each line on stdin."""
+    a = argparse.Namespace(**json.loads(a.job))
+    torch.set_num_threads(a.threads)
+    torch.set_float32_matmul_precision('high')
+    for answer in WORKERS[a.bench](a):
+        print(json.dumps(answer), flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                       # one line, like every other mistake
+        configurator.fail(f'{message}; type {self.prog} --help')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest='command', required=True)
-    for name, run in (('train', train), ('worker', worker)):
-        p = commands.add_parser(name) if name == 'worker' else commands.add_parser(name, help=run.__doc__.split('\n')[0])
+    if sys.argv[1:2] == ['worker']:
+        return worker(argparse.Namespace(job=sys.argv[2]))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar='command')
+
+    def command(name, run, **numbers):
+        p = commands.add_parser(name, help=run.__doc__.split('\n')[0])
         p.set_defaults(run=run)
-        for key, default in (('n_layer', 6), ('n_head', 4), ('n_embd', 256), ('block_size', 256), ('vocab_size', 256),
-                             ('batch_size', 16), ('threads', torch.get_num_threads()), ('rounds', 7), ('steps', 3)):
-            p.add_argument(f'--{key}', type=int, default=default)
-        p.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
-        p.add_argument('--compile', action='store_true')
-        p.add_argument('--kinds', default='plain,fp,bin,tern,int4')
-        p.add_argument('--dtypes', default='float32,bfloat16')
-        p.add_argument('--json', default='', help='append the rows to this file as JSON lines')
-        p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')
-        p.add_argument('--kind', default='fp', help=argparse.SUPPRESS)
-        p.add_argument('--dtype', default='float32', help=argparse.SUPPRESS)
+        for key, default in numbers.items():
+            p.add_argument(f'--{key}', type=type(default), default=default)
+        if run is not bundle:
+            p.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+            p.add_argument('--threads', type=int, default=torch.get_num_threads())
+            p.add_argument('--json', default='', metavar='PATH', help='append the rows to this file as JSON lines')
+        return p
+    for name, run, numbers in (('stats', stats, dict(batch=32, seed=0)), ('compare', compare, dict(batch=32, seed=0)),
+                               ('fit', fit, dict(batch=100, steps=200, lr=1e-3))):
+        p = command(name, run, rank=32, alpha=32.0, **numbers)
+        p.add_argument('names', nargs='+', metavar='form', help=f'bignet or a checkpoint, {", ".join(FORMS)}')
+        if run is fit:
+            p.add_argument('--seeds', default='1', help='e.g. 1,2,3')
+    p = command('layers', bench_layers, rounds=7, seconds=0.2)
+    p.add_argument('--kinds', default='', help='default: all')
+    p.add_argument('--shapes', default='1x1024x1024,32x1024x1024,512x1024x1024', help='tokens x in x out, ...')
+    p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of the inputs')
+    p = command('train', train, n_layer=6, n_head=4, n_embd=256, block_size=256, vocab_size=256, batch_size=16, rounds=7,
+                steps=3)
+    p.add_argument('--compile', action='store_true')
+    p.add_argument('--kinds', default='plain,fp,bin,tern,int4')
+    p.add_argument('--dtypes', default='float32,bfloat16')
+    p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')
+    command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args()
+    if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():
+        configurator.fail('torch sees no CUDA device here; type --device=cpu')
     a.run(a)
 
 

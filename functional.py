@@ -6,7 +6,7 @@ allows, and what they share.
     normalize(z, alpha, ndim, eps)                alpha * (z - mean) / (std + eps), from its own output backward
     quantized_linear(x, w, b, alpha, ...)         a product with a rounded weight, made again in the backward pass
     ternary_linear(x, w, b, gain, ...)            RMSNorm, int8 activations, ternary weights
-    frozen_linear(x, b, weights, ...)             a product with a decoded weight, block by block, nothing kept
+    frozen_linear(x, b, decoder, ...)             a product with a decoded weight, block by block, nothing kept
 """
 import torch
 import torch.nn.functional as F
@@ -228,13 +228,16 @@ class _TernaryLinear(torch.autograd.Function):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y (N, out) = x (N, in) @ W.T + b for a W that is not trained: weights(i, j) gives its rows i .. j - 1 in x's dtype.
+    """y (N, out) = x (N, in) @ W.T + b for a W that is not trained: decoder() gives a function weights(i, j) for its rows
+    i .. j - 1 in x's dtype.
 
-    A block of rows at a time, so that the decoded weight never exists whole and stays in the cache. Keeps nothing.
+    A block of rows at a time, so that the decoded weight never exists whole and stays in the cache. Keeps nothing, not
+    even what the decoder works with.
     """
     @staticmethod
-    def forward(ctx, x, b, weights, blocks):
-        ctx.weights, ctx.blocks = weights, blocks
+    def forward(ctx, x, b, decoder, blocks):
+        ctx.decoder, ctx.blocks = decoder, blocks
+        weights = decoder()
         if len(blocks) == 1:
             return F.linear(x, weights(*blocks[0]), b)
         y = x.new_empty(len(x), blocks[-1][1])
@@ -247,10 +250,10 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx, g):
         gx = None
         if ctx.needs_input_grad[0]:
-            (i, j), *rest = ctx.blocks
-            gx = g[:, i:j] @ ctx.weights(i, j)
+            weights, ((i, j), *rest) = ctx.decoder(), ctx.blocks
+            gx = g[:, i:j] @ weights(i, j)
             for i, j in rest:
-                gx.addmm_(g[:, i:j], ctx.weights(i, j))
+                gx.addmm_(g[:, i:j], weights(i, j))
         gb = g.sum(0, dtype=wide(g[:0]).dtype).to(g.dtype) if ctx.needs_input_grad[1] else None
         return gx, gb, None, None
 
@@ -263,10 +266,10 @@ def _row_blocks(shape, device, multiple=1):
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def frozen_linear(x, bias, weights, shape, multiple=1):
+def frozen_linear(x, bias, decoder, shape, multiple=1):
     """_FrozenLinear over x (..., in) in the compute dtype; bias is cast to it."""
     dtype = compute_dtype(x)
-    y = _FrozenLinear.apply(x.reshape(-1, shape[1]).to(dtype), None if bias is None else bias.to(dtype), weights,
+    y = _FrozenLinear.apply(x.reshape(-1, shape[1]).to(dtype), None if bias is None else bias.to(dtype), decoder,
                             _row_blocks(shape, x.device, multiple))
     return y.view(*x.shape[:-1], shape[0])
 

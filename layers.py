@@ -388,7 +388,7 @@ class Linear4bit(LowBit, nn.Module):
         return {name: t for name, t in self.named_buffers(recurse=False) if name != 'code'}
 
     def decode(self):
-        weight = decode4(self.code, scales4(self._held()), self.format, 0, 2 * len(self.code))
+        weight = decode4(self.code, self._held(), self.format)
         return weight[:math.prod(self.shape)].view(self.shape), None
 
     def _quantize(self, weight, bias, dtype):
@@ -401,13 +401,17 @@ class Linear4bit(LowBit, nn.Module):
             flat = x.reshape(-1, self.in_features).to(compute_dtype(x))
             y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, self.act, 0.0)
             return y.view(*x.shape[:-1], self.out_features)
-        scales, n, dtype = scales4(self._held()), self.in_features, compute_dtype(x)
+        n, dtype = self.in_features, compute_dtype(x)
 
-        def weights(i, j):                          # rows of whole groups, but for the last, which may be filled up
-            end = -(-j * n // self.group) * self.group
-            return decode4(self.code, scales, self.format, i * n, end)[:(j - i) * n].view(j - i, n).to(dtype)
-        return frozen_linear(ACTIVATIONS[self.act][0](x), self.bias, weights, self.shape,
-                              self.group // math.gcd(n, self.group))
+        def decoder():
+            held = self._held()                     # 8-bit scales are decoded once, not once for each block
+            held = {'absmax': scales4(held)} if self.scales == '8bit' else held
+
+            def weights(i, j):                      # rows of whole groups, but for the last, which may be filled up
+                end = -(-j * n // self.group) * self.group
+                return decode4(self.code, held, self.format, i * n, end)[:(j - i) * n].view(j - i, n).to(dtype)
+            return weights
+        return frozen_linear(ACTIVATIONS[self.act][0](x), self.bias, decoder, self.shape, self.group // math.gcd(n, self.group))
 
     def extra_repr(self):
         return (f'{self.in_features}, {self.out_features}, format={self.format}, group={self.group}, scales={self.scales}, '
@@ -443,6 +447,9 @@ class Int8Linear(LowBit, nn.Module):
     def decode(self):
         return self.code * self.weight_scale, None
 
+    def _decoder(self, dtype):
+        return lambda: lambda i, j: self.code[i:j].to(self.weight_scale.dtype).mul_(self.weight_scale[i:j]).to(dtype)
+
     @staticmethod
     def _quantize(weight, bias, dtype):
         codes, scales = quantize_rows(wide(weight), tiny=1e-30)
@@ -458,7 +465,7 @@ class Int8Linear(LowBit, nn.Module):
                 return (y if self.bias is None else y + self.bias).to(dtype).view(*x.shape[:-1], self.out_features)
             flat = straight_through(flat, (codes * scales).to(flat.dtype))
         if self.packed:
-            y = frozen_linear(flat, self.bias, lambda i, j: (self.code[i:j] * self.weight_scale[i:j]).to(dtype), self.shape)
+            y = frozen_linear(flat, self.bias, self._decoder(dtype), self.shape)
         else:
             y = quantized_linear(flat.to(dtype), self.weight, self.bias, None, self._quantize, None, 0.0)
         return y.view(*x.shape[:-1], self.out_features)
@@ -492,7 +499,7 @@ class HalfLinear(nn.Module):
         dtype = compute_dtype(x)
         if self.weight.requires_grad:
             return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-        return frozen_linear(x, self.bias, lambda i, j: self.weight[i:j].to(dtype), self.weight.shape)
+        return frozen_linear(x, self.bias, lambda: lambda i, j: self.weight[i:j].to(dtype), self.weight.shape)
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, dtype={self.weight.dtype}, trainable={self.trainable}'

@@ -1,8 +1,10 @@
 """
-Draw what runs logged. Reads a run folder (log.jsonl, config.py), writes one picture or one screen of text.
+Draw what runs logged and benches measured: a run folder (log.jsonl, config.py) or a file of rows to one picture or
+one screen of text.
 
     python plot.py loss out/a out/b           training and validation loss of one or more runs -> out/a/loss.png
     python plot.py status out/a --watch       how far a run is, how fast, how long it still takes
+    python plot.py bars results/stats.jsonl   a bar for each row that bench.py --json wrote -> results/stats.png
 
 No torch here, and matplotlib is only imported to draw: `status` answers at once, also on a machine busy training.
 """
@@ -172,6 +174,60 @@ def loss(args):
 
 
 # -----------------------------------------------------------------------------
+# bars
+
+# What a bar is of, by bench.py command, unless --value names another number of the rows; its last word gives the unit.
+VALUES = {'stats': 'actual_bytes', 'compare': 'relative', 'fit': 'loss', 'layers': 'forward_ms', 'train': 'ms'}
+UNITS = {'bytes': ('MiB', 2 ** -20), 'ms': ('milliseconds', 1), 'ratio': ('times the baseline', 1), 'loss': ('loss, nats', 1),
+         'error': ('relative RMS error of weights', 1), 'relative': ('relative RMS difference of outputs', 1)}
+
+
+def load_rows(path):
+    """JSON lines of bench.py -> list of dicts; one clear line for a file that holds none."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            rows = [json.loads(line) for line in f if line.strip()]
+    except (OSError, ValueError) as e:
+        fail(f'cannot read {path} ({e}); type the file that bench.py wrote with --json=...')
+    if not rows or not all(isinstance(r, dict) and 'bench' in r for r in rows):
+        fail(f'{path} holds no rows of bench.py; type the file that it wrote with --json=...')
+    return rows
+
+
+def bars(args):
+    rows = load_rows(args.rows)
+    value = args.value or VALUES.get(rows[0]['bench'], '')
+    if missing := [r for r in rows if not isinstance(r.get(value), (int, float))]:
+        numbers = sorted(k for k, v in missing[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool))
+        fail(f'{args.rows} has rows without a number {value!r}; type --value= and one of {", ".join(numbers)}')
+    unit, factor = UNITS.get(value.rsplit('_', 1)[-1], (value, 1))
+    panels = {}                                             # one for each size or dtype: only like is beside like
+    for r in rows:
+        size = f"{r['tokens']} tokens × {r['in']} → {r['out']}" if 'tokens' in r else r.get('dtype', '')
+        panels.setdefault(size, {})[str(r.get('name', r.get('kind')))] = r[value] * factor      # a later row replaces
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    most = max(map(len, panels.values()))
+    fig, axes = plt.subplots(1, len(panels), figsize=(2 + 4.5 * len(panels), 1 + 0.28 * most), layout='constrained',
+                             squeeze=False)
+    for ax, (size, found) in zip(axes[0], panels.items(), strict=True):
+        drawn = ax.barh(list(found), list(found.values()), color=COLORS[0])
+        ax.bar_label(drawn, fmt=lambda v: f'{v:.4g}', padding=3, fontsize=8)
+        ax.invert_yaxis()
+        ax.margins(x=0.18)
+        ax.set(xlabel=unit, title=size)
+        ax.spines[['top', 'right']].set_visible(False)
+    fig.suptitle(f"{rows[0]['bench']}: {value}, {rows[0].get('device', '')}", fontsize=9)
+    out = args.out or os.path.splitext(args.rows)[0] + '.png'
+    try:
+        fig.savefig(out, dpi=150)
+    except (OSError, ValueError) as e:
+        fail(f'cannot write {out} ({e}); type --out=some/existing/folder/bars.png')
+    print(f'{out}: {value} of {sum(map(len, panels.values()))} rows')
+
+
+# -----------------------------------------------------------------------------
 # status
 
 
@@ -272,6 +328,11 @@ def main():
     p.add_argument('--watch', action='store_true', help='redraw until finished or Ctrl-C')
     p.add_argument('--interval', type=float, default=2.0, metavar='S', help='seconds between redraws')
     p.set_defaults(run_command=status)
+    p = commands.add_parser('bars', help='a bar for each row that bench.py --json wrote, as a picture')
+    p.add_argument('rows', metavar='PATH.jsonl')
+    p.add_argument('--value', default='', help='a number of the rows, e.g. error, forward_ratio, backward_bytes')
+    p.add_argument('--out', metavar='PNG', help='default: beside the rows')
+    p.set_defaults(run_command=bars)
     args = parser.parse_args()
     args.run_command(args)
 

@@ -83,6 +83,8 @@ class Format4(NamedTuple):
     high_first: bool
 
 
+# u / 15 * 2n - n, in fp32 steps like those of levels4
+UNIFORM = tuple((torch.arange(16.0) * (2 / 15) - 1).tolist())
 # -Phi^-1(linspace(.9677083, .5, 8))[:-1], 0, Phi^-1(linspace(.5, .9677083, 9))[1:], over the largest (arXiv 2305.14314)
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -91,7 +93,7 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 FIT4 = (-0.9608, -0.7286, -0.5677, -0.4360, -0.3213, -0.2170, -0.1188, -0.0239,
         0.0702, 0.1657, 0.2649, 0.3701, 0.4861, 0.6184, 0.7822, 1.0)
 FORMATS4 = {
-    'uniform': Format4(tuple((2 * u - 15) / 15 for u in range(16)), 16, 'fp16', False),     # u / 15 * 2n - n, 5 bits
+    'uniform': Format4(UNIFORM, 16, 'fp16', False),     # 5 bits
     'nf4': Format4(NF4, 64, 'fp16', True),          # 4.25 bits; with scales='fp32' byte for byte what bitsandbytes keeps
     'fit4': Format4(FIT4, 32, 'log8', False),       # 4.25 bits; a sign, seven bits of logarithm
 }
@@ -198,21 +200,27 @@ def pack4(codes, format):
 def levels4(codes, format):
     """fp32 levels of codes 0..15 of any shape."""
     if format == 'uniform':
-        return codes.float().mul_(2 / 15).sub_(1)                       # as FACTS, and faster than a table
+        return codes.float().mul_(2 / 15).sub_(1)                       # faster than a table
     return _constant(FORMATS4[format].levels, codes.device)[codes.int()]
 
 
-def decode4(code, scales, format, start, stop):
-    """fp32 weights start .. stop - 1 (whole groups) of packed `code` (uint8, from pack4), given scales4(held) (groups,)."""
-    group = 2 * len(code) // len(scales)
+def decode4(code, held, format, start=0, stop=None):
+    """fp32 weights start .. stop - 1 (whole groups; all of them) of packed `code` (uint8, from pack4) and its scales."""
+    if held['absmax'].dtype == torch.uint8:         # one `top` for 256 groups: a call for a part would not find its own
+        held = {'absmax': scales4(held)}
+    absmax, stop = held['absmax'], 2 * len(code) if stop is None else stop
+    group = 2 * len(code) // len(absmax)
     if kernel := None if code.device.type != 'cpu' or torch.compiler.is_compiling() else kernels():
         out = torch.empty(stop - start)
-        kernel.decode4(code.data_ptr() + start // 2, scales.data_ptr() + start // group * 4, _levels_pointer(format),
-                       stop - start, group, FORMATS4[format].high_first, torch.get_num_threads(), out.data_ptr())
+        top, kind = held['absmax_top'].item() if 'absmax_top' in held else 0.0, absmax.element_size()
+        kernel.decode4(code.data_ptr() + start // 2, absmax.data_ptr() + start // group * kind, kind, _pointer(LOG8), top,
+                       _pointer(UNIFORM if format == 'uniform' else FORMATS4[format].levels), stop - start, group,
+                       FORMATS4[format].high_first, torch.get_num_threads(), out.data_ptr())
         return out
     b = code[start // 2:stop // 2].to(torch.int16)                      # two halves of a byte to two bytes
     c = ((b >> 4 | b << 8) if FORMATS4[format].high_first else (b | b << 4)) & 0x0F0F
-    return (levels4(c.view(torch.uint8), format).view(-1, group) * scales[start // group:stop // group, None]).view(-1)
+    scales = scales4({**held, 'absmax': absmax[start // group:stop // group]})
+    return (levels4(c.view(torch.uint8), format).view(-1, group) * scales[:, None]).view(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,9 +250,9 @@ def unpack_bits(packed, bits, n):
 
 
 @functools.cache
-def _levels_pointer(format):
-    table = (ctypes.c_float * 16)(*(levels4(torch.arange(16, dtype=torch.uint8), format)).tolist())
-    _levels_pointer.kept = [*getattr(_levels_pointer, 'kept', []), table]
+def _pointer(numbers):
+    table = (ctypes.c_float * len(numbers))(*numbers)
+    _pointer.kept = [*getattr(_pointer, 'kept', []), table]             # its address outlives this call
     return ctypes.addressof(table)
 
 
@@ -280,5 +288,5 @@ def kernels():
         warnings.warn(f'kernels.c was not compiled, 4-bit layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
         return None
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.decode4.argtypes, library.decode4.restype = (p, p, p, n, n, i, i, p), None
+    library.decode4.argtypes, library.decode4.restype = (p, p, i, p, ctypes.c_float, p, n, n, i, i, p), None
     return library

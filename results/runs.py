@@ -6,6 +6,7 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py recipe                                                 # what was tried on the way, one seed
     python results/runs.py speed                                                  # bench.py train, its table
+    python results/runs.py stats | fit | layers                                   # bench.py's other commands
     python results/runs.py quality --table                                        # from the logs alone
 
 Runs train_gpt.py once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
@@ -45,6 +46,7 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
     'recipe': ('config/wikitext2.py', 'fp_4', {
         'fp_2': ('full precision, learning rate 2e-3', '--learning_rate=2e-3 --min_lr=2e-4'),
         'fp_4': ('full precision, 4e-3', ''),
+        'fp_8': ('full precision, 8e-3', '--learning_rate=8e-3 --min_lr=8e-4'),
         'fp_4_s025': ('... its block matrices at a quarter of that', None),
         'tern_4': ('all ternary, 4e-3, latent weights starting at 0.02', None),
         'tern_4_s025': ('... at a quarter of the rate', None),
@@ -140,24 +142,66 @@ def table_by_step(name):
               for (label, _), row in rows.items())]
 
 
-def speed_table(json_path):
-    """Markdown lines from the rows that bench.py train wrote."""
-    rows = [json.loads(line) for line in open(json_path)]
-    one = rows[0]
-    lines = [f'{one["n_layer"]} layers x {one["n_embd"]}, {one["batch_size"]} x {one["block_size"]} tokens, {one["device"]}, '
-             f'{one["threads"]} threads, torch {one["torch"]}; × is relative to fp of the same dtype; peak memory is what '
-             'is alive in tensors at once, resident what the process grew by.', '',
-             '| kind | dtype | ms/step | × | tokens/s | peak MiB | × | resident MiB | × |', '|---' * 9 + '|']
+MIB = 2 ** 20
+# name: what bench.py is asked, a line above the table from one row, columns (header, cell from a row)
+BENCHES = {
+    'speed': (['train --steps=2'],
+              lambda r: f'{r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, {r["device"]}, '
+              f'{r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is what is '
+              'alive in tensors at once, resident what the process grew by.',
+              {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×': '{ratio:.2f}',
+               'tokens/s': '{tokens_per_s:,.0f}', 'peak MiB': lambda r: mib(r, 'peak', 0), '× ': '{peak_ratio:.2f}',
+               'resident MiB': lambda r: mib(r, 'resident', 0), '×  ': '{resident_ratio:.2f}'}),
+    'stats': (['stats bignet half lora int4 qlora nf4 fit4 int8 ternary binary',
+               'compare half lora int4 qlora nf4 fit4 int8 ternary binary'],
+              lambda r: f'BigNet, {r["device"]}, torch {r["torch"]}, batch 32; MiB but for bytes; forward and backward: most '
+              'alive at once above the model itself, allocator peak; difference: of outputs from the full-precision ones, '
+              'same weights, same inputs.',
+              {'form': '{name}', 'trainable': '{trainable:,}', 'frozen': '{frozen:,}',
+               'by formula': lambda r: mib(r, 'theoretical'), 'actual': lambda r: mib(r, 'actual'),
+               'bytes': '{actual_bytes:,}', 'forward': lambda r: mib(r, 'forward'), 'backward': lambda r: mib(r, 'backward'),
+               'max difference': lambda r: f'{r["max"]:.1e}' if 'max' in r else '-',
+               'mean': lambda r: f'{r["mean"]:.1e}' if 'mean' in r else '-'}),
+    'fit': (['fit lora qlora lora-nf4 lora-fit4 lora-ternary lora-binary half int4 --seeds=1,2,3'],
+            lambda r: f'BigNet under a linear head, 1,000 samples of noise with random labels, {r["steps"]} steps of '
+            f'{r["batch"]}, AdamW {r["lr"]:g}, rank 32, seeds {r["seeds"]}, {r["device"]}, {r["threads"]} threads; loss in '
+            'nats over all samples at the end, mean ± sd.',
+            {'form': '{name}', 'trainable': '{trainable:,}', 'loss': '{loss:.4f} ± {sd:.4f}',
+             'lowest accuracy': '{accuracy:.1%}', 'ms/step': '{ms:.0f}'}),
+    'layers': (['layers'],
+               lambda r: f'{r["in"]:,} x {r["out"]:,} weights, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}, '
+               'fp32 inputs; milliseconds and, in brackets, times nn.Linear in the same run; error: relative RMS on N(0,1).',
+               {'layer': '{name}', 'bits/weight': '{bits:.3f}', 'error': '{error:.4f}'}),
+}
+
+
+def mib(row, key, digits=2):
+    return f'{row[key + "_bytes"] / MIB:.{digits}f}'
+
+
+def bench_table(name):
+    """Markdown lines from the rows that bench.py wrote into results/<name>.jsonl."""
+    rows = [json.loads(line) for line in open(ROOT / 'results' / f'{name}.jsonl')]
+    _, head, columns = BENCHES[name]
+    merged = {}                                     # rows of one variant are one, but for a layer's sizes and dtypes
     for r in rows:
-        lines.append(f'| {r["kind"]} | {r["dtype"]} | {r["ms"]:.0f} | {r["ratio"]:.2f} | {r["tokens_per_s"]:,.0f} | '
-                     f'{r["peak_bytes"] / 2 ** 20:.0f} | {r["peak_ratio"]:.2f} | {r["resident_bytes"] / 2 ** 20:.0f} | '
-                     f'{r["resident_ratio"]:.2f} |')
-    return lines
+        key = r.get('name', r.get('kind')), r.get('dtype') if name == 'speed' else None
+        if name == 'layers':
+            r[f't{r["tokens"]}'] = r
+        merged.setdefault(key, {}).update(r)
+    columns = dict(columns)
+    for t in dict.fromkeys(r['tokens'] for r in rows if name == 'layers'):
+        for what in ('forward', 'both'):
+            header = f'{t} token{"s" * (t > 1)}' + (', with backward' if what == 'both' else '')
+            columns[header] = lambda r, t=t, what=what: f'{r[f"t{t}"][f"{what}_ms"]:.2f} ({r[f"t{t}"][f"{what}_ratio"]:.2f})'
+    lines = [head(rows[0]), '', '| ' + ' | '.join(h.strip() for h in columns) + ' |', '|---' * len(columns) + '|']
+    return lines + ['| ' + ' | '.join(c(r) if callable(c) else c.format(**r) for c in columns.values()) + ' |'
+                    for r in merged.values()]
 
 
 def write_tables(name):
-    if name == 'speed':
-        return publish(name, speed_table(ROOT / 'results' / 'speed.jsonl'))
+    if name in BENCHES:
+        return publish(name, bench_table(name))
     if name == 'recipe':
         return publish(name, table_by_step(name))
     found = summary(name)
@@ -195,15 +239,17 @@ def plot(name, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('name', choices=[*EXPERIMENTS, 'speed'])
+    parser.add_argument('name', choices=[*EXPERIMENTS, *BENCHES])
     parser.add_argument('--seeds', default='', help='e.g. 1,2,3')
     parser.add_argument('--only', default='', help='variants, separated by commas')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, each on its share of the cores')
     parser.add_argument('--table', action='store_true', help='train nothing')
     a = parser.parse_args()
-    if a.name == 'speed' and not a.table:
-        (ROOT / 'results' / 'speed.jsonl').unlink(missing_ok=True)
-        subprocess.run([sys.executable, 'bench.py', 'train', '--steps=2', '--json=results/speed.jsonl'], cwd=ROOT, check=True)
+    if a.name in BENCHES and not a.table:
+        rows = ROOT / 'results' / f'{a.name}.jsonl'
+        rows.unlink(missing_ok=True)
+        for command in BENCHES[a.name][0]:
+            subprocess.run([sys.executable, 'bench.py', *command.split(), f'--json={rows}'], cwd=ROOT, check=True)
     elif not a.table:
         (ROOT / 'results' / a.name).mkdir(exist_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -240,3 +240,30 @@ def test_mistakes_are_one_line(tmp_path, args, says):
     assert (result.returncode, result.stdout) == (2, '')
     assert re.fullmatch(r'error: [^\n]+; [^\n]*\b(type|wait|restore)\b[^\n]*\n', result.stderr), result.stderr
     assert says in result.stderr
+
+
+def test_bars_by_hand(tmp_path, monkeypatch):
+    """A bar for each row of bench.py, as long as its number in its unit, a panel for each size."""
+    rows = [dict(bench='layers', name=n, tokens=t, out=4, forward_ms=t * len(n), device='x', **{'in': 4}) for t in (1, 8)
+            for n in ('a', 'bb')]
+    (tmp_path / 'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    monkeypatch.setattr(sys, 'argv', ['plot.py', 'bars', str(tmp_path / 'rows.jsonl')])
+    import matplotlib.figure
+    seen = []
+    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda fig, *a, **k: seen.append((fig, a)))
+    plot.main()
+    (fig, (out,)), = seen
+    assert out == str(tmp_path / 'rows.png')
+    assert [(ax.get_title(), [p.get_width() for p in ax.patches]) for ax in fig.axes] \
+        == [('1 tokens × 4 → 4', [1, 2]), ('8 tokens × 4 → 4', [8, 16])]
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['a', 'bb'] and fig.axes[0].get_xlabel() == 'milliseconds'
+
+
+@pytest.mark.parametrize('text, args, says', [('', (), 'no rows'), ('{"step": 1}', (), 'no rows'), ('{', (), 'cannot read'),
+                                              ('{"bench": "fit", "loss": 1}', ('--value=x',), 'loss')])
+def test_bars_mistakes(tmp_path, text, args, says):
+    """A file without rows or a number that they do not have: one line, exit status 2."""
+    (tmp_path / 'rows.jsonl').write_text(text)
+    result = subprocess.run(command('bars', tmp_path / 'rows.jsonl', *args), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
+    assert says in result.stderr

@@ -1,0 +1,367 @@
+"""LoRA over every kind of layer: values, gradients, merging and its damage, and files that peft reads and writes."""
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from adapters import adapters, load_adapters, merge_adapters, only_adapters, save_adapters
+from layers import LoRALinear, LowBit, convert
+
+
+@pytest.fixture(autouse=True)
+def fixed():
+    torch.manual_seed(0)
+
+
+def off(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+BASES = {'fp': 'fp', 'half': 'half', 'int8': 'int8', 'int8 act': ('int8', dict(activations='int8', act='gelu')), 'int4': 'int4',
+         'nf4': 'nf4', 'nf4 act': ('nf4', dict(act='gelu', scales='8bit')), 'fit4': 'fit4', 'tern': 'tern',
+         'tern act': ('tern', dict(act='gelu')), 'tern bare': ('tern', dict(norm=False)), 'bin': 'bin',
+         'bin act': ('bin', dict(act='gelu', chunks=3)), 'lowrank': ('lowrank', dict(rank=5))}
+every_base = pytest.mark.parametrize('name', BASES)
+
+
+def lora(name, bias=True, size=(14, 9), **options):
+    """A LoRALinear over the base of this name, with biases, gains and a B that matter."""
+    model = nn.Sequential(nn.Linear(*size, bias))
+    kind, more = BASES[name] if isinstance(BASES[name], tuple) else (BASES[name], {})
+    if kind != 'fp':
+        convert(model, {'0': (kind, more)}, verbose=False)
+    if hasattr(model[0], 'gain') and model[0].gain is not None:
+        nn.init.uniform_(model[0].gain, 0.5, 1.5)
+    convert(model, {'0': ('lora', dict(rank=3, alpha=6.0) | options)}, verbose=False)
+    nn.init.normal_(model[0].lora_B, std=0.1)
+    return model[0]
+
+
+def seen(layer, x):
+    """What the weight of the base is multiplied by, literally."""
+    x = F.gelu(x) if getattr(layer.base, 'act', None) else x
+    if getattr(layer.base, 'gain', None) is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.base.gain
+    return x
+
+
+def reference(layer, base, x):
+    return base(x) + layer.alpha / layer.rank * (seen(layer, x) @ layer.lora_A.T @ layer.lora_B.T)
+
+
+def weights(layer):
+    """All numbers of a layer but the adapters'."""
+    return {n: t.clone() for n, t in layer.state_dict().items() if 'lora_' not in n}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# ------------------------------------------------------------------------------------------------ values and gradients
+
+
+@every_base
+@pytest.mark.parametrize('shape', [(5, 14), (2, 3, 14), (14,)])
+def test_lora_is_its_formula(name, shape):
+    """y = base(x) + alpha / r B A x', x' what the weight of the base sees: output, gradients of x, A and B, no others."""
+    layer, x, v = lora(name), torch.randn(shape).requires_grad_(), torch.randn(*shape[:-1], 9)
+    base, wanted = copy.deepcopy(layer.base), [x, layer.lora_A, layer.lora_B]
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ['lora_A', 'lora_B'] and len(base.state_dict()) > 1
+    want = [reference(layer, base, x), *torch.autograd.grad(reference(layer, base, x), wanted, v)]
+    got = [layer(x), *torch.autograd.grad(layer(x), wanted, v)]
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, rtol=1e-5, atol=1e-5)
+    layer(x).sum().backward()
+    assert all(p.grad is None for p in layer.base.parameters()) and getattr(layer.base, 'packed', True)
+
+
+@every_base
+def test_a_new_adapter_changes_nothing(name):
+    """B is zero: the outputs of the base to the bit; A is kaiming-uniform, within 1 / sqrt(in); dropout only in training."""
+    layer, x = lora(name, dropout=0.5), torch.randn(5, 14)
+    assert not torch.equal(layer.train()(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+    assert_close(layer(x), reference(layer, layer.base, x), rtol=1e-5, atol=1e-5)
+    nn.init.zeros_(layer.lora_B)
+    assert torch.equal(layer(x), layer.base(x)) and torch.equal(layer.train()(x), layer.base(x))
+    fresh = LoRALinear(nn.Linear(4000, 2))
+    assert not fresh.lora_B.any() and 0.95 < fresh.lora_A.abs().max() * 4000 ** 0.5 <= 1 and fresh.lora_A.shape == (8, 4000)
+
+
+@every_base
+def test_training_moves_only_the_adapters(name):
+    """Forty steps towards another linear map: the loss falls, what is not an adapter stays the same to the bit."""
+    model = nn.Sequential(lora(name, rank=8, alpha=8.0), nn.LayerNorm(9))
+    only_adapters(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before, x = weights(model), torch.randn(32, 14)
+    y, optimizer, losses = x @ torch.randn(14, 9) / 4, torch.optim.Adam(trained, 0.02), []
+    for _ in range(40):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert len(trained) == 2 and losses[-1] < losses[0] * 0.75 and same(weights(model), before), losses[::13]
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+# relative distance of the merged output allowed: (in full precision, requantized)
+ALLOWED = {'fp': (1e-6, 1e-6), 'half': (1e-6, 2e-3), 'int8': (1e-6, 0.02), 'int4': (1e-6, 0.2), 'nf4': (1e-6, 0.2),
+           'fit4': (1e-6, 0.2), 'lowrank': (1e-5, 0.9), 'tern': (0.02, 1.5), 'bin': (None, 1.5)}
+ALLOWED |= {'int8 act': (0.02, 0.03), 'tern bare': (0.02, 1.5)}
+
+
+@every_base
+@pytest.mark.parametrize('requantize', [False, True])
+@pytest.mark.parametrize('bias', [True, False])
+def test_merging_and_the_damage_it_reports(name, requantize, bias):
+    """The merged layer computes base and adapter, within what its format allows; the damage is the largest and the mean
+    difference on x; the same kind comes back with requantize, adapter and base are as before."""
+    layer, x = lora(name, bias), torch.randn(6, 14)
+    before = copy.deepcopy(layer.state_dict())
+    allowed = ALLOWED.get(name, ALLOWED[name.split()[0]])[requantize]
+    if allowed is None:
+        with pytest.raises(ValueError, match=r'^BinaryLinear: [^\n]*requantize=True$'):
+            layer.merge(x)
+    else:
+        new, damage = layer.merge(x, requantize)
+        difference = (new(x) - reference(layer, layer.base, x)).abs()
+        assert damage == {'max': pytest.approx(difference.max().item(), abs=1e-6),
+                          'mean': pytest.approx(difference.mean().item(), abs=1e-6)}
+        assert off(new(x), layer(x)) <= allowed and (allowed < 0.01 or damage['max'] > damage['mean'] > 0)
+        assert not any(isinstance(m, LoRALinear) for m in new.modules())
+        if requantize:
+            assert type(new) is type(layer.base) and getattr(new, 'packed', True)
+            assert sum(t.nbytes for t in new.state_dict().values()) == sum(t.nbytes for t in layer.base.state_dict().values())
+        else:
+            assert not any(isinstance(m, LowBit) for m in new.modules())
+    assert same(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('name', ['fp', 'nf4', 'tern'])
+def test_merging_a_model_of_another_dtype(name, dtype):
+    """A bf16 or fp64 model with adapters merges to a layer that takes the same inputs."""
+    model = nn.Sequential(lora(name)).to(dtype)
+    x = torch.randn(6, 14).to(dtype)
+    want = model(x)
+    merge_adapters(model, x)
+    assert model(x).dtype == dtype and off(model(x).double(), want.double()) < 0.03
+
+
+def test_a_failed_merge_leaves_the_layer_as_it_was():
+    """Inputs that do not fit raise, and the layer still drops out in training."""
+    layer = lora('nf4', dropout=0.5).train()
+    with pytest.raises(RuntimeError):
+        layer.merge(torch.randn(2, 13))
+    assert layer.training and not torch.equal(layer(torch.ones(4, 14)), layer(torch.ones(4, 14)))
+
+
+class Net(nn.Module):
+    """Two blocks, one of them in a list, and a head that is not reached without `head`."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({'fc': nn.Linear(width, width), 'proj': nn.Linear(width, width)})
+                                    for _ in range(2))
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x, head=True):
+        for block in self.blocks:
+            x = x + block['proj'](F.gelu(block['fc'](x)))
+        return self.fc(x) if head else x
+
+
+RULES = {'blocks.0.*': ('lora', dict(rank=4, alpha=8.0, base='nf4')), 'blocks.1.fc': ('lora', dict(rank=2, alpha=5.0)),
+         'fc': ('lora', dict(rank=6, alpha=8.0, base='half'))}
+
+
+def net(rules=RULES):
+    model = Net()
+    convert(model, rules, verbose=False)
+    for m in model.modules():
+        if isinstance(m, LoRALinear):
+            nn.init.normal_(m.lora_B, std=0.1)
+    return model
+
+
+def test_merge_adapters_of_a_model():
+    """Every adapter is merged on what reaches it, no LoRA is left, the model computes the same, damages come by name."""
+    model, x = net(), torch.randn(7, 16)
+    model.blocks[0].eval()
+    y, other = model(x), copy.deepcopy(model)
+    damage = merge_adapters(model, x)
+    assert list(damage) == ['blocks.0.fc', 'blocks.0.proj', 'blocks.1.fc', 'fc']
+    assert max(d['max'] for d in damage.values()) < 1e-5
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    assert not model.blocks[0]['fc'].training and model.fc.training
+    first = F.linear(x, other.blocks[0]['fc'].base.effective_weight(), other.blocks[0]['fc'].base.bias)     # by hand
+    assert_close(model.blocks[0]['fc'](x), first + 2 * x @ other.blocks[0]['fc'].lora_A.T @ other.blocks[0]['fc'].lora_B.T,
+                 rtol=1e-5, atol=1e-5)
+    damage = merge_adapters(other, x, requantize=True)
+    assert off(other(x), y) < 0.15 and damage['blocks.0.fc']['max'] > 1e-3 > 1e-5 > damage['blocks.1.fc']['max']
+    for function in (merge_adapters, only_adapters):
+        with pytest.raises(ValueError, match='no LoRA'):
+            function(model)
+
+
+@pytest.mark.parametrize('rules, inputs, requantize, says', [
+    (RULES, (torch.ones(2, 16), False), False, 'reach fc'),
+    ({'blocks.0.fc': ('lora', {}), 'fc': ('lora', dict(base='bin'))}, (torch.ones(2, 16),), False, 'requantize=True')])
+def test_merge_adapters_changes_nothing_on_an_error(rules, inputs, requantize, says):
+    """An adapter that no input reaches, or one that cannot be merged: one line, and every adapter is where it was."""
+    model = net(rules)
+    before, text = copy.deepcopy(model.state_dict()), str(model)
+    with pytest.raises(ValueError, match=says) as error:
+        merge_adapters(model, *inputs, requantize=requantize)
+    assert '\n' not in str(error.value) and str(model) == text and same(model.state_dict(), before)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_merge_adapters_refuses_a_bare_layer():
+    """The root cannot be replaced in place: it is not said to be merged."""
+    layer = lora('fp')
+    with pytest.raises(ValueError):
+        merge_adapters(layer, torch.randn(2, 14))
+    assert list(layer._modules) == ['base']
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_files_have_the_layout_of_peft(tmp_path):
+    """Keys and shapes of the tensors, and every field of the config that peft needs; what differs by layer by name."""
+    from safetensors.torch import load_file
+    model = net()
+    save_adapters(model, tmp_path / 'a', 'some/model')
+    assert sorted(p.name for p in (tmp_path / 'a').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors']
+    tensors = load_file(tmp_path / 'a' / 'adapter_model.safetensors')
+    shapes = {k: tuple(t.shape) for k, t in tensors.items()}
+    ranks = {'blocks.0.fc': 4, 'blocks.0.proj': 4, 'blocks.1.fc': 2, 'fc': 6}
+    assert shapes == {f'base_model.model.{n}.lora_{ab}.weight': (r, 16) if ab == 'A' else (16, r)
+                      for n, r in ranks.items() for ab in 'AB'}
+    assert torch.equal(tensors['base_model.model.fc.lora_B.weight'], model.fc.lora_B)
+    config = json.loads((tmp_path / 'a' / 'adapter_config.json').read_text())
+    assert config['peft_type'] == 'LORA' and config['r'] == 4 and config['lora_alpha'] == 8.0 and config['bias'] == 'none'
+    assert config['base_model_name_or_path'] == 'some/model' and sorted(config['target_modules']) == sorted(ranks)
+    assert sorted(config['rank_pattern'].values()) == [2, 6] and list(config['alpha_pattern'].values()) == [5.0]
+
+
+@pytest.mark.parametrize('bare', [True, False])
+def test_adapters_round_trip(tmp_path, bare):
+    """Ranks and alphas that differ by layer come back, into a model with LoRA or without it: equal outputs."""
+    model, x = net(), torch.randn(5, 16)
+    save_adapters(model, tmp_path)
+    torch.manual_seed(0)
+    other = net({'blocks.0.*': ('nf4', {}), 'fc': ('half', {})}) if bare else net()
+    for m in other.modules():
+        if isinstance(m, LoRALinear):
+            nn.init.normal_(m.lora_B)
+            m.alpha = 1.0
+    assert not torch.allclose(other(x), model(x))
+    assert load_adapters(other, tmp_path) == list(adapters(model)) == list(adapters(other))
+    assert torch.equal(other(x), model(x)) and {n: (m.rank, m.alpha) for n, m in adapters(other).items()} == {
+        'blocks.0.fc': (4, 8.0), 'blocks.0.proj': (4, 8.0), 'blocks.1.fc': (2, 5.0), 'fc': (6, 8.0)}
+    assert all(m.lora_A.requires_grad and not m.base.bias.requires_grad for m in adapters(other).values())
+
+
+KEY = 'base_model.model.fc.lora_A.weight'
+DAMAGE = {'missing': (lambda t, c: t.pop(KEY), KEY), 'unknown': (lambda t, c: t.update({f'{KEY}x': torch.ones(2)}), f'{KEY}x'),
+          'foreign': (lambda t, c: t.update({'lm_head.weight': torch.ones(2, 2)}), 'lm_head.weight'),
+          'no such layer': (lambda t, c: t.update({k.replace('.fc.', '.gc.'): t[k].clone() for k in list(t)}), 'gc'),
+          'wrong shape': (lambda t, c: t.update({KEY: torch.ones(6, 15)}), 'fc'),
+          'wrong rank': (lambda t, c: t.update({KEY: torch.ones(5, 16)}), 'fc'),
+          'no matrix': (lambda t, c: t.update({KEY: torch.ones(6)}), 'fc'),
+          'other type': (lambda t, c: c.update(peft_type='IA3'), 'LoRA'),
+          'dora': (lambda t, c: c.update(use_dora=True), 'LoRA'),
+          'rslora': (lambda t, c: c.update(use_rslora=True), 'LoRA'), 'no alpha': (lambda t, c: c.pop('lora_alpha'), 'alpha'),
+          'list': ('[1]', '.'), 'no json': ('{', 'adapters'), 'no config': (None, 'adapters'), 'no tensors': ('', 'adapters')}
+
+
+@pytest.mark.parametrize('bare', [True, False])
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_file_that_does_not_fit_is_refused(tmp_path, damage, bare):
+    """A missing or unknown key, another shape, another kind of adapters: ValueError naming it, the model untouched."""
+    from safetensors.torch import load_file, save_file
+    tensors_path, config_path = tmp_path / 'adapter_model.safetensors', tmp_path / 'adapter_config.json'
+    save_adapters(net(), tmp_path)
+    change, says = DAMAGE[damage]
+    if callable(change):
+        tensors, config = load_file(tensors_path), json.loads(config_path.read_text())
+        change(tensors, config)
+        save_file(tensors, tensors_path)
+        config_path.write_text(json.dumps(config))
+    elif damage == 'no tensors':
+        tensors_path.write_bytes(b'')
+    elif change is None:
+        config_path.unlink()
+    else:
+        config_path.write_text(change)
+    model = Net() if bare else net()
+    before, text = copy.deepcopy(model.state_dict()), str(model)
+    with pytest.raises(ValueError, match=says) as error:
+        load_adapters(model, tmp_path)
+    assert '\n' not in str(error.value).split(', LoRALinear(')[0]
+    assert str(model) == text and same(model.state_dict(), before) and all(m.weight.requires_grad for m in [model.fc] if bare)
+
+
+# --------------------------------------------------------------------------------------------------------- against peft
+
+
+def distilbert():
+    reason = 'peer test: needs peft and transformers'
+    pytest.importorskip('peft', reason=reason)
+    transformers = pytest.importorskip('transformers', reason=reason)
+    config = transformers.DistilBertConfig(vocab_size=50, max_position_embeddings=16, n_layers=2, n_heads=2, dim=24,
+                                           hidden_dim=40)
+    return transformers.DistilBertForSequenceClassification(config).eval(), torch.randint(0, 50, (3, 9))
+
+
+@pytest.mark.parametrize('rules', [{'*.[qv]_lin': ('lora', dict(rank=4))},
+                                   {'*.0.*.q_lin': ('lora', dict(rank=2, alpha=3.0)), '*.1.*.q_lin': ('lora', dict(rank=5)),
+                                    '*.v_lin': ('lora', dict(rank=4, alpha=9.0))}], ids=['one rank', 'ranks'])
+def test_peft_loads_our_adapters(tmp_path, rules):
+    """DistilBERT with our LoRA on q_lin and v_lin, saved; peft puts it onto the bare model: equal logits."""
+    bare, ids = distilbert()
+    ours = copy.deepcopy(bare)
+    convert(ours, rules, verbose=False)
+    for m in adapters(ours).values():
+        nn.init.normal_(m.lora_B)
+    save_adapters(ours, tmp_path, 'distilbert')
+    from peft import PeftModel
+    plain, theirs = bare(ids).logits, PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path).eval()
+    assert off(ours(ids).logits, plain) > 0.01 and len(adapters(ours)) == 4
+    assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('patterns', [{}, dict(rank_pattern={'v_lin': 3}, alpha_pattern={'v_lin': 30}),
+                                      dict(alpha_pattern={r'layer\.1\.attention\.q_lin': 30, '^distilbert.*0.*v_lin': 2})],
+                         ids=['none', 'by name', 'by expression'])
+def test_we_load_adapters_of_peft(tmp_path, patterns):
+    """Adapters that peft trained and saved, also with ranks and alphas by pattern, give equal logits here."""
+    bare, ids = distilbert()
+    from peft import LoraConfig, get_peft_model
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=['q_lin', 'v_lin'], init_lora_weights=False, **patterns)
+    theirs = get_peft_model(copy.deepcopy(bare), config).eval()
+    theirs.save_pretrained(tmp_path)
+    assert len(load_adapters(bare, tmp_path)) == 4
+    assert_close(bare(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_peft_tells_apart_names_that_end_alike(tmp_path):
+    """A model with `fc` and `blocks.0.fc` of different ranks and alphas: peft gives each its own."""
+    peft = pytest.importorskip('peft', reason='peer test: needs peft')
+    model, bare, x = Net(), Net(), torch.randn(4, 16)
+    bare.load_state_dict(model.state_dict())
+    convert(model, {'blocks.*.fc': ('lora', dict(rank=4)), 'fc': ('lora', dict(rank=2, alpha=3.0))}, verbose=False)
+    for m in adapters(model).values():
+        nn.init.normal_(m.lora_B)
+    save_adapters(model, tmp_path)
+    assert_close(peft.PeftModel.from_pretrained(bare, tmp_path)(x), model(x), rtol=0, atol=1e-4)

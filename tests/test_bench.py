@@ -1,0 +1,146 @@
+"""bench.py: BigNet's published bytes, peaks and differences by hand, the commands' exits, a bundle that is always the same."""
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT
+
+import bench
+import layers
+
+OPTIONS = argparse.Namespace(rank=32, alpha=32.0, base='bignet', seed=0, device='cpu', batch=4, threads=1)
+
+
+def run(*args, **kwargs):
+    return subprocess.run([sys.executable, str(ROOT / 'bench.py'), *map(str, args)], capture_output=True, text=True,
+                          timeout=120, **kwargs)
+
+
+def formed(name, dim=1024):
+    torch.manual_seed(0)
+    return bench.form(bench.BigNet(dim), name, OPTIONS)
+
+
+@pytest.mark.parametrize('name, n_bytes, trainable, elements', [
+    ('bignet', 75_612_160, 18_903_040, 18_903_040),             # 72.11 MiB
+    ('half', 37_826_560, 10_240, 18_903_040),                   # 36.07
+    ('int4', 11_911_168, 28_672, 10_645_504),                   # 11.36
+    ('lora', 42_545_152, 1_189_888, 20_082_688),                # 40.574: rank 32, fp32 adapters
+    ('qlora', 16_629_760, 1_189_888, 11_825_152)])              # 15.859
+def test_bignet_to_the_byte(name, n_bytes, trainable, elements):
+    """Bytes, trainable numbers and elements of BigNet's forms as published or derived; under the course's bounds."""
+    c = bench.counts(formed(name))
+    assert (c['actual_bytes'], c['theoretical_bytes'], c['trainable'], c['elements']) == (n_bytes, n_bytes, trainable, elements)
+    assert c['parameters'] == 18_903_040 + (1_179_648 if 'lora' in name else 0) == c['trainable'] + c['frozen']
+    if 'lora' in name:
+        assert trainable < 1.5e6 and elements < 25e6 and n_bytes < 50e6 and (name == 'lora' or n_bytes < 20e6)
+
+
+@pytest.mark.parametrize('name', bench.FORMS)
+def test_formula_is_what_the_tensors_take(name):
+    """The bytes by formula, from shapes alone, are those of the tensors, in every form, also of an odd width."""
+    c = bench.counts(formed(name, 72))
+    adapters = 18 * 2 * 4 * 72 * 32 if 'lora' in name else 0
+    assert c['theoretical_bytes'] == c['actual_bytes'] < 4 * (18 * 72 * 73 + 5 * 2 * 72) + adapters
+
+
+def test_peak_by_hand():
+    """peak_above counts what is alive at once above the start: two fp32 vectors of 1,000 here, and what stays alive later."""
+    x, held = torch.randn(1000), {}
+
+    def step():
+        y = x * 2
+        held['z'] = y + 1
+        del y
+        held['z'] = held['z'].sum()
+    step()
+    assert 8000 <= bench.peak_above(step, False) <= 8000 + 256
+
+
+def test_compare_by_hand(monkeypatch, capsys):
+    """max, mean and relative differences of a form's outputs are those of two models with the same weights and inputs."""
+    a = argparse.Namespace(**{**vars(OPTIONS), 'name': 'int4'})
+    answer = next(bench.compare_worker(a))
+    model, inputs = bench.base_model('bignet', 0, 'cpu')
+    x = inputs(4)
+    with torch.no_grad():
+        right = model(x)
+        for m in model.modules():
+            if isinstance(m, nn.Linear):            # u = round((w + n) / 2n * 15), by hand
+                w = m.weight.view(-1, 16)
+                n = w.abs().amax(1, keepdim=True).half().float()
+                m.weight.copy_((((w + n) / (2 * n) * 15).round().clamp(0, 15) / 15 * 2 * n - n).view_as(m.weight))
+        off = (model(x) - right).abs()
+    assert answer['max'] == pytest.approx(off.max().item(), rel=1e-3) and answer['max'] <= answer['max_bound']
+    assert answer['mean'] == pytest.approx(off.mean().item(), rel=1e-3) and answer['mean'] <= answer['mean_bound']
+
+
+def test_stats_command_and_json(tmp_path):
+    """The table names each form with its bytes; --json appends the same rows; a checkpoint can stand for BigNet."""
+    import common
+    import tokens
+    from train_gpt import GPT, GPTConfig
+    config = GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=2, n_embd=32)
+    common.save_checkpoint(tmp_path / 'best.pt', {'trainer': 'train_gpt', 'step': 1, 'model': GPT(config).state_dict(),
+                                                  'model_config': vars(config), 'tokenizer': tokens.byte().describe()})
+    done = run('stats', tmp_path, 'nf4', '--batch=2', '--threads=1', f'--json={tmp_path / "rows.jsonl"}')
+    assert done.returncode == 0, done.stderr
+    full, nf4 = map(json.loads, open(tmp_path / 'rows.jsonl'))
+    assert full['actual_bytes'] == 4 * full['parameters'] == layers.model_bytes(GPT(config))[1]
+    assert full['parameters'] == nf4['parameters'] and nf4['actual_bytes'] < full['actual_bytes'] / 2
+    assert f'{nf4["actual_bytes"]:,}' in done.stdout and full['forward_bytes'] > 0 and nf4['backward_bytes'] > 0
+    assert nf4['backward_bytes'] < full['backward_bytes']                       # no gradients of frozen weights
+
+
+def test_fit_learns_or_fails():
+    """fit exits with 0 when the form learns the noise by heart and with 1 and its name when it does not."""
+    assert (done := run('fit', 'qlora', '--steps=45', '--batch=64', '--threads=1')).returncode == 0, done.stdout + done.stderr
+    done = run('fit', 'half', '--steps=2', '--threads=1')
+    assert done.returncode == 1 and 'error: did not learn (accuracy 90 % or less): half' in done.stderr
+
+
+def test_layers_command(tmp_path):
+    """One row a kind and shape, ratios relative to nn.Linear, bits as the format says, errors in the published order."""
+    rows = tmp_path / 'rows.jsonl'
+    done = run('layers', '--rounds=1', '--seconds=0.01', '--shapes=2x256x128', '--kinds=int4,nf4,fit4,int8', '--threads=1',
+               f'--json={rows}')
+    assert done.returncode == 0, done.stderr
+    found = {r['name']: r for r in map(json.loads, open(rows))}
+    assert list(found) == ['linear', 'int4', 'nf4', 'fit4', 'int8'] and found['linear']['forward_ratio'] == 1
+    assert (found['int4']['bits'], found['nf4']['bits']) == (5, 4.25) and found['fit4']['bits'] == pytest.approx(4.25, abs=.01)
+    assert found['int8']['error'] < found['fit4']['error'] < found['int4']['error'] < found['nf4']['error']
+    assert (found['nf4']['tokens'], found['nf4']['in'], found['nf4']['out']) == (2, 256, 128)
+
+
+@pytest.mark.parametrize('args, says', [
+    (('stats', 'bignet', 'nope'), 'nope'), (('compare', 'half', 'out/none'), 'out/none'), (('layers', '--kinds=int3'), 'int3'),
+    (('stats', 'bignet', '--device=cuda'), 'CUDA'), (('bundle', '/nonexistent/x.zip'), '/nonexistent/x.zip'), ((), 'command')])
+def test_mistakes_are_one_line(args, says):
+    """A mistake ends with exit status 2 and one line that names it."""
+    if '--device=cuda' in args and torch.cuda.is_available():
+        pytest.skip('there is a CUDA device')
+    done = run(*args)
+    assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1 and says in done.stderr
+
+
+def test_bundle_is_reproducible_and_runs(tmp_path):
+    """Two bundles are the same bytes; the manifest has the checksum of every file; unpacked, it runs."""
+    for name in ('a.zip', 'b.zip'):
+        assert run('bundle', tmp_path / name).returncode == 0
+    assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'b.zip').read_bytes()
+    with zipfile.ZipFile(tmp_path / 'a.zip') as z:
+        names = set(z.namelist())
+        sums = dict(reversed(line.split('  ')) for line in z.read('nanobit/MANIFEST.sha256').decode().splitlines())
+        assert {f'nanobit/{n}' for n in sums} | {'nanobit/MANIFEST.sha256'} == names
+        assert all(hashlib.sha256(z.read(f'nanobit/{n}')).hexdigest() == s for n, s in sums.items())
+        z.extractall(tmp_path)
+    tracked = subprocess.run(['git', 'ls-files', '*.py', '*.c'], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not [n for n in tracked if n not in sums]
+    done = subprocess.run([sys.executable, 'train_gpt.py', '--help'], cwd=tmp_path / 'nanobit', capture_output=True, text=True)
+    assert done.returncode == 0 and '--n_binary=0' in done.stdout
