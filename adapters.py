@@ -9,6 +9,7 @@ LoRA adapters of a model: trained alone, merged, kept and loaded in peft's folde
 """
 import json
 import os
+import re
 
 import torch
 
@@ -21,8 +22,8 @@ PEFT = 'base_model.model.'      # what peft puts before a module's name
 def adapters(model):
     """{name: LoRALinear} of the model; ValueError when there is none."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not found:
-        raise ValueError('the model has no LoRA layers; convert it with a lora rule first')
+    if not found or '' in found:
+        raise ValueError('the model has no LoRA layers inside; convert it with a lora rule first')
     return found
 
 
@@ -35,22 +36,28 @@ def only_adapters(model):
 
 
 def merge_adapters(model, *inputs, requantize=False):
-    """LoRALinear.merge() of every adapter, in place, on what reaches it in model(*inputs); returns {name: damage}."""
-    seen, found = {}, adapters(model)
+    """LoRALinear.merge() of every adapter, in place, on what reaches it in model(*inputs); returns {name: damage}.
+
+    The model runs once as for evaluation."""
+    seen, found, training = {}, adapters(model), {m: m.training for m in model.modules()}
     hooks = [m.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
              for name, m in found.items()]
     try:
         with torch.no_grad():
-            model(*inputs)
+            model.eval()(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
+        for m, was in training.items():
+            m.training = was
     if unseen := found.keys() - seen.keys():
         raise ValueError(f'merge_adapters: these inputs do not reach {sorted(unseen)[0]}')
     merged = {name: m.merge(seen[name], requantize) for name, m in found.items()}       # all of them or, on an error, none
-    for name, (new, _) in merged.items():
-        parent, _, leaf = name.rpartition('.')
-        setattr(model.get_submodule(parent), leaf, new.train(found[name].training))
+    places = {id(m): name for name, m in found.items()}
+    for name, m in list(model.named_modules(remove_duplicate=False)):               # a layer may have several names
+        if id(m) in places:
+            parent, _, leaf = name.rpartition('.')
+            setattr(model.get_submodule(parent), leaf, merged[places[id(m)]][0].train(m.training))
     return {name: damage for name, (_, damage) in merged.items()}
 
 
@@ -61,10 +68,13 @@ def save_adapters(model, folder, base_model=''):
     from safetensors.torch import save_file
     found = adapters(model)
     first = next(iter(found.values()))
-    ranks, alphas = ({name: getattr(m, key) for name, m in found.items() if getattr(m, key) != getattr(first, key)}
-                     for key in ('rank', 'alpha'))
+    # peft takes a name in a list for the end of one; a single string and the keys of patterns are regular expressions.
+    longer = {name: {n for n, _ in model.named_modules() if n.endswith(f'.{name}')} for name in found}
+    ranks, alphas = ({f'^{re.escape(name)}' if longer[name] else name: getattr(m, key) for name, m in found.items()
+                      if getattr(m, key) != getattr(first, key)} for key in ('rank', 'alpha'))
+    targets = '|'.join(map(re.escape, found)) if set().union(*longer.values()) - found.keys() else list(found)
     config = {'peft_type': 'LORA', 'base_model_name_or_path': base_model, 'r': first.rank, 'lora_alpha': first.alpha,
-              'lora_dropout': first.dropout, 'target_modules': list(found), 'rank_pattern': ranks, 'alpha_pattern': alphas,
+              'lora_dropout': first.dropout, 'target_modules': targets, 'rank_pattern': ranks, 'alpha_pattern': alphas,
               'bias': 'none', 'fan_in_fan_out': False, 'task_type': None, 'inference_mode': True}
     tensors = {f'{PEFT}{name}.lora_{ab}.weight': getattr(m, f'lora_{ab}').detach().cpu().contiguous()
                for name, m in found.items() for ab in 'AB'}
@@ -90,6 +100,8 @@ def load_adapters(model, folder):
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as e:
         raise ValueError(f'{folder} holds no LoRA adapters ({type(e).__name__}: {e})') from e
+    if not isinstance(config, dict) or not isinstance(config.get('lora_alpha'), int | float):
+        raise ValueError(f'{folder}/adapter_config.json has no lora_alpha')
     if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora', 'fan_in_fan_out')):
         raise ValueError(f'{folder}: only plain LoRA adapters can be loaded')
     present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -104,11 +116,13 @@ def load_adapters(model, folder):
             layer = present.get(name) or model.get_submodule(name)
         except AttributeError:
             raise ValueError(f'{path} has adapters for {name}, which the model lacks') from None
-        shape = (len(A), A.shape[1], len(B), B.shape[1])
+        shape = (*A.shape, *B.shape)
         if not isinstance(layer, (*LINEARS, LoRALinear)) \
                 or shape != (layer.rank if name in present else len(A), layer.in_features, layer.out_features, len(A)):
             raise ValueError(f'{path}: adapters {tuple(A.shape)}, {tuple(B.shape)} do not fit {name}, {layer}')
-        ready[name] = layer, A, B, config.get('alpha_pattern', {}).get(name, config['lora_alpha'])
+        alpha = next((v for key, v in (config.get('alpha_pattern') or {}).items() if re.match(rf'(.*\.)?({key})$', name)),
+                     config['lora_alpha'])
+        ready[name] = layer, A, B, alpha
     for name, (layer, A, B, alpha) in ready.items():
         if name not in present:
             parent, _, leaf = name.rpartition('.')

@@ -57,6 +57,8 @@ class Worker:
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (ValueError, OSError):
+            if self.process.wait() == 2:            # one clear line is there already
+                sys.exit(2)
             configurator.fail(f'{self.job["name"]} failed, see above')
 
     def close(self):

@@ -58,19 +58,19 @@ class LowBit:
 
     def weight_input(self, x):
         """What the weight is multiplied by, given the layer's input: what an adapter beside it has to see."""
-        return ACTIVATIONS[self.act][0](x)
+        return ACTIVATIONS[self.act][0](x.to(compute_dtype(x)))
 
     def effective_weight(self):
         """fp32 (out, in): what weight_input(x) is multiplied by, of a packed layer."""
         return self.decode()[0].float()
 
     def merged(self, delta, requantize, x):
-        """A layer of weight effective_weight() + delta: this kind, packed, with requantize; else in fp32."""
+        """A layer of weight effective_weight() + delta: this kind, packed, with requantize; else in the dtype of x."""
         if requantize:
             new = copy.deepcopy(self).unpack_()
             new.weight.add_(self._latent_change(delta, x))
             return new.pack_()
-        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=delta.device)
+        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=x.device, dtype=x.dtype)
         new.weight.copy_(self.effective_weight() + delta)
         if self.bias is not None:
             new.bias.copy_(self.bias)
@@ -337,7 +337,7 @@ class TernaryLinear(LowBit, nn.Module):
         new = super().merged(delta, requantize, x)
         if requantize or not self.norm:
             return new
-        norm = nn.RMSNorm(self.in_features, self.eps, device=delta.device)
+        norm = nn.RMSNorm(self.in_features, self.eps, device=x.device, dtype=x.dtype)
         norm.weight.copy_(self.gain)
         return nn.Sequential(*([norm, new] if self.act is None else [new[0], norm, new[1]]))
 
@@ -411,7 +411,7 @@ class Linear4bit(LowBit, nn.Module):
                 end = -(-j * n // self.group) * self.group
                 return decode4(self.code, held, self.format, i * n, end)[:(j - i) * n].view(j - i, n).to(dtype)
             return weights
-        return frozen_linear(ACTIVATIONS[self.act][0](x), self.bias, decoder, self.shape, self.group // math.gcd(n, self.group))
+        return frozen_linear(self.weight_input(x), self.bias, decoder, self.shape, self.group // math.gcd(n, self.group))
 
     def extra_repr(self):
         return (f'{self.in_features}, {self.out_features}, format={self.format}, group={self.group}, scales={self.scales}, '
@@ -457,17 +457,22 @@ class Int8Linear(LowBit, nn.Module):
 
     def forward(self, x):
         dtype = compute_dtype(x)
-        flat = ACTIVATIONS[self.act][0](x.reshape(-1, self.in_features))
+        flat = x.reshape(-1, self.in_features).to(dtype)
+        if not self.packed and not self.activations:
+            y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, self.act, 0.0)
+            return y.view(*x.shape[:-1], self.out_features)
+        flat = ACTIVATIONS[self.act][0](flat)
         if self.activations:
             codes, scales = quantize_rows(wide(flat.detach()))
-            if self.packed and not x.requires_grad and has_fast_int8(x.device) and min(*codes.shape, self.out_features) > 1:
+            no_gradient = not (torch.is_grad_enabled() and x.requires_grad)
+            if self.packed and no_gradient and has_fast_int8(x.device) and min(*codes.shape, self.out_features) > 1:
                 y = torch._int_mm(codes, self.code.T) * scales * self.weight_scale.T
                 return (y if self.bias is None else y + self.bias).to(dtype).view(*x.shape[:-1], self.out_features)
             flat = straight_through(flat, (codes * scales).to(flat.dtype))
         if self.packed:
             y = frozen_linear(flat, self.bias, self._decoder(dtype), self.shape)
         else:
-            y = quantized_linear(flat.to(dtype), self.weight, self.bias, None, self._quantize, None, 0.0)
+            y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, None, 0.0)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
@@ -574,7 +579,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, *, rank=8, alpha=16.0, dropout=0.0):
         super().__init__()
-        if not hasattr(base, 'out_features') or isinstance(base, LoRALinear) or rank < 1 or not 0 <= dropout < 1:
+        if not hasattr(base, 'in_features') or isinstance(base, LoRALinear) or rank < 1 or not 0 <= dropout < 1:
             raise ValueError(f'LoRALinear: no LoRA over {type(base).__name__} with rank={rank}, dropout={dropout}')
         self.base = base.pack_() if isinstance(base, LowBit) else base
         for p in base.parameters():
@@ -619,15 +624,18 @@ class LoRALinear(nn.Module):
             if requantize:
                 new.truncate(base.rank, shrink=True)
         else:
-            new = nn.Linear(self.in_features, self.out_features, base.bias is not None, device=delta.device)
+            new = nn.Linear(self.in_features, self.out_features, base.bias is not None, device=x.device,
+                            dtype=x.dtype if isinstance(base, HalfLinear) else base.weight.dtype)
             new.weight.copy_(base.weight + delta)
             if base.bias is not None:
                 new.bias.copy_(base.bias)
             if requantize and isinstance(base, HalfLinear):
                 new = _converted(new, 'half', {'dtype': base.weight.dtype}, True)
         training, self.training = self.training, False                  # no dropout while comparing
-        off = (new(x).float() - self(x).float()).abs()
-        self.training = training
+        try:
+            off = (new(x).float() - self(x).float()).abs()
+        finally:
+            self.training = training
         return new, {'max': off.max().item(), 'mean': off.mean().item()}
 
     def extra_repr(self):
@@ -683,7 +691,10 @@ def _converted(module, kind, options, packed):
     if isinstance(module, nn.Linear) and kind == 'lowrank':
         return LowRankLinear.from_linear(module, **options)
     if isinstance(module, nn.Linear) and kind == 'half':
-        return _copied(HalfLinear(module.in_features, module.out_features, bias, **options).to(module.weight.device), module)
+        new = _copied(HalfLinear(module.in_features, module.out_features, bias, **options).to(module.weight.device), module)
+        if not all(torch.isfinite(p).all() for p in new.parameters()):
+            raise ValueError(f'HalfLinear: weights must be finite and fit into {new.weight.dtype}')
+        return new
     if isinstance(module, nn.Linear):
         new = linear(kind, module.in_features, module.out_features, bias, **options)
     elif isinstance(module, nn.Conv2d) and kind == 'bin' and module.padding_mode == 'zeros':
@@ -813,7 +824,8 @@ def _checksum(tensors):
 def load_packed(model, tensors):
     """Put the tensors of read_packed into a freshly made model of the same shape, in place; returns it packed."""
     wanted = _parameters_once(pack(model))
-    if wrong := sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]:
+    alike = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+    if wrong := sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if not alike(wanted[n], tensors[n])]:
         raise ValueError(f'packed file and model do not fit each other: {wrong[:4]}')
     for name, t in wanted.items():
         t.copy_(tensors[name])

@@ -122,21 +122,21 @@ def group_scales(absmax, scales):
 
 @functools.cache
 def _table(numbers, device):
-    return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers, device=device, dtype=torch.float32)
 
 
 def _constant(numbers, device):
     """fp32 tensor of a tuple, made once for each device; torch.compile makes its own."""
-    return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _table(numbers, device)
+    return (_table.__wrapped__ if torch.compiler.is_compiling() else _table)(numbers, device)
 
 
 def scales4(held):
     """fp32 (groups,) from what quantize4 or search4 keeps: tensors absmax and, for one-byte scales, absmax_top."""
     s, top = held['absmax'], held.get('absmax_top')
     if s.dtype == torch.uint8:
-        return s.float() * (top / 255).repeat_interleave(256)[:len(s)]
+        return s.float() * (top.float() / 255).repeat_interleave(256)[:len(s)]
     if s.dtype == torch.int8:
-        return _constant(LOG8, s.device)[s.int() + 128] * top
+        return _constant(LOG8, s.device)[s.int() + 128] * top.float()
     return s.float()
 
 
@@ -169,19 +169,19 @@ def search4(flat, levels):
     """
     levels, middle = levels.float(), (levels[1:] + levels[:-1]).float() / 2
     top = flat.abs().amax().view(1)
-    grid = _constant(LOG8, flat.device)
+    flat, grid = flat / top.clamp(min=1e-38), _constant(LOG8, flat.device)      # so that no square is too large or small
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     absmax = torch.zeros(len(flat), dtype=torch.int8, device=flat.device)
     for rows in range(0, len(flat), 1 << 15):                           # some groups at a time: what is made on the way
         w = flat[rows:rows + (1 << 15)]                                 # is many times the weights
         own = w.abs().amax(1)
-        nearest = (127 + LOG8_STEPS * (own / top.clamp(min=1e-30)).log2()).round().clamp(-999, 127).int()
+        nearest = (127 + LOG8_STEPS * own.log2()).round().clamp(-999, 127).int()
         best = torch.full_like(own, math.inf)
         for step in range(-3, 3):
             h = (nearest + step).clamp(1, 127)
             for signed in (h, -h):
-                s = (grid[signed + 128] * top)[:, None]
-                c = torch.bucketize(w / s.where(s != 0, 1.0), middle, out_int32=True)
+                s = grid[signed + 128][:, None]
+                c = torch.bucketize(w / s, middle, out_int32=True)
                 off = (levels[c] * s - w).square().sum(1)
                 better = (off < best) & (own > 0)
                 best = torch.where(better, off, best)
@@ -210,8 +210,9 @@ def decode4(code, held, format, start=0, stop=None):
         held = {'absmax': scales4(held)}
     absmax, stop = held['absmax'], 2 * len(code) if stop is None else stop
     group = 2 * len(code) // len(absmax)
-    if kernel := None if code.device.type != 'cpu' or torch.compiler.is_compiling() else kernels():
-        out = torch.empty(stop - start)
+    plain = code.device.type == 'cpu' and absmax.dtype in (torch.float16, torch.float32, torch.int8)
+    if kernel := kernels() if plain and not torch.compiler.is_compiling() else None:
+        out = torch.empty(stop - start, dtype=torch.float32)
         top, kind = held['absmax_top'].item() if 'absmax_top' in held else 0.0, absmax.element_size()
         kernel.decode4(code.data_ptr() + start // 2, absmax.data_ptr() + start // group * kind, kind, _pointer(LOG8), top,
                        _pointer(UNIFORM if format == 'uniform' else FORMATS4[format].levels), stop - start, group,

@@ -7,6 +7,7 @@ Each turn draws new blocks of 32, gives each the scale and codes with the least 
 every level to the mean of what was rounded to it, weighted by the squared scale. The search for the scale and the sign
 makes the levels what they are: extremes are not exactly -1 and 1, and the two sides differ.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -28,9 +29,12 @@ def error(levels, group, generator, blocks=1 << 15):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--turns', type=int, default=200)
+    turns = parser.parse_args().turns
     generator = torch.Generator().manual_seed(0)
     levels = torch.tensor(quant.NF4)
-    for _ in range(200):
+    for _ in range(turns):
         _, levels = error(levels, 32, generator)
         levels = levels / levels.abs().max()        # a common factor belongs to the scale
     print('FIT4 = (' + ', '.join(f'{x:.4f}' for x in levels.tolist()) + ')')

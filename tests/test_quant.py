@@ -46,11 +46,10 @@ def test_uniform_is_its_formula(group):
     """u = round((w + n) / 2n * 15), w ~ u / 15 * 2n - n, with n = absmax rounded to fp16 first."""
     w = torch.randn(256, group) * torch.logspace(-3, 3, 256)[:, None]
     n = torch.from_numpy(w.abs().amax(1, keepdim=True).numpy().astype(np.float16).astype(np.float64))
-    u = ((w.double() + n) / (2 * n) * 15).round().clamp(0, 15)
     codes, held = quantize4(w, 'uniform', group)
-    assert (codes.double() != u).float().mean() < 1e-3 and (codes.double() - u).abs().max() <= 1    # exact halves in fp32
+    c, u = codes.double(), ((w.double() + n) / (2 * n) * 15).clamp(0, 15)
+    assert (c - u).abs().max() <= 0.5 + 1e-5                                # nearest; with n in fp32 it would be .503 off
     assert held['absmax'].dtype == torch.float16 and torch.equal(held['absmax'].double(), n[:, 0])
-    c = codes.double()
     assert (back(w, 'uniform', group)[0] - (c / 15 * 2 * n - n)).abs().div(n).max() < 1e-6
 
 
@@ -118,11 +117,11 @@ def test_fit4_in_blocks_of_64_beats_nf4_with_8bit_scales():
 
 
 def test_levels_of_fit4_are_the_ones_its_script_finds():
-    """One more turn of results/fit4.py moves no level by more than 0.01, and measures the error above."""
+    """One more turn of results/fit4.py moves no level by more than 0.006, and measures the error above."""
     error = runpy.run_path(str(ROOT / 'results' / 'fit4.py'))['error']
     found, moved = error(torch.tensor(FIT4), 32, torch.Generator().manual_seed(1), blocks=1 << 14)
     assert found == pytest.approx(0.0736, rel=0.01)
-    assert (moved / moved.abs().max() - torch.tensor(FIT4)).abs().max() < 0.01
+    assert (moved / moved.abs().max() - torch.tensor(FIT4)).abs().max() < 0.006
     from_uniform = error(torch.linspace(-1, 1, 16), 32, torch.Generator().manual_seed(1), blocks=1 << 12)
     assert from_uniform[0] > found * 1.05 and (from_uniform[1] - torch.linspace(-1, 1, 16)).abs().max() > 0.01
 
@@ -145,6 +144,8 @@ def test_odd_sizes_zeros_and_negative_zeros(format, scales):
     got, _ = back(w, format, 64, scales)
     assert not got[1:3].any() and got.isfinite().all() and got[0].any() and got[3].any()
     assert not back(torch.zeros(40), format, 0, scales)[0].any() and not back(-torch.zeros(40), format, 0, scales)[0].any()
+    codes = [quantize4(w, format, 64, scales)[0] for _ in range(5)]                         # nothing left to chance
+    assert all(torch.equal(c, codes[0]) for c in codes) and (codes[0][1] == codes[0][1, 0]).all()
     assert format != 'nf4' or not back(w, format, 64, scales)[0][3, ::2].any()              # zero is one of its levels
 
 

@@ -41,7 +41,14 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python train_gpt.py config/', 2, TINY, r'step 3: val loss[\s\S]+packed into out/'),
     ('torchrun --nproc_per_node=8 train_gpt.py config/', 2, TINY, r'2 processes[\s\S]+packed into out/'),
     ('python bench.py train', 2, f'{BENCH} --dtypes=float32', r'fp +float32[\s\S]+tern +float32'),
-    ('python results/runs.py', 2, '--table', r'full precision \(n='),
+    ('python bench.py stats', 2, '--batch=2 --threads=1', r'half +.* 37,826,560[\s\S]+int4 .* 11,911,168'),
+    ('python bench.py compare', 2, '--batch=2 --threads=1', r'qlora +\d'),
+    ('python bench.py fit', 2, '--seeds=1 --steps=45 --batch=64 --threads=1', r'qlora +1,190,913'),
+    ('python bench.py layers', 2, '--rounds=1 --seconds=0.01 --shapes=2x64x64 --threads=1', r'fit4 +4\.'),
+    ('python bench.py bundle', 2, '', r'nanobit\.zip: \d+ files'),
+    ('python plot.py bars', 3, '', r'stats\.png: actual_bytes'),
+    ('python results/fit4.py', 2, '--turns=1', r'FIT4 = \(-[\s\S]+blocks of 32: 4\.25 bits'),
+    ('python results/runs.py', 2, '--table', r'\n\|---'),
     ('python plot.py loss', 3, '', r'loss\.png: loss against'),
     ('python plot.py status', 3, '', 'state +finished'),
     ('python sample.py', 3, '--max_new_tokens=9 --device=cpu', 'tokens/s on cpu'),
@@ -78,7 +85,8 @@ def call(words, cwd):
 def run(command, cwd):
     """A README command with what its rule adds; None where it tabulates logs that are not there."""
     words = shlex.split(command) + rule(command)[2].split()
-    if words[1] == 'results/runs.py' and not list(ROOT.glob(f'results/{words[2]}/*.jsonl')):
+    logs = [*ROOT.glob(f'results/{words[2]}/*.jsonl'), *ROOT.glob(f'results/{words[2]}.jsonl')] if len(words) > 2 else []
+    if words[1] == 'results/runs.py' and not logs:
         return None
     if words[0] == 'torchrun':
         words[:2] = 'python -m torch.distributed.run --standalone --nproc_per_node=2'.split()
@@ -165,6 +173,19 @@ def test_python_block():
     assert isinstance(model.blocks[0].attn.c_proj, names['BinaryLinear'])
     packed, fp32 = layers.model_bytes(model)
     assert packed < fp32 / 2
+
+
+def test_adapters_block(tmp_path, monkeypatch):
+    """The Python block about LoRA works line by line; only adapters train, and merging leaves no LoRA layer."""
+    monkeypatch.chdir(tmp_path)
+    model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)).eval()
+    names = {'model': model, 'ids': torch.arange(16)[None], 'convert': layers.convert}
+    block = [block for language, block in BLOCKS if language == 'python'][1]
+    for line in block.splitlines():
+        exec(line, names)
+        if line.startswith('only_adapters'):
+            assert {n.rsplit('.', 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {'lora_A', 'lora_B'}
+    assert len(names['damage']) == 4 and not any(isinstance(m, layers.LoRALinear) for m in model.modules())
 
 
 def test_files_table():
