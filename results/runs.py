@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOW = '--n_binary=6 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
-BIN = "--n_binary=6 --lr_scale={'bin':1.0}"
+BIN = "--n_binary=6 --lr_scale={'bin':1.0,'alpha':1.0}"
 BIN_2 = BIN + ' --learning_rate=2e-3 --min_lr=2e-4'
 EXPERIMENTS = {                                     # name: config, baseline, {variant: (label, what it changes)}
     'quality': ('config/wikitext2.py', 'fp', {
@@ -38,8 +38,9 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
     'depth': ('config/pycode_bin12.py', 'fp', {
         'fp': ('12 blocks, full precision', '--n_binary=0'),
         'bin12': ('12 of 12 binary', ''),
-        'bin12_alpha25': ('... every scale starting at 0.25, as the reference', '--binary_alpha=0.25 --binary_alpha_out=0.25'),
-        'bin12_fast': ('... latent weights at the full rate', "--lr_scale={'bin':1.0}"),
+        'bin12_alpha25': ('... and every scale starting at 0.25, as the reference',
+                          "--lr_scale={'bin':1.0,'alpha':1.0} --binary_alpha=0.25 --binary_alpha_out=0.25"),
+        'bin12_fast': ('... latent weights and scales at the full rate', "--lr_scale={'bin':1.0,'alpha':1.0}"),
         'bin12_lr4': ('... 4 x the learning rate', '--learning_rate=1.6e-2 --min_lr=1.6e-3'),
     }),
     # Batches of 16. Variants with None were made with options or initial values that train_gpt.py does not have (any more).
@@ -60,7 +61,8 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'bin_4_a25ao05': ('... scales 0.25, 0.05', BIN + ' --binary_alpha=0.25'),
         'bin_4_ao02': ('... scales 1, 0.02', BIN + ' --binary_alpha_out=0.02'),
         'bin_4_ao05': ('... scales 1, 0.05', BIN),
-        'bin_4_ao05_s025': ('... scales 1, 0.05, latent weights at a quarter of the rate', '--n_binary=6'),
+        'bin_4_ao05_s025': ('... scales 1, 0.05, latent weights at a quarter of the rate',
+                            "--n_binary=6 --lr_scale={'alpha':1.0}"),
     }),
 }
 DEFAULT_SEEDS = {'quality': '1,2,3', 'depth': '1', 'recipe': '1337'}
