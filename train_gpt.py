@@ -50,7 +50,7 @@ binary_alpha_out = 0.05        # ... of the layers that add to the residual stre
 # optimizer
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 1e-3           # peak
-lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0, 'alpha': 0.05}   # times the learning rate: latent weights, binary scales
+lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0, 'alpha': 0.02}   # times the learning rate: latent weights, binary scales
 min_lr = 1e-4                  # at the last step
 second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate
 schedule = 'cosine'            # cosine | linear | constant | two_stage (weight decay ends at half, for low-bit)
@@ -339,7 +339,7 @@ def main():
     # ---------------------------------------------------------------------------------------------------- optimizer
     matrices = {id(p): p for n, p in model.named_parameters() if n.endswith('weight') and p.dim() > 1}
     scalars = {n: p for n, p in model.named_parameters() if id(p) not in matrices}
-    # A binary branch is noise at first and full-precision blocks behind it do without: a scale as fast as the rest is at 0
+    # A binary branch is noise at first, and full-precision blocks behind it do without: a scale as fast as the rest is at 0
     # in a dozen steps, and the branch's weights are never learnt.
     alphas = [scalars.pop(n) for n in list(scalars) if n.endswith('alpha')]
     groups = [{'params': [matrices.pop(id(m.weight)) for m in low_bit if m.kind == kind],
