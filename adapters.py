@@ -12,6 +12,7 @@ import os
 import re
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from common import atomic_write
 from layers import LINEARS, LoRALinear
@@ -20,11 +21,19 @@ PEFT = 'base_model.model.'      # what peft puts before a module's name
 
 
 def adapters(model):
-    """{name: LoRALinear} of the model; ValueError when there is none."""
+    """{name: LoRALinear} of the model, or of what torch.compile or DistributedDataParallel wraps; ValueError when there is
+    none."""
+    model = bare(model)
     found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not found or '' in found:
         raise ValueError('the model has no LoRA layers inside; convert it with a lora rule first')
     return found
+
+
+def bare(model):
+    while isinstance(model, DistributedDataParallel) or hasattr(model, '_orig_mod'):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def only_adapters(model):
@@ -40,8 +49,8 @@ def merge_adapters(model, *inputs, requantize=False):
 
     The model runs once as for evaluation."""
     seen, found, training = {}, adapters(model), {m: m.training for m in model.modules()}
-    hooks = [m.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
-             for name, m in found.items()]
+    hooks = [m.register_forward_pre_hook(lambda _, args, kwargs, name=name: seen.update(
+             {name: next(iter([*args, *kwargs.values()])).detach()}), with_kwargs=True) for name, m in found.items()]
     try:
         with torch.no_grad():
             model.eval()(*inputs)
@@ -54,6 +63,7 @@ def merge_adapters(model, *inputs, requantize=False):
         raise ValueError(f'merge_adapters: these inputs do not reach {sorted(unseen)[0]}')
     merged = {name: m.merge(seen[name], requantize) for name, m in found.items()}       # all of them or, on an error, none
     places = {id(m): name for name, m in found.items()}
+    model = bare(model)
     for name, m in list(model.named_modules(remove_duplicate=False)):               # a layer may have several names
         if id(m) in places:
             parent, _, leaf = name.rpartition('.')
@@ -69,7 +79,7 @@ def save_adapters(model, folder, base_model=''):
     found = adapters(model)
     first = next(iter(found.values()))
     # peft takes a name in a list for the end of one; a single string and the keys of patterns are regular expressions.
-    longer = {name: {n for n, _ in model.named_modules() if n.endswith(f'.{name}')} for name in found}
+    longer = {name: {n for n, _ in bare(model).named_modules() if n.endswith(f'.{name}')} for name in found}
     ranks, alphas = ({f'^{re.escape(name)}' if longer[name] else name: getattr(m, key) for name, m in found.items()
                       if getattr(m, key) != getattr(first, key)} for key in ('rank', 'alpha'))
     targets = '|'.join(map(re.escape, found)) if set().union(*longer.values()) - found.keys() else list(found)
@@ -93,7 +103,7 @@ def load_adapters(model, folder):
     Raises ValueError naming what is missing, unknown or of another shape; the model is then untouched."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    path = os.path.join(folder, 'adapter_model.safetensors')
+    model, path = bare(model), os.path.join(folder, 'adapter_model.safetensors')
     try:
         with open(os.path.join(folder, 'adapter_config.json')) as f:
             config = json.load(f)

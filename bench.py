@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -184,17 +185,17 @@ FORMS = {'half': 'half', 'int8': 'int8', 'int4': 'int4', 'nf4': 'nf4', 'fit4': '
 BOUNDS = {'half': (1e-2, 1e-3), 'lora': (5e-3, 5e-4), 'int4': (.5, .1), 'qlora': (.5, .1)}
 
 
-def base_model(base, seed, device):
+def base_model(base, seed, device, dim=1024):
     """(model, inputs): BigNet with weights of `seed`, or what a checkpoint or a Hugging Face folder holds."""
     torch.manual_seed(seed)
     if base == 'bignet':
-        model, inputs = BigNet(), lambda n: torch.randn(n, 1024)
+        model, inputs = BigNet(dim), lambda n: torch.randn(n, dim)
     elif os.path.isfile(os.path.join(base, 'config.json')):
         try:
             from transformers import AutoModel
         except ImportError:
             configurator.fail(f'{base} is a Hugging Face folder; type: pip install transformers')
-        model = AutoModel.from_pretrained(base, local_files_only=True)
+        model = AutoModel.from_pretrained(base, local_files_only=True, dtype=torch.float32)
         inputs = lambda n: torch.randint(model.config.vocab_size, (n, 64))
     else:
         import sample
@@ -211,7 +212,13 @@ def form(model, name, a):
     options = {'lora': dict(rank=a.rank, alpha=a.alpha, base=base), 'lowrank': dict(rank=a.rank)}.get(kind, {})
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in embeddings}
-    layers.convert(model, {n: (kind, options) for n in linears}, verbose=False, packed=True)
+    if not linears:
+        others = sorted({type(m).__name__ for m in model.modules() if getattr(m, 'weight', None) is not None})
+        configurator.fail(f'{a.base} has no nn.Linear to convert, only {", ".join(others)}; give another model')
+    try:
+        layers.convert(model, {n: (kind, options) for n in linears}, verbose=False, packed=True)
+    except ValueError as e:
+        configurator.fail(f'{e}; give other options')
     for m in model.modules():                       # biases stay trainable, as in the course; under an adapter they do not
         if isinstance(m, layers.Linear4bit | layers.Int8Linear) and base is None and m.bias is not None:
             m.bias.requires_grad_(True)
@@ -268,7 +275,7 @@ def output(model, x):
 
 
 def stats_worker(a):
-    model, inputs = base_model(a.base, a.seed, a.device)
+    model, inputs = base_model(a.base, a.seed, a.device, a.dim)
     model, x, held = form(model, a.name, a).train(), inputs(a.batch), {}
     cuda = a.device == 'cuda'
 
@@ -298,7 +305,7 @@ def stats(a):
 
 
 def compare_worker(a):
-    model, inputs = base_model(a.base, a.seed, a.device)
+    model, inputs = base_model(a.base, a.seed, a.device, a.dim)
     x = inputs(a.batch)
     with torch.no_grad():
         model.eval()
@@ -326,9 +333,9 @@ def fit_worker(a):
     """Noise with random binary labels, learnt by heart: a linear head is trained with whatever the form leaves trainable."""
     for line in sys.stdin:
         seed = int(line)
-        model, _ = base_model('bignet', seed, a.device)
-        model = nn.Sequential(form(model, a.name, a), nn.Linear(1024, 1, device=a.device), nn.Flatten(0))
-        x = torch.randn(1000, 1024, device=a.device)
+        model, _ = base_model('bignet', seed, a.device, a.dim)
+        model = nn.Sequential(form(model, a.name, a), nn.Linear(a.dim, 1, device=a.device), nn.Flatten(0))
+        x = torch.randn(1000, a.dim, device=a.device)
         labels = torch.randint(2, (1000,), device=a.device).float()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=a.lr)
         generator, losses, times, right = torch.Generator().manual_seed(seed), [], [], []
@@ -356,28 +363,39 @@ def fit_worker(a):
 
 def fit(a):
     """A small training loop on BigNet's forms; exit status 1 if one does not learn."""
-    a.base, rows = 'bignet', []
+    if not re.fullmatch(r'\d+(,\d+)*', a.seeds):
+        configurator.fail(f'--seeds={a.seeds} are no numbers; type e.g. --seeds=1,2,3')
+    rows = []
     for name in split_names(a):
+        if a.base != 'bignet':
+            configurator.fail('fit is for BigNet; type one of its forms')
         worker = Worker(dict(vars(a), run=None, bench='fit', name=name))
         answers = [worker.ask(seed) for seed in a.seeds.split(',')]
         worker.close()
         losses = [r['loss'] for r in answers]
+        # The head alone, everything else frozen, reaches 0.89 to 0.92 in 200 steps: adapters that learn do better.
+        trains = name in ('bignet', 'lowrank') or 'lora' in name
         rows.append({'bench': 'fit', 'name': name, 'loss': statistics.mean(losses),
                      'sd': statistics.stdev(losses) if len(losses) > 1 else None, 'losses': losses, 'threads': a.threads,
-                     'accuracy': min(r['accuracy'] for r in answers), 'ms': statistics.median(r['ms'] for r in answers),
+                     'accuracy': min(r['accuracy'] for r in answers), 'wanted': .97 if trains else .8,
+                     'ms': statistics.median(r['ms'] for r in answers),
                      'trainable': answers[0]['trainable'], 'steps': a.steps, 'batch': a.batch, 'lr': a.lr, 'seeds': a.seeds,
                      'device': device_name(a), 'torch': torch.__version__})
     print(f'{a.steps} steps of {a.batch} of 1,000 noise samples, AdamW {a.lr:g}, seeds {a.seeds}; loss in nats, lowest '
           f'accuracy; {a.device} ({device_name(a)}), {a.threads} threads, torch {torch.__version__}')
     show(rows, [('name', 'form', ''), ('trainable', 'trainable', ','), ('loss', 'loss', '.4f'), ('sd', 'sd', '.4f'),
                 ('accuracy', 'accuracy', '.1%'), ('ms', 'ms/step', '.1f')], a.json)
-    if bad := [r['name'] for r in rows if not r['accuracy'] > 0.9]:
-        sys.exit(f'error: did not learn (accuracy 90 % or less): {", ".join(bad)}')
+    if bad := [r['name'] for r in rows if not r['accuracy'] > r['wanted']]:
+        sys.exit(f'error: did not learn: {", ".join(bad)} (wanted: {bad[0]} above '
+                 f'{next(r["wanted"] for r in rows if r["name"] == bad[0]):.0%})')
 
 
 def split_names(a):
     """The forms asked for; a path or bignet among them becomes the base. One line for a name that is neither."""
-    a.base = next((n for n in a.names if n not in FORMS), 'bignet')
+    bases = dict.fromkeys(n for n in a.names if n not in FORMS)
+    a.base = next(iter(bases), 'bignet')
+    if len(bases) > 1:
+        configurator.fail(f'one model at a time; type only one of {", ".join(bases)}')
     for name in a.names:
         if name not in (*FORMS, 'bignet') and (name != a.base or not os.path.exists(name)):
             configurator.fail(f'{name!r} is no form and no file; type one of bignet, {", ".join(FORMS)} or a checkpoint')
@@ -387,34 +405,40 @@ def split_names(a):
 # ---------------------------------------------------------------------------------------------------------------------
 # single layers
 
-LAYERS = {'linear': None, 'half': 'half', 'int8': 'int8', 'int8 act': ('int8', dict(activations='int8')), 'int4': 'int4',
+LAYERS = {'linear': None, 'linear trained': None, 'half': 'half', 'int8': 'int8',
+          'int8 act': ('int8', dict(activations='int8')), 'int4': 'int4',
           'nf4': 'nf4', 'nf4 8bit': ('nf4', dict(scales='8bit')), 'fit4': 'fit4', 'fit4 64': ('fit4', dict(group=64)),
           'ternary': 'tern', 'binary': 'bin', 'lora half': ('lora', dict(rank=32, base='half')),
           'lora int4': ('lora', dict(rank=32, base='int4')), 'lora nf4': ('lora', dict(rank=32, base='nf4')),
-          'lora fit4': ('lora', dict(rank=32, base='fit4')), 'bitsandbytes nf4': None, 'bitsandbytes nf4 8bit': None}
+          'lora fit4': ('lora', dict(rank=32, base='fit4')), 'lowrank': ('lowrank', dict(rank=64)), 'bitsandbytes nf4': None,
+          'bitsandbytes nf4 8bit': None, 'bitsandbytes nf4 eval': None}
 
 
-def make_layer(name, columns, rows, device):
-    """(layer, bits per weight, relative RMS error) of a layer with N(0,1) weights, no bias, frozen but for adapters."""
+def make_layer(name, columns, rows, device, dtype):
+    """(layer, bits per weight, relative RMS error) of a layer with N(0,1) weights, no bias, frozen but for adapters and
+    low rank, computing in dtype. 'bitsandbytes nf4 eval' is what its layer becomes in evaluation on a CPU with bf16
+    instructions: another arrangement of the weights, arithmetic in bf16 whatever the input, no backward pass."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(columns, rows, bias=False, device=device))
     w = nn.init.normal_(model[0].weight).detach().clone()
-    if name == 'linear':
-        return model[0], 32, 0.0
+    if name in ('linear', 'linear trained'):
+        return model[0].requires_grad_(name == 'linear trained').to(dtype), 32, 0.0
     if name.startswith('bitsandbytes'):
         import bitsandbytes
-        layer = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.float32, quant_type='nf4',
+        layer = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, compute_dtype=dtype, quant_type='nf4',
                                            compress_statistics=name.endswith('8bit'))
         layer.load_state_dict({'weight': w.cpu()})
         layer = layer.to(device)
         state = layer.weight.quant_state
         q = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).float()
         held = [layer.weight, state.absmax] + ([state.state2.absmax] if state.nested else [])
+        layer.train(not name.endswith('eval'))
         return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
     layers.convert(model, {'0': LAYERS[name]}, verbose=False, packed=True)
     layer = model[0]
     base = getattr(layer, 'base', layer)
-    q = base.effective_weight() if isinstance(base, layers.LowBit) else base.weight.float()
+    q = (base.effective_weight() if isinstance(base, layers.LowBit) else base.weight.float() if name != 'lowrank'
+         else (base.A * base.c @ base.B).detach())
     if name == 'binary':                            # its output is normalised: the scale that fits best is the layer's
         q = q * (q * w).sum() / q.square().sum()
     held = [t for t in [*base.parameters(), *base.buffers()]]
@@ -429,29 +453,32 @@ def layers_worker(a):
         ask = json.loads(line)
         tokens, columns, outs = ask['shape']
         if (columns, outs) not in rows:
-            rows[columns, outs] = make_layer(a.name, columns, outs, a.device)
+            rows[columns, outs] = make_layer(a.name, columns, outs, a.device, getattr(torch, a.dtype))
         layer, bits, error = rows[columns, outs]
         x = torch.randn(tokens, columns, device=a.device, dtype=getattr(torch, a.dtype))
         g = torch.randn(tokens, outs, device=a.device, dtype=x.dtype)
-        if a.name == 'linear':
-            layer.to(x.dtype)
 
         def forward(layer=layer, x=x):
             with torch.inference_mode():
                 layer(x)
 
         def both(layer=layer, x=x, g=g):
+            x.grad = None
+            layer.zero_grad(set_to_none=True)
             layer(x.requires_grad_()).backward(g)
-        yield {'bits': bits, 'error': error, 'forward_ms': median_ms(forward, ask['seconds'], a.device == 'cuda'),
-               'both_ms': median_ms(both, ask['seconds'], a.device == 'cuda')}
+        cuda = a.device == 'cuda'
+        yield {'bits': bits, 'error': error, 'forward_ms': median_ms(forward, ask['seconds'], cuda),
+               'both_ms': None if a.name.endswith('eval') else median_ms(both, ask['seconds'], cuda)}
 
 
 def bench_layers(a):
-    """Every kind of layer: bits per weight, error on normally distributed weights, time beside nn.Linear."""
+    """Every kind of layer: bits per weight, error on normal weights, time beside a frozen nn.Linear."""
     names = a.kinds.split(',') if a.kinds else [n for n in LAYERS if 'bits' not in n
                                                 or importlib.util.find_spec('bitsandbytes')]
     if unknown := [n for n in names if n not in LAYERS]:
         configurator.fail(f'{unknown[0]!r} is no kind of layer; type --kinds= and some of {",".join(LAYERS)}')
+    if not re.fullmatch(r'[1-9]\d*x[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*x[1-9]\d*)*', a.shapes):
+        configurator.fail(f'--shapes={a.shapes} is not tokens x in x out; type e.g. --shapes=1x1024x1024,32x1024x4096')
     shapes = [tuple(map(int, s.split('x'))) for s in a.shapes.split(',')]
     names = [n for n in names if n != 'linear']
     names.insert(0, 'linear')
@@ -463,9 +490,9 @@ def bench_layers(a):
             worker.close()
         base = answers[0]
         for name, found in zip(names, answers, strict=True):
-            ms = {k: statistics.median(r[k] for r in found) for k in ('forward_ms', 'both_ms')}
-            ratio = {k.replace('ms', 'ratio'): statistics.median(r[k] / b[k] for r, b in zip(found, base, strict=True))
-                     for k in ms}
+            ms = {k: None if found[0][k] is None else statistics.median(r[k] for r in found) for k in ('forward_ms', 'both_ms')}
+            ratio = {k.replace('ms', 'ratio'): None if v is None else
+                     statistics.median(r[k] / b[k] for r, b in zip(found, base, strict=True)) for k, v in ms.items()}
             rows.append({'bench': 'layers', 'name': name, 'bits': found[0]['bits'], 'error': found[0]['error'], **ms, **ratio,
                          'tokens': shape[0], 'in': shape[1], 'out': shape[2], 'dtype': a.dtype, 'threads': a.threads,
                          'device': device_name(a), 'torch': torch.__version__})
@@ -556,6 +583,9 @@ def train(a):
     if a.gpt2:
         a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size = 12, 12, 768, 1024, 50304
     variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
+    known = ('plain', *layers.KINDS, 'float32', 'bfloat16')
+    if wrong := [v for v in (*a.kinds.split(','), *a.dtypes.split(',')) if v not in known]:
+        configurator.fail(f'{wrong[0]!r} is no kind or dtype; type some of plain,{",".join(layers.KINDS)}, float32,bfloat16')
     workers, answers = in_turns([dict(vars(a), run=None, bench='train', name=kind, dtype=dtype) for kind, dtype in variants],
                                 a.rounds, 3, a.steps)            # 3 steps to warm up (and compile)
     memory = {}
@@ -629,7 +659,7 @@ def worker(a):
     """This process is one variant's: a line of JSON on stdout for each line on stdin."""
     a = argparse.Namespace(**json.loads(a.job))
     torch.set_num_threads(a.threads)
-    torch.set_float32_matmul_precision('high')
+    torch.set_float32_matmul_precision('high' if a.bench == 'train' else 'highest')    # no TF32 in what is compared
     for answer in WORKERS[a.bench](a):
         print(json.dumps(answer), flush=True)
 
@@ -657,7 +687,7 @@ def main():
         return p
     for name, run, numbers in (('stats', stats, dict(batch=32, seed=0)), ('compare', compare, dict(batch=32, seed=0)),
                                ('fit', fit, dict(batch=100, steps=200, lr=1e-3))):
-        p = command(name, run, rank=32, alpha=32.0, **numbers)
+        p = command(name, run, rank=32, alpha=32.0, dim=1024, **numbers)
         p.add_argument('names', nargs='+', metavar='form', help=f'bignet or a checkpoint, {", ".join(FORMS)}')
         if run is fit:
             p.add_argument('--seeds', default='1', help='e.g. 1,2,3')
@@ -675,6 +705,14 @@ def main():
     a = parser.parse_args()
     if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():
         configurator.fail('torch sees no CUDA device here; type --device=cpu')
+    for key in ('batch', 'batch_size', 'steps', 'rounds', 'rank', 'dim', 'threads'):
+        if getattr(a, key, 1) < 1:
+            configurator.fail(f'--{key}={getattr(a, key)} must be 1 or more; type another number')
+    if getattr(a, 'json', ''):
+        try:
+            open(a.json, 'a').close()               # before hours of measuring, not after
+        except OSError as e:
+            configurator.fail(f'cannot write {a.json} ({e.strerror}); type another --json=PATH')
     a.run(a)
 
 

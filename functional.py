@@ -235,8 +235,10 @@ class _FrozenLinear(torch.autograd.Function):
     even what the decoder works with.
     """
     @staticmethod
-    def forward(ctx, x, b, decoder, blocks):
+    def forward(ctx, x, b, decoder, blocks, product):
         ctx.decoder, ctx.blocks = decoder, blocks
+        if product is not None and (y := product(x)) is not None:
+            return (y if b is None else y + b).to(x.dtype)
         weights = decoder()
         if len(blocks) == 1:
             return F.linear(x, weights(*blocks[0]), b)
@@ -252,25 +254,32 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weights, ((i, j), *rest) = ctx.decoder(), ctx.blocks
             gx = g[:, i:j] @ weights(i, j)
+            gx = wide(gx) if rest else gx                                   # a sum in bf16 is rounded at each block
             for i, j in rest:
-                gx.addmm_(g[:, i:j], weights(i, j))
+                if gx.dtype == g.dtype:
+                    gx.addmm_(g[:, i:j], weights(i, j))
+                else:
+                    gx += g[:, i:j] @ weights(i, j)
+            gx = gx.to(g.dtype)
         gb = g.sum(0, dtype=wide(g[:0]).dtype).to(g.dtype) if ctx.needs_input_grad[1] else None
-        return gx, gb, None, None
+        return gx, gb, None, None, None
 
 
-def _row_blocks(shape, device, multiple=1):
-    """[(i, j), ...] over the rows of a weight of this shape; on the CPU of 2^18 weights, which is 1 MB of fp32."""
+def _row_blocks(shape, x, multiple=1):
+    """[(i, j), ...] over the rows of a weight of this shape; on the CPU of 1 MB in the dtype of x."""
     rows, columns = shape
-    most = 1 << 18 if device.type == 'cpu' else 1 << 26
+    most = (1 << 20) // x.element_size() if x.device.type == 'cpu' else 1 << 26
     step = rows if torch.compiler.is_compiling() else max(1, most // columns // multiple) * multiple
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def frozen_linear(x, bias, decoder, shape, multiple=1):
-    """_FrozenLinear over x (..., in) in the compute dtype; bias is cast to it."""
+def frozen_linear(x, bias, decoder, shape, multiple=1, product=None):
+    """_FrozenLinear over x (..., in) in the compute dtype; bias is cast to it. product(x (N, in)) may give x W^T at once,
+    or None."""
     dtype = compute_dtype(x)
-    y = _FrozenLinear.apply(x.reshape(-1, shape[1]).to(dtype), None if bias is None else bias.to(dtype), decoder,
-                            _row_blocks(shape, x.device, multiple))
+    flat = x.reshape(-1, shape[1]).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    y = _FrozenLinear.apply(flat, bias, decoder, _row_blocks(shape, flat, multiple), product)
     return y.view(*x.shape[:-1], shape[0])
 
 

@@ -1,9 +1,13 @@
-// Products of packed weights on the CPU. Compiled and called by quant.py; every function gives the same bits as the torch
-// code beside its call.
+// Packed 4-bit weights on the CPU. Compiled and called by quant.py. decode4 gives the same bits as the torch code beside its
+// call; product4 sums in another order than a matrix product does.
 #include <stdint.h>
+#include <string.h>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
+#define INLINE static inline __attribute__((always_inline))     // so that constant arguments unroll loops
+
+enum { SOME = 64 };                                             // groups whose scales are made at a time
 
 static float half_to_float(uint16_t h)
 {
@@ -11,61 +15,164 @@ static float half_to_float(uint16_t h)
     return _cvtsh_ss(h);
 #else
     union { uint32_t i; float f; } bits = { (uint32_t)(h & 0x7fff) << 13 };
-    bits.f *= 0x1p112f;                                     // moves the exponent, exact for subnormals too
+    bits.f *= 0x1p112f;                                         // moves the exponent, exact for subnormals too
     bits.i |= (uint32_t)(h & 0x8000) << 16;
-    return bits.f;                                          // infinities are refused before they are packed
+    return bits.f;                                              // infinities are refused before they are packed
 #endif
 }
 
-static inline __attribute__((always_inline)) void some_groups(const uint8_t *code, const float *scale, const float *levels,
-                                                              int64_t n, int64_t group, int high_first, float *out)
+// Scales of 4 bytes are floats, of 2 halves, of 1 places in grid (256 floats, from -128 on).
+static void some_scales(const void *scale, int bytes, const float *grid, int64_t first, int64_t count, float *s)
+{
+    if (bytes == 4)
+        memcpy(s, (const float *)scale + first, count * sizeof *s);
+    else if (bytes == 2)
+        for (int64_t g = 0; g < count; g++) s[g] = half_to_float(((const uint16_t *)scale)[first + g]);
+    else
+        for (int64_t g = 0; g < count; g++) s[g] = grid[((const int8_t *)scale)[first + g] + 128];
+}
+
+#ifdef __AVX512F__
+// 8 bytes -> 16 codes -> 16 table entries in one permutation
+INLINE __m512 sixteen(const uint8_t *code, __m512 table, int high_first)
+{
+    const __m128i b = _mm_loadl_epi64((const __m128i *)code), low = _mm_set1_epi8(15);
+    const __m128i h = _mm_and_si128(_mm_srli_epi16(b, 4), low), l = _mm_and_si128(b, low);
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(high_first ? _mm_unpacklo_epi8(h, l) : _mm_unpacklo_epi8(l, h)), table);
+}
+#endif
+
+static uint16_t to_bf16(float f)                                // half to even, as torch
+{
+    uint32_t i;
+    memcpy(&i, &f, 4);
+    return (i + 0x7fff + ((i >> 16) & 1)) >> 16;
+}
+
+INLINE void put(float f, int64_t i, int bf16, void *out)
+{
+    if (bf16) ((uint16_t *)out)[i] = to_bf16(f);
+    else ((float *)out)[i] = f;
+}
+
+INLINE void some_groups(const uint8_t *code, const float *s, const float *levels, int64_t n, int64_t group, int high_first,
+                        int bf16, int64_t from, void *out)
 {
     int64_t i = 0;
 #ifdef __AVX512F__
-    // 8 bytes -> 16 codes -> 16 table entries in one permutation
     const __m512 table = _mm512_loadu_ps(levels);
-    const __m128i low = _mm_set1_epi8(15);
     if (group % 16 == 0)
         for (int64_t g = 0; i + group <= n; g++) {
-            const __m512 by = _mm512_set1_ps(scale[g]);
+            const __m512 by = _mm512_set1_ps(s[g]);
             for (const int64_t end = i + group; i < end; i += 16) {
-                const __m128i b = _mm_loadl_epi64((const __m128i *)(code + i / 2));
-                const __m128i h = _mm_and_si128(_mm_srli_epi16(b, 4), low), l = _mm_and_si128(b, low);
-                const __m512i c = _mm512_cvtepu8_epi32(high_first ? _mm_unpacklo_epi8(h, l) : _mm_unpacklo_epi8(l, h));
-                _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_permutexvar_ps(c, table), by));
+                const __m512 w = _mm512_mul_ps(sixteen(code + i / 2, table, high_first), by);
+                if (!bf16) {
+                    _mm512_storeu_ps((float *)out + from + i, w);
+                    continue;
+                }
+#ifdef __AVX512BF16__
+                _mm256_storeu_si256((__m256i *)((uint16_t *)out + from + i), (__m256i)_mm512_cvtneps_pbh(w));
+#else
+                __m512i b = _mm512_castps_si512(w);
+                b = _mm512_add_epi32(b, _mm512_add_epi32(_mm512_set1_epi32(0x7fff),
+                                     _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1))));
+                _mm256_storeu_si256((__m256i *)((uint16_t *)out + from + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)));
+#endif
             }
         }
 #endif
     for (; i < n; i += 2) {
         const uint8_t b = code[i / 2], h = b >> 4, l = b & 15;
-        out[i] = levels[high_first ? h : l] * scale[i / group];
-        out[i + 1] = levels[high_first ? l : h] * scale[i / group];
+        put(levels[high_first ? h : l] * s[i / group], from + i, bf16, out);
+        put(levels[high_first ? l : h] * s[i / group], from + i + 1, bf16, out);
     }
 }
 
-// out[i] = levels[code of i] * scale of group i / group, for i in 0 .. n - 1. Two codes a byte, the first in the low half
-// or, with high_first, in the high half; n and group are even. Scales of 4 bytes are floats, of 2 halves, of 1 places in
-// grid (256 floats, from -128 on), times top.
-void decode4(const uint8_t *code, const void *scale, int scale_bytes, const float *grid, float top, const float *levels,
-             int64_t n, int64_t group, int high_first, int threads, float *out)
+// out[i] = levels[code of i] * scale of group i / group, for i in 0 .. n - 1, as floats or bf16. Two codes a byte, the first
+// in the low half or, with high_first, in the high half; n and group are even.
+void decode4(const uint8_t *code, const void *scale, int scale_bytes, const float *grid, const float *levels, int64_t n,
+             int64_t group, int high_first, int threads, int bf16, void *out)
 {
-    enum { SOME = 64 };                                     // groups at a time
     const int64_t groups = (n + group - 1) / group;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n > 32768)
     for (int64_t first = 0; first < groups; first += SOME) {
-        const int64_t count = groups - first < SOME ? groups - first : SOME;
+        const int64_t count = groups - first < SOME ? groups - first : SOME, i = first * group;
+        const int64_t here = (i + count * group < n ? i + count * group : n) - i;
         float s[SOME];
-        if (scale_bytes == 4)
-            for (int64_t g = 0; g < count; g++) s[g] = ((const float *)scale)[first + g];
-        else if (scale_bytes == 2)
-            for (int64_t g = 0; g < count; g++) s[g] = half_to_float(((const uint16_t *)scale)[first + g]);
-        else
-            for (int64_t g = 0; g < count; g++) s[g] = grid[((const int8_t *)scale)[first + g] + 128] * top;
-        const int64_t i = first * group, last = i + count * group < n ? i + count * group : n;
-        const uint8_t *from = code + i / 2;
-        if (group == 16) some_groups(from, s, levels, last - i, 16, high_first, out + i);   // the compiler unrolls these
-        else if (group == 32) some_groups(from, s, levels, last - i, 32, high_first, out + i);
-        else if (group == 64) some_groups(from, s, levels, last - i, 64, high_first, out + i);
-        else some_groups(from, s, levels, last - i, group, high_first, out + i);
+        some_scales(scale, scale_bytes, grid, first, count, s);
+#define CASE(G, B) some_groups(code + i / 2, s, levels, here, G, high_first, B, i, out)
+        if (bf16) {
+            if (group == 16) CASE(16, 1);
+            else if (group == 32) CASE(32, 1);
+            else if (group == 64) CASE(64, 1);
+            else CASE(group, 1);
+        } else {
+            if (group == 16) CASE(16, 0);
+            else if (group == 32) CASE(32, 0);
+            else if (group == 64) CASE(64, 0);
+            else CASE(group, 0);
+        }
     }
 }
+
+// Tokens that product4 takes at once, 0 where it is not compiled in.
+#ifdef __AVX512F__
+int most_tokens(void) { return 4; }
+
+// Two rows at a time: their sums do not wait for each other, and x is read once for both.
+INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const void *scale, int scale_bytes, const float *grid,
+                       const float *levels, int64_t row, int rows, int64_t in, int64_t out, int64_t group, int high_first,
+                       float *y)
+{
+    const __m512 table = _mm512_loadu_ps(levels);
+    const int64_t groups = in / group;
+    __m512 sum[2][4];
+    float s[2][SOME];
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) sum[r][t] = _mm512_setzero_ps();
+    code += row * in / 2;
+    for (int64_t first = 0, k = 0; first < groups; first += SOME) {
+        const int64_t count = groups - first < SOME ? groups - first : SOME;
+        for (int r = 0; r < rows; r++)
+            some_scales(scale, scale_bytes, grid, (row + r) * groups + first, count, s[r]);
+        for (int64_t g = 0; g < count; g++) {
+            __m512 part[2][4];
+            for (int r = 0; r < rows; r++)
+                for (int t = 0; t < tokens; t++) part[r][t] = _mm512_setzero_ps();
+            for (const int64_t end = k + group; k < end; k += 16)
+                for (int r = 0; r < rows; r++) {
+                    const __m512 w = sixteen(code + (r * in + k) / 2, table, high_first);
+                    for (int t = 0; t < tokens; t++) part[r][t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + t * in + k), part[r][t]);
+                }
+            for (int r = 0; r < rows; r++)
+                for (int t = 0; t < tokens; t++) sum[r][t] = _mm512_fmadd_ps(part[r][t], _mm512_set1_ps(s[r][g]), sum[r][t]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) y[t * out + row + r] = _mm512_reduce_add_ps(sum[r][t]);
+}
+
+// y (tokens, out) = x (tokens, in) W^T, fp32, for 1 to 4 tokens, without the decoded W in memory. group divides in and is a
+// multiple of 16.
+void product4(const float *x, int tokens, const uint8_t *code, const void *scale, int scale_bytes, const float *grid,
+              const float *levels, int64_t in, int64_t out, int64_t group, int high_first, int threads, float *y)
+{
+#pragma omp parallel for num_threads(threads) if (threads > 1 && in * out > 32768)
+    for (int64_t row = 0; row < out; row += 2) {
+#define ROWS(T, R, G) rows_times(x, T, code, scale, scale_bytes, grid, levels, row, R, in, out, G, high_first, y)
+        if (row + 1 == out) {
+            for (int t = 0; t < tokens; t++)
+                rows_times(x + t * in, 1, code, scale, scale_bytes, grid, levels, row, 1, in, out, group, high_first, y + t * out);
+        }
+        else if (tokens == 1 && group == 16) ROWS(1, 2, 16);
+        else if (tokens == 1 && group == 32) ROWS(1, 2, 32);
+        else if (tokens == 1 && group == 64) ROWS(1, 2, 64);
+        else if (tokens == 1) ROWS(1, 2, group);
+        else if (tokens == 2) ROWS(2, 2, group);
+        else if (tokens == 3) ROWS(3, 2, group);
+        else ROWS(4, 2, group);
+    }
+}
+#else
+int most_tokens(void) { return 0; }
+#endif

@@ -21,7 +21,7 @@ Straight-through training usually needs MORE memory than fp training, because au
 every intermediate of the normalisation. Here the rounded weight is made again in the backward pass, the normalisation
 is undone from its own output, the ternary layer keeps the int8 activations its weight gradient is made of, and
 `act='gelu'` folds the activation in front of a layer into it, so that it is made again rather than kept. A frozen layer
-keeps nothing for its backward pass and never holds more than a block of its decoded weights.
+keeps nothing for its backward pass and, but under torch.compile, never holds more than a block of its decoded weights.
 
 What turns weights into codes is in quant.py, the products and their gradients in functional.py, adapters' files in
 adapters.py. Read here: low-bit modules; half, low rank and LoRA; convert() and pack(); files.
@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from common import atomic_write, checksum
 from functional import (ACTIVATIONS, compute_dtype, frozen_linear, has_fast_int8, normalize, quantized_linear,
                         straight_through, ternary_linear)
-from quant import (FORMATS4, SCALES4, binarize, decode4, half_bits, levels4, pack4, pack_bits, quantize4, quantize_rows,
-                   scales4, ternarize, unpack_bits, wide)
+from quant import (FORMATS4, SCALES4, binarize, decode4, half_bits, levels4, pack4, pack_bits, product4, quantize4,
+                   quantize_rows, scales4, ternarize, unpack_bits, wide)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # modules
@@ -82,6 +82,8 @@ class LowBit:
     def pack_(self):
         """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
         if not self.packed:
+            if not all(torch.isfinite(p).all() for p in self.parameters(recurse=False)):
+                raise ValueError(f'{type(self).__name__}: weights must be finite to be packed')
             with torch.no_grad():
                 buffers = self.encode()
             bias = getattr(self, 'bias', None)
@@ -356,8 +358,9 @@ class Linear4bit(LowBit, nn.Module):
     """Linear layer with 4-bit weights, trained through the rounding or, after pack_(), frozen; (..., in) -> (..., out).
 
     format: 'uniform' (the course's BigNet: levels u / 15 * 2n - n), 'nf4' (arXiv 2305.14314), 'fit4' (quant.py; the least
-    error of the three). `group` weights of the flattened matrix share a scale (0: 16, 64, 32), kept as scales='fp16',
-    'fp32', '8bit' (quantized once more, per 256 groups) or, for fit4, 'log8'. The bias stays as it is. Packed buffers:
+    error on normal weights, at ten times the encoding time; for weights with outliers take nf4, which has a level at 0).
+    `group` weights of the flattened matrix share a scale (0: 16, 64, 32), kept as scales='fp16', 'fp32', '8bit' (double
+    quantization, per 256 groups) or, for fit4, 'log8'. The bias stays as it is. Packed buffers:
     code uint8, absmax, absmax_top. Raises ValueError for an unknown format or scales, a group that is not even, an
     unknown act, and in pack_() for weights that are not finite or beyond the scale's range.
     """
@@ -369,8 +372,8 @@ class Linear4bit(LowBit, nn.Module):
             raise ValueError(f'Linear4bit: format={format!r} must be in {list(FORMATS4)}, act={act!r} in {list(ACTIVATIONS)}, '
                              f'group={group} even')
         scales = scales or FORMATS4[format].scales
-        if scales not in SCALES4 or (scales == 'log8' and format != 'fit4'):
-            raise ValueError(f"Linear4bit: scales={scales!r} must be in {SCALES4}; 'log8' is for fit4's levels")
+        if scales not in SCALES4 or (scales == 'log8') != (format == 'fit4'):
+            raise ValueError(f"Linear4bit: scales={scales!r} must be in {SCALES4}; 'log8' is fit4's, and fit4's only")
         self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
         self.format, self.group, self.scales, self.act = format, group or FORMATS4[format].group, scales, act
         self.kind = 'int4' if format == 'uniform' else format
@@ -379,9 +382,8 @@ class Linear4bit(LowBit, nn.Module):
 
     def encode(self):
         codes, held = quantize4(self.weight, self.format, self.group, self.scales)
-        if not (torch.isfinite(self.weight).all() and torch.isfinite(scales4(held)).all()):
-            raise ValueError(f'Linear4bit: weights must be finite, and at most 65504 in size for scales={self.scales!r}, '
-                             'to be packed')
+        if not torch.isfinite(scales4(held)).all():
+            raise ValueError(f'Linear4bit: weights must be at most 65504 in size for scales={self.scales!r}')
         return {'code': pack4(codes, self.format), **held}
 
     def _held(self):
@@ -406,12 +408,16 @@ class Linear4bit(LowBit, nn.Module):
         def decoder():
             held = self._held()                     # 8-bit scales are decoded once, not once for each block
             held = {'absmax': scales4(held)} if self.scales == '8bit' else held
+            flat = None
 
             def weights(i, j):                      # rows of whole groups, but for the last, which may be filled up
+                nonlocal flat
                 end = -(-j * n // self.group) * self.group
-                return decode4(self.code, held, self.format, i * n, end)[:(j - i) * n].view(j - i, n).to(dtype)
+                flat = decode4(self.code, held, self.format, i * n, end, dtype, flat)
+                return flat[:(j - i) * n].view(j - i, n)
             return weights
-        return frozen_linear(self.weight_input(x), self.bias, decoder, self.shape, self.group // math.gcd(n, self.group))
+        return frozen_linear(self.weight_input(x), self.bias, decoder, self.shape, self.group // math.gcd(n, self.group),
+                             lambda x: product4(x, self.code, self._held(), self.format, self.out_features))
 
     def extra_repr(self):
         return (f'{self.in_features}, {self.out_features}, format={self.format}, group={self.group}, scales={self.scales}, '
@@ -422,8 +428,8 @@ class Int8Linear(LowBit, nn.Module):
     """Linear layer with int8 weights, one fp32 absmax / 127 per output row; (..., in) -> (..., out).
 
     Trained through the rounding or, after pack_(), frozen. activations='int8' rounds the input as well, to an absmax per
-    token (LLM.int8, arXiv 2208.07339, without its outlier columns); packed, the product then runs in int8 where the
-    device has it (torch._int_mm), exactly. Raises ValueError for other activations, and in pack_() for weights that are
+    token (LLM.int8, arXiv 2208.07339, without its outlier columns); packed and on a CPU with int8 instructions, the
+    product then runs in int8, exactly. Raises ValueError for other activations, and in pack_() for weights that are
     not finite.
     """
     kind, bits = 'int8', 8
@@ -439,8 +445,6 @@ class Int8Linear(LowBit, nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def encode(self):
-        if not torch.isfinite(self.weight).all():
-            raise ValueError('Int8Linear: weights must be finite to be packed')
         codes, scales = quantize_rows(wide(self.weight), tiny=1e-30)
         return {'code': codes, 'weight_scale': scales}
 
@@ -500,11 +504,14 @@ class HalfLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5).to(dtype), trainable)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), trainable) if bias else None
 
+    def _decoder(self, dtype):
+        return lambda: lambda i, j: self.weight[i:j].float().to(dtype)      # from fp16 to bf16 at once is five times slower
+
     def forward(self, x):
         dtype = compute_dtype(x)
         if self.weight.requires_grad:
             return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-        return frozen_linear(x, self.bias, lambda: lambda i, j: self.weight[i:j].to(dtype), self.weight.shape)
+        return frozen_linear(x, self.bias, self._decoder(dtype), self.weight.shape)
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, dtype={self.weight.dtype}, trainable={self.trainable}'
@@ -533,6 +540,8 @@ class LowRankLinear(nn.Module):
     def from_linear(cls, linear, rank, niter=2):
         """A LowRankLinear near nn.Linear `linear`; the random draw is torch's generator's."""
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, rank=rank).to(linear.weight.device)
+        if not torch.isfinite(linear.weight).all():
+            raise ValueError('LowRankLinear: weights must be finite')
         with torch.no_grad():
             U, c, V = torch.svd_lowrank(linear.weight.float(), q=min(rank + 8, *linear.weight.shape), niter=niter)
             new._set(U[:, :rank], c[:rank], V[:, :rank].T)
@@ -561,7 +570,9 @@ class LowRankLinear(nn.Module):
         return kept
 
     def forward(self, x):
-        return F.linear(F.linear(x, self.B) * self.c, self.A, self.bias)
+        dtype = compute_dtype(x)
+        A, c, B, bias = (t if t is None else t.to(dtype) for t in (self.A, self.c, self.B, self.bias))
+        return F.linear(F.linear(x.to(dtype), B) * c, A, bias)
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, rank={self.rank}'
@@ -596,7 +607,7 @@ class LoRALinear(nn.Module):
         x = self.base.weight_input(x) if isinstance(self.base, LowBit) else x
         dtype = compute_dtype(x)
         h = F.linear(F.dropout(x, self.dropout, self.training).to(dtype), self.lora_A.to(dtype))
-        return F.linear(h, self.lora_B.to(dtype)) * (self.alpha / self.rank)
+        return F.linear(h * (self.alpha / self.rank), self.lora_B.to(dtype))
 
     def forward(self, x):
         y = self.base(x)
@@ -636,7 +647,7 @@ class LoRALinear(nn.Module):
             off = (new(x).float() - self(x).float()).abs()
         finally:
             self.training = training
-        return new, {'max': off.max().item(), 'mean': off.mean().item()}
+        return new.requires_grad_(False), {'max': off.max().item(), 'mean': off.mean().item()}
 
     def extra_repr(self):
         return f'rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}'
@@ -673,7 +684,8 @@ def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **
         return Int8Linear(in_features, out_features, bias, act=act, **options)
     if kind == 'fp' and act is None and not options:
         return nn.Linear(in_features, out_features, bias)
-    raise ValueError(f'kind={kind!r} must be one of {KINDS}; fp takes no act or options (got act={act!r}, {options})')
+    raise ValueError(f'kind={kind!r} must be one of {KINDS}, nf4, fit4 or int8; fp takes no act or options (got act={act!r}, '
+                     f'{options})')
 
 
 def _rule(rule):
@@ -721,7 +733,7 @@ def convert(model, rules, verbose=True, packed=False):
     rules = {pattern: _rule(rule) for pattern, rule in rules.items()}
     inside = tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, LoRALinear))
     candidates = {n: m for n, m in model.named_modules(remove_duplicate=False)
-                  if isinstance(m, (*LINEARS, nn.Conv2d, nn.Embedding)) and not n.startswith(inside or ' ')}
+                  if isinstance(m, (*LINEARS, nn.Conv2d, nn.Embedding)) and not n.startswith(inside)}
     if '' in candidates:
         raise ValueError('convert: a bare layer cannot be replaced in place; wrap it in nn.Sequential or use linear()')
     uses = {}
@@ -734,20 +746,26 @@ def convert(model, rules, verbose=True, packed=False):
                 raise ValueError(f'convert: kind {k!r} of rule {pattern!r} must be one of {KINDS + COMPRESSED}')
         if not fnmatch.filter(candidates, pattern):
             raise ValueError(f'convert: rule {pattern!r} matches none of {list(candidates)}')
-    converted, left = {}, {}
+    converted, left, made = {}, {}, {}
     for name, module in candidates.items():
         kind, options = next((rules[p] for p in rules if fnmatch.fnmatchcase(name, p)), ('fp', {}))
         if kind == 'fp':
             left[name] = 'fp by rule or no rule'
         elif uses.get(id(getattr(module, 'weight', None)), 0) > 1:
             left[name] = 'its weight is tied to another module'
-        elif (new := _converted(module, kind, options, packed)) is None:
-            left[name] = f'no {kind} form of {type(module).__name__}'
         else:
-            new.train(module.training)
-            parent, _, leaf = name.rpartition('.')
-            setattr(model.get_submodule(parent), leaf, new)
-            converted[name] = kind
+            try:
+                new = _converted(module, kind, options, packed)
+            except (TypeError, ValueError) as e:
+                raise ValueError(f'convert: {name} -> {kind} {options}: {e}') from e
+            if new is None:
+                base = options.get('base') if kind == 'lora' else None
+                left[name] = f'no {kind} form of {type(module).__name__}' + (f' with base={base!r}' if base else '')
+            else:
+                made[name], converted[name] = new.train(module.training), kind
+    for name, new in made.items():                  # all of them or, on an error, none
+        parent, _, leaf = name.rpartition('.')
+        setattr(model.get_submodule(parent), leaf, new)
     for module in model.modules():                  # low-bit layers need their output in the backward pass
         if converted and getattr(module, 'inplace', False):
             module.inplace = False

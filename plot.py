@@ -197,6 +197,8 @@ def load_rows(path):
 def bars(args):
     rows = load_rows(args.rows)
     value = args.value or VALUES.get(rows[0]['bench'], '')
+    every, rows = rows, [r for r in rows if r['bench'] == rows[0]['bench'] or (args.value and args.value in r)]
+    rows = [r for r in rows if value not in r or r[value] is not None]                  # not measured for this one
     if missing := [r for r in rows if not isinstance(r.get(value), (int, float))]:
         numbers = sorted(k for k, v in missing[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool))
         fail(f'{args.rows} has rows without a number {value!r}; type --value= and one of {", ".join(numbers)}')
@@ -224,7 +226,7 @@ def bars(args):
         fig.savefig(out, dpi=150)
     except (OSError, ValueError) as e:
         fail(f'cannot write {out} ({e}); type --out=some/existing/folder/bars.png')
-    print(f'{out}: {value} of {sum(map(len, panels.values()))} rows')
+    print(f'{out}: {value} of {sum(map(len, panels.values()))} of {len(every)} rows')
 
 
 # -----------------------------------------------------------------------------

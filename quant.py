@@ -8,15 +8,17 @@ Weights to codes and back: plain functions of tensors, each beside its inverse. 
     pack_bits, unpack_bits     codes of 1, 2 or 4 bits in bytes
 
 On the CPU packed 4-bit weights are decoded by kernels.c, compiled on first use where there is a C compiler; otherwise, on
-other devices and under torch.compile by the same arithmetic in torch. Both give the same bits.
+other devices and under torch.compile by the same arithmetic in torch. Both give the same bits, but for the order of the
+sums when a few tokens are multiplied without decoding first (product4).
 """
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import subprocess
+import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -98,8 +100,10 @@ FORMATS4 = {
     'fit4': Format4(FIT4, 32, 'log8', False),       # 4.25 bits; a sign, seven bits of logarithm
 }
 SCALES4 = ('fp16', 'fp32', '8bit', 'log8')
-LOG8_STEPS = 14     # scales a factor 2 ** (1 / 14) = 1.05 apart reach from the largest |w| of a tensor to 1/538 of it
-LOG8 = tuple(math.copysign(2 ** ((abs(h) - 127) / LOG8_STEPS), h) if h else 0.0 for h in range(-128, 128))
+# Scales of log8 are powers of 2 ** (1 / 14) = 1.05, the same ones whatever the tensor, so that what was decoded can be
+# encoded again without a change; 126 of them reach from the largest |w| of a tensor to 1/500 of it.
+STEPS = 14
+ROOTS = tuple(2 ** (i / STEPS) for i in range(STEPS))
 
 
 def group_scales(absmax, scales):
@@ -136,7 +140,8 @@ def scales4(held):
     if s.dtype == torch.uint8:
         return s.float() * (top.float() / 255).repeat_interleave(256)[:len(s)]
     if s.dtype == torch.int8:
-        return _constant(LOG8, s.device)[s.int() + 128] * top.float()
+        e = top + s.int().abs() - 127
+        return torch.ldexp(_constant(ROOTS, s.device)[e % STEPS], e.div(STEPS, rounding_mode='floor')) * s.sign()
     return s.float()
 
 
@@ -163,27 +168,27 @@ def quantize4(w, format='uniform', group=0, scales=''):
 def search4(flat, levels):
     """quantize4 of fp32 (groups, group) for levels (16,) with one-byte signed scales on a logarithmic grid.
 
-    scale = sign(h) * absmax_top * 2 ** ((|h| - 127) / 14) for an int8 h, absmax_top the largest |w| of the tensor; h = 0:
-    a group of zeros. Of the steps around the group's own absmax, with either sign, the one with the least squared error
-    is kept: the levels are not symmetric, so that a sign is worth a bit of the codes.
+    scale = sign(h) * 2 ** ((absmax_top - 127 + |h|) / 14) for an int8 h, absmax_top (int32) 14 times the logarithm of the
+    largest |w| of the tensor, rounded up. Of the six steps around the group's own absmax, with either sign, and zero, the
+    one with the least squared error is kept: the levels are not symmetric, so that a sign is worth a bit of the codes.
     """
     levels, middle = levels.float(), (levels[1:] + levels[:-1]).float() / 2
-    top = flat.abs().amax().view(1)
-    flat, grid = flat / top.clamp(min=1e-38), _constant(LOG8, flat.device)      # so that no square is too large or small
+    top = (flat.abs().amax().clamp(min=1e-38).double().log2() * STEPS - 1e-6).ceil().int().view(1)
+    unit = {'absmax': torch.tensor([127], dtype=torch.int8, device=flat.device), 'absmax_top': top}
+    flat = flat / scales4(unit)                                         # so that no square is too large or small
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     absmax = torch.zeros(len(flat), dtype=torch.int8, device=flat.device)
     for rows in range(0, len(flat), 1 << 15):                           # some groups at a time: what is made on the way
         w = flat[rows:rows + (1 << 15)]                                 # is many times the weights
-        own = w.abs().amax(1)
-        nearest = (127 + LOG8_STEPS * own.log2()).round().clamp(-999, 127).int()
-        best = torch.full_like(own, math.inf)
+        nearest = (127 + STEPS * w.abs().amax(1).log2()).round().clamp(-999, 127).int()
+        best = w.square().sum(1)
         for step in range(-3, 3):
             h = (nearest + step).clamp(1, 127)
             for signed in (h, -h):
-                s = grid[signed + 128][:, None]
+                s = (((h - 127) / STEPS).exp2() * signed.sign())[:, None]
                 c = torch.bucketize(w / s, middle, out_int32=True)
                 off = (levels[c] * s - w).square().sum(1)
-                better = (off < best) & (own > 0)
+                better = off < best
                 best = torch.where(better, off, best)
                 codes[rows:rows + len(w)] = torch.where(better[:, None], c.to(torch.uint8), codes[rows:rows + len(w)])
                 absmax[rows:rows + len(w)] = torch.where(better, signed.to(torch.int8), absmax[rows:rows + len(w)])
@@ -204,24 +209,44 @@ def levels4(codes, format):
     return _constant(FORMATS4[format].levels, codes.device)[codes.int()]
 
 
-def decode4(code, held, format, start=0, stop=None):
-    """fp32 weights start .. stop - 1 (whole groups; all of them) of packed `code` (uint8, from pack4) and its scales."""
+def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=None):
+    """Weights start .. stop - 1 (whole groups; default: all) of packed `code` (uint8, from pack4) and its scales.
+
+    out: a tensor of an earlier call, to be written again where it is large enough: fresh memory costs as much as decoding.
+    """
     if held['absmax'].dtype == torch.uint8:         # one `top` for 256 groups: a call for a part would not find its own
         held = {'absmax': scales4(held)}
     absmax, stop = held['absmax'], 2 * len(code) if stop is None else stop
     group = 2 * len(code) // len(absmax)
-    plain = code.device.type == 'cpu' and absmax.dtype in (torch.float16, torch.float32, torch.int8)
-    if kernel := kernels() if plain and not torch.compiler.is_compiling() else None:
-        out = torch.empty(stop - start, dtype=torch.float32)
-        top, kind = held['absmax_top'].item() if 'absmax_top' in held else 0.0, absmax.element_size()
-        kernel.decode4(code.data_ptr() + start // 2, absmax.data_ptr() + start // group * kind, kind, _pointer(LOG8), top,
-                       _pointer(UNIFORM if format == 'uniform' else FORMATS4[format].levels), stop - start, group,
-                       FORMATS4[format].high_first, torch.get_num_threads(), out.data_ptr())
-        return out
+    if kernel := _kernels_for(code, absmax):
+        wide = dtype if dtype == torch.bfloat16 else torch.float32
+        out = code.new_empty(stop - start, dtype=wide) if out is None or len(out) < stop - start else out[:stop - start]
+        size = absmax.element_size()
+        kernel.decode4(code.data_ptr() + start // 2, absmax.data_ptr() + start // group * size, size, _grid(held),
+                       _array(FORMATS4[format].levels), stop - start, group, FORMATS4[format].high_first,
+                       torch.get_num_threads(), wide == torch.bfloat16, out.data_ptr())
+        return out.to(dtype)
     b = code[start // 2:stop // 2].to(torch.int16)                      # two halves of a byte to two bytes
     c = ((b >> 4 | b << 8) if FORMATS4[format].high_first else (b | b << 4)) & 0x0F0F
     scales = scales4({**held, 'absmax': absmax[start // group:stop // group]})
-    return (levels4(c.view(torch.uint8), format).view(-1, group) * scales[:, None]).view(-1)
+    return (levels4(c.view(torch.uint8), format).view(-1, group) * scales[:, None]).view(-1).to(dtype)
+
+
+def product4(x, code, held, format, out_features):
+    """x (tokens, in) W^T -> fp32 (tokens, out), decoded and multiplied at once, or None where kernels.c cannot: it takes up
+    to 4 tokens and groups of 16, 32, ... that divide `in`."""
+    kernel = _kernels_for(code, held['absmax'])
+    group = 2 * len(code) // len(held['absmax'])
+    if not kernel or x.dtype == torch.float64 or len(x) > kernel.most_tokens() or group % 16 or x.shape[1] % group:
+        return None
+    if held['absmax'].dtype == torch.uint8:
+        held = {'absmax': scales4(held)}
+    x, absmax = x.to(torch.float32).contiguous(), held['absmax']
+    y = x.new_empty(len(x), out_features)
+    kernel.product4(x.data_ptr(), len(x), code.data_ptr(), absmax.data_ptr(), absmax.element_size(), _grid(held),
+                    _array(FORMATS4[format].levels), x.shape[1], out_features, group, FORMATS4[format].high_first,
+                    torch.get_num_threads(), y.data_ptr())
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,43 +276,86 @@ def unpack_bits(packed, bits, n):
 
 
 @functools.cache
-def _pointer(numbers):
-    table = (ctypes.c_float * len(numbers))(*numbers)
-    _pointer.kept = [*getattr(_pointer, 'kept', []), table]             # its address outlives this call
-    return ctypes.addressof(table)
+def _array(numbers):
+    return (ctypes.c_float * len(numbers))(*numbers)
 
 
 @functools.cache
+def _grid_from(top):
+    places = torch.arange(-128, 128).clamp(min=-127).to(torch.int8)
+    return _array(tuple(scales4({'absmax': places, 'absmax_top': torch.tensor(top, dtype=torch.int32)}).tolist()))
+
+
+def _grid(held):
+    """The 256 scales that one-byte places stand for, from -128 on; None for scales of more bytes."""
+    return _grid_from(held['absmax_top'].item()) if held['absmax'].dtype == torch.int8 else None
+
+
+def _kernels_for(code, absmax):
+    plain = code.device.type == 'cpu' and absmax.dtype in (torch.uint8, torch.int8, torch.float16, torch.float32)
+    if not plain or torch.compiler.is_compiling() or not (code.is_contiguous() and absmax.is_contiguous()):
+        return None
+    return kernels()
+
+
 def kernels():
     """The compiled kernels.c, or None without a C compiler (said once) or with NANOBIT_KERNELS=0.
 
     Compiled for this very processor into ~/.cache/nanobit under a name made of the source, the flags and the processor;
     $CC names another compiler than cc. Linked to the OpenMP library that torch brings, where it does, to share its threads.
     """
+    with _lock:
+        return _compiled()
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _compiled():
     if os.environ.get('NANOBIT_KERNELS') == '0':
         return None
-    source = Path(__file__).with_name('kernels.c')
-    bundled = sorted((Path(torch.__file__).parent / 'lib').glob('libgomp*'))[:1]
-    flags = ['-O3', '-march=native', '-fopenmp', '-shared', '-fPIC']
     try:
-        cpu = next((line for line in open('/proc/cpuinfo') if line.startswith(('flags', 'Features'))), '')
-    except OSError:
-        cpu = platform.processor()
-    name = hashlib.sha256(repr((source.read_bytes(), flags, bundled, cpu, os.environ.get('CC'))).encode()).hexdigest()[:16]
-    path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanobit' / f'kernels-{name}.so'
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tmp = path.with_suffix(f'.{os.getpid()}')
-            link = [*map(str, bundled)]
-            subprocess.run([*os.environ.get('CC', 'cc').split(), *flags, str(source), '-o', str(tmp), *link],
-                           check=True, capture_output=True, text=True)
-            os.replace(tmp, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as e:
+        library = ctypes.CDLL(_compile())
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         why = getattr(e, 'stderr', None) or str(e)
         warnings.warn(f'kernels.c was not compiled, 4-bit layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
         return None
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.decode4.argtypes, library.decode4.restype = (p, p, i, p, ctypes.c_float, p, n, n, i, i, p), None
+    library.decode4.argtypes, library.decode4.restype = (p, p, i, p, p, n, n, i, i, i, p), None
+    if library.most_tokens():
+        library.product4.argtypes, library.product4.restype = (p, i, p, p, i, p, p, n, n, n, i, i, p), None
     return library
+
+
+def _compile():
+    """Path of the shared library, made if it is not there. Raises OSError, RuntimeError or SubprocessError."""
+    source = Path(__file__).with_name('kernels.c')
+    bundled = [str(p) for p in sorted((Path(torch.__file__).parent / 'lib').glob('libgomp*'))[:1]]
+    compiler = os.environ.get('CC', 'cc').split()
+    flags = ['-O3', '-march=native', '-shared', '-fPIC']
+    try:
+        cpu = next((line for line in open('/proc/cpuinfo') if line.startswith(('flags', 'Features'))), '')
+    except OSError:
+        cpu = platform.processor()
+    name = hashlib.sha256(repr((source.read_bytes(), flags, bundled, cpu, compiler)).encode()).hexdigest()[:16]
+    try:
+        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanobit'
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError):                 # no home, or not ours to write
+        folder = Path(tempfile.mkdtemp(prefix='nanobit-'))
+    path = folder / f'kernels-{name}.so'
+    if not path.exists():
+        handle, tmp = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        try:
+            with_openmp = [*compiler, *flags, '-fopenmp', str(source), '-o', tmp, *bundled]
+            if subprocess.run(with_openmp, capture_output=True).returncode:         # Apple's clang has no -fopenmp
+                subprocess.run([*compiler, *flags, str(source), '-o', tmp], check=True, capture_output=True, text=True)
+            os.replace(tmp, path)
+        finally:
+            if os.path.exists(tmp):
+                os.remove(tmp)
+    return str(path)

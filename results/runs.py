@@ -31,7 +31,9 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
     'quality': ('config/wikitext2.py', 'fp', {
         'fp': ('full precision', ''),
         'bin3': ('3 of 6 blocks binary', '--n_binary=3'),
+        'bin3_fast': ('... their scales at the full learning rate', "--n_binary=3 --lr_scale={'alpha':1.0}"),
         'bin6': ('all binary', '--n_binary=6'),
+        'bin6_fast': ('... their scales at the full learning rate', "--n_binary=6 --lr_scale={'alpha':1.0}"),
         'tern6': ('all ternary', LOW.format('tern')),
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
@@ -42,6 +44,21 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
                           "--lr_scale={'bin':1.0,'alpha':1.0} --binary_alpha=0.25 --binary_alpha_out=0.25"),
         'bin12_fast': ('... latent weights and scales at the full rate', "--lr_scale={'bin':1.0,'alpha':1.0}"),
         'bin12_lr4': ('... 4 x the learning rate', '--learning_rate=1.6e-2 --min_lr=1.6e-3'),
+    }),
+    # 3 of 6 blocks binary, where the recipe for all-binary models failed. Made with trials of train_gpt.py; given up early.
+    'scales': ('config/wikitext2.py', 'fp', {
+        'fp': ('full precision', None),
+        'full': ('3 of 6 blocks binary, scales at the full rate', None),
+        'a02': ('... and starting at 0.02 on the way out instead of 0.05', None),
+        'fanin': ('... and full-precision blocks starting at 1/sqrt(in)', None),
+        'al10': ('scales at 0.1 of the rate', None),
+        'al05': ('... 0.05', None),
+        'al05a25': ('... 0.05, starting at 0.25 on the way out', None),
+        'al05_s05': ('... 0.05, latent weights at half the rate instead of a quarter', None),
+        'al02': ('... 0.02', None),
+        'al01': ('... 0.01', None),
+        'al005': ('... 0.005', None),
+        'exp': ('scales as exp(s), s at the full rate', None),
     }),
     # Batches of 16. Variants with None were made with options or initial values that train_gpt.py does not have (any more).
     'recipe': ('config/wikitext2.py', 'fp_4', {
@@ -65,7 +82,7 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
                             "--n_binary=6 --lr_scale={'alpha':1.0}"),
     }),
 }
-DEFAULT_SEEDS = {'quality': '1,2,3', 'depth': '1', 'recipe': '1337'}
+DEFAULT_SEEDS = {'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
 
 
 def train(name, variant, seed, threads):
@@ -138,7 +155,8 @@ def table_by_step(name):
         for path in logs(name, variant):
             rows[label, path.stem] = {r['step']: r['val_loss'] for r in map(json.loads, open(path)) if 'val_loss' in r}
     steps = sorted({s for row in rows.values() for s in row if s})
-    return [f'`{EXPERIMENTS[name][0]} --batch_size=16`: validation loss, nats per byte, one seed.', '',
+    return [f'`{EXPERIMENTS[name][0]}{" --batch_size=16" if name == "recipe" else ""}`: validation loss, nats per byte, one '
+            'seed.', '',
             '| variant | ' + ' | '.join(f'step {s:,}' for s in steps) + ' |', '|---' * (len(steps) + 1) + '|',
             *(f'| {label} | ' + ' | '.join(f'{row[s]:.4f}' if s in row else '' for s in steps) + ' |'
               for (label, _), row in rows.items())]
@@ -172,9 +190,14 @@ BENCHES = {
              'lowest accuracy': '{accuracy:.1%}', 'ms/step': '{ms:.0f}'}),
     'layers': (['layers'],
                lambda r: f'{r["in"]:,} x {r["out"]:,} weights, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}, '
-               'fp32 inputs; milliseconds and, in brackets, times nn.Linear in the same run; error: relative RMS on N(0,1).',
+               f'{r["dtype"]} inputs; milliseconds and, in brackets, times a frozen nn.Linear in the same run; error: relative '
+               'RMS on N(0,1).',
                {'layer': '{name}', 'bits/weight': '{bits:.3f}', 'error': '{error:.4f}'}),
 }
+
+
+def times(row, what):
+    return '-' if row[f'{what}_ms'] is None else f'{row[f"{what}_ms"]:.3g} ({row[f"{what}_ratio"]:.2f})'
 
 
 def mib(row, key, digits=2):
@@ -195,7 +218,7 @@ def bench_table(name):
     for t in dict.fromkeys(r['tokens'] for r in rows if name == 'layers'):
         for what in ('forward', 'both'):
             header = f'{t} token{"s" * (t > 1)}' + (', with backward' if what == 'both' else '')
-            columns[header] = lambda r, t=t, what=what: f'{r[f"t{t}"][f"{what}_ms"]:.2f} ({r[f"t{t}"][f"{what}_ratio"]:.2f})'
+            columns[header] = lambda r, t=t, what=what: times(r[f't{t}'], what)
     lines = [head(rows[0]), '', '| ' + ' | '.join(h.strip() for h in columns) + ' |', '|---' * len(columns) + '|']
     return lines + ['| ' + ' | '.join(c(r) if callable(c) else c.format(**r) for c in columns.values()) + ' |'
                     for r in merged.values()]
@@ -204,7 +227,7 @@ def bench_table(name):
 def write_tables(name):
     if name in BENCHES:
         return publish(name, bench_table(name))
-    if name == 'recipe':
+    if name in ('recipe', 'scales'):
         return publish(name, table_by_step(name))
     found = summary(name)
     if EXPERIMENTS[name][1] not in found:

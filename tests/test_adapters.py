@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import adapters, load_adapters, merge_adapters, only_adapters, save_adapters
 from layers import LoRALinear, LowBit, convert
@@ -113,6 +116,23 @@ def test_training_moves_only_the_adapters(name):
     assert len(trained) == 2 and losses[-1] < losses[0] * 0.75 and same(weights(model), before), losses[::13]
 
 
+class Widths(TorchDispatchMode):
+    """The last sizes of what is multiplied element by element."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.mul:
+            self.found = getattr(self, 'found', set()) | {args[0].shape[-1]}
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_scale_of_an_adapter_multiplies_its_ranks():
+    """alpha / rank is put to the few numbers in the middle, not to the output."""
+    layer, x = lora('fp', size=(14, 900)), torch.randn(5, 14)
+    with Widths() as seen:
+        y = layer.adapter(x)
+    assert seen.found == {3} and layer.alpha / layer.rank == 2
+    assert_close(y, 2 * x @ layer.lora_A.T @ layer.lora_B.T, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------- merging
 
 # relative distance of the merged output allowed: (in full precision, requantized)
@@ -139,7 +159,7 @@ def test_merging_and_the_damage_it_reports(name, requantize, bias):
         assert damage == {'max': pytest.approx(difference.max().item(), abs=1e-6),
                           'mean': pytest.approx(difference.mean().item(), abs=1e-6)}
         assert off(new(x), layer(x)) <= allowed and (allowed < 0.01 or damage['max'] > damage['mean'] > 0)
-        assert not loras(new)
+        assert not loras(new) and not any(p.requires_grad for p in new.parameters())
         if requantize:
             assert type(new) is type(layer.base) and getattr(new, 'packed', True)
             assert sum(t.nbytes for t in new.state_dict().values()) == sum(t.nbytes for t in layer.base.state_dict().values())
@@ -226,6 +246,74 @@ def test_merge_adapters_changes_nothing_on_an_error(rules, inputs, requantize, s
         merge_adapters(model, *inputs, requantize=requantize)
     assert '\n' not in str(error.value) and str(model) == text and same(model.state_dict(), before)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.proj = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.proj(x=self.fc(x=x))
+
+
+def test_merge_adapters_of_layers_called_with_keywords():
+    """layer(x=...) is seen as layer(...) is."""
+    model, x = ByKeyword(), torch.randn(5, 16)
+    convert(model, {'*': ('lora', dict(base='nf4'))}, verbose=False)
+    for m in loras(model):
+        nn.init.normal_(m.lora_B, std=0.1)
+    y = model(x)
+    damage = merge_adapters(model, x)
+    model.fc, model.proj = (Anything(m) for m in (model.fc, model.proj))                    # nn.Linear calls it `input`
+    assert list(damage) == ['fc', 'proj'] and not loras(model) and off(model(x), y) < 1e-5
+
+
+class Anything(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+WRAPPERS = {'compile': [lambda m: torch.compile(m, backend='eager')], 'ddp': [DistributedDataParallel]}
+WRAPPERS['both'] = WRAPPERS['ddp'] + WRAPPERS['compile']
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('ran', [False, True])
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_adapters_of_a_wrapped_model(one_process, tmp_path, wrapper, ran):
+    """Names, files, loading and merging are those of the model that torch.compile and DDP wrap, before it ran and after."""
+    def wrapped(model):
+        for wrap in WRAPPERS[wrapper]:
+            model = wrap(model)
+        return model
+    model, x = net(), torch.randn(5, 16)
+    inside = copy.deepcopy(model).eval()
+    outside = only_adapters(wrapped(inside))
+    with torch.no_grad():
+        y = (outside if ran else model.eval())(x)
+    assert list(adapters(outside)) == list(adapters(model))
+    save_adapters(model, tmp_path / 'a', 'name')
+    save_adapters(outside, tmp_path / 'b', 'name')
+    for name in ('adapter_model.safetensors', 'adapter_config.json'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+    for m in loras(inside):
+        nn.init.normal_(m.lora_B)
+    assert load_adapters(outside, tmp_path / 'a') == list(adapters(model)) and off(outside(x), y) < 1e-6
+    damage = merge_adapters(outside, x)
+    assert list(damage) == ['blocks.0.fc', 'blocks.0.proj', 'blocks.1.fc', 'fc'] and not loras(inside)
+    assert max(d['max'] for d in damage.values()) < 1e-5 and off(inside(x), y) < 1e-5
+    assert wrapper != 'compile' or off(outside(x), y) < 1e-5                                # DDP would look for its buffers
 
 
 def test_merge_adapters_refuses_a_bare_layer():

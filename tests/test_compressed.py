@@ -16,7 +16,7 @@ import quant
 from conftest import ranks, wait_all
 from layers import (HalfLinear, Int8Linear, Linear4bit, LoRALinear, LowRankLinear, TernaryLinear, convert, linear, load_packed,
                     model_bytes, pack, read_packed, save_packed)
-from quant import FIT4, NF4
+from quant import FIT4, NF4, SCALES4
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def decoded(layer):
     if layer.scales == '8bit':
         s = s / 255 * layer.absmax_top.repeat_interleave(256)[:len(s)]
     elif layer.scales == 'log8':
-        s = s.sign() * layer.absmax_top * 2 ** ((s.abs() - 127) / 14)
+        s = s.sign() * 2 ** ((layer.absmax_top.item() - 127 + s.abs()) / 14)
     return (LEVELS[layer.format][codes] * s[:, None]).flatten()[:math.prod(layer.shape)].view(layer.shape)
 
 
@@ -51,15 +51,18 @@ def gelu(layer, x):
     return F.gelu(x) if layer.act else x
 
 
-FOUR = [(format, scales, 0.2) for format in LEVELS for scales in ('', 'fp32', '8bit')]
+FOUR = [(format, scales, 0.2) for format in LEVELS for scales in (('',) if format == 'fit4' else ('', 'fp32', '8bit'))]
 CASES = {f'{f} {s} {i}': (lambda n, m, b, f=f, s=s, o=o: Linear4bit(n, m, b, format=f, scales=s, **o), *shape, tol)
          for i, (o, shape) in enumerate([({}, ((5, 13), 6, True)), (dict(group=16, act='gelu'), ((2, 3, 24), 7, False)),
-                                         (dict(group=128), ((4, 48), 9, True)), (dict(group=24), ((1,), 1, True))])
+                                         (dict(group=128), ((4, 48), 9, True)), (dict(group=24), ((1,), 1, True)),
+                                         (dict(group=16), ((3, 64), 7, True)), (dict(group=32, act='gelu'), ((64,), 5, False)),
+                                         (dict(group=64), ((5, 128), 3, True))])
          for f, s, tol in FOUR}
 CASES |= {'int8': (Int8Linear, (5, 13), 6, True, 0.01),
           'int8 act': (lambda n, m, b: Int8Linear(n, m, b, act='gelu'), (2, 3, 7), 9, False, 0.01),
           'int8 one': (Int8Linear, (1,), 1, True, 0.01), 'int8 empty': (Int8Linear, (0, 13), 6, True, 0.01),
           'fit4 empty': (lambda n, m, b: Linear4bit(n, m, b, format='fit4'), (0, 13), 6, True, 0.2),
+          'nf4 empty': (lambda n, m, b: Linear4bit(n, m, b, format='nf4'), (0, 64), 6, True, 0.2),
           'half': (HalfLinear, (5, 13), 6, True, 1e-3), 'half one': (HalfLinear, (4, 1), 2, False, 1e-3),
           'half bf16': (lambda n, m, b: HalfLinear(n, m, b, dtype=torch.bfloat16), (2, 3, 7), 9, True, 4e-3),
           'int8 large': (Int8Linear, (3, 1024), 600, True, 0.01), 'half large': (HalfLinear, (3, 1024), 600, True, 1e-3),
@@ -109,7 +112,8 @@ def test_frozen_layer_is_the_product_with_its_decoded_weight(monkeypatch, name):
         y = layer(x)
         monkeypatch.setattr(quant, 'kernels', lambda: None)
         assert_close(y, F.linear(act(layer, x), weight, bias), rtol=1e-5, atol=1e-5)
-        assert torch.equal(layer(x), y), 'kernels.c and torch do not agree'
+        few = len(x.view(-1, x.shape[-1])) <= 4 and isinstance(layer, Linear4bit)            # summed in another order
+        assert_close(layer(x), y, rtol=0, atol=1e-5 * few, msg='kernels.c and torch do not agree')
 
 
 @every_case
@@ -191,6 +195,44 @@ def test_packing_changes_no_logit(kind, act, autocast):
     assert layer.weight is None and foretold == layer.packed_bytes() == sum(t.nbytes for t in layer.state_dict().values())
 
 
+@pytest.mark.parametrize('format, scales', [('fit4', 'log8'), *((f, s) for f in ('uniform', 'nf4') for s in SCALES4[:3])])
+def test_packing_once_more_changes_nothing(format, scales):
+    """pack_(), unpack_(), pack_(), unpack_(): the same weights after each, also of rows that differ in size."""
+    for group, size in [(16, (64, 40)), (64, (13, 128)), (0, (5, 7))]:
+        layer = Linear4bit(*size, format=format, group=group, scales=scales)
+        with torch.no_grad():
+            layer.weight *= torch.logspace(0, -1, size[1])[:, None]
+        want = layer.pack_().decode()[0]
+        for _ in range(2):
+            assert torch.equal(layer.unpack_().weight, want) and torch.equal(layer.pack_().decode()[0], want)
+
+
+@every_kind
+def test_a_packed_layer_works_under_another_default_device(kind):
+    """In `with torch.device('meta')`, where new tensors have no numbers, a layer and inputs on the CPU give what they give."""
+    layer = linear(in_features=64, out_features=8, **KINDS[kind]).pack_()
+    for rows in (6, 2):
+        x = torch.randn(rows, 64).requires_grad_()
+        want = [y := layer(x), torch.autograd.grad(y.square().sum(), x)[0]]
+        for cache in (quant._table, quant._grid_from):
+            cache.cache_clear()
+        with torch.device('meta'):
+            got = [y := layer(x), torch.autograd.grad(y.square().sum(), x)[0]]
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize('dtype, tol', [(torch.bfloat16, 3e-3), (torch.float16, 4e-4), (torch.float32, 1e-6),
+                                        (torch.float64, 1e-7)])
+@pytest.mark.parametrize('make', [lambda *size: Linear4bit(*size, False, format='nf4').pack_(),
+                                  lambda *size: HalfLinear(*size, False)], ids=['nf4', 'half'])
+def test_gradient_of_many_blocks_is_as_exact_as_of_one(make, dtype, tol):
+    """16384 x 256 is 8 blocks or more: the output is as of one, in 16 bits the gradient of x is not rounded at each."""
+    layer, g, x = make(256, 16384), torch.randn(5, 16384).to(dtype), torch.randn(5, 256).to(dtype).requires_grad_()
+    y, weight = layer(x), decoded(layer).to(dtype).double()
+    y.backward(g)
+    assert y.dtype == x.grad.dtype == dtype and off(y, x.double() @ weight.T) < tol and off(x.grad, g.double() @ weight) < tol
+
+
 class Largest(TorchDispatchMode):
     """The most elements of a floating-point tensor that any operation has made."""
     most = 0
@@ -204,10 +246,11 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize('kind', [*KINDS, 'half'])
 def test_a_frozen_layer_never_holds_its_whole_weight_and_keeps_nothing(kind):
-    """1024 x 1024, 3 tokens: forward and backward make no tensor of more than a quarter of the weight, and between them
-    nothing is kept for the gradient of x, not even scales. What comes out is the product with the weight all the same."""
+    """1024 x 1024, 5 tokens: forward and backward make no tensor of more than a quarter of the weight, and between them
+    nothing is kept for the gradient of x, not even scales. What comes out is the product with the weight all the same.
+    3 tokens: a packed 4-bit layer decodes nothing in its forward pass, where the processor has AVX-512."""
     layer = HalfLinear(1024, 1024) if kind == 'half' else linear(in_features=1024, out_features=1024, **KINDS[kind]).pack_()
-    weight, x, held = decoded(layer), torch.randn(3, 1024).requires_grad_(), []
+    weight, x, held = decoded(layer), torch.randn(5, 1024).requires_grad_(), []
     layer(x)                                                                            # tables that are made once
     gc.freeze()
     with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
@@ -216,10 +259,14 @@ def test_a_frozen_layer_never_holds_its_whole_weight_and_keeps_nothing(kind):
         new = {o.untyped_storage().data_ptr() for o in gc.get_objects() if type(o) is torch.Tensor}
         gc.unfreeze()
         y.sum().backward()
-    assert 1024 * 3 <= seen.most <= 1 << 18 and held == [] and new == {y.untyped_storage().data_ptr()}
+    assert 1024 * 5 <= seen.most <= 1 << 18 and held == [] and new == {y.untyped_storage().data_ptr()}
     rows = (x / x.abs().amax(-1, keepdim=True) * 127).round() * x.abs().amax(-1, keepdim=True) / 127
     assert_close(y, F.linear(rows if kind == 'int8 act' else x, weight, layer.bias.float()), rtol=1e-4, atol=1e-4)
-    assert_close(x.grad, weight.sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+    assert_close(x.grad, weight.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
+    if isinstance(layer, Linear4bit) and (library := quant.kernels()) and library.most_tokens():
+        with Largest() as seen:
+            assert_close(layer(x[:3]), y[:3], rtol=1e-4, atol=1e-5)
+        assert seen.most <= 1024 * 32                                                       # scales, of 8 bits each
 
 
 @pytest.mark.parametrize('bad', [math.inf, -math.inf, math.nan])
@@ -248,6 +295,7 @@ def test_a_packed_layer_can_be_cast(kind):
 @pytest.mark.parametrize('make, says', [
     (lambda: Linear4bit(8, 6, format='nf3'), "format='nf3'"), (lambda: Linear4bit(8, 6, group=5), 'group=5'),
     (lambda: Linear4bit(8, 6, scales='fp8'), "scales='fp8'"), (lambda: Linear4bit(8, 6, format='nf4', scales='log8'), 'log8'),
+    *((lambda s=s: linear('fit4', 8, 6, scales=s), f"scales='{s}'") for s in ('fp16', 'fp32', '8bit')),
     (lambda: Int8Linear(8, 6, activations='int4'), "activations='int4'"), (lambda: Int8Linear(8, 6, act='relu'), "act='relu'"),
     (lambda: Int8Linear(131072, 1), '131072'), (lambda: HalfLinear(8, 6, dtype=torch.float32), 'float32'),
     (lambda: LowRankLinear(8, 6, rank=7), 'rank=7'), (lambda: LowRankLinear(8, 6, rank=0), 'rank=0'),
@@ -344,7 +392,7 @@ def mixed():
 
 def test_files_of_a_model_of_every_kind(tmp_path):
     """state_dict, save_packed and load_packed into a fresh model: equal logits; the file holds model_bytes() and a header."""
-    model, x, path = mixed(), torch.randn(4, 48), tmp_path / 'm.safetensors'
+    model, x, path = mixed(), torch.randn(5, 48), tmp_path / 'm.safetensors'
     y, foretold = model(x), model_bytes(model)[0]
     size = save_packed(model, path, {'a': 1})
     assert torch.equal(model(x), y) and size == foretold + 8 + int.from_bytes(path.read_bytes()[:8], 'little')
@@ -356,18 +404,20 @@ def test_files_of_a_model_of_every_kind(tmp_path):
 
 
 def test_load_packed_refuses_scales_of_another_type(tmp_path):
-    """fit4 with 'log8' and with '8bit' scales has buffers of the same names and shapes, but the bytes mean other numbers."""
+    """fit4 and nf4 with '8bit' scales have buffers of the same names and shapes, but the bytes mean other numbers."""
     save_packed(nn.Sequential(Linear4bit(32, 4, format='fit4')), tmp_path / 'a', {})
-    other = nn.Sequential(Linear4bit(32, 4, format='fit4', scales='8bit'))
+    other = nn.Sequential(Linear4bit(32, 4, format='nf4', group=32, scales='8bit'))
     with pytest.raises(ValueError, match='absmax'):
         load_packed(other, read_packed(tmp_path / 'a')[1])
 
 
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
 def test_compiled_equals_eager():
-    """One graph of LoRA over nf4, int8 and half: output and gradients of x and the adapters to 1e-5 of eager."""
-    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
-    convert(model, {'0': ('lora', dict(rank=2, base='nf4')), '1': 'int8', '2': 'half'}, False, packed=True)
+    """One graph of LoRA over nf4 and of each other packed layer: output and gradients of x and the adapters to 1e-5."""
+    others = ['int8', 'half', 'int4', 'fit4', ('nf4', dict(scales='8bit')), 'tern', 'bin']
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
+    rules = {'0': ('lora', dict(rank=2, base='nf4'))} | {str(i): rule for i, rule in enumerate(others, 1)}
+    convert(model, rules, verbose=False, packed=True)
     nn.init.normal_(model[0].lora_B)
     x, v = torch.randn(4, 16).requires_grad_(), torch.randn(4, 16)
     wanted = [x, model[0].lora_A, model[0].lora_B]
@@ -385,9 +435,13 @@ convert(model, {'*': ('lora', dict(rank=4, base='nf4'))}, verbose=False)
 only_adapters(model)
 torch.manual_seed(rank)
 for layer in (model[0], model[2]):
-    nn.init.normal_(layer.lora_A)                   # apart at first: DDP sends rank 0's
-frozen = common.checksum(model.buffers())
+    nn.init.normal_(layer.lora_A)                   # apart at first, codes and scales too: DDP sends rank 0's
+sent = common.checksum(model.buffers())
+for buffer in model.buffers():
+    buffer.copy_(buffer.roll(rank))
+apart = not common.ranks_agree(common.checksum(model.buffers()))
 wrapped = nn.parallel.DistributedDataParallel(model)
+frozen = common.checksum(model.buffers())
 start = common.checksum(p for p in model.parameters() if p.requires_grad)
 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
 x, y, losses = torch.randn(64, 16), torch.randn(64, 8), []
@@ -399,17 +453,18 @@ for _ in range(3):
     losses.append(loss.item())
 end = common.checksum(p for p in model.parameters() if p.requires_grad)
 print(common.ranks_agree(end), start != end, common.checksum(model.buffers()) == frozen, common.ranks_agree(frozen),
-      losses[-1] < losses[0], len(list(model.buffers())), common.ranks_agree(losses[0]))
+      losses[-1] < losses[0], apart, frozen == sent, len(list(model.buffers())), common.ranks_agree(losses[0]))
 common.close_processes()
 """
 
 
 def test_two_processes_train_the_same_adapters(start, tmp_path):
-    """DDP, LoRA over packed nf4, other samples on each rank: after 3 steps equal adapters and untouched codes on both."""
+    """DDP, LoRA over packed nf4, other samples on each rank, and at first other codes and scales: after 3 steps equal
+    adapters and rank 0's codes on both."""
     (tmp_path / 'ddp.py').write_text(DDP)
     for result in wait_all([start('ddp.py', cwd=tmp_path, **r) for r in ranks(2)]):
         assert result.code == 0, result.err
-        assert result.out.split() == ['True', 'True', 'True', 'True', 'True', '4', 'False'], result.out
+        assert result.out.split() == ['True'] * 7 + ['4', 'False'], result.out
 
 
 def test_bfloat16_inputs_and_autocast():
@@ -418,7 +473,8 @@ def test_bfloat16_inputs_and_autocast():
     assert isinstance(model[7], TernaryLinear)
     for layer in model:
         want = layer(x)
-        assert layer(x.bfloat16()).dtype == torch.bfloat16 if not isinstance(layer, LowRankLinear) else True
+        low = layer(x.bfloat16())
+        assert low.dtype == torch.bfloat16 and off(low, want) < 0.03
         with torch.autocast('cpu', torch.bfloat16):
             leaf = x.clone().requires_grad_()
             got = layer(leaf)

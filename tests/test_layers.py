@@ -552,6 +552,23 @@ def test_packing_changes_no_logit_and_counts_every_byte(name):
     assert not any(p.requires_grad for p in layer.parameters()) and layer.weight is None
 
 
+@pytest.mark.parametrize('bad', [math.inf, -math.inf, math.nan])
+@every_packable
+def test_numbers_that_are_not_finite_are_refused(name, bad):
+    """One of them in any parameter: pack_() raises ValueError with the class in it and leaves the layer as it was."""
+    whole, x, _ = packable(name)
+    for parameter, _ in whole.named_parameters():
+        layer = copy.deepcopy(whole)
+        with torch.no_grad():
+            layer.get_parameter(parameter).view(-1)[-1] = bad
+        before = {n: p.detach().clone() for n, p in layer.named_parameters()}
+        with pytest.raises(ValueError, match=f'^{type(layer).__name__}: [^\\n]*finite'):
+            layer.pack_()
+        assert not layer.packed and not list(layer.buffers()) and all(p.requires_grad for p in layer.parameters())
+        assert all(torch.equal(p.nan_to_num(5), before[n].nan_to_num(5)) for n, p in layer.named_parameters())
+    assert whole.pack_().packed and whole(x).isfinite().all()
+
+
 @pytest.mark.parametrize('name', [name for name in PACKABLE if 'embedding' not in name])
 def test_packed_layer_passes_the_input_gradient(name):
     """A packed layer is frozen but not a wall: the gradient of its input is that of the latent layer."""
@@ -734,6 +751,61 @@ def test_convert_refuses_before_it_changes_anything(rules, says):
     with pytest.raises(ValueError, match=says):
         convert(model, rules, verbose=False)
     assert str(model) == before
+
+
+ERRORS = {'unknown option': (('bin', dict(nope=1)), r"convert: 3 -> bin {'nope': 1}: .*nope"),
+          'bad value': (('nf4', dict(group=5)), r"convert: 3 -> nf4 {'group': 5}: .*group=5"),
+          'scales': (('fit4', dict(scales='fp16')), r"convert: 3 -> fit4 {'scales': 'fp16'}: .*fit4's only"),
+          'option of lora': (('lora', dict(rank=0)), r"convert: 3 -> lora {'rank': 0}: .*rank=0"),
+          'option of a base': (('lora', dict(base=('int4', dict(group=3)))), r'convert: 3 -> lora .*group=3'),
+          'beyond fp16': ('half', r'convert: 3 -> half {}: HalfLinear: .*float16'),
+          'rank': (('lowrank', dict(rank=99)), r"convert: 3 -> lowrank {'rank': 99}: .*rank=99"),
+          'no rank': ('lowrank', r'convert: 3 -> lowrank {}: .*rank')}
+
+
+@pytest.mark.parametrize('rule', ['bin', 'lora', ('lora', dict(base='nf4')), 'half'], ids=str)
+@pytest.mark.parametrize('error', ERRORS)
+def test_convert_changes_all_layers_or_none(error, rule):
+    """An error at the last layer, in one line that names it: those before, low-bit ones too, are what they were."""
+    model = nn.Sequential(nn.Linear(8, 8), BinaryLinear(8, 8), nn.Identity(), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].inplace = True
+    with torch.no_grad():
+        model[3].weight[1, 2] = 1e5
+    (last, says), x = ERRORS[error], torch.randn(3, 8)
+    before, text, y = copy.deepcopy(model.state_dict()), str(model), model(x)
+    with pytest.raises(ValueError, match=f'^{says}') as raised:
+        convert(model, {'[01]': rule, '3': last, '4': rule}, verbose=False)
+    assert '\n' not in str(raised.value) and str(model) == text and model[2].inplace
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items()) and torch.equal(model(x), y)
+    assert all(p.requires_grad for p in model.parameters()) and not model[1].packed
+
+
+def test_convert_refuses_what_would_not_be_finite():
+    """half of weights and biases beyond its range, lowrank of nan: ValueError; bf16 has the range."""
+    for name, value, rule, fits in [('weight', 7e4, 'half', 0), ('bias', -7e4, 'half', 0), ('weight', math.nan, 'half', 0),
+                                    ('weight', 7e4, ('half', dict(dtype=torch.bfloat16)), 1), ('weight', 65504, 'half', 1),
+                                    ('weight', math.nan, ('lowrank', dict(rank=2)), 0),
+                                    ('weight', -math.inf, ('lora', dict(base=('lowrank', dict(rank=2)))), 0)]:
+        model = nn.Sequential(nn.Linear(4, 4))
+        with torch.no_grad():
+            model[0].get_parameter(name).view(-1)[0] = value
+        if fits:
+            assert convert(model, {'0': rule}, verbose=False) == ['0'] and model(torch.ones(1, 4)).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match='^convert: 0 -> .*finite'):
+                convert(model, {'0': rule}, verbose=False)
+            assert type(model[0]) is nn.Linear
+
+
+def test_convert_puts_no_base_over_a_low_bit_layer(capsys):
+    """A base is made of a full-precision layer; over a low-bit one it is left and said, without a base it is wrapped."""
+    model = nn.Sequential(TernaryLinear(4, 4), nn.Conv2d(1, 1, 1))
+    assert convert(model, {'*': ('lora', dict(base='nf4'))}) == []
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["convert: 0 left (no lora form of TernaryLinear with base='nf4')",
+                   "convert: 1 left (no lora form of Conv2d with base='nf4')"]
+    assert not model[0].packed and convert(model, {'0': 'lora'}) == ['0'] and model[0].base.packed
+    assert 'convert: 1 left (fp by rule or no rule)' in capsys.readouterr().out
 
 
 def test_convert_leaves_a_module_that_is_used_twice():

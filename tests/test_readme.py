@@ -43,7 +43,7 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python bench.py train', 2, f'{BENCH} --dtypes=float32', r'fp +float32[\s\S]+tern +float32'),
     ('python bench.py stats', 2, '--batch=2 --threads=1', r'half +.* 37,826,560[\s\S]+int4 .* 11,911,168'),
     ('python bench.py compare', 2, '--batch=2 --threads=1', r'qlora +\d'),
-    ('python bench.py fit', 2, '--seeds=1 --steps=45 --batch=64 --threads=1', r'qlora +1,190,913'),
+    ('python bench.py fit', 2, '--seeds=1 --dim=256 --threads=1', r'qlora +297,729'),
     ('python bench.py layers', 2, '--rounds=1 --seconds=0.01 --shapes=2x64x64 --threads=1', r'fit4 +4\.'),
     ('python bench.py bundle', 2, '', r'nanobit\.zip: \d+ files'),
     ('python plot.py bars', 3, '', r'stats\.png: actual_bytes'),
