@@ -53,7 +53,7 @@ def merge_adapters(model, *inputs, requantize=False):
              {name: next(iter([*args, *kwargs.values()])).detach()}), with_kwargs=True) for name, m in found.items()]
     try:
         with torch.no_grad():
-            model.eval()(*inputs)
+            bare(model).eval()(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

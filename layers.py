@@ -693,12 +693,15 @@ def _rule(rule):
 
 
 def _converted(module, kind, options, packed):
-    """A layer of `kind` with the weights of `module`, or None where there is none."""
+    """A layer of `kind` with the weights of `module`, or what makes it of `module` itself, or None where there is none."""
     bias = getattr(module, 'bias', None) is not None
     if kind == 'lora':
         options = dict(options)
         base, base_options = _rule(options.pop('base', 'fp'))
-        base = module if base == 'fp' else _converted(module, base, base_options, True)
+        if base == 'fp' and isinstance(module, LINEARS):
+            LoRALinear(nn.Linear(1, 1), **options)  # an error in the options, before the layer itself is frozen and packed
+            return partial(LoRALinear, module, **options)
+        base = None if base == 'fp' else _converted(module, base, base_options, True)
         return LoRALinear(base, **options) if isinstance(base, LINEARS) else None
     if isinstance(module, nn.Linear) and kind == 'lowrank':
         return LowRankLinear.from_linear(module, **options)
@@ -762,10 +765,11 @@ def convert(model, rules, verbose=True, packed=False):
                 base = options.get('base') if kind == 'lora' else None
                 left[name] = f'no {kind} form of {type(module).__name__}' + (f' with base={base!r}' if base else '')
             else:
-                made[name], converted[name] = new.train(module.training), kind
+                made[name], converted[name] = new, kind
     for name, new in made.items():                  # all of them or, on an error, none
         parent, _, leaf = name.rpartition('.')
-        setattr(model.get_submodule(parent), leaf, new)
+        new = new() if isinstance(new, partial) else new
+        setattr(model.get_submodule(parent), leaf, new.train(candidates[name].training))
     for module in model.modules():                  # low-bit layers need their output in the backward pass
         if converted and getattr(module, 'inplace', False):
             module.inplace = False

@@ -8,8 +8,8 @@ Weights to codes and back: plain functions of tensors, each beside its inverse. 
     pack_bits, unpack_bits     codes of 1, 2 or 4 bits in bytes
 
 On the CPU packed 4-bit weights are decoded by kernels.c, compiled on first use where there is a C compiler; otherwise, on
-other devices and under torch.compile by the same arithmetic in torch. Both give the same bits, but for the order of the
-sums when a few tokens are multiplied without decoding first (product4).
+other devices and under torch.compile by the same arithmetic in torch. Both give the same bits, but for bf16 weights below
+1e-38, and for the order of sums when a few tokens are multiplied without decoding first (product4).
 """
 import ctypes
 import functools
@@ -92,8 +92,8 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 # Lloyd's algorithm on normally distributed weights in blocks of 32: results/fit4.py
-FIT4 = (-0.9608, -0.7286, -0.5677, -0.4360, -0.3213, -0.2170, -0.1188, -0.0239,
-        0.0702, 0.1657, 0.2649, 0.3701, 0.4861, 0.6184, 0.7822, 1.0)
+FIT4 = (-0.9721, -0.7257, -0.5640, -0.4330, -0.3190, -0.2155, -0.1179, -0.0236,
+        0.0699, 0.1651, 0.2642, 0.3699, 0.4869, 0.6213, 0.7889, 1.0)
 FORMATS4 = {
     'uniform': Format4(UNIFORM, 16, 'fp16', False),     # 5 bits
     'nf4': Format4(NF4, 64, 'fp16', True),          # 4.25 bits; with scales='fp32' byte for byte what bitsandbytes keeps
@@ -169,11 +169,12 @@ def search4(flat, levels):
     """quantize4 of fp32 (groups, group) for levels (16,) with one-byte signed scales on a logarithmic grid.
 
     scale = sign(h) * 2 ** ((absmax_top - 127 + |h|) / 14) for an int8 h, absmax_top (int32) 14 times the logarithm of the
-    largest |w| of the tensor, rounded up. Of the six steps around the group's own absmax, with either sign, and zero, the
+    largest |w| of the tensor, rounded up. Of the five steps around the group's own absmax, with either sign, and zero, the
     one with the least squared error is kept: the levels are not symmetric, so that a sign is worth a bit of the codes.
+    (One step more would spare a hair of error, and what was decoded would no longer encode to itself.)
     """
     levels, middle = levels.float(), (levels[1:] + levels[:-1]).float() / 2
-    top = (flat.abs().amax().clamp(min=1e-38).double().log2() * STEPS - 1e-6).ceil().int().view(1)
+    top = (flat.abs().amax().clamp(min=1e-38).double().log2() * STEPS - 1e-6).ceil().clamp(max=1791).int().view(1)
     unit = {'absmax': torch.tensor([127], dtype=torch.int8, device=flat.device), 'absmax_top': top}
     flat = flat / scales4(unit)                                         # so that no square is too large or small
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
@@ -182,13 +183,13 @@ def search4(flat, levels):
         w = flat[rows:rows + (1 << 15)]                                 # is many times the weights
         nearest = (127 + STEPS * w.abs().amax(1).log2()).round().clamp(-999, 127).int()
         best = w.square().sum(1)
-        for step in range(-3, 3):
-            h = (nearest + step).clamp(1, 127)
+        for step in range(-3, 2):
+            h = (nearest + step).clamp(max=127)
             for signed in (h, -h):
                 s = (((h - 127) / STEPS).exp2() * signed.sign())[:, None]
                 c = torch.bucketize(w / s, middle, out_int32=True)
                 off = (levels[c] * s - w).square().sum(1)
-                better = off < best
+                better = (off < best) & (h >= 1)
                 best = torch.where(better, off, best)
                 codes[rows:rows + len(w)] = torch.where(better[:, None], c.to(torch.uint8), codes[rows:rows + len(w)])
                 absmax[rows:rows + len(w)] = torch.where(better, signed.to(torch.int8), absmax[rows:rows + len(w)])
@@ -220,7 +221,8 @@ def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=Non
     group = 2 * len(code) // len(absmax)
     if kernel := _kernels_for(code, absmax):
         wide = dtype if dtype == torch.bfloat16 else torch.float32
-        out = code.new_empty(stop - start, dtype=wide) if out is None or len(out) < stop - start else out[:stop - start]
+        fits = out is not None and out.dtype == wide and len(out) >= stop - start
+        out = out[:stop - start] if fits else code.new_empty(stop - start, dtype=wide)
         size = absmax.element_size()
         kernel.decode4(code.data_ptr() + start // 2, absmax.data_ptr() + start // group * size, size, _grid(held),
                        _array(FORMATS4[format].levels), stop - start, group, FORMATS4[format].high_first,
@@ -237,7 +239,7 @@ def product4(x, code, held, format, out_features):
     to 4 tokens and groups of 16, 32, ... that divide `in`."""
     kernel = _kernels_for(code, held['absmax'])
     group = 2 * len(code) // len(held['absmax'])
-    if not kernel or x.dtype == torch.float64 or len(x) > kernel.most_tokens() or group % 16 or x.shape[1] % group:
+    if not kernel or not 0 < len(x) <= kernel.most_tokens() or x.dtype == torch.float64 or group % 16 or x.shape[1] % group:
         return None
     if held['absmax'].dtype == torch.uint8:
         held = {'absmax': scales4(held)}
@@ -282,8 +284,9 @@ def _array(numbers):
 
 @functools.cache
 def _grid_from(top):
-    places = torch.arange(-128, 128).clamp(min=-127).to(torch.int8)
-    return _array(tuple(scales4({'absmax': places, 'absmax_top': torch.tensor(top, dtype=torch.int32)}).tolist()))
+    places = torch.arange(-128, 128, device='cpu').clamp(min=-127).to(torch.int8)
+    top = torch.tensor(top, dtype=torch.int32, device='cpu')
+    return _array(tuple(scales4({'absmax': places, 'absmax_top': top}).tolist()))
 
 
 def _grid(held):
