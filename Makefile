@@ -21,7 +21,7 @@ train: $(READY) ## data, a small 1-bit GPT on Python code, its loss curve and a 
 
 test: $(READY) ## linter and tests, on the CPU, no network
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 bench: $(READY) ## time and memory of a training step
 	$(PY) bench.py train

@@ -188,7 +188,7 @@ BENCHES = {
             'nats over all samples at the end, mean ± sd.',
             {'form': '{name}', 'trainable': '{trainable:,}', 'loss': '{loss:.4f} ± {sd:.4f}',
              'lowest accuracy': '{accuracy:.1%}', 'ms/step': '{ms:.0f}'}),
-    'layers': (['layers'],
+    'layers': (['layers --threads=1'],
                lambda r: f'{r["in"]:,} x {r["out"]:,} weights, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}, '
                f'{r["dtype"]} inputs; milliseconds and, in brackets, times a frozen nn.Linear in the same run; error: relative '
                'RMS on N(0,1).',

@@ -136,7 +136,8 @@ def test_command(command, ran):
     _, kind, added, prints = known
     if kind == 'make':
         by_hand = next(lines_of(block)[1:] for _, block in BLOCKS if 'python3 -m venv' in block)
-        wanted = {'make train': by_hand, 'make test': ['python -m ruff check .', 'python -m pytest']}[command]
+        tests = ['python -m ruff check .', 'python -m pytest -n auto --dist loadfile']
+        wanted = {'make train': by_hand, 'make test': tests}[command]
         assert [line for line in make_n(command, path) if re.match('python (?!-m pip)', line)] == wanted
     elif kind == 'make train':
         by_make = '\n'.join(make_n(kind, path)).replace('python -m pip', 'pip')
