@@ -268,8 +268,10 @@ class _FrozenLinear(torch.autograd.Function):
 def _row_blocks(shape, x, multiple=1):
     """[(i, j), ...] over the rows of a weight of this shape; on the CPU of 1 MB for each thread."""
     rows, columns = shape
+    if torch.compiler.is_compiling():
+        return [(0, rows)]
     most = (min(16, torch.get_num_threads()) << 20) // x.element_size() if x.device.type == 'cpu' else 1 << 26
-    step = rows if torch.compiler.is_compiling() else max(1, most // columns // multiple) * multiple
+    step = max(1, most // columns // multiple) * multiple
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
