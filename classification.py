@@ -1,0 +1,429 @@
+"""Labelled texts and their figures: tables, the folders that data/*/prepare.py make of them, accuracy and F1 with
+intervals, and whether one model is better than another.
+
+A data folder holds one csv per split and task.json, which tells how to read them:
+
+    data/sst2/train.csv  val.csv     a column for each text and one for the label, by name
+    data/sst2/task.json              {"task", "labels": names in the order of their ids, "text": columns, "label": column,
+                                      "source", "revision", "rows": {split: n}, "bytes": {split: n}, "complete": true}
+
+Read:     texts, ids, names = classification.load(tokens.dataset_dir('sst2'), 'train')
+Figures:  metrics(ids, predictions, len(names)), compare(ids, predictions_a, predictions_b)
+"""
+import collections
+import csv
+import difflib
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import tokens
+from common import atomic_write
+from configurator import fail
+
+EXTENSIONS = ('.csv', '.tsv', '.parquet')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def _numbered(path):
+    """Yields (line, fields) of a .csv or .tsv, blank lines left out. .tsv as in GLUE: quotes are plain characters."""
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode('utf-8-sig')              # spreadsheets put a byte-order mark in front
+    except UnicodeDecodeError as e:
+        line = raw.count(b'\n', 0, e.start) + 1
+        raise ValueError(f'{path}, line {line}: not UTF-8; convert it: iconv -f LATIN1 -t UTF-8') from None
+    if Path(path).suffix == '.tsv':
+        lines = ((number, line.rstrip('\r')) for number, line in enumerate(text.split('\n'), 1))
+        yield from ((number, line.split('\t')) for number, line in lines if line)
+        return
+    csv.field_size_limit(2 ** 31 - 1)               # 131,072 characters otherwise, less than some documents
+    reader, line = csv.reader(io.StringIO(text, newline=''), strict=True), 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1              # a quoted field may hold line ends: this is where a row begins
+    except csv.Error as e:
+        raise ValueError(f'{path}, line {line}: {e}; a quote that is not closed, or one that is not doubled?') from None
+
+
+def _choose(path, header, wanted):
+    """Position in header of each wanted column."""
+    for name in wanted:
+        if name not in header:
+            nearest = difflib.get_close_matches(name, header, 1, 0.4)
+            hint = f'; did you mean {nearest[0]!r}?' if nearest else ''
+            raise ValueError(f'{path} has no column {name!r}; its columns are {", ".join(map(repr, header))}{hint}')
+        if header.count(name) > 1:
+            raise ValueError(f'{path} has {header.count(name)} columns {name!r}; rename one')
+    return [header.index(name) for name in wanted]
+
+
+def _read_parquet(path, wanted):
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f'{path} needs pyarrow; type: pip install pyarrow, or write it as .csv') from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            _choose(path, file.schema_arrow.names, wanted)
+            table = file.read(columns=list(wanted))
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f'{path} cannot be read as parquet ({str(e).splitlines()[0][:120]})') from None
+    return [table.column(name).to_pylist() for name in wanted]
+
+
+def _read_columns(path, wanted, header=(), optional=''):
+    """(unit, places, columns): columns[i] the values of column wanted[i], places[j] where row j begins, in unit 'line'
+    or 'row'. header: the names of the columns where the file itself has none. optional: a column of a .csv or .tsv that
+    comes last if it is there."""
+    suffix = Path(path).suffix
+    if suffix not in EXTENSIONS:
+        raise ValueError(f'{path} is none of {", ".join(EXTENSIONS)}; the extension tells how to read it')
+    if not Path(path).is_file():
+        raise ValueError(f'there is no file {path}')
+    try:
+        if suffix == '.parquet':
+            columns, unit = _read_parquet(path, wanted), 'row'
+            places = range(1, len(columns[0]) + 1)
+        else:
+            rows, unit, places = _numbered(path), 'line', []
+            if not Path(path).stat().st_size:
+                raise ValueError(f'{path} is empty')
+            header = list(header) or next(rows, (1, []))[1]
+            chosen = _choose(path, header, [*wanted, *([optional] if optional in header else [])])
+            columns = [[] for _ in chosen]
+            for line, fields in rows:
+                if len(fields) != len(header):
+                    raise ValueError(f'{path}, line {line}: {len(fields)} fields where there are {len(header)} columns')
+                places.append(line)
+                for column, i in zip(columns, chosen, strict=True):
+                    column.append(fields[i])
+    except OSError as e:
+        raise ValueError(f'cannot read {path}: {e.strerror or e}') from None
+    if not places:
+        raise ValueError(f'{path} has no rows below its header' if unit == 'line' else f'{path} has no rows')
+    return unit, places, columns
+
+
+def read_table(path, text, label='', header=()):
+    """(texts, labels) of a table: a list of tuples of str, one str per column in `text`, and a list of str.
+
+    path: .csv (comma), .tsv (tab, nothing quoted) or .parquet, UTF-8; blank lines are skipped. text: names of one or two
+    columns. label: the label's column, '' for unlabelled texts; labels is then None. header: names of the columns of a
+    file without a header line. Raises ValueError in one line that names the file and, where there is one, the line.
+    """
+    text = (text,) if isinstance(text, str) else tuple(text)
+    if not 1 <= len(text) <= 2:
+        raise ValueError(f'{len(text)} text columns; name one, or two for pairs')
+    unit, places, columns = _read_columns(path, text + ((label,) if label else ()), header)
+    for name, values in zip(text, columns, strict=False):
+        wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+        if wrong is not None:
+            raise ValueError(f'{path}, {unit} {places[wrong]}: {name!r} is {values[wrong]!r}, not text')
+    labels = ['' if value is None else str(value) for value in columns[-1]] if label else None
+    empty = next((place for place, value in zip(places, labels or (), strict=False) if not value.strip()), None)
+    if empty is not None:
+        raise ValueError(f'{path}, {unit} {empty}: the label ({label!r}) is empty')
+    return list(zip(*columns[:len(text)], strict=True)), labels
+
+
+def write_table(path, columns, rows):
+    """Write a csv, whole or not at all. columns: names; rows: iterable of tuples of str and numbers. Returns their count.
+
+    Every str is quoted, so that commas, quotes, line ends and empty texts come back as they were. Raises OSError."""
+    count = 0
+
+    def write(temporary):
+        nonlocal count
+        with open(temporary, 'w', encoding='utf-8', newline='') as f:
+            writer = csv.writer(f, quoting=csv.QUOTE_NONNUMERIC, lineterminator='\n')
+            writer.writerow(columns)
+            for row in rows:
+                writer.writerow(row)
+                count += 1
+    atomic_write(path, write)
+    return count
+
+
+def _listed(names):
+    return ', '.join(names[:12]) + (f' and {len(names) - 12} more' if len(names) > 12 else '')
+
+
+def label_names(labels):
+    """Names in the order of their ids, of a list of str: by number where all are integers, else by the alphabet."""
+    names = set(labels)
+    if len(names) < 2:
+        raise ValueError(f'all {len(labels)} labels are {_listed(sorted(names)) or "missing"}; two or more are needed')
+    is_integer = all(re.fullmatch(r'-?[0-9]+', name) for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if is_integer else sorted(names)
+
+
+def label_ids(labels, names, path):
+    """List of int: the position of each label in `names`. ValueError for one that is not there; path, for its message."""
+    ids = {name: i for i, name in enumerate(names)}
+    for row, label in enumerate(labels, 1):
+        if label not in ids:
+            raise ValueError(f'{path}, row {row}: label {label!r} is none of {_listed(list(names))}')
+    return [ids[label] for label in labels]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data folders
+
+
+def _read_task(folder):
+    """task.json as a dict, None where there is none. Raises ValueError for a file that is not ours."""
+    path = Path(folder) / 'task.json'
+    try:
+        task = json.loads(path.read_bytes())
+        if {'task', 'labels', 'text', 'label', 'rows', 'complete'} <= task.keys():
+            return task
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ValueError(f'{path} is not what a prepare.py wrote; remove it and run the prepare.py again')
+
+
+def _save_task(folder, task):
+    atomic_write(folder / 'task.json', lambda path: Path(path).write_text(json.dumps(task, indent=1), encoding='utf-8'))
+
+
+def load(folder, split):
+    """(texts, ids, names) of one split of a folder made by build(): texts as in read_table, ids a list of int, names
+    the labels. Raises ValueError: no folder, an unfinished one, no such split, or not the rows that were written."""
+    folder = Path(folder)
+    task = _read_task(folder)
+    if task is None or not task['complete']:
+        # those that write labelled texts, not tokens
+        names = sorted(path.parent.name for path in tokens.ROOT.glob('data/*/prepare.py')
+                       if 'classification.build(' in path.read_text(encoding='utf-8'))
+        own = folder.absolute() == tokens.ROOT / 'data' / folder.name and folder.name in names
+        command = (f'python data/{folder.name}/prepare.py' if own else
+                   f'python data/<name>/prepare.py --out_dir {folder}, where <name> is one of: {", ".join(names)}')
+        raise ValueError(f'{folder} {"is unfinished" if task else "holds no task.json"}; type: {command}')
+    if split not in task['rows']:
+        raise ValueError(f'{folder} has no split {split!r}; it has {_listed(list(task["rows"]))}')
+    path = folder / f'{split}.csv'
+    texts, labels = read_table(path, task['text'], task['label'])
+    if len(texts) != task['rows'][split]:
+        raise ValueError(f'{path} has {len(texts):,} rows, {task["rows"][split]:,} were written; run the prepare.py again')
+    return texts, label_ids(labels, task['labels'], path), list(task['labels'])
+
+
+def build(folder, task, splits, expected=None, published=True):
+    """Make a data folder, or recognise it; an interrupted one is made anew.
+
+    task: {'task', 'labels', 'text', 'label', 'source', 'revision'} as in task.json. splits: {split: function without
+    arguments that gives the rows (text, ..., label name)}. expected: {split: rows of the published set}; another count
+    is a ValueError, with published=False (local files) only shown. Does nothing where all of `task`, the names of the
+    splits and the files' sizes are those of a finished folder. Refuses to replace a csv that no build() wrote.
+    """
+    folder, expected = Path(folder), expected or {}
+    task = json.loads(json.dumps(task))
+    sizes = lambda names: {s: (folder / f'{s}.csv').stat().st_size for s in names if (folder / f'{s}.csv').is_file()}
+    old = _read_task(folder)
+    same = old is not None and all(old.get(key) == value for key, value in task.items()) and list(old['rows']) == list(splits)
+    if same and old['complete'] and old.get('bytes') == sizes(splits):
+        print(f'{folder} is complete with the same settings; left as it is')
+        return
+    if old:
+        why = 'was not finished' if not old['complete'] else 'is damaged' if same else 'has other settings'
+        print(f'{folder} {why}; made anew')
+    foreign = sorted(sizes(set(splits) - set(old['rows'] if old else ())))
+    if foreign:
+        raise ValueError(f'{folder / foreign[0]}.csv is there and no prepare.py wrote it; move it, or give another --out_dir')
+    folder.mkdir(parents=True, exist_ok=True)
+    # the union, so that after a kill the next run still knows which files are ours
+    _save_task(folder, {**task, 'rows': dict.fromkeys([*splits, *(old['rows'] if old else ())]), 'complete': False})
+    for split in old['rows'] if old else ():
+        for path in folder.glob(f'{split}.csv*'):
+            path.unlink()
+    rows = {}
+    for split, read in splits.items():
+        if split in expected:
+            print(f'{split}: expected {expected[split]:,} rows' + ('' if published else ' in the published set'), flush=True)
+        seen = collections.Counter()
+        counted = ((seen.update([row[-1]]), row)[1] for row in tqdm(read(), desc=split, unit='row', disable=None))
+        rows[split] = write_table(folder / f'{split}.csv', [*task['text'], task['label']], counted)
+        print(f'{split}: got {rows[split]:,} rows: ' + ', '.join(f'{seen[name]:,} {name}' for name in task['labels']))
+        if rows[split] == 0 or published and rows[split] != expected.get(split, rows[split]):
+            raise ValueError(f'{split} of {task["source"]} has {rows[split]:,} rows, expected {expected.get(split, "some")}')
+    _save_task(folder, {**task, 'rows': rows, 'bytes': sizes(splits), 'complete': True})
+    print(f'wrote {folder}')
+
+
+def named(labels, names, path):
+    """Labels that files give as a name or, some of them, as its id ('0', '1', ...) -> list of names. ValueError."""
+    known = {str(i): name for i, name in enumerate(names)} | {name: name for name in names}
+    return [known[list(known)[i]] for i in label_ids(labels, list(known), path)]
+
+
+def hub_rows(hub_id, config, split, revision, text, label):
+    """Yields (text, ..., label id) of one split of a data set on the Hugging Face Hub; text, label: names of its fields.
+
+    Streamed, as else all the splits are downloaded for one. Raises ValueError when the Hub cannot be read."""
+    try:
+        import datasets
+        rows = datasets.load_dataset(hub_id, config, split=split, revision=revision, streaming=True)
+        for row in rows:
+            yield (*(row[field] for field in text), row[label])
+    except Exception as e:                          # noqa: BLE001  network errors of several libraries, no common class
+        raise ValueError(f'reading {hub_id} ({split}) from the Hub failed ({type(e).__name__}: {str(e)[:200]}); '
+                         'run the same command again, or use local files (see --help)') from None
+
+
+def file_revision(paths):
+    """What stands for a Hub revision where the source is local files: 'sha256:...' over their contents, in order."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f'there is no file {path}')
+    return 'sha256:' + hashlib.sha256(''.join(map(tokens.file_digest, paths)).encode()).hexdigest()
+
+
+def run(main):
+    """tokens.run for these scripts: a ValueError too is one line."""
+    try:
+        tokens.run(main)
+    except ValueError as e:
+        fail(e)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures
+
+
+def metrics(labels, predictions, n_labels, seed=42, draws=10_000):
+    """Accuracy and F1 of predictions (n,) against labels (n,), both ids in [0, n_labels), with 95% intervals.
+
+    Returns a dict: accuracy, accuracy_low, accuracy_high, f1, f1_low, f1_high, f1_kind, n. f1_kind is 'binary' for two
+    labels (the F1 of label 1) and else 'macro' (mean over the labels that occur). The intervals are percentiles of a
+    bootstrap; where all predictions are right theirs has no width, which says little. ValueError for ids out of range.
+
+    A resample of the rows matters only by how many rows of each (label, prediction) it holds. Drawing n rows with
+    replacement, those counts are multinomial with n draws and the observed shares as probabilities; so the confusion
+    matrices are drawn as that, in one call, instead of the rows: the same distribution, without n numbers per draw.
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+    labels, predictions = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+    n = len(labels)
+    if not n or labels.shape != predictions.shape or labels.ndim != 1:
+        raise ValueError(f'labels {labels.shape} and predictions {predictions.shape} are not as many, or none')
+    for name, ids in (('labels', labels), ('predictions', predictions)):
+        if ids.min() < 0 or ids.max() >= n_labels:
+            raise ValueError(f'{name} hold {ids.min()} to {ids.max()}, ids of {n_labels} labels are 0 to {n_labels - 1}')
+    is_binary = n_labels == 2
+    cells, counts = np.unique(labels * n_labels + predictions, return_counts=True)
+    rows, columns = np.eye(n_labels)[cells // n_labels], np.eye(n_labels)[cells % n_labels]         # (cells, n_labels)
+    generator, drawn, step = np.random.default_rng(seed), [], max(1, 5_000_000 // (len(cells) + n_labels))
+    for first in range(0, draws, step):
+        table = generator.multinomial(n, counts / n, min(step, draws - first)).astype(float)        # (draws, cells)
+        hits, marked = table @ (rows * columns), table @ (rows + columns)       # 2 TP and 2 TP + FP + FN, of each label
+        with np.errstate(invalid='ignore'):
+            f1 = 2 * hits / marked                                              # 0 / 0: that label does not occur
+        f1 = np.nan_to_num(f1[:, 1]) if is_binary else np.nanmean(f1, axis=1)
+        drawn.append((hits.sum(1) / n, f1))
+    intervals = np.percentile(np.concatenate(drawn, axis=1), (2.5, 97.5), axis=1).T.tolist()
+    kind = 'binary' if is_binary else 'macro'
+    return {'accuracy': float(accuracy_score(labels, predictions)), 'accuracy_low': intervals[0][0],
+            'accuracy_high': intervals[0][1], 'f1': float(f1_score(labels, predictions, average=kind, zero_division=0)),
+            'f1_low': intervals[1][0], 'f1_high': intervals[1][1], 'f1_kind': kind, 'n': n}
+
+
+def detectable(n, discordant):
+    """The smallest difference in accuracy that McNemar's test at 5% finds with 80% power on n rows, when a share
+    `discordant` of the rows is right in one model only.
+
+    Miettinen 1968, Connor 1987 (Biometrics 43, p. 207): n = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 / d^2 with s the
+    discordant share, d the difference, z_a = 1.960, z_b = 0.842. Solved for d, a quadratic:
+    d = sqrt(s) (z_a sqrt(n) + z_b sqrt(n + z_b^2 - z_a^2)) / (n + z_b^2). A difference cannot be more than s: where d
+    would be, s = d, all of the rows that differ speaking for one model. It is the formula of the large-sample test; the
+    exact one that compare() uses finds a little less. At most 1.
+    """
+    z_a, z_b = 1.959964, 0.841621
+    root = z_b * max(0.0, n + z_b ** 2 - z_a ** 2) ** 0.5
+    difference = discordant ** 0.5 * (z_a * n ** 0.5 + root) / (n + z_b ** 2)
+    if 0 < difference <= discordant:
+        return difference
+    low, high = 0.0, 1.0
+    for _ in range(50):                             # s = d: n d = (z_a + z_b sqrt(1 - d))^2, by halving
+        middle = (low + high) / 2
+        low, high = (low, middle) if n * middle > (z_a + z_b * (1 - middle) ** 0.5) ** 2 else (middle, high)
+    return high
+
+
+def compare(labels, a, b, names=('a', 'b'), seed=42, draws=10_000):
+    """Is b better than a? labels, a, b: (n,) labels and two models' predictions for the same rows, in the same terms.
+
+    Returns a dict: n, accuracy_a, accuracy_b, difference (b - a) with its 95% interval difference_low, difference_high;
+    only_a, only_b (rows right in that model only), p (McNemar's exact test: of the only_a + only_b rows, is the share of
+    b one half? two-sided), detectable (see there), verdict (a sentence with `names`). Accuracies are shares, not percent.
+    The interval resamples rows, each with both its predictions; only three kinds of row matter, so it draws counts.
+    """
+    from scipy.stats import binomtest
+    labels, a, b = np.asarray(labels), np.asarray(a), np.asarray(b)
+    n = len(labels)
+    if not n or not labels.shape == a.shape == b.shape:
+        raise ValueError(f'labels {labels.shape}, a {a.shape} and b {b.shape} are not as many, or none')
+    right_a, right_b = a == labels, b == labels
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    p = float(binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    kinds = np.array([only_a, only_b, n - only_a - only_b]) / n
+    drawn = np.random.default_rng(seed).multinomial(n, kinds, draws)
+    low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / n, (2.5, 97.5)).tolist()
+    difference, smallest = (only_b - only_a) / n, detectable(n, (only_a + only_b) / n)
+    if p < 0.05:
+        verdict = (f'{names[1]} is {"better" if difference > 0 else "worse"} than {names[0]} by {abs(difference) * 100:.2f} '
+                   f'points (McNemar p = {p:.2g})')
+    else:
+        verdict = f'the test set is too small to tell: n = {n:,}, differences under {smallest * 100:.2f} points cannot be seen'
+    return {'n': n, 'accuracy_a': float(right_a.mean()), 'accuracy_b': float(right_b.mean()), 'difference': difference,
+            'difference_low': low, 'difference_high': high, 'only_a': only_a, 'only_b': only_b, 'p': p,
+            'detectable': smallest, 'verdict': verdict}
+
+
+def _keyed_predictions(path):
+    """({(language or '', index): (label, prediction)} in order, has a language column) of a predictions file."""
+    unit, places, columns = _read_columns(path, ['index', 'label', 'prediction'], optional='language')
+    found = {}
+    for place, index, label, prediction, *language in zip(places, *columns, strict=True):
+        key = (language[0] if language else '', index)
+        if key in found:
+            raise ValueError(f'{path}, {unit} {place}: {" ".join(["index", index, *language])} is there twice')
+        found[key] = label, prediction
+    return found, len(columns) > 3
+
+
+def read_predictions(path):
+    """(labels, predictions, languages) of a predictions.csv (index, label, prediction and maybe language, other columns
+    are left out): lists of str as they stand there; languages is None without that column. ValueError as read_table."""
+    found, has_language = _keyed_predictions(path)
+    labels, predictions = (list(column) for column in zip(*found.values(), strict=True))
+    return labels, predictions, [language for language, _ in found] if has_language else None
+
+
+def paired(path_a, path_b):
+    """(labels, a, b, languages) of two predictions files of the same rows, as lists of str in the order of path_a.
+
+    Raises ValueError where a row is in one file only or its label differs: those models saw different test sets."""
+    (a, has_language), (b, _) = _keyed_predictions(path_a), _keyed_predictions(path_b)
+    row = lambda key: ' '.join(['index', key[1], *filter(None, key[:1])])
+    for one, other, path, other_path in ((a, b, path_a, path_b), (b, a, path_b, path_a)):
+        alone = next((key for key in one if key not in other), None)
+        if alone:
+            raise ValueError(f'{row(alone)} is in {path} but not in {other_path}; both need the same rows to be compared')
+    for key, (label, _) in a.items():
+        if label != b[key][0]:
+            raise ValueError(f'{row(key)} has label {label!r} in {path_a} and {b[key][0]!r} in {path_b}; not the same test set')
+    return ([label for label, _ in a.values()], [guess for _, guess in a.values()], [b[key][1] for key in a],
+            [language for language, _ in a] if has_language else None)

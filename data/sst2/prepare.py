@@ -1,0 +1,59 @@
+"""SST-2: phrases and sentences from film reviews, negative or positive. Downloads about 3 MB, takes seconds.
+
+    python data/sst2/prepare.py                                       -> data/sst2
+    python data/sst2/prepare.py --file train.tsv --val_file dev.tsv   GLUE's files instead of the Hub
+
+Writes train.csv (67,349 rows) and val.csv, the published validation split (872 rows); the labels of the test split are
+not public. Local files are tables with the columns sentence and label, the label a name or 0 (negative), 1 (positive).
+Terms: none are stated at the source. Train with --dataset=sst2.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import classification  # noqa: E402
+from configurator import fail  # noqa: E402
+
+HUB_ID, REVISION = 'stanfordnlp/sst2', '8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb'
+HUB_SPLIT = {'train': 'train', 'val': 'validation'}
+LABELS = ('negative', 'positive')  # ids 0 and 1
+EXPECTED = {'train': 67_349, 'val': 872}
+
+
+def hub(split):
+    for sentence, label in classification.hub_rows(HUB_ID, None, HUB_SPLIT[split], REVISION, ('sentence',), 'label'):
+        yield sentence.strip(), LABELS[label]
+
+
+def local(path):
+    texts, labels = classification.read_table(path, ('sentence',), 'label')
+    for (sentence,), label in zip(texts, classification.named(labels, LABELS, path), strict=True):
+        yield sentence.strip(), label
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail  # one line instead of the usage
+    parser.add_argument('--file', metavar='PATH', help='local training table (.tsv, .csv, .parquet)')
+    parser.add_argument('--val_file', metavar='PATH', help='local validation table')
+    parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
+    args = parser.parse_args(argv)
+    if bool(args.file) != bool(args.val_file):
+        fail('--file and --val_file go together; give both, or neither for the download')
+
+    task = {'task': 'sst2', 'labels': LABELS, 'text': ('sentence',), 'label': 'label'}
+    if args.file:
+        files = {'train': args.file, 'val': args.val_file}
+        task |= {'source': ', '.join(Path(path).name for path in files.values()),
+                 'revision': classification.file_revision(files.values())}
+        splits = {split: lambda path=path: local(path) for split, path in files.items()}
+    else:
+        task |= {'source': HUB_ID, 'revision': REVISION}
+        splits = {split: lambda split=split: hub(split) for split in HUB_SPLIT}
+    classification.build(args.out_dir, task, splits, EXPECTED, published=not args.file)
+
+
+if __name__ == '__main__':
+    classification.run(main)

@@ -1,0 +1,344 @@
+"""classification.py: tables, data folders and figures. Figures against sklearn, slow bootstraps and sums on paper."""
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import classification as c
+
+TEXTS = ['plain', 'with, a comma', 'a "quoted" word', 'two\nlines', 'windows\r\nline', 'old\rmac', '', ' spaces ', "it's",
+         'Zażółć 語 🎉', 'tab\there', '"', '\\n', 'x' * 200_000, '\ufeffmark']
+
+
+def noisy(seed, n, k, share):
+    """Labels (n,) of k kinds and predictions of them, `share` kept and the others drawn at random."""
+    random = np.random.default_rng(seed)
+    labels = random.choice(k, n, p=np.arange(1, k + 1) / sum(range(1, k + 1)))      # unequal, so that f1 kinds differ
+    return labels, np.where(random.random(n) < share, labels, random.integers(0, k, n))
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_csv_gives_back_every_text_as_it_was(tmp_path):
+    """Commas, quotes, line ends of three kinds, emptiness, Unicode and a long text survive writing and reading."""
+    path = tmp_path / 'a.csv'
+    rows = [(first, second, 'yes' if i % 2 else 'no') for i, (first, second) in enumerate(zip(TEXTS, TEXTS[::-1], strict=True))]
+    assert c.write_table(path, ('premise', 'hypothesis', 'label'), iter(rows)) == len(TEXTS)
+    texts, labels = c.read_table(path, ('premise', 'hypothesis'), 'label')
+    assert texts == [row[:2] for row in rows] and labels == [row[2] for row in rows]
+    assert c.read_table(path, ('hypothesis',))[0] == [(row[1],) for row in rows]
+    assert c.read_table(path, ('hypothesis',), '')[1] is None
+    c.write_table(tmp_path / 'one.csv', ['text'], [(text,) for text in TEXTS])
+    assert c.read_table(tmp_path / 'one.csv', 'text')[0] == [(text,) for text in TEXTS]
+
+
+def test_tsv_takes_quotes_as_they_are_and_csv_takes_a_byte_order_mark(tmp_path):
+    """GLUE's files hold single quotation marks; \\r and blank lines at the end do not count; columns go by name."""
+    (tmp_path / 'a.tsv').write_bytes(b'label\tsentence\r\n1\t"one half of a quote\r\n0\tfine, really\r\n\r\n')
+    assert c.read_table(tmp_path / 'a.tsv', ('sentence',), 'label') == (
+        [('"one half of a quote',), ('fine, really',)], ['1', '0'])
+    (tmp_path / 'b.csv').write_bytes('\ufefftext,label\né,a\n'.encode())
+    assert c.read_table(tmp_path / 'b.csv', ('text',), 'label') == ([('é',)], ['a'])
+    (tmp_path / 'c.tsv').write_text('p\th\tx\n')
+    assert c.read_table(tmp_path / 'c.tsv', ('b', 'a'), 'l', header=('a', 'b', 'l')) == ([('h', 'p')], ['x'])
+
+
+def test_parquet_reads_as_csv_does(tmp_path):
+    """Integer labels become their digits; null labels and texts that are numbers are errors with the row."""
+    pa, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    path = tmp_path / 'a.parquet'
+    parquet.write_table(pa.table({'label': [1, 0], 'extra': [1.0, 2.0], 'text': TEXTS[1:3]}), path)
+    assert c.read_table(path, ('text',), 'label') == ([(TEXTS[1],), (TEXTS[2],)], ['1', '0'])
+    parquet.write_table(pa.table({'label': [1, None], 'text': ['a', 'b']}), path)
+    for columns, message in (((('text',), 'label'), 'row 2: the label'), ((('label',), ''), "row 1: 'label' is 1, not text"),
+                             ((('txt',), ''), "did you mean 'text'")):
+        with pytest.raises(ValueError, match=message):
+            c.read_table(path, *columns)
+    path.write_bytes(b'PAR1 nothing')
+    with pytest.raises(ValueError, match='cannot be read as parquet'):
+        c.read_table(path, ('text',))
+
+
+@pytest.mark.parametrize('name, content, message', [
+    ('a.csv', b'', 'a.csv is empty'),
+    ('a.csv', b'\n\n', 'has no column'),
+    ('a.csv', b'text,label\n', 'no rows below its header'),
+    ('a.tsv', b'', 'a.tsv is empty'),
+    ('a.tsv', b'text\tlabel\n', 'no rows below its header'),
+    ('a.csv', b'texts,label\na,b\n', "no column 'text'; its columns are 'texts', 'label'; did you mean 'texts'"),
+    ('a.csv', b'text,label,text\na,b,c\n', "2 columns 'text'"),
+    ('a.csv', b'text,label\n"two\nlines",1\nb\n', 'line 4: 1 fields where there are 2 columns'),
+    ('a.csv', b'text,label\na,1\nb, c,1\n', 'line 3: 3 fields'),
+    ('a.tsv', b'text\tlabel\na\t1\nb\t1\t\n', 'line 3: 3 fields'),
+    ('a.csv', b'text,label\n"two\nlines",1\nb,\n', r"line 4: the label \('label'\) is empty"),
+    ('a.csv', b'text,label\na, \n', 'line 2: the label'),
+    ('a.csv', b'text,label\n\xc3\xa9,1\ncaf\xe9,1\n', 'line 3: not UTF-8'),
+    ('a.csv', b'text,label\na,1\n"b,1\nc,1\n', 'line 3: .*a quote that is not closed'),
+    ('a.txt', b'text\na\n', 'none of .csv, .tsv, .parquet'),
+])
+def test_a_bad_table_is_one_line_naming_the_place(tmp_path, name, content, message):
+    """Each mistake is a ValueError of one line with the file's name and, where there is one, the line."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        c.read_table(tmp_path / name, ('text',), 'label')
+    assert name in str(error.value) and '\n' not in str(error.value)
+
+
+def test_other_table_mistakes(tmp_path):
+    """A missing file, a folder, no or three text columns."""
+    (tmp_path / 'folder.csv').mkdir()
+    for path, text, message in (('no.csv', 'text', 'there is no file'), ('folder.csv', 'text', 'there is no file'),
+                                ('no.csv', (), '0 text columns'), ('no.csv', ('a', 'b', 'c'), '3 text columns')):
+        with pytest.raises(ValueError, match=message):
+            c.read_table(tmp_path / path, text)
+
+
+def test_labels_are_ordered_by_number_else_by_alphabet_and_unknown_ones_named():
+    """10 comes after 9 and not after 1; names are sorted; ids are positions in the names, in whatever order these are."""
+    assert c.label_names(['10', '9', '1', '9', '-1']) == ['-1', '1', '9', '10']
+    assert c.label_names(['10', '9', 'b', 'a']) == ['10', '9', 'a', 'b']
+    assert c.label_ids(['n', 'p', 'n'], ['p', 'n'], 'f') == [1, 0, 1]
+    with pytest.raises(ValueError, match="f.csv, row 2: label 'q' is none of p, n"):
+        c.label_ids(['n', 'q'], ['p', 'n'], 'f.csv')
+    for labels in ([], ['a', 'a']):
+        with pytest.raises(ValueError, match='two or more'):
+            c.label_names(labels)
+    assert c.named(['1', 'neg', '0'], ['neg', 'pos'], 'f') == ['pos', 'neg', 'neg']
+    with pytest.raises(ValueError, match="row 1: label '2'"):
+        c.named(['2'], ['neg', 'pos'], 'f')
+
+
+# --------------------------------------------------------------------------------------------------- data folders
+
+TASK = {'task': 'toy', 'labels': ('z', 'a'), 'text': ('left', 'right'), 'label': 'kind', 'source': 's', 'revision': 'r'}
+ROWS = {'train': [('1', 'one', 'a'), ('2', 'two\nlines', 'z')], 'val-de': [('3', 'drei', 'z')]}
+
+
+def splits(rows=ROWS):
+    return {split: lambda part=part: iter(part) for split, part in rows.items()}
+
+
+def test_load_gives_what_build_was_given(tmp_path, capsys):
+    """Texts by column, ids in the order of task.json's labels, the rows counted in it."""
+    c.build(tmp_path / 'toy', TASK, splits(), {'train': 2})
+    assert c.load(tmp_path / 'toy', 'train') == ([('1', 'one'), ('2', 'two\nlines')], [1, 0], ['z', 'a'])
+    assert c.load(str(tmp_path / 'toy'), 'val-de') == ([('3', 'drei')], [0], ['z', 'a'])
+    record = json.loads((tmp_path / 'toy' / 'task.json').read_text())
+    assert record['rows'] == {'train': 2, 'val-de': 1} and record['complete'] and record['labels'] == ['z', 'a']
+    assert 'train: expected 2 rows\ntrain: got 2 rows: 1 z, 1 a\n' in capsys.readouterr().out
+
+
+def test_load_refuses_what_is_not_whole(tmp_path, monkeypatch):
+    """No folder, an unfinished one, another split, a row too few, a label that was changed, a strange task.json."""
+    with pytest.raises(ValueError, match='type: python data/<name>/prepare.py --out_dir .*: imdb, pycls, sst2, xnli$'):
+        c.load(tmp_path / 'toy', 'train')
+    (tmp_path / 'data' / 'sst2').mkdir(parents=True)
+    (tmp_path / 'data' / 'sst2' / 'prepare.py').write_text('classification.build()')
+    monkeypatch.setattr(c.tokens, 'ROOT', tmp_path)
+    with pytest.raises(ValueError, match='type: python data/sst2/prepare.py$'):
+        c.load(tmp_path / 'data' / 'sst2', 'train')
+    folder = tmp_path / 'toy'
+    c.build(folder, TASK, splits())
+    with pytest.raises(ValueError, match="no split 'val'; it has train, val-de"):
+        c.load(folder, 'val')
+    content = (folder / 'train.csv').read_text()
+    (folder / 'train.csv').write_text('\n'.join(content.split('\n')[:2]) + '\n')
+    with pytest.raises(ValueError, match='has 1 rows, 2 were written'):
+        c.load(folder, 'train')
+    (folder / 'train.csv').write_text(content.replace('"a"', '"b"'))
+    with pytest.raises(ValueError, match="train.csv, row 1: label 'b' is none of z, a"):
+        c.load(folder, 'train')
+    record = json.loads((folder / 'task.json').read_text())
+    (folder / 'task.json').write_text(json.dumps(record | {'complete': False}))
+    with pytest.raises(ValueError, match='toy is unfinished; type: python'):
+        c.load(folder, 'train')
+    (folder / 'task.json').write_text('[]')
+    with pytest.raises(ValueError, match='not what a prepare.py wrote'):
+        c.load(folder, 'train')
+
+
+def test_build_keeps_a_whole_folder_and_remakes_any_other(tmp_path, capsys):
+    """The same: not even read again. A changed revision, set of splits or file size: made anew, old splits gone."""
+    folder = tmp_path / 'toy'
+    c.build(folder, TASK, splits())
+    c.build(folder, TASK, {split: None for split in ROWS})
+    assert 'is complete with the same settings; left as it is' in capsys.readouterr().out
+    (folder / 'val-de.csv').write_text('cut')
+    c.build(folder, TASK, splits())
+    assert 'is damaged; made anew' in capsys.readouterr().out and c.load(folder, 'val-de')[1] == [0]
+    c.build(folder, TASK | {'revision': 'r2'}, splits())
+    assert 'has other settings; made anew' in capsys.readouterr().out
+    c.build(folder, TASK | {'revision': 'r2'}, splits({'train': ROWS['train']}))
+    assert 'has other settings' in capsys.readouterr().out and not (folder / 'val-de.csv').exists()
+    assert c.load(folder, 'train')[1] == [1, 0]
+
+
+def test_build_refuses_foreign_files_and_wrong_counts(tmp_path):
+    """A user's own train.csv stays; a published set with another count is not taken, a local one is, an empty one not."""
+    (tmp_path / 'train.csv').write_text('mine')
+    with pytest.raises(ValueError, match='train.csv is there and no prepare.py wrote it'):
+        c.build(tmp_path, TASK, splits())
+    assert [path.name for path in tmp_path.iterdir()] == ['train.csv'] and (tmp_path / 'train.csv').read_text() == 'mine'
+    with pytest.raises(ValueError, match='train of s has 2 rows, expected 3'):
+        c.build(tmp_path / 'a', TASK, splits(), {'train': 3})
+    with pytest.raises(ValueError, match='is unfinished'):
+        c.load(tmp_path / 'a', 'train')
+    c.build(tmp_path / 'a', TASK, splits(), {'train': 3}, published=False)
+    assert c.load(tmp_path / 'a', 'train')[1] == [1, 0]
+    with pytest.raises(ValueError, match='has 0 rows'):
+        c.build(tmp_path / 'b', TASK, splits({'train': []}))
+
+
+# -------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize('k', [2, 3, 7])
+def test_metrics_are_sklearns_and_intervals_those_of_resampled_rows(k):
+    """Accuracy and F1 to the last digit; both ends of both intervals within 0.006 of a bootstrap that draws rows."""
+    metrics = pytest.importorskip('sklearn.metrics')
+    labels, predictions = noisy(k, 400, k, 0.7)
+    found = c.metrics(labels.tolist(), predictions.tolist(), k)
+    kind = 'binary' if k == 2 else 'macro'
+    assert found['f1_kind'] == kind and found['n'] == 400
+    assert found['accuracy'] == metrics.accuracy_score(labels, predictions)
+    assert found['f1'] == metrics.f1_score(labels, predictions, average=kind)
+    if k == 2:                                      # of label 1, not of label 0
+        assert found['f1'] != pytest.approx(metrics.f1_score(labels, predictions, pos_label=0), abs=0.01)
+    random, drawn = np.random.default_rng(1), []
+    for _ in range(4000):
+        rows = random.integers(0, 400, 400)
+        y, p = labels[rows], predictions[rows]
+        f1 = [2 * ((y == i) & (p == i)).sum() / ((y == i).sum() + (p == i).sum()) for i in range(k)]
+        drawn.append(((y == p).mean(), f1[1] if k == 2 else np.mean(f1)))
+    slow = np.percentile(drawn, (2.5, 97.5), axis=0)
+    fast = [[found['accuracy_low'], found['f1_low']], [found['accuracy_high'], found['f1_high']]]
+    assert np.abs(slow - fast).max() < 0.006
+    assert found['accuracy_low'] < found['accuracy'] < found['accuracy_high'] and found['f1_low'] < found['f1']
+
+
+def test_metrics_by_hand_and_at_the_edges():
+    """TP 2, FP 1, FN 1 and TN 2: accuracy 4/6, F1 4/6. Absent labels do not count; none right, all right, bad ids."""
+    found = c.metrics([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], 2)
+    assert found['accuracy'] == found['f1'] == pytest.approx(4 / 6)
+    found = c.metrics([0, 0, 1, 1], [0, 1, 1, 1], 5)                # F1 of label 0: 2/3; of label 1: 4/5
+    assert found['f1'] == pytest.approx((2 / 3 + 4 / 5) / 2) and found['f1_kind'] == 'macro'
+    assert c.metrics([0, 0], [0, 0], 2)['f1'] == 0 and c.metrics([0, 0], [0, 0], 2)['f1_high'] == 0
+    assert c.metrics([0, 1, 2], [0, 1, 2], 3)['accuracy_low'] == 1
+    assert c.metrics([0, 1, 2], [1, 2, 0], 3)['f1_high'] == 0
+    assert c.metrics([0, 1] * 9, [0, 0] * 9, 2, seed=1) == c.metrics([0, 1] * 9, [0, 0] * 9, 2, seed=1)
+    for labels, predictions in (([0, 2], [0, 1]), ([0, 1], [0, -1]), ([0], [0, 1]), ([], [])):
+        with pytest.raises(ValueError):
+            c.metrics(labels, predictions, 2)
+
+
+def test_metrics_of_many_labels_in_several_pieces():
+    """101 labels, drawn in pieces: the interval is that of the binomial within 0.01, whatever the size of a piece."""
+    labels, predictions = noisy(0, 5000, 101, 0.6)
+    found = c.metrics(labels, predictions, 101, draws=4000)
+    half = 1.96 * math.sqrt(found['accuracy'] * (1 - found['accuracy']) / 5000)
+    assert found['accuracy_low'] == pytest.approx(found['accuracy'] - half, abs=0.003)
+    assert found['accuracy_high'] == pytest.approx(found['accuracy'] + half, abs=0.003)
+
+
+def pairs(only_a, only_b, both, neither):
+    """labels, a, b of so many rows that are right in one model only, in both, in neither."""
+    return ([1] * (only_a + only_b + both + neither), [1] * only_a + [0] * only_b + [1] * both + [0] * neither,
+            [0] * only_a + [1] * only_b + [1] * both + [0] * neither)
+
+
+def test_compare_by_hand():
+    """2 against 10: p = 2 (1 + 12 + 66) / 2^12; 3 against 9: 2 (1 + 12 + 66 + 220) / 2^12, which says nothing."""
+    found = c.compare(*pairs(2, 10, 60, 28), names=('int8', 'nf4'))
+    assert found['p'] == pytest.approx(158 / 4096) and (found['only_a'], found['only_b'], found['n']) == (2, 10, 100)
+    assert (found['accuracy_a'], found['accuracy_b']) == (0.62, 0.7) and found['difference'] == pytest.approx(0.08)
+    assert found['verdict'].startswith('nf4 is better than int8 by 8.00 points')
+    assert 0 < found['difference_low'] < 0.08 < found['difference_high']
+    worse = c.compare(*pairs(10, 2, 60, 28), names=('int8', 'nf4'))
+    assert worse['verdict'].startswith('nf4 is worse than int8 by 8.00') and worse['difference'] == pytest.approx(-0.08)
+    assert worse['difference_low'] < -0.08 < worse['difference_high'] < 0
+    unclear = c.compare(*pairs(3, 9, 60, 28))
+    assert unclear['p'] == pytest.approx(598 / 4096) and unclear['difference_low'] < 0 < unclear['difference_high']
+    assert unclear['verdict'] == ('the test set is too small to tell: n = 100, differences under '
+                                  f'{unclear["detectable"] * 100:.2f} points cannot be seen')
+    labels, a, _ = pairs(3, 9, 60, 28)
+    same = c.compare([str(label) for label in labels], [str(x) for x in a], [str(x) for x in a])
+    assert same['p'] == 1 and same['difference'] == same['difference_low'] == 0 and 'too small' in same['verdict']
+    with pytest.raises(ValueError, match='not as many'):
+        c.compare([1, 0], [1, 0], [1])
+
+
+def test_compare_pairs_the_rows():
+    """The interval is that of resampled rows, which is much narrower than two independent ones would give."""
+    labels, a = noisy(3, 500, 3, 0.8)
+    b = np.where(np.arange(500) % 25 == 0, labels, a)
+    found = c.compare(labels, a, b)
+    random, gain = np.random.default_rng(0), (b == labels).astype(int) - (a == labels)
+    slow = np.percentile([gain[random.integers(0, 500, 500)].mean() for _ in range(4000)], (2.5, 97.5))
+    assert [found['difference_low'], found['difference_high']] == pytest.approx(slow, abs=0.0025)
+    table = np.array([[0, found['only_b']], [found['only_a'], 0]])
+    assert found['p'] == pytest.approx(stats.binomtest(int(table[0, 1]), int(table.sum()), 0.5).pvalue)
+
+
+@pytest.mark.parametrize('n, discordant', [(872, 0.08), (5010, 0.2), (2000, 0.01), (872, 0.0), (100, 0.02)])
+def test_detectable_is_found_four_times_in_five(n, discordant):
+    """Test sets drawn with that difference: the exact test rejects in 70% to 84% of them; with half of it, far fewer."""
+    random = np.random.default_rng(0)
+
+    def power(difference):
+        share = max(discordant, difference)
+        drawn = random.multinomial(n, [(share - difference) / 2, (share + difference) / 2, 1 - share], 20_000)
+        p = 2 * stats.binom.cdf(drawn[:, :2].min(1), drawn[:, :2].sum(1), 0.5)
+        return (p < 0.05).mean()
+    difference = c.detectable(n, discordant)
+    assert 0.70 < power(difference) < 0.84 and power(difference / 2) < 0.45
+    share = max(discordant, difference)
+    needed = (1.959964 * share ** 0.5 + 0.841621 * (share - difference ** 2) ** 0.5) ** 2 / difference ** 2
+    assert needed == pytest.approx(n, rel=1e-6)
+
+
+def test_detectable_shrinks_with_the_test_set():
+    """More rows or fewer that differ: smaller differences are seen. Never above 1 nor at 0."""
+    values = [c.detectable(n, 0.1) for n in (1, 2, 5, 20, 100, 1000, 100_000)]
+    assert values == sorted(values, reverse=True) and max(values) <= 1 and min(values) > 0
+    assert c.detectable(1000, 0.05) < c.detectable(1000, 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------- predictions
+
+
+def write_predictions(path, rows, header=('index', 'label', 'prediction', 'p_0', 'language')):
+    with open(path, 'w', newline='') as f:
+        csv.writer(f).writerows([header, *rows])
+    return path
+
+
+def test_paired_predictions_follow_the_rows_not_their_order(tmp_path):
+    """b in another order is matched by language and index; without a language column by index alone."""
+    a = write_predictions(tmp_path / 'a.csv', [(0, 'x', 'y', .1, 'de'), (1, 'y', 'y', .2, 'de'), (0, 'x', 'x', .3, 'en')])
+    b = write_predictions(tmp_path / 'b.csv', [(0, 'x', 'z', .1, 'en'), (1, 'y', 'x', .2, 'de'), (0, 'x', 'x', .3, 'de')])
+    assert c.paired(a, b) == (['x', 'y', 'x'], ['y', 'y', 'x'], ['x', 'x', 'z'], ['de', 'de', 'en'])
+    assert c.read_predictions(b) == (['x', 'y', 'x'], ['z', 'x', 'x'], ['en', 'de', 'de'])
+    plain = write_predictions(tmp_path / 'c.csv', [('1', '0', 5), ('0', '1', 6)], ('prediction', 'label', 'index'))
+    assert c.read_predictions(plain) == (['0', '1'], ['1', '0'], None)
+    assert c.paired(plain, plain) == (['0', '1'], ['1', '0'], ['1', '0'], None)
+
+
+def test_predictions_of_other_rows_are_refused(tmp_path):
+    """A row too few on either side, another label, an index twice, a missing column: one line with the place."""
+    rows = [(0, 'x', 'y', .1, 'de'), (1, 'y', 'y', .2, 'de')]
+    a = write_predictions(tmp_path / 'a.csv', rows)
+    short = write_predictions(tmp_path / 'short.csv', rows[:1])
+    other = write_predictions(tmp_path / 'other.csv', [rows[0], (1, 'x', 'y', .2, 'de')])
+    twice = write_predictions(tmp_path / 'twice.csv', [*rows, rows[0]])
+    lacking = write_predictions(tmp_path / 'lacking.csv', [(1, 2)], ('index', 'label'))
+    for first, second, message in ((a, short, r'index 1 de is in .*a.csv but not in .*short.csv'),
+                                   (short, a, r'index 1 de is in .*a.csv but not in .*short.csv'),
+                                   (a, other, "index 1 de has label 'y' in .* and 'x' in"),
+                                   (a, twice, 'twice.csv, line 4: index 0 de is there twice'),
+                                   (lacking, a, "lacking.csv has no column 'prediction'")):
+        with pytest.raises(ValueError, match=message):
+            c.paired(first, second)

@@ -1,0 +1,402 @@
+"""data/{sst2,imdb,xnli,pycls}/prepare.py: command lines on local files, counts, labels, interruptions, the Hub's fields."""
+import ast
+import collections
+import csv
+import json
+import os
+import re
+
+import pytest
+
+import classification
+import tokens
+from data.imdb import prepare as imdb
+from data.pycls import prepare as pycls
+from data.sst2 import prepare as sst2
+from data.xnli import prepare as xnli
+
+SHARED = tokens.ROOT.parent / 'shared' / 'data'
+
+
+def shared(*names):
+    paths = [SHARED / name for name in names]
+    if not all(path.exists() for path in paths):
+        pytest.skip(f'needs {", ".join(names)}')
+    return paths
+
+
+@pytest.fixture
+def command(start, tmp_path):
+    """Runs data/<name>/prepare.py from another folder; -> stdout, or the one line on stderr where it must fail."""
+    def run(name, *args, ok=True):
+        done = start(tokens.ROOT / 'data' / name / 'prepare.py', *args, cwd=tmp_path).wait()
+        if ok:
+            assert done.code == 0, done.err
+            return done.out
+        lines = done.err.splitlines()
+        assert done.code == 2 and len(lines) == 1 and lines[0].startswith('error: '), (done.code, done.err)
+        return lines[0]
+    return run
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Arguments for a little SST-2 in tables of two kinds, columns in another order and labels by name and by id."""
+    (tmp_path / 'a.tsv').write_text('label\tsentence\n1\tgood "one\n0\tbad one \n1\tfine\n')
+    (tmp_path / 'b.csv').write_text('sentence,label\n"well, no",negative\nyes,positive\n')
+    return ['--file', str(tmp_path / 'a.tsv'), '--val_file', str(tmp_path / 'b.csv'), '--out_dir', str(tmp_path / 'out')]
+
+
+def hub(monkeypatch, tmp_path, contents):
+    """`datasets` reading local files in the Hub's place. contents: {(id, config, split): rows}; -> list of what was asked."""
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    load_dataset, asked = datasets.load_dataset, []
+
+    def stand_in(name, config=None, *, split, revision, streaming):
+        asked.append((name, config, split, revision, streaming))
+        path = tmp_path / f'{len(asked)}.jsonl'
+        path.write_text(''.join(json.dumps(row) + '\n' for row in contents[name, config, split]))
+        return load_dataset('json', data_files=str(path), split='train', streaming=streaming)
+    monkeypatch.setattr(datasets, 'load_dataset', stand_in)
+    return asked
+
+
+# ----------------------------------------------------------------------------------------------------------- sst2
+
+
+def test_sst2_from_glue_files(tmp_path, command):
+    """67,349 and 872 rows, each with the sentence and label of its line; a second run does nothing."""
+    train, dev = shared('sst2/train.tsv', 'sst2/dev.tsv')
+    args = ('--file', train, '--val_file', dev, '--out_dir', tmp_path / 'sst2')
+    out = command('sst2', *args)
+    assert 'train: got 67,349 rows: 29,780 negative, 37,569 positive' in out and 'val: got 872 rows: 428 negative' in out
+    for split, path in (('train', train), ('val', dev)):
+        texts, ids, names = classification.load(tmp_path / 'sst2', split)
+        lines = [line.split('\t') for line in path.read_text(encoding='utf-8').splitlines()[1:]]
+        assert [(int(label), text.strip()) for label, text in lines] == list(zip(ids, [text for text, in texts], strict=True))
+        assert names == ['negative', 'positive']
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'sst2').iterdir()}
+    assert set(before) == {'train.csv', 'val.csv', 'task.json'} and 'left as it is' in command('sst2', *args)
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'sst2').iterdir()}
+
+
+def test_sst2_takes_names_and_ids_and_notices_a_changed_file(tmp_path, small, capsys):
+    """csv and tsv, label 1 is positive by either name; the same file name with other contents is made anew."""
+    sst2.main(small)
+    assert classification.load(tmp_path / 'out', 'train')[:2] == ([('good "one',), ('bad one',), ('fine',)], [1, 0, 1])
+    assert classification.load(tmp_path / 'out', 'val')[:2] == ([('well, no',), ('yes',)], [0, 1])
+    (tmp_path / 'b.csv').write_text('sentence,label\nyes,positive\n')
+    sst2.main(small)
+    assert 'has other settings; made anew' in capsys.readouterr().out
+    assert classification.load(tmp_path / 'out', 'val')[:2] == ([('yes',)], [1])
+
+
+def test_sst2_interrupted_at_any_point(tmp_path, small, monkeypatch, capsys):
+    """Crashed at the k-th renaming of a file: never loadable before the last one, whole after one more run."""
+    class Crash(Exception):
+        pass
+    replace, limit, done = os.replace, 1, False
+
+    def replace_or_crash(*paths):
+        nonlocal count
+        count += 1
+        if count == limit:
+            raise Crash
+        replace(*paths)
+    while not done:
+        monkeypatch.setattr(os, 'replace', replace_or_crash)
+        count = 0
+        try:
+            sst2.main(small)
+            done = True
+        except Crash:
+            with pytest.raises(ValueError, match='is unfinished|holds no task.json'):
+                classification.load(tmp_path / 'out', 'train')
+            (tmp_path / 'out' / 'train.csv.tmp999').write_text('"sentence","label"\n"ha')   # what a kill leaves
+            assert not [path for path in (tmp_path / 'out').glob('*.csv') if not list(csv.reader(path.open()))[1:]]
+        monkeypatch.setattr(os, 'replace', replace)
+        sst2.main(small)
+        assert classification.load(tmp_path / 'out', 'val')[1] == [0, 1]
+        assert {path.name for path in (tmp_path / 'out').iterdir()} == {'train.csv', 'val.csv', 'task.json'}
+        for path in (tmp_path / 'out').iterdir():
+            path.unlink()
+        limit += 1
+    assert limit == 6 and 'was not finished; made anew' in capsys.readouterr().out    # task, train, val, task: 4 renamings
+
+
+def test_sst2_mistakes_are_one_line(tmp_path, command, small):
+    """A wrong column, an unknown label, an empty and a missing file, half of the options, a csv of the user's own."""
+    out = ['--out_dir', tmp_path / 'x']
+    (tmp_path / 'empty.tsv').write_text('')
+    (tmp_path / 'column.tsv').write_text('label\tsentense\n1\ta\n')
+    (tmp_path / 'label.tsv').write_text('label\tsentence\n1\ta\n2\tb\n')
+    for name, message in (('empty.tsv', 'empty.tsv is empty'), ('no.tsv', 'there is no file no.tsv'),
+                          ('column.tsv', "no column 'sentence'; its columns are 'label', 'sentense'; did you mean 'sentense'"),
+                          ('label.tsv', "label.tsv, row 2: label '2' is none of 0, 1, negative, positive")):
+        assert message in command('sst2', '--file', name, '--val_file', 'b.csv', *out, ok=False)
+    assert 'go together' in command('sst2', '--file', 'a.tsv', *out, ok=False)
+    assert '--fil' in command('sst2', '--fil', 'a.tsv', *out, ok=False)
+    (tmp_path / 'train.csv').write_text('sentence,label\nmine,1\n')
+    line = command('sst2', '--file', 'train.csv', '--val_file', 'b.csv', '--out_dir', '.', ok=False)
+    assert 'no prepare.py wrote it' in line and (tmp_path / 'train.csv').read_text() == 'sentence,label\nmine,1\n'
+
+
+def test_sst2_from_the_hub(tmp_path, monkeypatch):
+    """sentence and label of train and validation at the pinned revision; another count than the published is refused."""
+    rows = [{'idx': i, 'sentence': f'text {i} ', 'label': i % 2} for i in range(5)]
+    asked = hub(monkeypatch, tmp_path, {(sst2.HUB_ID, None, 'train'): rows, (sst2.HUB_ID, None, 'validation'): rows[1:3]})
+    args = ['--out_dir', str(tmp_path / 'out')]
+    with pytest.raises(ValueError, match='train of stanfordnlp/sst2 has 5 rows, expected 67349'):
+        sst2.main(args)
+    monkeypatch.setattr(sst2, 'EXPECTED', {'train': 5, 'val': 2})
+    asked.clear()
+    sst2.main(args)
+    assert asked == [('stanfordnlp/sst2', None, split, sst2.REVISION, True) for split in ('train', 'validation')]
+    assert classification.load(tmp_path / 'out', 'train')[:2] == ([(f'text {i}',) for i in range(5)], [0, 1, 0, 1, 0])
+    assert classification.load(tmp_path / 'out', 'val')[:2] == ([('text 1',), ('text 2',)], [1, 0])
+    record = json.loads((tmp_path / 'out' / 'task.json').read_text())
+    assert record['source'] == 'stanfordnlp/sst2' and record['revision'] == sst2.REVISION
+    sst2.main(args)                                 # nothing is asked for again
+    assert len(asked) == 2
+
+
+def test_a_hub_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
+    """An exception of the library, here for a field that is not there: status 2 and what to do instead."""
+    hub(monkeypatch, tmp_path, {(sst2.HUB_ID, None, 'train'): [{'text': 'a', 'label': 1}]})
+    with pytest.raises(SystemExit) as stop:
+        classification.run(lambda: sst2.main(['--out_dir', str(tmp_path / 'out')]))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith('error: reading stanfordnlp/sst2 (train) from the Hub failed (KeyError')
+    assert 'or use local files' in line and not list((tmp_path / 'out').glob('*.csv*'))
+
+
+# ----------------------------------------------------------------------------------------------------------- imdb
+
+
+@pytest.fixture
+def acl(tmp_path):
+    """An aclImdb folder: 120 reviews of a label to train on, 12 to validate, their names not in the order of numbers."""
+    for split, count in (('train', 120), ('test', 12)):
+        for label in ('neg', 'pos', 'unsup'):
+            folder = tmp_path / 'aclImdb' / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f'{i}_{i % 5 + 1}.txt').write_text(f'{split} {label} {i}, "so"<br /><br />été')
+    return tmp_path / 'aclImdb'
+
+
+def test_imdb_shuffles_the_training_rows_only(tmp_path, command, acl):
+    """Each review once under its label; training in a fixed mixed order, validation neg then pos by number."""
+    out = command('imdb', '--dir', acl, '--out_dir', tmp_path / 'out')
+    assert 'train: got 240 rows: 120 neg, 120 pos' in out
+    texts, ids, names = classification.load(tmp_path / 'out', 'train')
+    made = [f'train {label} {i}, "so"<br /><br />été' for label in ('neg', 'pos') for i in range(120)]
+    assert sorted(text for text, in texts) == sorted(made) and [text for text, in texts] != made and names == ['neg', 'pos']
+    assert all(text.startswith(f'train {names[i]} ') for (text,), i in zip(texts, ids, strict=True))
+    assert 35 < sum(ids[:100]) < 65                 # sorted by label it would be 0
+    texts, ids, _ = classification.load(tmp_path / 'out', 'val')
+    assert [text.split(',')[0] for text, in texts] == [f'test {label} {i}' for label in ('neg', 'pos') for i in range(12)]
+    assert ids == [0] * 12 + [1] * 12
+    command('imdb', '--dir', acl, '--out_dir', tmp_path / 'again')
+    assert (tmp_path / 'out' / 'train.csv').read_bytes() == (tmp_path / 'again' / 'train.csv').read_bytes()
+    assert 'left as it is' in command('imdb', '--dir', acl, '--out_dir', tmp_path / 'out')
+    (acl / 'test' / 'pos' / '3_4.txt').write_bytes(b'caf\xe9')
+    assert '3_4.txt is not UTF-8 at byte 3' in command('imdb', '--dir', acl, '--out_dir', tmp_path / 'out', ok=False)
+    line = command('imdb', '--dir', acl / 'train', '--out_dir', tmp_path / 'out', ok=False)
+    assert 'has no train/neg/*.txt' in line
+
+
+def test_imdb_from_the_hub(tmp_path, monkeypatch):
+    """plain_text's train, shuffled, and test; the labels stay with their texts."""
+    rows = [{'text': f'{i}', 'label': int(i >= 50)} for i in range(100)]
+    asked = hub(monkeypatch, tmp_path, {(imdb.HUB_ID, 'plain_text', split): rows for split in ('train', 'test')})
+    monkeypatch.setattr(imdb, 'EXPECTED', {'train': 100, 'val': 100})
+    imdb.main(['--out_dir', str(tmp_path / 'out')])
+    assert asked == [('stanfordnlp/imdb', 'plain_text', split, imdb.REVISION, True) for split in ('train', 'test')]
+    texts, ids, _ = classification.load(tmp_path / 'out', 'train')
+    assert ids != sorted(ids) and all((int(text) >= 50) == i for (text,), i in zip(texts, ids, strict=True))
+    assert sorted(int(text) for text, in texts) == list(range(100))
+    assert classification.load(tmp_path / 'out', 'val')[0] == [(str(i),) for i in range(100)]
+
+
+# ----------------------------------------------------------------------------------------------------------- xnli
+
+
+def test_xnli_from_local_files(tmp_path, command):
+    """MultiNLI's slice and four languages: counts, both texts in order, ids 0 1 2 for entailment neutral contradiction."""
+    train, dev, folder = shared('mnli/train.tsv', 'mnli/dev.tsv', 'xnli')
+    args = ('--file', train, '--val_file', dev, '--xnli_dir', folder, '--out_dir', tmp_path / 'out')
+    out = command('xnli', *args)
+    assert 'train: got 8,999 rows: 3,061 entailment, 2,980 neutral, 2,958 contradiction' in out
+    for split, path, skip in (('train', train, 1), ('val', dev, 1), *((f'val-{x}', folder / f'dev-{x}.tsv', 0)
+                                                                     for x in ('de', 'en', 'es', 'zh'))):
+        texts, ids, names = classification.load(tmp_path / 'out', split)
+        lines = [tuple(line.split('\t')) for line in path.read_text(encoding='utf-8').split('\n')[skip:] if line]
+        order = ['entailment', 'neutral', 'contradiction']
+        assert names == order and [(*text, order[i]) for text, i in zip(texts, ids, strict=True)] == [
+            (premise.strip(), hypothesis.strip(), label) for premise, hypothesis, label in lines]
+    assert 'left as it is' in command('xnli', *args)
+    assert 'has other settings' in command('xnli', *args, '--languages', 'de,en')
+    assert {path.stem for path in (tmp_path / 'out').glob('*.csv')} == {'train', 'val', 'val-de', 'val-en'}
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Arguments for four training pairs, two of them without a label, and two languages, one with a test file."""
+    (tmp_path / 'XNLI').mkdir()
+    (tmp_path / 'a.tsv').write_text('hypothesis\tpremise\tlabel\nh\tp\tentailment\nx\ty\t-\nx\ty\t-1\nhh\tpp\t2\n')
+    for name, label in (('dev-de', 'neutral'), ('dev-ur', 'contradiction'), ('test-de', 'entailment')):
+        (tmp_path / 'XNLI' / f'{name}.tsv').write_text(f'{name} p\t{name} h\t{label}\n')
+    return ['--file', 'a.tsv', '--val_file', 'a.tsv', '--xnli_dir', 'XNLI', '--out_dir', 'out']
+
+
+def test_xnli_leaves_out_pairs_without_a_label(tmp_path, pairs, command):
+    """- and -1 are counted and gone; the columns go by name; a test file is taken where there is one."""
+    out = command('xnli', *pairs)
+    assert 'train: left out 2 pairs without a label' in out and 'train: got 2 rows: 1 entailment, 0 neutral, 1 contra' in out
+    assert classification.load(tmp_path / 'out', 'train')[:2] == ([('p', 'h'), ('pp', 'hh')], [0, 2])
+    assert classification.load(tmp_path / 'out', 'val-ur')[:2] == ([('dev-ur p', 'dev-ur h')], [2])
+    assert classification.load(tmp_path / 'out', 'test-de')[:2] == ([('test-de p', 'test-de h')], [0])
+    assert sorted(path.stem for path in (tmp_path / 'out').glob('*.csv')) == ['test-de', 'train', 'val', 'val-de', 'val-ur']
+
+
+def test_xnli_mistakes_are_one_line(tmp_path, pairs, command):
+    """A language that XNLI has not or the folder has not, one named twice, options that lack their company."""
+    assert "XNLI has no 'it'; it has ar, bg, de" in command('xnli', '--languages', 'en,it', ok=False)
+    assert "XNLI has no 'it'" in command('xnli', *pairs, '--languages', 'it', ok=False)
+    assert 'name each language once' in command('xnli', '--languages', 'en,en', ok=False)
+    assert 'there is no file XNLI/dev-fr.tsv' in command('xnli', *pairs, '--languages', 'de,fr', ok=False)
+    assert 'go together' in command('xnli', *pairs[:4], ok=False)
+    assert 'there is no folder none' in command('xnli', *pairs, '--xnli_dir', 'none', ok=False)
+    assert 'holds no dev-<language>.tsv' in command('xnli', *pairs, '--xnli_dir', '.', ok=False)
+    (tmp_path / 'XNLI' / 'dev-ur.tsv').write_text('only\ttwo\n')
+    assert 'dev-ur.tsv, line 1: 2 fields where there are 3 columns' in command('xnli', *pairs, ok=False)
+
+
+def test_xnli_from_the_hub(tmp_path, monkeypatch):
+    """MultiNLI's train and validation_matched, XNLI's validation and test of each language asked for, each pinned."""
+    row = lambda name, label: {'premise': f'{name} p', 'hypothesis': f'{name} h', 'label': label, 'genre': 'x'}
+    contents = {(xnli.MNLI_ID, None, 'train'): [row('a', 2), row('b', -1), row('c', 1)],
+                (xnli.MNLI_ID, None, 'validation_matched'): [row('d', 0)]}
+    contents |= {(xnli.XNLI_ID, language, split): [row(f'{language} {split}', 1)] for language in ('de', 'en')
+                 for split in ('validation', 'test')}
+    asked = hub(monkeypatch, tmp_path, contents)
+    names = ['train', 'val', 'val-en', 'val-de', 'test-en', 'test-de']
+    monkeypatch.setattr(xnli, 'EXPECTED', dict.fromkeys(names, 1) | {'train': 2})
+    xnli.main(['--languages', 'en,de', '--out_dir', str(tmp_path / 'out')])
+    mnli = [('nyu-mll/multi_nli', None, split, xnli.MNLI_REVISION, True) for split in ('train', 'validation_matched')]
+    assert asked == mnli + [('facebook/xnli', language, split, xnli.XNLI_REVISION, True)
+                            for split in ('validation', 'test') for language in ('en', 'de')]
+    assert classification.load(tmp_path / 'out', 'train')[:2] == ([('a p', 'a h'), ('c p', 'c h')], [2, 1])
+    assert classification.load(tmp_path / 'out', 'test-de') == ([('de test p', 'de test h')], [1], list(xnli.LABELS))
+    assert list(json.loads((tmp_path / 'out' / 'task.json').read_text())['rows']) == names
+
+
+def test_the_published_counts_are_those_of_15_languages():
+    """392,702 and 9,815 English pairs, and 15 times 2,490 and 5,010."""
+    assert sum(xnli.EXPECTED.values()) == 392_702 + 9_815 + 15 * (2_490 + 5_010) and len(xnli.EXPECTED) == 32
+    assert sst2.EXPECTED == {'train': 67_349, 'val': 872} and imdb.EXPECTED == {'train': 25_000, 'val': 25_000}
+
+
+# ---------------------------------------------------------------------------------------------------------- pycls
+
+SOURCE = '''
+import asyncio
+from xml import sax  # xml
+
+class Pool:
+    """Of the asyncio package."""
+
+    def fill(self):
+        """Fills it with XML."""
+        import logging
+        from json import dumps
+        return [
+            sax.parse(asyncio.run(1)),  # asyncio
+            self.asyncio_future, my_xml, 'an Email', HTTPServer, xmlns, asyncio2]
+
+    def short(self): return 1
+
+    def only_doc(self):
+        """Nothing else."""
+
+    @property
+    def outer(self):
+        def inner():
+            """Inner."""
+            a = 1
+            return a
+        return inner
+
+try:
+    pass
+except ImportError:
+    async def fallback():
+        a = 1
+        return a
+'''
+FILL = """def fill(self):
+    return [sax.parse(package.run(1)), self.package_future, my_package, 'an package', HTTPServer, xmlns, asyncio2]"""
+
+
+def test_pycls_texts_do_not_name_their_package():
+    """By hand: no docstring, comment, import or package name; methods and functions, but none from inside another."""
+    found = dict(pycls.functions(ast.parse(SOURCE)))
+    assert list(found) == ['Pool.fill', 'Pool.short', 'Pool.only_doc', 'Pool.outer', 'fallback']
+    texts = {name: pycls.text(node) for name, node in found.items()}
+    assert texts['Pool.fill'] == FILL and texts['Pool.only_doc'] == 'def only_doc(self):\n    pass'
+    assert texts['Pool.outer'] == ('@property\ndef outer(self):\n\n    def inner():\n        a = 1\n        return a\n'
+                                   '    return inner')
+    assert texts['fallback'] == 'async def fallback():\n    a = 1\n    return a'
+
+
+def test_pycls_here(tmp_path, command):
+    """Thousands of functions, about 10% of them validation, none twice, no package name left in any; then kept."""
+    out = command('pycls', '--out_dir', tmp_path / 'out')
+    parts = {split: classification.load(tmp_path / 'out', split) for split in ('train', 'val')}
+    texts = [text for part in parts.values() for text, in part[0]]
+    names, total = parts['train'][2], len(texts)
+    assert 4 <= len(names) and set(names) <= set(pycls.PACKAGES) and parts['val'][2] == names
+    assert total > 1500 and 0.07 < len(parts['val'][0]) / total < 0.13 and len(set(texts)) == total
+    counts = collections.Counter(names[i] for part in parts.values() for i in part[1])
+    assert min(counts.values()) >= 20 and max(counts.values()) <= 500 and set(counts) == set(names)
+    assert set(parts['val'][1]) == set(parts['train'][1]) and len(set(parts['train'][1][:60])) > 3    # mixed
+    word = re.compile(r'\b(?:' + '|'.join(pycls.PACKAGES) + r')\b', re.IGNORECASE)
+    for text in texts:
+        assert not word.search(text) and text.count('\n') >= 2, text
+        assert '\nimport ' not in text and ast.parse(text)
+    assert 'left as it is' in command('pycls', '--out_dir', tmp_path / 'out') and 'expected: 2,650' in out
+
+
+def test_pycls_with_packages_missing(tmp_path, monkeypatch, capsys):
+    """A label less for each package that is not there, duplicates count once; with three left it gives up."""
+    monkeypatch.setattr(pycls, 'MIN_FUNCTIONS', 2)
+    monkeypatch.setattr(pycls, 'MAX_FUNCTIONS', 30)
+    for package in pycls.PACKAGES[:5]:
+        (tmp_path / 'lib' / package / 'test').mkdir(parents=True)
+        body = ''.join(f'def f{i}(a):\n    a += "{"" if i == 0 else package[::-1]}"\n    return a\n' for i in range(40))
+        (tmp_path / 'lib' / package / 'a.py').write_text(body + body)
+        (tmp_path / 'lib' / package / 'test' / 'b.py').write_text(body.replace('f', 'g'))
+        (tmp_path / 'lib' / package / 'broken.py').write_text('def f(:')
+    found = pycls.collect(tmp_path / 'lib')
+    assert {package: len(functions) for package, functions in found.items()} == dict(
+        zip(pycls.PACKAGES[:5], (40, 39, 39, 39, 39), strict=True))
+    rows = pycls.split_rows(found)
+    assert collections.Counter(row[1] for part in rows.values() for row in part) == dict.fromkeys(pycls.PACKAGES[:5], 30)
+    monkeypatch.setattr(pycls.sysconfig, 'get_path', lambda name: str(tmp_path / 'lib'))
+    pycls.main(['--out_dir', str(tmp_path / 'out')])
+    assert 'not there: multiprocessing' in capsys.readouterr().out
+    assert classification.load(tmp_path / 'out', 'train')[2] == list(pycls.PACKAGES[:5])
+    for package in pycls.PACKAGES[3:5]:
+        (tmp_path / 'lib' / package / 'a.py').unlink()
+    with pytest.raises(SystemExit):
+        pycls.main(['--out_dir', str(tmp_path / 'out')])
+    assert 'has no sources of importlib, logging, multi' in capsys.readouterr().err
+
+
+def test_all_take_help_and_refuse_typos(command):
+    """--help shows the docstring; an unknown option is one line."""
+    for name in ('sst2', 'imdb', 'xnli', 'pycls'):
+        assert f'python data/{name}/prepare.py' in command(name, '--help')
+        assert '--outdir' in command(name, '--outdir=x', ok=False)
