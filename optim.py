@@ -1,0 +1,597 @@
+"""
+Adam whose moments, and if wanted whose gradients, live in r dimensions.
+
+    opt = RSVDAdam(model.parameters(), lr=2e-4, rank=16)  # moments of the projected gradient (GaLore, arXiv 2403.03507)
+    attach(model, opt)                                    # and the full gradients of linear layers never exist
+    TopRAdamW(model.parameters(), fraction=0.1)           # AdamW on the largest tenth of each gradient
+    optimizer_bytes(opt), memory_report(model, opt, peak_bytes)
+
+For a gradient G (m, n) and an orthonormal P (m, r) of its leading left singular vectors, made anew every `interval` steps
+by a randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061):
+
+    R = P^T G;  M = b1 M + (1 - b1) R;  V = b2 V + (1 - b2) R^2;  W = (1 - lr wd) W - lr scale P (M^ / (sqrt V^ + eps))
+
+M^, V^ bias-corrected. The moments take r n numbers instead of m n. Read in this order: functions of tensors, the optimizer,
+the projected backward pass, TopRAdamW, reports.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.optim.adamw import adamw
+
+# ---------------------------------------------------------------------------------------------------------------------
+# functions of tensors
+
+
+def sketch_generator(seed, *numbers, device='cpu'):
+    """A generator that is a function of its arguments alone: the same on every rank, no effect on the global one."""
+    for number in numbers:
+        seed = (seed * 6_364_136_223_846_793_005 + number + 1_442_695_040_888_963_407) % 2 ** 64
+    return torch.Generator(device).manual_seed(seed >> 1)
+
+
+def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, generator=None, start=None):
+    """(U, s): orthonormal U (m, k) of the leading left singular vectors and singular values s (k,) of an m x n matrix G
+    known only by its products, k = min(rank + oversample, m, n); fp32, on the generator's device.
+
+    multiply(X (n, k)) = G X and multiply_t(Y (m, k)) = G^T Y. Halko et al., algorithms 4.4 and 5.1: the range of G Omega,
+    n_iter power iterations with orthonormalisation in between, the SVD of what remains, from the eigenvectors of its
+    (k, k) Gram matrix in fp64. start (m, j): a basis to begin from, e.g. the last one, in place of columns of Omega. None
+    when the products are not finite.
+    """
+    m, n = shape
+    k = min(rank + oversample, m, n)
+    omega = torch.randn(n, k, generator=generator, device=generator.device if generator else None)
+    if start is not None:
+        j = min(k, start.shape[1])
+        omega[:, :j] = multiply_t(start[:, :j].float())
+    y = multiply(omega)
+    if not y.isfinite().all():
+        return None
+    q = torch.linalg.qr(y).Q
+    for _ in range(n_iter):
+        q = torch.linalg.qr(multiply(torch.linalg.qr(multiply_t(q)).Q)).Q
+    b = multiply_t(q)                                                   # (Q^T G)^T, (n, k)
+    values, vectors = torch.linalg.eigh((b.T @ b).double())
+    return q @ vectors.flip(1).float(), values.flip(0).clamp(min=0).sqrt().float()
+
+
+def choose_rank(s, total, energy, rank_min, rank_max):
+    """The smallest k with s_1^2 + ... + s_k^2 >= energy * total, between rank_min and rank_max; rank_max where none is."""
+    reached = (s.double().square().cumsum(0) >= energy * float(total)).nonzero()
+    return max(rank_min, min(rank_max, int(reached[0]) + 1 if len(reached) else rank_max))
+
+
+def project(G, basis, left):
+    """R (r, n) fp32 = P^T G of a gradient G (m, n) and a left basis P (m, r); or (r, m) = (G Q)^T for a right one Q (n, r)."""
+    b = basis.to(G.dtype)
+    return (b.T @ G if left else b.T @ G.T).float()
+
+
+def project_back_(W, basis, N, left, decay, size):
+    """W (m, n) <- decay W + size P N, or decay W + size (Q N)^T: one pass over W, no temporary of its size."""
+    b, N = basis.to(W.dtype), N.to(W.dtype)
+    return W.addmm_(b, N, beta=decay, alpha=size) if left else W.addmm_(N.T, b.T, beta=decay, alpha=size)
+
+
+def adam_(Ms, Vs, Rs, b1, b2, root, eps):
+    """Adam's moments of lists of fp32 tensors, in place; gives M / (sqrt(V) / root + eps), root = sqrt(1 - b2^t)."""
+    torch._foreach_lerp_(Ms, Rs, 1 - b1)
+    torch._foreach_mul_(Vs, b2)
+    torch._foreach_addcmul_(Vs, Rs, Rs, 1 - b2)
+    Ns = torch._foreach_sqrt(Vs)
+    torch._foreach_div_(Ns, root)
+    torch._foreach_add_(Ns, eps)
+    return torch._foreach_div(Ms, Ns)
+
+
+def carry(moments, old, new, rotate):
+    """Moments (M, V), each (r, n) fp32, for a new basis: rotated by C = new^T old (M <- C M, V <- (C * C) V) or kept, as
+    the reference and GaLore do; cut or filled up with zeros to the new rank."""
+    M, V = moments
+    if rotate:
+        C = new.float().T @ old.float()
+        return C @ M, C.square() @ V
+    fill = (0, 0, 0, max(0, new.shape[1] - len(M)))
+    return tuple(F.pad(t, fill)[:new.shape[1]] for t in (M, V))
+
+
+# Moments in fewer bits. Rounded at random, up or down in proportion, so that the mean is the number: with b2 = 0.999 a step
+# changes V by a thousandth, which rounding to nearest would lose again and again.
+
+STATE_DTYPES = ('fp32', 'bf16', '8bit')
+BLOCK = 256                     # numbers that share a scale
+
+
+def keep(t, dtype, square, generator):
+    """{suffix: tensor} that holds fp32 t in `dtype`; held() is the inverse. 8bit: per 256 numbers the largest and for each
+    one byte, of the square root of M or, with square=True, of the fourth root of V, so that the small ones keep digits."""
+    if dtype == 'fp32':
+        return {'': t}
+    noise = torch.rand(t.shape, generator=generator, device=t.device)
+    if dtype == 'bf16':
+        bits = t.contiguous().view(torch.int32) + (noise * 2 ** 16).int()       # the carry reaches the digits that stay
+        return {'': (bits & -2 ** 16).view(torch.float32).bfloat16()}
+    flat = F.pad(t.flatten(), (0, -t.numel() % BLOCK)).view(-1, BLOCK)
+    top = flat.abs().amax(1, keepdim=True)
+    u = (flat.abs() / top.clamp(min=1e-38)).flatten()[:t.numel()].view(t.shape)
+    low = (u.sqrt().sqrt() * 255 if square else u.sqrt() * 127).floor_()
+    value = (lambda c: _fourth(c / 255)) if square else (lambda c: (c / 127).square())
+    below = value(low)
+    code = low.add_(noise * (value(low + 1) - below) < u - below).clamp_(max=255 if square else 127)
+    return {'': code.to(torch.uint8) if square else (code * t.sign()).to(torch.int8), '_top': top.view(-1)}
+
+
+def held(state, name):
+    """The fp32 tensor that keep() put into state under `name`."""
+    t, top = state[name], state.get(f'{name}_top')
+    if top is None:
+        return t.float()
+    square = t.dtype == torch.uint8
+    # A second moment is never taken for 0: the first one may not be, and it is divided by this.
+    u = _fourth(t.float().clamp_(min=0.5).div_(255)) if square else t.float().abs_().div_(127).square_()
+    u = F.pad(u.flatten(), (0, -t.numel() % BLOCK)).view(-1, BLOCK).mul_(top[:, None]).flatten()[:t.numel()].view(t.shape)
+    return u if square else u.mul_(t.sign())
+
+
+def _fourth(t):
+    return t.square().square_()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the optimizer
+
+CHUNK = 2 ** 22                 # numbers that are updated together: what is made on the way stays small
+
+
+class RSVDAdam(torch.optim.Optimizer):
+    """AdamW on gradients projected to r dimensions. Any option may differ by parameter group.
+
+    rank            dimensions; 0 or None: ordinary AdamW. Parameters of one dimension always get that.
+    rank_fraction   > 0: rank = max(1, int(rank_fraction * min(m, n))) instead, the reference's rank / 768
+    energy          > 0: at each refresh the smallest rank that keeps this share of |G|_F^2, rank_min to rank_max (what the
+                    reference calls SVT; nothing is thresholded there)
+    interval        steps between refreshes of the basis
+    scale           times the update; GaLore's alpha
+    side            left: R = P^T G, whatever the shape (the reference); right: R = G Q; short: the shorter side (GaLore)
+    rotate          carry the moments into a new basis (see carry) instead of keeping their numbers
+    oversample, n_iter, warm_start     of the randomized SVD; warm_start begins from the last basis
+    stagger         > 0: at most about so many weights get a new basis in one step, the first one too: they come in step 0,
+                    1, 2, ... and a weight is not trained before it has a basis. 0: all at once
+    state_dtype     fp32 | bf16 | 8bit for moments; the basis is fp32 or else bf16
+    seed            of the sketches and of random rounding, with the index of the parameter and the refresh or step
+    compile         torch.compile the arithmetic of the moments
+
+    Weights of more than two dimensions are taken as (shape[0], rest). State is tensors and numbers. Raises ValueError for
+    options out of range. Gradients may be of any dtype. A step reads p.grad of a low-rank weight and sets it to None.
+    """
+
+    def __init__(self, params, lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, rank=16, rank_fraction=0.0,
+                 energy=0.0, rank_min=4, rank_max=128, interval=200, scale=1.0, side='left', rotate=False, oversample=4,
+                 n_iter=1, warm_start=False, stagger=0, state_dtype='fp32', seed=0, compile=False):
+        self.slots = {}                             # {parameter: slot} of those whose gradient comes projected
+        self.projected = {}                         # {parameter: R (r, n) fp32} of this step
+        self._adam = torch.compile(adam_) if compile else adam_
+        self._compiled = compile
+        super().__init__(params, dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, rank_fraction=rank_fraction, energy=energy,
+            rank_min=rank_min, rank_max=rank_max, interval=interval, scale=scale, side=side, rotate=rotate,
+            oversample=oversample, n_iter=n_iter, warm_start=warm_start, stagger=stagger, state_dtype=state_dtype, seed=seed))
+
+    def add_param_group(self, group):
+        g = {**self.defaults, **group}
+        for right, what in (
+                (g['lr'] >= 0 and g['eps'] >= 0 and all(0 <= b < 1 for b in g['betas']), 'lr, eps >= 0, betas in [0, 1)'),
+                (g['side'] in ('left', 'right', 'short'), 'side is left, right or short'),
+                (g['state_dtype'] in STATE_DTYPES, f'state_dtype is one of {", ".join(STATE_DTYPES)}'),
+                ((g['rank'] or 0) >= 0 and 0 <= g['rank_fraction'] <= 1 and 0 <= g['energy'] <= 1,
+                 'rank >= 0, rank_fraction and energy 0 to 1'),
+                (1 <= g['rank_min'] <= g['rank_max'], '1 <= rank_min <= rank_max'),
+                (g['interval'] >= 1 and g['oversample'] >= 0 and g['n_iter'] >= 0 and g['stagger'] >= 0,
+                 'interval >= 1; oversample, n_iter, stagger >= 0')):
+            if not right:
+                raise ValueError(f'RSVDAdam: {what}; got ' + ', '.join(f'{k}={v!r}' for k, v in g.items() if k != 'params'))
+        super().add_param_group(group)
+        every = [p for g in self.param_groups for p in g['params']]
+        self._index = {p: i for i, p in enumerate(every)}               # names a parameter on every rank and after a resume
+        self._order = {p: i for i, p in enumerate(p for g in self.param_groups for p in g['params'] if self.low_rank(p, g))}
+
+    def load_state_dict(self, state_dict):
+        """As torch's, which casts every tensor to its parameter's dtype: here they keep their own."""
+        super().load_state_dict(state_dict)
+        ids = [i for g in state_dict['param_groups'] for i in g['params']]
+        for i, p in zip(ids, self._index, strict=True):
+            for key, t in state_dict['state'].get(i, {}).items():
+                self.state[p][key] = t.to(p.device, copy=True) if torch.is_tensor(t) else t
+
+    @staticmethod
+    def low_rank(p, group):
+        """(left, rank wanted, shape (m, n) with the basis side first) or None for ordinary AdamW."""
+        if p.dim() < 2 or not (group['rank'] or group['rank_fraction'] or group['energy']):
+            return None
+        m, n = p.shape[0], p[0].numel()
+        left = m <= n if group['side'] == 'short' else group['side'] == 'left'
+        rank = (group['rank_max'] if group['energy'] else max(1, int(group['rank_fraction'] * min(m, n)))
+                if group['rank_fraction'] else group['rank'])
+        return left, min(rank, m, n), (m, n) if left else (n, m)
+
+    # -- the basis
+
+    def waits(self, p, group):
+        """Steps until p gets its first basis; its state is begun here."""
+        state = self.state[p]
+        if 'step' not in state:
+            turn = self._order[p] // group['stagger'] if group['stagger'] else 0
+            turns = -(-len(self._order) // group['stagger']) if group['stagger'] else 1
+            # More turns than steps in an interval: several at a time, so that a refresh never waits for the next one.
+            state.update(step=0, wait=turn if turns <= group['interval'] else turn * group['interval'] // turns)
+        return state['wait']
+
+    def due(self, p, group):
+        """A refresh belongs to this step of p, done already or not."""
+        return not self.waits(p, group) and self.state[p]['step'] % group['interval'] == 0
+
+    @torch.no_grad()
+    def refresh(self, p, group, multiply, multiply_t):
+        """A new basis from products with the gradient, if one is due and was not made yet; moments carried over."""
+        state = self.state[p]
+        if not self.due(p, group) or state.get('fresh_at') == state['step']:
+            return
+        _, rank, shape = self.low_rank(p, group)
+        generator = sketch_generator(group['seed'], self._index[p], state.get('refreshes', 0), device=p.device)
+        old = state.get('basis')
+        found = range_basis(multiply, multiply_t, shape, rank, oversample=group['oversample'], n_iter=group['n_iter'],
+                            generator=generator, start=old if group['warm_start'] else None)
+        if found is None:                           # the gradient is not finite: whoever looks at R will see it
+            if old is None:
+                state['basis'] = torch.full((shape[0], rank), math.nan, device=p.device)
+            return
+        basis, s = found
+        if group['energy']:
+            eye = torch.eye(shape[1], device=p.device).split(256, 1)
+            total = sum(multiply(columns).square().sum() for columns in eye)
+            rank = choose_rank(s, total, group['energy'], min(group['rank_min'], rank), rank)
+        basis = basis[:, :rank].contiguous()
+        if group['state_dtype'] != 'fp32':
+            basis = basis.bfloat16()
+        if 'exp_avg' in state and (group['rotate'] or rank != old.shape[1]):
+            self._keep(p, group, *carry((held(state, 'exp_avg'), held(state, 'exp_avg_sq')), old, basis, group['rotate']))
+        state.update(basis=basis, refreshes=state.get('refreshes', 0) + 1, fresh_at=state['step'])
+
+    def _keep(self, p, group, M, V):
+        state = self.state[p]
+        generator = None
+        if group['state_dtype'] != 'fp32':
+            generator = sketch_generator(group['seed'], self._index[p], state['step'], 1, device=M.device)
+        for name, t, square in (('exp_avg', M, False), ('exp_avg_sq', V, True)):
+            for suffix, part in keep(t, group['state_dtype'], square, generator).items():
+                state[name + suffix] = part
+
+    # -- a step
+
+    @torch.no_grad()
+    def gradients(self):
+        """{parameter: what the step is made of}: R (r, n) of low-rank weights, averaged over ranks where attach() made it,
+        their full gradients freed; p.grad of the others. For norms, clipping, unscaling: change them in place."""
+        for group in self.param_groups:
+            for p in group['params']:
+                low = self.low_rank(p, group)
+                if p.grad is None or low is None or p in self.slots:
+                    continue
+                if not self.waits(p, group):
+                    G = p.grad.reshape(p.shape[0], -1)
+                    A = G if low[0] else G.T
+                    self.refresh(p, group, lambda X, A=A: (A @ X.to(A.dtype)).float(),
+                                 lambda Y, A=A: (A.T @ Y.to(A.dtype)).float())
+                    self.projected[p] = project(G, self.state[p]['basis'], low[0])
+                else:
+                    self.projected[p] = None
+                p.grad = None
+        if waiting := [p for p, slot in self.slots.items() if slot.R is not None]:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                flat = torch.cat([self.slots[p].R.flatten() for p in waiting])
+                dist.all_reduce(flat)
+                for p, part in zip(waiting, flat.div_(dist.get_world_size()).split([self.slots[p].R.numel() for p in waiting]),
+                                   strict=True):
+                    self.slots[p].R.copy_(part.view_as(self.slots[p].R))
+            for p in waiting:
+                self.projected[p], self.slots[p].R = self.slots[p].R, None
+        for p, slot in self.slots.items():
+            if self.waits(p, slot.group):
+                self.projected[p] = None
+        return {p: self.projected.get(p) if p in self.projected else p.grad for p in self._index
+                if self.projected.get(p) is not None or p.grad is not None}
+
+    def clip_grad_norm_(self, max_norm):
+        """Scale gradients() in place to a global norm of at most max_norm; returns the norm before. That of R = P^T G is at
+        most that of G: it is the part of the gradient that the step is made of."""
+        grads = list(self.gradients().values())
+        norm = torch.nn.utils.get_total_norm(grads)
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        grads = self.gradients()
+        for group in self.param_groups:
+            batches = {}                            # {steps taken, of low rank or not, dtype: [[(p, R), ...], ...]}
+            for p in group['params']:
+                state = self.state[p]
+                if p in self.projected and self.projected[p] is None:
+                    state['wait'] -= 1
+                if p not in grads:
+                    continue
+                state['step'] = state.get('step', 0) + 1
+                low = self.low_rank(p, group)
+                if 'exp_avg' not in state:
+                    state['exp_avg'], state['exp_avg_sq'] = (torch.zeros_like(
+                        grads[p], dtype=torch.float32, memory_format=torch.contiguous_format) for _ in 'MV')
+                some = batches.setdefault((state['step'], low is not None, p.dtype, grads[p].dtype, p.device), [[]])
+                if sum(q.numel() for q, _ in some[-1]) > CHUNK:
+                    some.append([])
+                some[-1].append((p, grads[p]))
+            for (t, low, *_), some in batches.items():
+                for pairs in some:
+                    self._update(group, t, low, *zip(*pairs, strict=True))
+        self.projected.clear()
+        return loss
+
+    def _update(self, group, t, low, params, grads):
+        """One Adam step of several parameters that have taken the same number of steps."""
+        (b1, b2), lr = group['betas'], group['lr']
+        full = group['state_dtype'] == 'fp32'
+        Ms, Vs = ([held(self.state[p], name) for p in params] for name in ('exp_avg', 'exp_avg_sq'))
+        if not low and full and params[0].dtype == grads[0].dtype == torch.float32:
+            # torch's own AdamW in one pass, nothing of full size on the way; it counts the step itself
+            steps = [torch.tensor(t - 1.0, device=params[0].device) for _ in params]
+            adamw(list(params), list(grads), Ms, Vs, [], steps, fused=True, amsgrad=False, beta1=b1, beta2=b2, lr=lr,
+                  weight_decay=group['weight_decay'], eps=group['eps'], maximize=False)
+            return
+        root = math.sqrt(1 - b2 ** t)
+        root = torch.tensor(root, device=params[0].device) if self._compiled else root      # a new number is no new program
+        Ns = self._adam(Ms, Vs, [g.float() for g in grads], b1, b2, root, group['eps'])
+        decay, size = 1 - lr * group['weight_decay'], -lr / (1 - b1 ** t)
+        for p, M, V, N in zip(params, Ms, Vs, Ns, strict=True):
+            if not full:
+                self._keep(p, group, M, V)
+            if low:
+                W = p.view(p.shape[0], -1)
+                project_back_(W, self.state[p]['basis'], N, self.low_rank(p, group)[0], decay, size * group['scale'])
+            else:
+                p.mul_(decay).add_(N.to(p.dtype), alpha=size)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self.projected.clear()
+        for slot in self.slots.values():
+            slot.R = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the projected backward pass: R without G
+
+
+class _Slot:
+    """What a layer's backward pass needs of the optimizer: its basis, whether a refresh is due, a place for R."""
+
+    def __init__(self, optimizer, p, group, sketch_group):
+        self.optimizer, self.p, self.group, self.sketch_group, self.R = optimizer, p, group, sketch_group, None
+        self.left = optimizer.low_rank(p, group)[0]
+        self.anchor = torch.zeros((), device=p.device, requires_grad=True)
+
+    def waits(self):
+        return self.optimizer.waits(self.p, self.group)
+
+    def due(self):
+        return self.optimizer.due(self.p, self.group)
+
+    def basis(self, dtype):
+        return self.optimizer.state[self.p]['basis'].to(dtype)
+
+    def refresh(self, multiply, multiply_t):
+        """From this micro-batch's products with G, averaged over ranks; nothing when it was done already."""
+        def mean(t):
+            t = t.float()
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(t, group=self.sketch_group)
+                t.div_(dist.get_world_size())
+            return t
+        sides = (multiply, multiply_t) if self.left else (multiply_t, multiply)
+        self.optimizer.refresh(self.p, self.group, *(lambda X, f=f: mean(f(X)) for f in sides))
+
+    def add(self, R):
+        self.R = R.float() if self.R is None else self.R.add_(R)
+
+
+class _ProjectedLinear(torch.autograd.Function):
+    """y = x W^T + b. Backward: the usual dx and db, and R instead of dW = dY^T x: with a basis Q (in, r) on the right
+    R = (x Q)^T dY, for which x Q (tokens, r) is kept instead of x; with P (out, r) on the left R = (dY P)^T x. The step of
+    a new basis keeps x, a weight that waits for its first one keeps nothing. The slot's anchor is a number that wants a
+    gradient, so that this runs though W asks for none and DDP has nothing of it to send."""
+    @staticmethod
+    def forward(ctx, x, W, b, slot, anchor):
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.slot, ctx.has_bias, ctx.waits, ctx.full = slot, b is not None, slot.waits(), slot.left or slot.due()
+        kept = flat[:0] if ctx.waits else flat if ctx.full else flat @ slot.basis(flat.dtype)
+        ctx.save_for_backward(kept.clone() if ctx.waits else kept, W)
+        ctx.shape = x.shape
+        return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        kept, W = ctx.saved_tensors
+        slot, g = ctx.slot, g.reshape(-1, g.shape[-1])
+        if not ctx.waits:
+            if slot.due():
+                slot.refresh(lambda X: g.T @ (kept @ X.to(kept.dtype)), lambda Y: kept.T @ (g @ Y.to(g.dtype)))
+            if not ctx.full:
+                slot.add(kept.T @ g)
+            elif slot.left:
+                slot.add((g @ slot.basis(g.dtype)).T @ kept)
+            else:
+                slot.add((kept @ slot.basis(kept.dtype)).T @ g)
+        gx = (g @ W.to(g.dtype)).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return gx, None, g.sum(0) if ctx.has_bias else None, None, None
+
+
+class _ProjectedEmbedding(torch.autograd.Function):
+    """W[ids]. The gradient G of the table is the rows of dY added up by id, so R = P^T G = P[ids]^T dY, and with a basis on
+    the right (G Q)^T adds up the rows of dY Q: no matrix of the table's size."""
+    @staticmethod
+    def forward(ctx, ids, W, slot, padding, anchor):
+        ctx.save_for_backward(ids)
+        ctx.slot, ctx.padding, ctx.rows = slot, padding, len(W)
+        return F.embedding(ids, W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        ids, slot = ctx.saved_tensors[0].flatten(), ctx.slot
+        if slot.waits():
+            return (None,) * 5
+        g = g.reshape(-1, g.shape[-1])
+        if ctx.padding is not None:
+            g = g.masked_fill((ids == ctx.padding)[:, None], 0)
+
+        def by_id(t):
+            return t.new_zeros(ctx.rows, t.shape[1]).index_add_(0, ids, t)
+        if slot.due():
+            slot.refresh(lambda X: by_id(g @ X.to(g.dtype)), lambda Y: g.T @ Y[ids].to(g.dtype))
+        basis = slot.basis(g.dtype)
+        slot.add(basis[ids].T @ g if slot.left else by_id(g @ basis).T)
+        return (None,) * 5
+
+
+class ProjectedLinear(nn.Linear):
+    """nn.Linear after attach(): same weights, same state_dict, another backward pass."""
+
+    @torch.compiler.disable                         # its backward pass talks to the optimizer: the graph breaks here
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            return _ProjectedLinear.apply(x, self.weight, self.bias, self.slot, self.slot.anchor)
+
+
+class ProjectedEmbedding(nn.Embedding):
+    """nn.Embedding after attach()."""
+
+    @torch.compiler.disable
+    def forward(self, ids):
+        if not torch.is_grad_enabled():
+            return super().forward(ids)
+        return _ProjectedEmbedding.apply(ids, self.weight, self.slot, self.padding_idx, self.slot.anchor)
+
+
+PROJECTED = {nn.Linear: ProjectedLinear, nn.Embedding: ProjectedEmbedding}
+
+
+def attach(model, optimizer, verbose=True):
+    """Give the nn.Linear and nn.Embedding layers whose weights have a low rank in this RSVDAdam a backward pass that makes
+    R instead of the gradient: exactly P^T G, or G Q, and G never exists. Returns {name of a low-rank weight that it cannot
+    serve, which keeps the plain path: why}.
+
+    Their weights no longer ask for a gradient (p.grad stays None; optimizer.gradients() has what there is). Call it before
+    DistributedDataParallel, on all ranks: R is averaged over ranks when the step begins, so r n numbers travel instead of
+    m n. A refresh sees the gradient of the first micro-batch of its step only. Works with accumulation (one step() for any
+    number of backward passes), autocast, gradient checkpointing, and torch.compile, whose graph breaks at each such layer.
+    Ask gradients() for norms and clipping, as torch.nn.utils sees only p.grad. Not with FSDP or a second derivative.
+    """
+    options = {p: g for g in optimizer.param_groups for p in g['params'] if optimizer.low_rank(p, g)}
+    owners = {}                                     # {weight: [(layer, its name, the weight's name there)]}
+    for name, m in model.named_modules():
+        for key, p in m.named_parameters(recurse=False):
+            if p in options:
+                owners.setdefault(p, []).append((m, name, key))
+    sketch_group = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None    # DDP uses the other
+    left_alone = {}
+    for p, places in owners.items():
+        m, name, key = places[0]
+        why = (f'shared with {places[1][1]}' if len(places) > 1 else f'of a {type(m).__name__}' if type(m) not in PROJECTED
+               or key != 'weight' else 'frozen' if not p.requires_grad else 'its embedding is sparse, scaled or renormalised'
+               if isinstance(m, nn.Embedding) and (m.sparse or m.scale_grad_by_freq or m.max_norm is not None) else '')
+        if why:
+            left_alone[f'{name}.{key}'.lstrip('.')] = why
+            continue
+        m.__class__ = PROJECTED[type(m)]
+        m.slot = optimizer.slots[p] = _Slot(optimizer, p, options[p], sketch_group)
+        p.requires_grad_(False)
+    if verbose:
+        print(f'projected backward pass: {len(optimizer.slots)} weights'
+              + (f'; with full gradients: {", ".join(f"{n} ({why})" for n, why in left_alone.items())}' if left_alone else ''))
+    return left_alone
+
+
+def detach(model, optimizer):
+    """Undo attach(); the optimizer's state stays."""
+    for m in model.modules():
+        if isinstance(m, tuple(PROJECTED.values())):
+            m.__class__ = type(m).__base__
+            del optimizer.slots[m.weight], m.slot
+            m.weight.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdamW on the largest entries
+
+
+class TopRAdamW(torch.optim.AdamW):
+    """AdamW on the max(1, int(fraction * numel)) entries of each gradient with the largest magnitude; the others are set to
+    zero, in place, and so decay the moments. `fraction` may differ by parameter group; 0 < fraction <= 1, else ValueError.
+    The states are as large as AdamW's."""
+
+    def __init__(self, params, lr=2e-4, *, fraction=0.1, **options):
+        super().__init__(params, lr=lr, **options)
+        for group in self.param_groups:
+            group.setdefault('fraction', fraction)
+            if not 0 < group['fraction'] <= 1:
+                raise ValueError(f'TopRAdamW: fraction is above 0 and at most 1, got {group["fraction"]}')
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is not None:
+                    keep_top_(p.grad, group['fraction'])
+        super().step()
+        return loss
+
+
+def keep_top_(t, fraction):
+    """Zero all but the max(1, int(fraction * numel)) entries of t with the largest magnitude, in place; returns t."""
+    k = max(1, int(fraction * t.numel()))
+    flat = t.view(-1) if t.is_contiguous() else t.reshape(-1)
+    top = flat.abs().topk(k, sorted=False).indices
+    kept = flat[top]
+    return t.zero_().view(-1).index_copy_(0, top, kept).view_as(t) if t.is_contiguous() else t.copy_(
+        torch.zeros_like(flat).index_copy_(0, top, kept).view_as(t))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reports
+
+
+def optimizer_bytes(optimizer):
+    """Bytes of the tensors in an optimizer's state: what it adds to memory between steps."""
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+
+
+def memory_report(model, optimizer, peak_bytes):
+    """{parameters, buffers, gradients, optimizer, rest, peak}: bytes of each, tensors that are shared counted once. rest is
+    what the measured peak holds beyond them: activations and temporaries. Call it after backward and before zero_grad."""
+    slots = getattr(optimizer, 'slots', {})
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads += [r for r in getattr(optimizer, 'projected', {}).values() if r is not None]
+    grads += [s.R for s in slots.values() if s.R is not None]
+    report = {'parameters': sum(p.nbytes for p in model.parameters()), 'buffers': sum(b.nbytes for b in model.buffers()),
+              'gradients': sum(g.nbytes for g in grads), 'optimizer': optimizer_bytes(optimizer)}
+    return {**report, 'rest': peak_bytes - sum(report.values()), 'peak': peak_bytes}

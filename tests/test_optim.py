@@ -1,0 +1,567 @@
+"""optim.py: the optimizer against torch's, its bytes, its resumption, and the projected backward pass against the full one."""
+import copy
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import optim
+from optim import RSVDAdam, TopRAdamW, attach, detach, memory_report, optimizer_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+MODES = {
+    'left': dict(rank=2), 'right': dict(rank=2, side='right'), 'short': dict(rank=2, side='short', scale=.5),
+    'fraction': dict(rank_fraction=.1), 'energy': dict(energy=.8, rank_min=1, rank_max=8, rotate=True),
+    'every step': dict(rank=2, interval=1, rotate=True), 'warm': dict(rank=2, warm_start=True, n_iter=0),
+    'stagger': dict(rank=2, stagger=1), 'crowded': dict(rank=2, stagger=1, interval=2),
+    'bf16': dict(rank=2, state_dtype='bf16'), '8bit': dict(rank=2, side='right', state_dtype='8bit'), 'plain': dict(rank=0)}
+
+
+class Net(nn.Module):
+    """An embedding with a padding row, a table of positions, two matrices and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(50, 24, padding_idx=0), nn.Embedding(7, 24)
+        self.up, self.down, self.head = nn.Linear(24, 40), nn.Linear(40, 24, bias=False), nn.Linear(24, 3)
+        self.remat = False
+
+    def forward(self, ids):
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        inner = lambda x: self.down(F.gelu(self.up(x)))
+        x = x + (checkpoint(inner, x, use_reentrant=False) if self.remat else inner(x))
+        return self.head(x.float().mean(1))
+
+
+def batches(n, start=0):
+    for step in range(start, n):
+        g = torch.Generator().manual_seed(step)
+        yield torch.randint(50, (8, 7), generator=g), torch.randint(3, (8,), generator=g)
+
+
+def make(attached=False, seed=1, **options):
+    torch.manual_seed(seed)
+    model = Net()
+    optimizer = RSVDAdam(model.parameters(), lr=1e-2, **{'interval': 7, **options})
+    if attached:
+        assert attach(model, optimizer, verbose=False) == {}
+    return model, optimizer
+
+
+def train(model, optimizer, steps, start=0, micro=1, clip=1.0, amp=False):
+    for ids, labels in batches(steps, start):
+        for part, wanted in zip(ids.chunk(micro), labels.chunk(micro), strict=True):
+            with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+                loss = F.cross_entropy(model(part), wanted) / micro
+            loss.backward()
+        if clip:
+            optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def distance(a, b):
+    return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# functions of tensors
+
+
+def spectrum(m, n, s):
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(k, len(s), generator=g, dtype=torch.float64)).Q for k in (m, n))
+    return u, (u * s.double() @ v.T).float()
+
+
+@pytest.mark.parametrize('m,n', [(96, 40), (40, 96)])
+def test_range_finder_against_the_exact_svd(m, n):
+    """Leading singular values and left vectors of known spectra: a gap of 100, and a slow decay with power iterations."""
+    for s, rank, n_iter, off in ((torch.cat([torch.linspace(3, 2, 6), torch.full((20,), .02)]), 6, 1, 1e-4),
+                                 (.8 ** torch.arange(30.), 6, 4, 2e-2)):
+        u, G = spectrum(m, n, s)
+        basis, found = optim.range_basis(lambda x, G=G: G @ x, lambda y, G=G: G.T @ y, (m, n), rank, n_iter=n_iter,
+                                         generator=optim.sketch_generator(0))
+        assert basis.shape == (m, rank + 4)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(rank + 4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[:rank], s[:rank], rtol=off, atol=0)
+        inside = (basis[:, :rank].double().T @ u[:, :rank]).square().sum(0)       # share of each true vector that is kept
+        assert inside.min() > 1 - off
+
+
+def test_range_finder_is_orthonormal_on_a_matrix_of_lower_rank():
+    """The reference's classifier: a gradient of rank 1, and one of rank 0."""
+    for G in (torch.ones(20, 3), torch.zeros(20, 3)):
+        basis, s = optim.range_basis(lambda x, G=G: G @ x, lambda y, G=G: G.T @ y, (20, 3), 3, generator=None)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(3), atol=1e-5, rtol=0)
+        assert s[1] < 1e-4
+
+
+def test_choose_rank_by_hand():
+    """Squares 9, 4, 1 of 16: one keeps .5625, two .8125, three .875."""
+    s = torch.tensor([3., 2., 1.])
+    assert [optim.choose_rank(s, 16, e, 1, 3) for e in (.5, .56, .57, .81, .82, .99)] == [1, 1, 2, 2, 3, 3]
+    assert optim.choose_rank(s, 16, .5, 2, 3) == 2 and optim.choose_rank(s, 16, .99, 1, 2) == 2
+
+
+def test_rotated_moments_describe_the_same_gradient():
+    """Between two bases of one space P M is the same; a smaller rank keeps the leading rows."""
+    old = torch.linalg.qr(torch.randn(9, 3)).Q
+    new = old @ torch.linalg.qr(torch.randn(3, 3)).Q
+    M, V = torch.randn(3, 5), torch.rand(3, 5)
+    rotated, second = optim.carry((M, V), old, new, rotate=True)
+    torch.testing.assert_close(new @ rotated, old @ M)
+    assert (second >= 0).all()
+    torch.testing.assert_close(second.sum(0), V.sum(0))
+    for rank in (2, 4):
+        kept, _ = optim.carry((M, V), old, torch.zeros(9, rank), rotate=False)
+        assert torch.equal(kept[:3], M[:rank]) and kept.shape == (rank, 5)
+
+
+@pytest.mark.parametrize('square', [False, True])
+def test_moments_in_fewer_bits_are_right_in_the_mean(square):
+    """4,000 random roundings average to the number; a single one is within a step; nothing becomes 0 that is divided by."""
+    t = torch.randn(700, generator=torch.Generator().manual_seed(0))
+    t = t.square() if square else t
+    total = {'bf16': 0, '8bit': 0}
+    g = torch.Generator().manual_seed(1)
+    for dtype in total:
+        for _ in range(4000):
+            state = {f'x{k}': v for k, v in optim.keep(t, dtype, square, g).items()}
+            total[dtype] += optim.held(state, 'x') / 4000
+        assert state['x'].element_size() == (2 if dtype == 'bf16' else 1)
+        one = optim.held(state, 'x')
+        assert (one - t).abs().max() < (.01 if dtype == 'bf16' else .1) * t.abs().max()
+    for dtype, step in (('bf16', 2 ** -7 * t.abs()), ('8bit', .04 * t.abs().max())):
+        assert ((total[dtype] - t).abs() <= .08 * step + 1e-6).all(), dtype
+    zero = {f'x{k}': v for k, v in optim.keep(torch.tensor([0., 1.]), '8bit', True, g).items()}
+    assert optim.held(zero, 'x')[0] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the optimizer
+
+
+def test_identity_basis_is_adamw():
+    """P = I, 50 steps: torch.optim.AdamW to 1e-6; the weights of one dimension bit for bit."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(12, 9), nn.Linear(12, 9)
+    theirs.load_state_dict(ours.state_dict())
+    a = RSVDAdam(ours.parameters(), lr=3e-3, weight_decay=.1, rank=9, interval=10 ** 6)
+    b = torch.optim.AdamW(theirs.parameters(), lr=3e-3, weight_decay=.1, fused=True)
+    a.waits(ours.weight, a.param_groups[0])
+    a.state[ours.weight].update(basis=torch.eye(9), fresh_at=0, refreshes=1)
+    for _ in range(50):
+        x = torch.randn(20, 12)
+        for m, o in ((ours, a), (theirs, b)):
+            m(x).square().mean().backward()
+            o.step()
+            o.zero_grad()
+    torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_any_full_basis_is_adamw_on_the_rotated_problem(side):
+    """W = P W', gradients of W' = P^T G, AdamW on W': the same walk, and another one than AdamW's on W itself."""
+    torch.manual_seed(0)
+    W0, data = torch.randn(6, 6), [torch.randn(6, 6) for _ in range(30)]
+    P = torch.linalg.qr(torch.randn(6, 6)).Q
+    rotate = (lambda t: P.T @ t) if side == 'left' else (lambda t: t @ P)
+    p, q, plain = nn.Parameter(W0.clone()), nn.Parameter(rotate(W0)), nn.Parameter(W0.clone())
+    a = RSVDAdam([p], lr=1e-2, rank=6, side=side, interval=10 ** 6)
+    a.waits(p, a.param_groups[0])
+    a.state[p].update(basis=P, fresh_at=0, refreshes=1)
+    b, c = (torch.optim.AdamW([x], lr=1e-2, weight_decay=.01) for x in (q, plain))
+    for t in data:
+        p.grad, q.grad, plain.grad = p.detach() - t, rotate(rotate_back(q.detach(), P, side) - t), plain.detach() - t
+        for o in (a, b, c):
+            o.step()
+    torch.testing.assert_close(rotate(p.detach()), q.detach(), atol=2e-5, rtol=0)
+    assert (p - plain).abs().max() > 1e-3
+
+
+def rotate_back(t, P, side):
+    return P @ t if side == 'left' else t @ P.T
+
+
+def test_a_step_by_hand():
+    """G = [[3, 0], [0, 0], [4, 0]] has the left vector (.6, 0, .8): R = (5, 0), the first Adam step is (1, 0), so W moves
+    by lr (.6, 0, .8) in its first column and decays by lr wd."""
+    p = nn.Parameter(torch.ones(3, 2))
+    o = RSVDAdam([p], lr=.1, weight_decay=.5, rank=1)
+    p.grad = torch.tensor([[3., 0], [0, 0], [4, 0]])
+    o.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([[.95 - .06, .95], [.95, .95], [.95 - .08, .95]]), atol=1e-5, rtol=0)
+    assert o.state[p]['exp_avg'].shape == (1, 2) and p.grad is None
+
+
+def test_conv_kernels_and_bf16_parameters():
+    p, q = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.randn(16, 8).bfloat16())
+    o = RSVDAdam([p, q], lr=1e-2, rank=2)
+    for _ in range(3):
+        p.grad, q.grad = torch.randn_like(p), torch.randn_like(q)
+        before = p.detach().clone(), q.detach().clone()
+        o.step()
+        assert torch.linalg.matrix_rank((p - before[0] * (1 - 1e-4)).view(8, 27), atol=1e-5) == 2
+        assert not torch.equal(q, before[1]) and q.dtype == torch.bfloat16
+    assert o.state[p]['basis'].shape == (8, 2) and o.state[p]['exp_avg'].shape == (2, 27)
+    assert o.state[q]['exp_avg'].dtype == torch.float32
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_resume_is_bit_exact(mode):
+    """23 steps, or 11, a weights_only file, and 12 more in a new optimizer: the same bits, attached or not."""
+    for attached in (False, True):
+        model, optimizer = make(attached, **MODES[mode])
+        train(model, optimizer, 11)
+        file = io.BytesIO()
+        torch.save({'m': model.state_dict(), 'o': optimizer.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        again, other = make(attached, seed=5, **MODES[mode])
+        again.load_state_dict(saved['m'])
+        other.load_state_dict(saved['o'])
+        train(model, optimizer, 23, start=11)
+        train(again, other, 23, start=11)
+        assert distance(model, again) == 0
+        for p, q in zip(model.parameters(), again.parameters(), strict=True):
+            a, b = optimizer.state[p], other.state[q]
+            assert a.keys() == b.keys()
+            for key in a:
+                if torch.is_tensor(a[key]):
+                    assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key])
+                else:
+                    assert type(a[key]) is int and a[key] == b[key]
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_every_mode_learns_and_leaves_the_global_generator_alone(mode):
+    """One batch, 60 steps: the loss falls by half at least."""
+    model, optimizer = make(**MODES[mode])
+    ids, labels = next(batches(1))
+    start = F.cross_entropy(model(ids), labels).item()
+    before = torch.get_rng_state()
+    for _ in range(60):
+        loss = F.cross_entropy(model(ids), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(before, torch.get_rng_state())
+    assert loss.item() < start / 2
+
+
+def test_sketches_are_functions_of_seed_parameter_and_refresh():
+    draws = {n: torch.randn(4, generator=optim.sketch_generator(*n)).tolist()
+             for n in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 3))}
+    assert len({tuple(d) for d in draws.values()}) == 4
+    assert draws[0, 1, 2] == torch.randn(4, generator=optim.sketch_generator(0, 1, 2)).tolist()
+
+
+def test_interval_and_stagger():
+    """interval 1 refreshes in every step (the reference does once); stagger=1: one first basis a step, none trained before."""
+    model, optimizer = make(rank=2, interval=1)
+    train(model, optimizer, 5)
+    assert {s['refreshes'] for p, s in optimizer.state.items() if p.dim() > 1} == {5}
+    for attached in (False, True):
+        model, optimizer = make(attached, rank=2, stagger=1, interval=8)
+        matrices = [p for p in optimizer._index if p.dim() > 1]
+        start = [p.detach().clone() for p in matrices]
+        for step in range(len(matrices)):
+            train(model, optimizer, step + 1, start=step)
+            moved = [not torch.equal(p, q) for p, q in zip(matrices, start, strict=True)]
+            assert moved == [i <= step for i in range(len(matrices))]
+        train(model, optimizer, 20, start=len(matrices))
+        assert [optimizer.state[p]['step'] for p in matrices] == [20 - i for i in range(len(matrices))]
+
+
+@pytest.mark.parametrize('wrong', [dict(side='up'), dict(rank=-1), dict(energy=1.5), dict(interval=0), dict(rank_min=0),
+                                   dict(state_dtype='fp8'), dict(rank_min=9, rank_max=8), dict(lr=-1.), dict(betas=(1., .9))])
+def test_options_out_of_range(wrong):
+    with pytest.raises(ValueError, match='RSVDAdam'):
+        RSVDAdam([nn.Parameter(torch.zeros(2, 2))], **wrong)
+    o = RSVDAdam([nn.Parameter(torch.zeros(2, 2))])
+    with pytest.raises(ValueError, match='RSVDAdam'):
+        o.add_param_group({'params': [nn.Parameter(torch.zeros(2, 2))], **wrong})
+
+
+def test_compiled_arithmetic_is_the_same():
+    a, oa = make(rank=2)
+    b, ob = make(rank=2, compile=True)
+    train(a, oa, 12)
+    train(b, ob, 12)
+    assert distance(a, b) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bytes
+
+SHAPES = [(30522, 768), (512, 768), *[(768, 768)] * 4 * 6, *[(3072, 768)] * 6, *[(768, 3072)] * 6, (768, 768), (2, 768)]
+VECTORS = [*[(768,)] * (2 + 6 * (4 + 1 + 4) + 1), *[(3072,)] * 6, (2,)]
+
+
+@pytest.fixture(scope='module')
+def distilbert():
+    """Parameters and gradients of DistilBERT's shapes: 66,955,010 numbers in 104 tensors."""
+    params = [nn.Parameter(torch.zeros(s)) for s in SHAPES + VECTORS]
+    assert len(params) == 104 and sum(p.numel() for p in params) == 66_955_010
+    return params
+
+
+def one_step(params, **options):
+    optimizer = RSVDAdam(params, n_iter=0, oversample=0, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize('rank,bytes_', [(4, 3_060_664), (8, 5_625_688), (16, 10_747_544), (64, 41_495_064),
+                                         (128, 82_494_488)])
+def test_bytes_of_the_reference_scheme(distilbert, rank, bytes_):
+    """From real state tensors: what the published table prints as 2.92, 5.37, 10.25, 39.57 and 78.67 MB."""
+    assert optimizer_bytes(one_step(distilbert, rank_fraction=rank / 768, side='left')) == bytes_
+
+
+def test_bytes_of_other_schemes(distilbert):
+    assert optimizer_bytes(one_step(distilbert, rank_fraction=4 / 768, side='short')) == 3_757_912
+    assert optimizer_bytes(one_step(distilbert, rank_fraction=4 / 768, side='left', state_dtype='8bit')) <= 1.2 * 2 ** 20
+    on_adam = [{'params': distilbert[:2] + distilbert[-len(VECTORS) - 1:], 'rank_fraction': 0.0, 'rank': 0},
+               {'params': distilbert[2:-len(VECTORS) - 1]}]
+    optimizer = RSVDAdam(on_adam, n_iter=0, oversample=0, rank_fraction=4 / 768, side='short')
+    for p in distilbert:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer_bytes(optimizer) == 193_431_568
+
+
+def test_bytes_of_adam(distilbert):
+    optimizer = torch.optim.AdamW(distilbert)
+    for p in distilbert:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer_bytes(optimizer) == 535_640_496
+
+
+def test_memory_report_adds_up():
+    model, optimizer = make(True, rank=2, side='right')
+    ids, labels = next(batches(1))
+    F.cross_entropy(model(ids), labels).backward()
+    report = memory_report(model, optimizer, 10 ** 6)
+    assert report['parameters'] == 4 * sum(p.numel() for p in model.parameters()) and report['peak'] == 10 ** 6
+    vectors = 40 + 3
+    assert report['gradients'] == 4 * (2 * (50 + 7 + 40 + 24 + 3) + vectors)
+    assert sum(v for k, v in report.items() if k != 'peak') == 10 ** 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the projected backward pass
+
+
+@pytest.mark.parametrize('mode', [m for m in MODES if m != 'plain'])
+def test_projected_backward_equals_the_full_gradient(mode):
+    """100 steps with clipping, refreshes on the way: the same weights to rounding. Moments in fewer bits round at random, where
+    a last digit decides, and so part in the end: the same for the first steps."""
+    a, oa = make(**MODES[mode])
+    b, ob = make(True, **MODES[mode])
+    steps = 4 if 'state_dtype' in MODES[mode] else 100
+    train(a, oa, steps)
+    train(b, ob, steps)
+    assert distance(a, b) < 5e-6
+    assert all(p.grad is None for p in b.parameters())
+
+
+def test_no_gradient_of_full_size_exists():
+    """Nothing as large as a weight is handed out by the allocator in a backward pass between refreshes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 640, bias=False), nn.Linear(640, 512, bias=False))
+    optimizer = RSVDAdam(model.parameters(), rank=4, side='right')
+    attach(model, optimizer, verbose=False)
+    for step in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+            model(torch.randn(16, 512)).square().mean().backward()
+            optimizer.step()
+        largest = max(e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
+        if step:
+            assert largest < 4 * 512 * 640 / 4
+
+
+def test_what_a_layer_keeps_for_the_backward_pass():
+    """Right basis: tokens x r numbers in place of tokens x in; x itself only in the step of a new basis."""
+    layer = nn.Sequential(nn.Linear(64, 32))
+    optimizer = RSVDAdam(layer.parameters(), rank=2, side='right', interval=3)
+    attach(layer, optimizer, verbose=False)
+    sizes = []
+    for _ in range(4):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+            layer(torch.randn(10, 64)).sum().backward()
+        optimizer.step()
+        sizes.append([tuple(s) for s in kept if s != (32, 64)])
+    assert sizes == [[(10, 64)], [(10, 2)], [(10, 2)], [(10, 64)]]
+
+
+def test_accumulation():
+    """Two micro-batches, one step: R adds up; with bases given, the same as one batch. Refreshes see the first one only."""
+    a, oa = make(True, rank=2, interval=1000)
+    b, ob = make(True, rank=2, interval=1000)
+    train(a, oa, 1)
+    b.load_state_dict(a.state_dict())
+    ob.load_state_dict(copy.deepcopy(oa.state_dict()))
+    train(a, oa, 20, start=1)
+    train(b, ob, 20, start=1, micro=4)
+    assert distance(a, b) < 5e-6
+    c, oc = make(True, rank=2, interval=3)
+    train(c, oc, 9, micro=2)
+    assert {s['refreshes'] for p, s in oc.state.items() if p.dim() > 1} == {3}
+    assert {s['step'] for s in oc.state.values()} == {9}
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_gradient_checkpointing_and_autocast(side):
+    a, oa = make(True, rank=2, side=side)
+    b, ob = make(True, rank=2, side=side)
+    b.remat = True
+    train(a, oa, 20)
+    train(b, ob, 20)
+    assert distance(a, b) < 1e-6
+    c, oc = make(True, rank=2, side=side)
+    d, od = make(rank=2, side=side)
+    for _ in range(6):                              # one batch: rounding in bf16 must not decide
+        train(c, oc, 1, amp=True)
+        train(d, od, 1, amp=True)
+    assert 0 < distance(c, d) < .03                 # each step moves a number by up to .01
+
+
+def test_torch_compile_breaks_the_graph_and_computes_the_same():
+    a, oa = make(True, rank=2, side='right')
+    b, ob = make(True, rank=2, side='right')
+    train(a, oa, 10)
+    train(torch.compile(b), ob, 10)
+    assert distance(a, b) < 1e-5
+
+
+def test_what_attach_leaves_to_the_plain_path(capsys):
+    """A tied weight, a convolution, a sparse embedding: named with the reason, trained with full gradients."""
+    model = nn.ModuleDict({'wte': nn.Embedding(20, 8), 'head': nn.Linear(8, 20, bias=False), 'conv': nn.Conv1d(8, 8, 3),
+                           'rare': nn.Embedding(20, 8, max_norm=1.0), 'frozen': nn.Linear(8, 8), 'fine': nn.Linear(8, 8)})
+    model['head'].weight = model['wte'].weight
+    model['frozen'].weight.requires_grad_(False)
+    optimizer = RSVDAdam(model.parameters(), rank=2)
+    left_alone = attach(model, optimizer)
+    assert set(left_alone) == {'wte.weight', 'conv.weight', 'rare.weight', 'frozen.weight'}
+    assert 'head' in left_alone['wte.weight'] and 'wte.weight (shared' in capsys.readouterr().out
+    assert list(optimizer.slots) == [model['fine'].weight]
+    x = model['wte'](torch.arange(5))
+    model['head'](model['fine'](x)).square().sum().backward()
+    before = model['wte'].weight.detach().clone()
+    assert model['wte'].weight.grad is not None and model['fine'].weight.grad is None
+    optimizer.step()
+    assert not torch.equal(before, model['wte'].weight)
+    detach(model, optimizer)
+    assert type(model['fine']) is nn.Linear and not optimizer.slots and model['fine'].weight.requires_grad
+
+
+def test_state_dict_and_evaluation_are_those_of_the_plain_model():
+    model, optimizer = make(True, rank=2)
+    plain, _ = make()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    ids, _ = next(batches(1))
+    with torch.no_grad():
+        assert torch.equal(model(ids), plain(ids))
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_costs_no_state():
+    """As with a loss scale that is too high: skip the step, and the next one is as if it had not been."""
+    a, oa = make(True, rank=2, side='right')
+    b, ob = make(True, rank=2, side='right')
+    ids, labels = next(batches(1))
+    for factor in (1e38, float('inf')):
+        (F.cross_entropy(a(ids), labels) * factor * 1e4).backward()
+        assert not oa.clip_grad_norm_(0).isfinite()
+        oa.zero_grad()
+    train(a, oa, 10)
+    train(b, ob, 10)
+    assert distance(a, b) == 0
+
+
+DDP = '''
+import os, sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+sys.path[:0] = [{root!r}, {root!r} + '/tests']
+import common, optim, test_optim
+rank, _, world, _ = common.setup_processes('cpu')
+sent = []
+real = dist.all_reduce
+dist.all_reduce = lambda t, *a, **k: (sent.append(t.nbytes), real(t, *a, **k))[1]
+model, optimizer = test_optim.make({attached}, **{options})
+torch.manual_seed(100 + rank)                       # ranks that would draw other sketches from the global generator
+ddp = nn.parallel.DistributedDataParallel(model)
+for step, (ids, labels) in enumerate(test_optim.batches(50)):
+    if step == 1:
+        sent.clear()
+    F.cross_entropy(ddp(ids[rank::world]), labels[rank::world]).backward()
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert common.ranks_agree(common.checksum(model.parameters())), step
+if rank == 0:
+    full = sum(p.nbytes for p in model.parameters() if p.dim() > 1)
+    torch.save([model.state_dict(), sent[0] if sent else 0, full], sys.argv[1])
+common.close_processes()
+'''
+
+
+@pytest.mark.parametrize('attached', [False, True])
+def test_ranks_stay_bit_identical_for_50_steps(attached, tmp_path):
+    """Two processes, each its half of the batch, other global seeds; the weights are those of one process; attached, they
+    send r n numbers."""
+    options = dict(rank=2, side='right', interval=10)
+    (tmp_path / 'run.py').write_text(DDP.format(root=str(ROOT), attached=attached, options=options))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                           str(tmp_path / 'run.py'), str(tmp_path / 'out.pt')], capture_output=True, text=True, timeout=240,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    state, sent, full = torch.load(tmp_path / 'out.pt', weights_only=True)
+    model, optimizer = make(attached, **options)
+    train(model, optimizer, 50)
+    assert max((state[k] - t).abs().max().item() for k, t in model.state_dict().items()) < 1e-4
+    if attached:
+        assert sent == 4 * 2 * (50 + 7 + 40 + 24 + 3) < full / 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TopRAdamW
+
+
+def test_top_r_by_hand():
+    """A fifth of 10 entries is the two largest; ties do not give a third."""
+    g = torch.tensor([[1., -5, 2, 0, 3], [-4, 4, 4, .5, 0]])
+    assert torch.equal(optim.keep_top_(g.clone(), .2).nonzero()[0], torch.tensor([0, 1]))
+    assert (optim.keep_top_(g.clone(), .2) != 0).sum() == 2 and (optim.keep_top_(g.clone(), .01) != 0).sum() == 1
+    assert torch.equal(optim.keep_top_(g.clone(), 1.0), g)
+    assert torch.equal(optim.keep_top_(g.clone().T.contiguous().T, .1), torch.tensor([[0., -5, 0, 0, 0], [0] * 5]))
+
+
+def test_top_r_is_adamw_on_masked_gradients():
+    torch.manual_seed(0)
+    p, q = (nn.Parameter(torch.ones(7, 9)) for _ in range(2))
+    a, b = TopRAdamW([p], lr=1e-2, fraction=.3), torch.optim.AdamW([q], lr=1e-2)
+    for _ in range(10):
+        g = torch.randn(7, 9)
+        p.grad, q.grad = g.clone(), g * (g.abs() >= g.abs().flatten().topk(18).values[-1])
+        a.step()
+        b.step()
+    assert torch.equal(p, q)
+    c = TopRAdamW([p], fraction=.3)
+    c.load_state_dict(a.state_dict())
+    assert c.param_groups[0]['fraction'] == .3
+    with pytest.raises(ValueError, match='fraction'):
+        TopRAdamW([p], fraction=0)
