@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 
 import configurator
 import layers
+from common import peak_above, peak_memory_bytes
 
 # Dense bf16 peak of a card without sparsity, from its data sheet, for the share of it that a model's arithmetic uses.
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12}
@@ -129,27 +129,7 @@ def resident_bytes():
     try:
         return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
     except OSError:
-        return peak_resident_bytes()
-
-
-def peak_resident_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
-def peak_above(step, cuda):
-    """Most bytes alive at once during step() above what was alive before it: the running sum of what the CPU allocator
-    hands out and takes back, from the profiler; max_memory_allocated on CUDA."""
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-        step()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
-    return max(accumulate((n for _, n in changes), initial=0))
+        return peak_memory_bytes()
 
 
 def cpu_name():
@@ -288,7 +268,7 @@ def stats_worker(a):
     up = peak_above(forward, cuda)
     loss = held.pop('y').float().square().mean()
     after = peak_above(loss.backward, cuda)
-    yield {**counts(model), 'forward_bytes': up, 'backward_bytes': after, 'resident_bytes': peak_resident_bytes()}
+    yield {**counts(model), 'forward_bytes': up, 'backward_bytes': after, 'resident_bytes': peak_memory_bytes()}
 
 
 def stats(a):
@@ -563,7 +543,7 @@ def train_worker(a):
         if line == 'memory\n':
             state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
             yield {'peak_bytes': sum(t.nbytes for t in [*model.parameters(), *state]) + peak_above(step, cuda),
-                   'resident_bytes': peak_resident_bytes() - before,
+                   'resident_bytes': peak_memory_bytes() - before,
                    'parameters': sum(p.numel() for p in model.parameters())}
             continue
         times, sync = [], torch.cuda.synchronize if cuda else (lambda: None)

@@ -21,6 +21,7 @@ import warnings
 import zipfile
 import zlib
 from datetime import timedelta
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -329,11 +330,27 @@ def stop_flag():
 # meters
 
 
-def peak_memory_bytes(device):
+def peak_memory_bytes(device=None):
     """Peak so far: allocator peak on CUDA; on CPU the resident peak of the whole process, Python and torch included."""
-    if device.type == 'cuda':
+    if device and device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def peak_above(step, cuda):
+    """Most bytes alive at once during step() above what was alive before it: the running sum of what the CPU allocator
+    hands out and takes back, from the profiler; max_memory_allocated on CUDA."""
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        step()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
+    return max(accumulate((n for _, n in changes), initial=0))
 
 
 def energy_meter(device):

@@ -12,6 +12,7 @@ import torch.nn as nn
 from conftest import ROOT
 
 import bench
+import common
 import layers
 
 OPTIONS = argparse.Namespace(rank=32, alpha=32.0, base='bignet', dim=1024, seed=0, device='cpu', batch=4, threads=1)
@@ -60,7 +61,7 @@ def test_peak_by_hand():
         del y
         held['z'] = held['z'].sum()
     step()
-    assert 8000 <= bench.peak_above(step, False) <= 8000 + 256
+    assert 8000 <= common.peak_above(step, False) <= 8000 + 256
 
 
 def test_compare_by_hand(monkeypatch, capsys):
