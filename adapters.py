@@ -71,10 +71,11 @@ def merge_adapters(model, *inputs, requantize=False):
     return {name: damage for name, (_, damage) in merged.items()}
 
 
-def save_adapters(model, folder, base_model=''):
+def save_adapters(model, folder, base_model='', heads=(), task_type=None):
     """Write the adapters alone to `folder` as peft lays them out: adapter_model.safetensors and adapter_config.json.
 
-    base_model: name or path of the Hugging Face model they belong to, for peft."""
+    base_model: name or path of the Hugging Face model they belong to, for peft. heads: names of modules that were trained
+    as a whole beside them, e.g. a classifier, kept with them (peft's modules_to_save); task_type: peft's, e.g. SEQ_CLS."""
     from safetensors.torch import save_file
     found = adapters(model)
     first = next(iter(found.values()))
@@ -85,9 +86,13 @@ def save_adapters(model, folder, base_model=''):
     targets = '|'.join(map(re.escape, found)) if set().union(*longer.values()) - found.keys() else list(found)
     config = {'peft_type': 'LORA', 'base_model_name_or_path': base_model, 'r': first.rank, 'lora_alpha': first.alpha,
               'lora_dropout': first.dropout, 'target_modules': targets, 'rank_pattern': ranks, 'alpha_pattern': alphas,
-              'bias': 'none', 'fan_in_fan_out': False, 'task_type': None, 'inference_mode': True}
+              'bias': 'none', 'fan_in_fan_out': False, 'task_type': task_type, 'inference_mode': True,
+              'modules_to_save': list(heads) or None}
     tensors = {f'{PEFT}{name}.lora_{ab}.weight': getattr(m, f'lora_{ab}').detach().cpu().contiguous()
                for name, m in found.items() for ab in 'AB'}
+    for head in heads:
+        for key, t in bare(model).get_submodule(head).state_dict().items():
+            tensors[f'{PEFT}{head}.{key}'] = t.detach().cpu().contiguous()
     os.makedirs(folder, exist_ok=True)
     atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(tensors, tmp, {'format': 'pt'}))
 
@@ -115,11 +120,18 @@ def load_adapters(model, folder):
     if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora', 'fan_in_fan_out')):
         raise ValueError(f'{folder}: only plain LoRA adapters can be loaded')
     present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    heads = {f'{PEFT}{head}.': head for head in config.get('modules_to_save') or ()}
+    saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith(tuple(heads)) and '.lora_' not in k}
     names = list(dict.fromkeys([*present, *(k.removeprefix(PEFT).rsplit('.lora_', 1)[0] for k in tensors)]))
     wanted = {f'{PEFT}{name}.lora_{ab}.weight' for name in names for ab in 'AB'}
     if wrong := sorted(wanted ^ tensors.keys()):
         raise ValueError(f'{path} {"lacks" if wrong[0] in wanted else "has unknown"} {wrong[0]}')
-    ready = {}
+    own, ready = model.state_dict(), {}
+    for key, head in heads.items():
+        wanted = {k: t for k, t in own.items() if k.startswith(f'{head}.')}
+        got = {k.removeprefix(PEFT): t for k, t in saved.items() if k.startswith(key)}
+        if not wanted or wanted.keys() != got.keys() or any(got[k].shape != wanted[k].shape for k in wanted):
+            raise ValueError(f'{path}: the weights of {head} do not fit the model')
     for name in names:
         A, B = (tensors[f'{PEFT}{name}.lora_{ab}.weight'] for ab in 'AB')
         try:
@@ -142,4 +154,7 @@ def load_adapters(model, folder):
         with torch.no_grad():
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
+    with torch.no_grad():
+        for key, t in saved.items():
+            own[key.removeprefix(PEFT)].copy_(t)
     return names

@@ -6,6 +6,7 @@ Nothing here knows a trainer, a model or a constants block. Two silently differe
 published number wrong; everything else belongs in the trainers.
 """
 import contextlib
+import functools
 import glob
 import json
 import math
@@ -16,6 +17,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -111,6 +113,24 @@ def sample_indices(seed, step, n, count):
     """
     key = np.array([seed % 2 ** 64, step % 2 ** 64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).integers(0, n, count)
+
+
+def epoch_indices(seed, start, n, count):
+    """int64 array (count,): the samples start .. start + count - 1 of an endless row of permutations of range(n), one an
+    epoch, a pure function of its arguments. Each sample comes once an epoch whether or not a batch divides n."""
+    found = []
+    while count:
+        epoch, at = divmod(start, n)
+        found.append(_permutation(seed, epoch, n)[at:at + count])
+        start, count = start + len(found[-1]), count - len(found[-1])
+    return np.concatenate(found)
+
+
+@functools.lru_cache(2)
+def _permutation(seed, epoch, n):
+    # half of the key's numbers away from the steps of sample_indices
+    key = np.array([seed % 2 ** 64, 2 ** 63 + epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(n)
 
 
 def seed_step(seed, step, rank):
@@ -340,17 +360,47 @@ def peak_memory_bytes(device=None):
 def peak_above(step, cuda):
     """Most bytes alive at once during step() above what was alive before it: the running sum of what the CPU allocator
     hands out and takes back, from the profiler; max_memory_allocated on CUDA."""
+    with peak_meter(cuda) as found:
+        step()
+    return found['bytes']
+
+
+@contextlib.contextmanager
+def peak_meter(cuda):
+    """peak_above() of what stands in the with block, as found['bytes'] behind it."""
+    found = {}
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        yield found
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-        step()
+        found['bytes'] = torch.cuda.max_memory_allocated() - before
+        return
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')         # the profiler talks otherwise
+    with _without_lines(b'CPUAllocator.cpp'), \
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        yield found
     changes = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
-    return max(accumulate((n for _, n in changes), initial=0))
+    found['bytes'] = max(accumulate((n for _, n in changes), initial=0))
+
+
+@contextlib.contextmanager
+def _without_lines(word):
+    """Standard error without the lines that hold `word`: torch warns of each process's first block that is older than the
+    profiler, in C++, where no filter reaches."""
+    with tempfile.TemporaryFile() as kept:
+        sys.stderr.flush()
+        before = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            kept.seek(0)
+            os.write(2, b''.join(line for line in kept if word not in line))
+            os.close(before)
 
 
 def energy_meter(device):

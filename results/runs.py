@@ -6,7 +6,7 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py recipe                                                 # what was tried on the way, one seed
     python results/runs.py speed                                                  # bench.py train, its table
-    python results/runs.py stats | fit | layers                                   # bench.py's other commands
+    python results/runs.py stats | fit | layers | optim | optim_bytes | finetune  # bench.py's other commands
     python results/runs.py quality --table                                        # from the logs alone
 
 Runs train_gpt.py once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
@@ -163,6 +163,13 @@ def table_by_step(name):
 
 
 MIB = 2 ** 20
+
+
+def figure(key, spec):
+    """A cell of a number, - where there is none."""
+    return lambda r: '-' if r.get(key) is None else format(r[key] / MIB if key.endswith('_bytes') else r[key], spec)
+
+
 # name: what bench.py is asked, a line above the table from one row, columns (header, cell from a row)
 BENCHES = {
     'speed': (['train --steps=2'],
@@ -193,6 +200,33 @@ BENCHES = {
                f'{r["dtype"]} inputs; milliseconds and, in brackets, times a frozen nn.Linear in the same run; error: relative '
                'RMS on N(0,1).',
                {'layer': '{name}', 'bits/weight': '{bits:.3f}', 'error': '{error:.4f}'}),
+    'optim': (['optim'],
+              lambda r: f'The {4 * r["layers"]} block matrices of {r["layers"]} blocks of width {r["dim"]}, fp32, '
+              f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; MiB of optimizer state, milliseconds; a refresh '
+              'makes every basis anew and is what that takes beyond a plain step; amortised: with one in '
+              f'{r["interval"]} steps. full SVD: torch.linalg.svd of every matrix.',
+              {'optimizer': '{name}', 'MiB': figure('optimizer_bytes', '.1f'), 'ms/step': figure('ms', '.0f'),
+               '× AdamW': figure('ratio', '.2f'), '× GaLore of that rank': figure('galore_ratio', '.2f'),
+               'refresh ms': figure('refresh_ms', ',.0f'), '× full SVD': figure('svd_ratio', '.3f'),
+               'amortised ms': figure('amortised_ms', '.0f'), '× AdamW ': figure('amortised_ratio', '.2f')}),
+    'optim_bytes': (['optim-bytes'],
+                    lambda r: f'DistilBERT with 2 labels, fp32, a training step on {r["batch"]} x {r["tokens"]} tokens, '
+                    f'{r["device"]}, torch {r["torch"]}; optimizer: its tensors after a step; peak: all tensors alive at once '
+                    'in a step, weights and optimizer included; saved: of Adam\'s; rank of 768.',
+                    {'low rank': '{scheme}', 'rank': figure('rank', 'd'), 'optimizer bytes': '{optimizer_bytes:,}',
+                     'MiB': figure('optimizer_bytes', '.2f'), 'saved': figure('optimizer_saved', '.1%'),
+                     'peak MiB': figure('peak_bytes', '.0f'), 'saved ': figure('peak_saved', '.1%')}),
+    'finetune': (['finetune'],
+                 lambda r: f'DistilBERT with 2 labels, fp32, a whole training step on {r["batch"]} x {r["tokens"]} tokens, '
+                 f'dropout on, rank {r["rank"]}, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}; MiB; amortised: '
+                 f'with a refresh of every basis in {r["interval"]} steps; peak: most tensors alive at once in any step, also '
+                 'one of a refresh; saved: kept for the backward pass; all-reduce: what ranks send in a step.',
+                 {'variant': '{name}', 'ms/step': figure('ms', ',.0f'), 'amortised': figure('amortised_ms', ',.0f'),
+                  '× AdamW': figure('amortised_ms_x_adamw', '.2f'), '× LoRA': figure('amortised_ms_x_lora', '.2f'),
+                  'peak': figure('peak_bytes', ',.0f'), '× AdamW ': figure('peak_x_adamw', '.2f'),
+                  '× LoRA ': figure('peak_x_lora', '.2f'), 'resident': figure('resident_bytes', ',.0f'),
+                  'saved': figure('saved_bytes', '.0f'), 'gradients': figure('gradient_bytes', '.1f'),
+                  'all-reduce': figure('sent_bytes', '.1f'), 'optimizer': figure('optimizer_bytes', '.1f')}),
 }
 
 

@@ -1,6 +1,7 @@
 """bench.py: BigNet's published bytes, peaks and differences by hand, the commands' exits, a bundle that is always the same."""
 import argparse
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -119,11 +120,104 @@ def test_layers_command(tmp_path):
     assert (found['nf4']['tokens'], found['nf4']['in'], found['nf4']['out']) == (2, 256, 128)
 
 
+def asked(worker, monkeypatch, name, lines=1, **options):
+    """A worker's answers, in this process."""
+    monkeypatch.setattr('sys.stdin', io.StringIO('1\n' * lines))
+    return list(worker(argparse.Namespace(**{'device': 'cpu', 'name': name, **options})))
+
+
+def test_optim_command(tmp_path):
+    """One row an optimizer, bytes as the formats say, times relative to AdamW and the full SVD; amortised over 200 steps."""
+    rows = tmp_path / 'rows.jsonl'
+    done = run('optim', '--dim=32', '--layers=2', '--rounds=2', '--steps=2', '--ranks=4', '--threads=1', f'--json={rows}')
+    assert done.returncode == 0, done.stderr
+    found = {r['name']: r for r in map(json.loads, open(rows))}
+    assert {'adamw', 'rsvd 4', 'full SVD'} <= set(found) and 'rsvd 4' in done.stdout
+    assert found['adamw']['optimizer_bytes'] == 2 * (8 * 32 * 32 * 12 + 4 * 4) and found['adamw']['ratio'] == 1
+    low = found['rsvd 4']
+    assert low['optimizer_bytes'] == 2 * 4 * 4 * (4 * 32 + 2 * 32 * (3 + 1 + 4 + 4)) and found['full SVD']['svd_ratio'] == 1
+    assert low['svd_ratio'] is not None and found['adamw']['refresh_ms'] is None and found['full SVD'].get('ms') is None
+
+
+def test_peers_are_optional(monkeypatch):
+    """Packages that are not installed are left out; one that does not work says why and its process lives on."""
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
+    assert bench.block_variants([4, 8]) == ['adamw', 'rsvd 4', 'rsvd 8', 'full SVD']
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
+    assert bench.block_variants([4]) == ['adamw', 'rsvd 4', 'galore 4', 'bitsandbytes 8bit', 'full SVD']
+
+    def broken(name, params):
+        raise RuntimeError('no kernel here\nreally')
+    monkeypatch.setattr(bench, 'block_optimizer', broken)
+    assert asked(bench.optim_worker, monkeypatch, 'bitsandbytes 8bit', 2, dim=8, layers=1) == [{'failed': 'no kernel here'}] * 2
+    with pytest.raises(RuntimeError):
+        asked(bench.optim_worker, monkeypatch, 'rsvd 4', dim=8, layers=1)
+
+
+def test_galore_is_counted_whole():
+    """GaLore keeps its basis in an object; a tensor that several weights share counts once."""
+    basis, shared, optimizer = torch.zeros(3, 4), torch.zeros(5), torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    for p in torch.zeros(2):
+        optimizer.state[p] = {'exp_avg': torch.zeros(7), 'map': shared, 'step': 1}
+    optimizer.state[p]['projector'] = argparse.Namespace(ortho_matrix=basis)
+    assert bench.state_bytes(optimizer) == 4 * (12 + 5 + 2 * 7)
+
+
+@pytest.mark.parametrize('name, n_bytes', [
+    ('adam', 535_640_496), ('left 4', 3_060_664), ('left 8', 5_625_688), ('left 16', 10_747_544), ('left 64', 41_495_064),
+    ('left 128', 82_494_488), ('short 4', 3_757_912), ('blocks 4', 193_431_568)])
+def test_bytes_of_distilbert(monkeypatch, name, n_bytes):
+    """Optimizer bytes of the published table to the byte, from real tensors after a real step of the real model."""
+    pytest.importorskip('transformers')
+    row, = asked(bench.optim_bytes_worker, monkeypatch, name, dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
+    assert row['optimizer_bytes'] == n_bytes and row['peak_bytes'] > n_bytes + 2 * 4 * 66_955_010      # weights, gradients
+
+
+def test_finetune_memory_by_hand(monkeypatch):
+    """Gradients, what ranks send, what is kept for the backward pass: of the four ways to train, on a small model."""
+    pytest.importorskip('transformers')
+    options = dict(dim=64, layers=1, batch=4, tokens=32, attention='sdpa', rank=4)
+    full, lora, plain, projected = (asked(bench.finetune_memory_worker, monkeypatch, n, **options)[0] for n in bench.FINETUNES)
+    vectors = 2 * 64 + 4 * 64 + 2 * 64 + 256 + 64 + 2 * 64 + 64 + 2
+    weights = 64 * (30522 + 512 + 4 * 64 + 2 * 256 + 64 + 2)
+    assert full['gradient_bytes'] == full['sent_bytes'] == plain['gradient_bytes'] == 4 * (weights + vectors)
+    assert lora['gradient_bytes'] == lora['sent_bytes'] == 4 * (3 * 2 * 4 * 64 + 64 * 64 + 64 + 2 * 64 + 2)
+    R = 4 * (2 * 64 + 4 * 64 + 256 + 64 + 64) + 2 * 2            # rank x the side without a basis; the classifier's rank is 2
+    assert projected['gradient_bytes'] == 4 * (R + vectors)
+    assert projected['gradient_bytes'] < projected['sent_bytes'] < plain['sent_bytes'] / 20
+    assert projected['saved_bytes'] < plain['saved_bytes'] and plain['optimizer_bytes'] == projected['optimizer_bytes']
+    for row in (full, lora, plain, projected):
+        assert row['peak_bytes'] == max(v for k, v in row.items() if k in ('first_bytes', 'ordinary_bytes', 'refresh_bytes'))
+    assert 'refresh_bytes' in plain and 'refresh_bytes' in projected and projected['peak_bytes'] < plain['peak_bytes']
+
+
+def test_finetune_command(tmp_path):
+    pytest.importorskip('transformers')
+    rows = tmp_path / 'rows.jsonl'
+    done = run('finetune', '--dim=64', '--layers=1', '--batch=2', '--tokens=8', '--rounds=1', '--steps=1', '--rank=4',
+               '--variants=adamw,rsvd projected', '--threads=1', f'--json={rows}')
+    assert done.returncode == 0, done.stderr
+    full, low = map(json.loads, open(rows))
+    assert (full['bench'], full['name'], low['name']) == ('finetune', 'adamw', 'rsvd projected')
+    assert full['ms_x_adamw'] == full['peak_x_adamw'] == 1 and full['ms_x_lora'] is None and low['peak_x_adamw'] < 1
+    assert low['amortised_ms'] == pytest.approx(low['ms'] + low['refresh_ms'] / 200) and full['refresh_ms'] is None
+
+
+def test_without_transformers_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit) as e:
+        bench.distilbert(argparse.Namespace(dim=64))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1 and 'pip install transformers' in err
+
+
 @pytest.mark.parametrize('args, says', [
     (('stats', 'bignet', 'nope'), 'nope'), (('compare', 'half', 'out/none'), 'out/none'), (('layers', '--kinds=int3'), 'int3'),
     (('stats', 'bignet', '--device=cuda'), 'CUDA'), (('bundle', '/nonexistent/x.zip'), '/nonexistent/x.zip'), ((), 'command'),
     (('layers', '--shapes=4x8'), '4x8'), (('fit', 'lora', '--seeds=a'), 'seeds'), (('train', '--kinds=foo'), 'foo'),
-    (('stats', 'bignet', 'half', '--rank=0'), 'rank'), (('stats', 'bignet', '--json=/nonexistent/x'), '/nonexistent/x'),
+    (('optim', '--ranks=a'), 'ranks'), (('optim-bytes', '--ranks=0'), 'ranks'), (('finetune', '--variants=foo'), 'foo'),
+    (('finetune', '--tokens=0'), 'tokens'), (('stats', 'bignet', 'half', '--rank=0'), 'rank'),
+    (('stats', 'bignet', '--json=/nonexistent/x'), '/nonexistent/x'),
     (('stats', 'bignet', 'tests', 'half'), 'one model')])
 def test_mistakes_are_one_line(args, says):
     """A mistake ends with exit status 2 and one line that names it."""

@@ -202,12 +202,13 @@ def test_tokens_or_steps():
 
 
 def test_first_drop_does_not_flatten_the_rest():
-    """A loss of 11 at step 0 leaves the picture at the top; a spike of 11 late in the run does not."""
-    for spike_at, top in ((0, 2.2), (30, 11)):
+    """A loss of 11 at step 0 leaves the picture at the top; a spike of 11 late in the run does not. From step 5 on the
+    losses are 2.005 to 2.1 or to the spike, and the axis ends a twentieth of that beyond."""
+    for spike_at, top in ((0, 2.1), (30, 11)):
         log = [dict(step=s, tokens=s, loss=11.0 if s == spike_at else 2 + s / 1000) for s in range(101)]
         fig, _ = plot.draw_loss({'a': log}, smooth=1)
-        low, high = fig.axes[0].get_ylim()
-        assert 1.5 < low < 2.1 and top - 0.2 <= high <= 1.1 * top
+        pad = 0.05 * (top - 2.005)
+        assert fig.axes[0].get_ylim() == pytest.approx((2.005 - pad, top + pad))
 
 
 # -----------------------------------------------------------------------------
@@ -242,6 +243,10 @@ def test_mistakes_are_one_line(tmp_path, args, says):
     assert says in result.stderr
 
 
+# -----------------------------------------------------------------------------
+# bars
+
+
 def test_bars_by_hand(tmp_path, monkeypatch):
     """A bar for each row of bench.py, as long as its number in its unit, a panel for each size."""
     rows = [dict(bench='layers', name=n, tokens=t, out=4, forward_ms=t * len(n), device='x', **{'in': 4}) for t in (1, 8)
@@ -267,3 +272,233 @@ def test_bars_mistakes(tmp_path, text, args, says):
     result = subprocess.run(command('bars', tmp_path / 'rows.jsonl', *args), capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
     assert says in result.stderr
+
+
+# -----------------------------------------------------------------------------
+# ranks, memory, optimizer, pareto
+
+MIB = 2 ** 20
+
+
+def tuned(path, method='rsvd', rank=4, seed=42, task='sst2', model='tiny', files=(), **results):
+    """A run folder of finetune_cls.py. Eval loss 1/rank, 0.5 for full; 8 + rank MiB of optimizer of 100 + rank in all."""
+    size = 0 if method == 'full' else rank
+    results = dict(accuracy=0.9, accuracy_low=0.88, accuracy_high=0.93, peak_bytes=(100 + size) * MIB, method=method, rank=rank,
+                   seed=seed, task=task, model=model) | results
+    parts = dict(parameters=40, buffers=0, gradients=30, optimizer=8 + size, rest=22, peak=100 + size)
+    eval_loss = results.pop('eval_loss', 1 / (size or 2))
+    losses = f'0,0,,9,0.5\n1,7,{eval_loss / 2},{eval_loss},0.9\n'
+    texts = {'config.py': f'method = {method!r}\nrank = {rank}\ntask = {task!r}\n', 'results.yaml': json.dumps(results),
+             'epoch_loss.csv': 'epoch,step,train_loss,eval_loss,eval_accuracy\n' + losses,
+             'memory_breakdown.csv': 'part,bytes\n' + ''.join(f'{part},{n * MIB}\n' for part, n in parts.items()),
+             'optimizer_memory.csv': f'optimizer,method,rank,bytes,adam_bytes,saved\nx,x,4,{(8 + size) * MIB},{80 * MIB},1\n'}
+    path.mkdir(parents=True)
+    for name, text in (texts | dict(files)).items():
+        (path / name).write_text(text)
+    return path
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Folders at two depths: full; lora at rank 4; rsvd at 16 and 4, its rank 4 with the seeds 42 and 43."""
+    tuned(tmp_path / 'full', 'full', rank=16, accuracy=0.91)
+    tuned(tmp_path / 'lora' / 'r4', 'lora')
+    tuned(tmp_path / 'rsvd' / 'r16', rank=16, accuracy=0.92)
+    tuned(tmp_path / 'rsvd' / 'r4' / 'a', eval_loss=0.2, accuracy=0.89)
+    tuned(tmp_path / 'rsvd' / 'r4' / 'b', eval_loss=0.4, accuracy=0.93, seed=43)
+    return tmp_path
+
+
+def drawn(bars):
+    """Container of errorbar -> (x, y, half lengths of the bars, 0 without one)."""
+    line, _, (bars,) = bars.lines
+    halves = [(ends[1][1] - ends[0][1]) / 2 if len(ends) else 0 for ends in bars.get_segments()]
+    return line.get_xdata().tolist(), line.get_ydata().tolist(), halves
+
+
+def legend(fig):
+    return [text.get_text() for text in fig.legends[0].get_texts()]
+
+
+def test_runs_are_found_and_ordered(sweep):
+    """At any depth under a folder, each once; full first and without rank, though its config holds one; then by number."""
+    runs = plot.load_runs([str(sweep / 'rsvd'), str(sweep), str(sweep / 'full')])
+    assert [(r['method'], r['rank'], r['seed']) for r in runs] == [
+        ('full', None, '42'), ('lora', 4, '42'), ('rsvd', 4, '42'), ('rsvd', 4, '43'), ('rsvd', 16, '42')]
+    assert os.path.samefile(runs[-1]['run'], sweep / 'rsvd' / 'r16')
+
+
+def test_ranks_by_hand(sweep):
+    """Mean and sd of the last epoch's losses over two seeds: 0.2 and 0.4 give 0.3 and 0.2 / sqrt(2); training is half."""
+    fig, what = plot.draw_ranks(plot.load_runs([str(sweep)]))
+    ax = fig.axes[0]
+    lora, rsvd, _, train = [drawn(bars) for bars in ax.containers]
+    assert lora[:2] == ([4], [0.25])
+    assert rsvd[0] == [4, 16] and rsvd[1] == pytest.approx([0.3, 1 / 16])
+    assert rsvd[2] == pytest.approx([0.02 ** 0.5, 0]) and lora[2] == [0]
+    assert train[1] == pytest.approx([0.15, 1 / 32])
+    assert [bars.lines[0].get_linestyle() for bars in ax.containers] == ['-', '-', '--', '--']
+    levels = {line.get_ydata()[0]: line.get_linestyle() for line in ax.lines if list(line.get_xdata()) == [0, 1]}
+    assert levels == {0.5: '-', 0.25: '--'}
+    assert [text.get_text() for text in ax.get_xticklabels()] == ['4', '16'] and ax.get_xscale() == 'log'
+    assert legend(fig) == ['full', 'lora', 'rsvd', 'evaluation', 'training'] and ax.get_title() == 'sst2, tiny'
+    assert what == ('loss at the last epoch against rank, 5 runs of sst2, tiny; '
+                    'mean and sd across seeds in 1 of 4 points (rsvd)')
+    looks = {(bars.lines[0].get_color(), bars.lines[0].get_marker()) for bars in ax.containers}
+    assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 2
+
+
+def test_seeds_of_a_method_without_rank_are_a_band(tmp_path):
+    """0.2 and 0.4: a level at 0.3 and a band of one sd to either side."""
+    for seed, loss in ((1, 0.2), (2, 0.4)):
+        tuned(tmp_path / str(seed), 'full', seed=seed, eval_loss=loss)
+    tuned(tmp_path / 'rsvd')
+    fig, _ = plot.draw_ranks(plot.load_runs([str(tmp_path)]))
+    band = fig.axes[0].patches[0].get_extents().transformed(fig.axes[0].transData.inverted())
+    assert (band.y0, band.y1) == pytest.approx((0.3 - 0.02 ** 0.5, 0.3 + 0.02 ** 0.5))
+
+
+def test_folds_are_repeats(tmp_path):
+    """Two folds of one seed, told apart by config.py: one point of two runs."""
+    for fold in (0, 1):
+        tuned(tmp_path / f'fold{fold}', eval_loss=0.2 + 0.2 * fold, files={'config.py': f'fold = {fold}\n'})
+    runs = plot.load_runs([str(tmp_path)])
+    fig, what = plot.draw_ranks(runs)
+    assert drawn(fig.axes[0].containers[0])[1] == pytest.approx([0.3])
+    assert what.endswith('mean and sd across folds in 1 of 1 points (rsvd)')
+    labels = [text.get_text() for text in plot.draw_memory(runs)[0].axes[0].get_yticklabels()]
+    assert labels == ['rsvd, rank 4, seed 42, fold 0', 'rsvd, rank 4, seed 42, fold 1']
+
+
+def test_memory_by_hand(sweep):
+    """The parts end to end, the peak as text; the seed only where two runs would be called the same, then the folder."""
+    tuned(sweep / 'again', 'full')
+    fig, what = plot.draw_memory(plot.load_runs([str(sweep)]))
+    ax = fig.axes[0]
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    assert sorted(labels[:2]) == [f"full, seed 42, fold -1, {sweep / name}" for name in ('again', 'full')]
+    assert labels[2:] == ['lora, rank 4', 'rsvd, rank 4, seed 42', 'rsvd, rank 4, seed 43', 'rsvd, rank 16']
+    assert legend(fig) == ['parameters', 'gradients', 'optimizer state', 'activations and temporaries']
+    assert [[(bar.get_x(), bar.get_width()) for bar in bars][-1] for bars in ax.containers] == [
+        (0, 40), (40, 30), (70, 24), (94, 22)]
+    assert [text.get_text() for text in ax.texts] == ['100', '100', '104', '104', '104', '116']
+    assert what == 'parts of peak memory, 6 runs of sst2, tiny'
+    breakdown = 'part,bytes\nparameters,4\nbuffers,1\ngradients,4\noptimizer,8\nrest,3\npeak,20\n'
+    tuned(sweep / 'buffered', rank=64, files={'memory_breakdown.csv': breakdown})
+    assert 'buffers' in legend(plot.draw_memory(plot.load_runs([str(sweep)]))[0])
+
+
+def test_optimizer_by_hand(sweep):
+    """8 + rank MiB against rank on a log axis, and one line for AdamW's 80 MiB; a range where adapters add to the model."""
+    fig, _ = plot.draw_optimizer(plot.load_runs([str(sweep)]))
+    ax = fig.axes[0]
+    assert [drawn(bars)[:2] for bars in ax.containers] == [([4], [12]), ([4, 16], [12, 24])]
+    assert [line.get_ydata()[0] for line in ax.lines if list(line.get_xdata()) == [0, 1]] == [8, 80]
+    assert ax.get_yscale() == 'log' and legend(fig) == ['full', 'lora', 'rsvd', 'AdamW, all parameters:\n80 MiB']
+    tuned(sweep / 'larger', 'lora', 64, files={'optimizer_memory.csv': f'bytes,adam_bytes\n{MIB},{100 * MIB}\n'})
+    assert legend(plot.draw_optimizer(plot.load_runs([str(sweep)]))[0])[-1].endswith('80 to 100 MiB')
+
+
+def test_pareto_by_hand(sweep):
+    """95% intervals of single runs, mean and sd of seeds; the front is what nothing smaller is as accurate as."""
+    fig, what = plot.draw_pareto(plot.load_runs([str(sweep)]))
+    ax = fig.axes[0]
+    found = {(bars.get_label(), *drawn(bars)[0]): (drawn(bars)[1][0], *bars.lines[2][0].get_segments()[0][:, 1])
+             for bars in ax.containers}
+    sd = 0.04 / 2 ** 0.5
+    assert list(found) == [('full', 100), ('lora', 104), ('rsvd', 104), ('_', 116)]
+    assert found['lora', 104] == pytest.approx((0.9, 0.88, 0.93))
+    assert found['rsvd', 104] == pytest.approx((0.91, 0.91 - sd, 0.91 + sd))
+    assert [text.get_text() for text in ax.texts] == ['', '4', '4 (n=2)', '16']
+    front, = [line for line in ax.lines if line.get_label() == 'Pareto front']
+    assert front.get_xydata().tolist() == [[100, 0.91], [116, 0.92]]
+    assert legend(fig)[1:] == ['full', 'lora', 'rsvd'] and 'n runs: mean and sd' in fig.legends[0].get_title().get_text()
+    assert what.endswith('5 runs of sst2, tiny; mean and sd across seeds in 1 of 4 points (rsvd)')
+    tuned(sweep / 'as large', 'lora', rank=16, accuracy=0.915)  # more than full at 100 MiB, less than rsvd at the same 116
+    ax = plot.draw_pareto(plot.load_runs([str(sweep)]))[0].axes[0]
+    tied = [line for line in ax.lines if line.get_label() == 'Pareto front']
+    assert tied[0].get_xydata().tolist() == front.get_xydata().tolist()
+    _, what = plot.draw_pareto(plot.load_runs([str(sweep / 'full'), str(sweep / 'rsvd' / 'r16')]))
+    assert what == 'accuracy with its 95% interval against peak memory, 2 runs of sst2, tiny'
+
+
+def test_pareto_labels_keep_apart(tmp_path):
+    """Twelve points in a heap, three each in the very same place: no text on another one."""
+    from matplotlib.text import Text
+    for i in range(12):
+        at = dict(accuracy=0.9 + i // 3 * 0.002, peak_bytes=(100 + i // 3) * MIB)
+        tuned(tmp_path / str(i), 'abc'[i % 3], 2 ** (i // 3), **at)
+    fig, _ = plot.draw_pareto(plot.load_runs([str(tmp_path)]))
+    fig.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in fig.axes[0].texts]
+    assert len(boxes) == 12
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize('name', ['ranks', 'memory', 'optimizer', 'pareto'])
+def test_run_pictures_are_saved(sweep, name):
+    """Into the first folder typed or to --out, and the printed line names the file."""
+    import matplotlib.image
+    assert run_plot(name, sweep / 'rsvd', sweep / 'lora').startswith(f"{sweep / 'rsvd' / name}.png: ")
+    image = matplotlib.image.imread(sweep / 'rsvd' / f'{name}.png')
+    assert image.shape[1] == 1200 and 0.5 < rgb_share(image, '#ffffff') < 0.99
+    used = [0, 2, 3] if name == 'memory' else [0, 1]  # no buffers here
+    assert min(rgb_share(image, plot.COLORS[i]) for i in used) > 1e-4
+    assert run_plot(name, sweep, f'--out={sweep}/x.pdf').startswith(f'{sweep}/x.pdf: ')
+
+
+@pytest.mark.parametrize('name, other, says', [
+    ('ranks', dict(task='cola'), 'two tasks in one picture, cola ('),
+    ('pareto', dict(model='bert'), 'two models in one picture, bert ('),
+    ('ranks', dict(), 'one method, rank, seed and fold'),
+    ('optimizer', dict(seed=None), 'has no seed'),
+    ('optimizer', dict(rank=2.5), 'rank is 2.5'),
+    ('ranks', dict(seed=1, files={'epoch_loss.csv': 'epoch,step,train_loss,eval_loss,eval_accuracy\n'}), 'no row'),
+    ('ranks', dict(seed=1, files={'epoch_loss.csv': 'epoch,train_loss,eval_loss\n1,0.5,1.2.3\n'}), "eval_loss is '1.2.3'"),
+    ('ranks', dict(seed=1, files={'epoch_loss.csv': 'epoch,train_loss,eval_loss\n1,nan,1.2\n'}), "train_loss is 'nan'"),
+    ('ranks', dict(seed=1, files={'epoch_loss.csv': 'epoch,train_loss\n1,1\n'}), 'eval_loss is None'),
+    ('memory', dict(files={'memory_breakdown.csv': ''}), 'no row'),
+    ('memory', dict(files={'memory_breakdown.csv': 'part,bytes\nparameters,\n'}), "parameters is ''"),
+    ('memory', dict(files={'memory_breakdown.csv': 'part,bytes\nparameters,4\n'}), 'buffers is None'),
+    ('memory', dict(files={'memory_breakdown.csv': 'part,bytes\nparameters,4\nbuffers,0\ngradients,4\noptimizer,8\n'
+                                                   'rest,-6\npeak,10\n'}), 'do not add up'),
+    ('memory', dict(files={'memory_breakdown.csv': 'part,bytes\nparameters,4\nbuffers,0\ngradients,4\noptimizer,8\n'
+                                                   'rest,6\npeak,10\n'}), 'do not add up'),
+    ('optimizer', dict(seed=1, files={'optimizer_memory.csv': 'bytes,adam_bytes\n0,8\n'}), 'b/optimizer_memory.csv has 0'),
+    ('optimizer', dict(files={'results.yaml': '- 1\n'}), 'no row or mapping'),
+    ('pareto', dict(files={'results.yaml': 'a: [\n'}), 'cannot read'),
+    ('pareto', dict(rank=8, peak_bytes=None), 'peak_bytes is None'),
+    ('pareto', dict(rank=8, files={'config.py': 'rank = = 3\n'}), 'is not Python'),
+])
+def test_run_mistakes(tmp_path, monkeypatch, capsys, name, other, says):
+    """Two runs, the second wrong or not to be beside the first: exit status 2, and one line that says so."""
+    tuned(tmp_path / 'z', rank=4)
+    tuned(tmp_path / 'b', **other)
+    mistake(tmp_path, monkeypatch, capsys, [name, 'b', 'z'], says)
+
+
+@pytest.mark.parametrize('args, says', [
+    (['ranks', 'nowhere'], 'nowhere is not a folder'),
+    (['memory', 'sub'], 'no results.yaml in or under sub'),
+    (['ranks', 'full'], 'none of these runs has a rank'),
+    (['ranks', 'bare'], 'cannot read bare/epoch_loss.csv'),
+    (['pareto', 'full', '--out=no/such/folder.png'], 'cannot write'),
+    (['pareto'], 'RUN'),
+])
+def test_run_folder_mistakes(tmp_path, monkeypatch, capsys, args, says):
+    """A folder, file or argument that is missing: one line as well."""
+    tuned(tmp_path / 'full', 'full')
+    (tuned(tmp_path / 'bare') / 'epoch_loss.csv').unlink()
+    (tmp_path / 'sub' / 'deep').mkdir(parents=True)
+    mistake(tmp_path, monkeypatch, capsys, args, says)
+
+
+def mistake(folder, monkeypatch, capsys, args, says):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, 'argv', ['plot.py', *args])
+    with pytest.raises(SystemExit) as end:
+        plot.main()
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, '')
+    assert re.fullmatch(r'error: [^\n]+; [^\n]*\b(type|restore)\b[^\n]*\n', err), err
+    assert says in err

@@ -1,0 +1,678 @@
+"""
+Fine-tune any Hugging Face encoder or decoder to classify texts: all weights, adapters, or Adam in a few dimensions.
+
+    python finetune_cls.py config/sst2_rsvd16.py                       # DistilBERT on SST-2 (python data/sst2/prepare.py first)
+    python finetune_cls.py config/cls_offline.py                       # nothing to download: a small model, two minutes
+    torchrun --nproc_per_node=8 finetune_cls.py config/xnli_distilbert.py
+    python finetune_cls.py --compare=out/a,out/b                       # is b better than a? from their predictions
+
+Constants, methods, then main() from top to bottom; the figures of a run are csv and yaml files in its out_dir.
+"""
+import contextlib
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import adapters
+import classification
+import common
+import configurator
+import hf
+import layers
+import optim
+import report
+import tokens
+
+# run
+out_dir = 'out/cls'            # config.py, log.jsonl, last.pt, the figures and the model folder go here
+seed = 42                      # head, adapters, order of samples, dropout, sketches
+init_from = 'pretrained'       # pretrained: weights of `model` | scratch: random ones | resume
+resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
+overwrite = False              # start anew in an out_dir that already holds a run
+eval_only = False              # no training: evaluate the run in out_dir, or else `model` as it is
+ranks = ()                     # e.g. (4, 8, 16, 64, 128): a run for each, one after the other, in out_dir/r4, ...
+folds = 0                      # cross-validation: a run for each of so many parts of the training set, in out_dir/fold0, ...
+fold = -1                      # ... the part that this run holds out; folds starts them all
+compare = ''                   # out/a,out/b: paired statistics of the predictions that two or more runs left, nothing else
+# data
+task = 'sst2'                  # sst2 | imdb | xnli | pycls, made by data/<task>/prepare.py, or csv
+dataset = ''                   # the folder under data/, or its path; '': the task's name
+train_file = ''                # csv: .csv, .tsv or .parquet with a header
+eval_file = ''                 # ... and the one to evaluate on
+text_columns = ('sentence',)   # ... its columns with texts, one or two
+label_column = 'label'         # ... and with labels
+eval_split = 'val'             # split to evaluate; for xnli val or test, of each of `languages`
+languages = ('en',)            # xnli: to evaluate at the end; training is in English
+train_samples = 0              # train on so many, drawn at random; 0: all
+max_len = 128                  # tokens of a text or pair; longer ones are cut
+pad_to_max = False             # every batch max_len long, as the reference has it; else as its longest text
+batch_size = 32                # texts per optimizer step, over all devices and micro-steps
+micro_batch_size = 0           # texts one device holds at a time; 0: its whole share. Accumulation is derived
+# model
+model = ''                     # Hub id or folder; '': distilbert-base-uncased, for xnli distilbert-base-multilingual-cased
+n_layer = 4                    # init_from='scratch' without a `model`: a DistilBERT of this size
+n_head = 4
+n_embd = 128
+dropout = 0.1                  # ... its dropout
+vocab_size = 8192              # ... and its WordPiece, trained on the training texts
+gradient_checkpointing = False   # compute activations again in the backward pass
+# method
+method = 'full'                # full | lora | qlora | lora_topr | rsvd | rsvd_svt | weight_reduction | weight_reduction_svt
+rank = 16                      # of the adapters, of rsvd, of the factors of weight_reduction
+targets = ()                   # adapters, weight_reduction: last part of layers' names; (): queries, keys and values
+lora_alpha = 0.0               # the adapters' scale is lora_alpha / rank; 0: rank, so 1
+lora_dropout = 0.1             # before the adapters
+quant8 = False                 # lora, lora_topr: the frozen layers in int8
+top_fraction = 0.1             # lora_topr: the share of each gradient that is kept
+rank_fraction = 0.0            # rsvd, rsvd_svt: rank = rank_fraction * min(rows, columns) instead
+energy = 0.0                   # rsvd_svt: at each refresh the smallest rank that keeps this share; 0: the rank, 4 to 128
+interval = 200                 # rsvd: steps between two bases
+scale = 1.0                    # rsvd: times the update
+side = 'right'                 # rsvd: of linear layers, left | right | short; right keeps the fewest activations
+rotate = False                 # rsvd: carry the moments into a new basis
+projected = True               # rsvd: a backward pass that makes no full gradients
+stagger = 4                    # rsvd: layers that get a new basis in one step; 0: all at once
+head_rank = 0                  # rsvd: of the classification head; 0: ordinary AdamW
+state_dtype = 'fp32'           # rsvd: fp32 | bf16 | 8bit moments
+svt_interval = 50              # weight_reduction_svt: steps between truncations to half of the rank
+# optimizer
+epochs = 3.0                   # times each training text is seen
+max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
+learning_rate = 2e-5           # peak; 2e-4 for anything but full
+min_lr = 0.0                   # at the last step
+schedule = 'linear'            # linear | cosine | constant
+warmup_iters = 0               # linear warm-up, steps
+weight_decay = 0.01            # on matrices and embeddings, not on gains and biases
+grad_clip = 1.0                # global norm; 0: off
+# evaluation, saving and logging
+eval_interval = 0              # steps; 0: at the end of each epoch, where there always is one
+eval_batch_size = 64           # texts one device holds at a time in evaluation
+keep_best = False              # report and keep the best epoch, chosen on the texts it is then judged on: optimistic
+log_interval = 10              # steps
+save_interval = 500            # steps between writes of last.pt
+wandb_log = False              # needs wandb installed and logged in
+wandb_project = 'nanobit'
+wandb_run_name = ''            # '': the name of out_dir
+# system
+device = ''                    # '': cuda where there is one, else cpu
+dtype = 'float32'              # float32 | bfloat16 | float16 (with loss scaling): autocast; frozen weights are kept in it
+compile = False                # torch.compile: use pad_to_max with it, or it compiles for every length
+profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+config = configurator.override(globals())   # file.py ... --key=value, later wins
+
+METHODS = ('full', 'lora', 'qlora', 'lora_topr', 'rsvd', 'rsvd_svt', 'weight_reduction', 'weight_reduction_svt')
+# What transformers calls the projections to queries, keys and values.
+ATTENTION = ('q_lin', 'k_lin', 'v_lin', 'q_proj', 'k_proj', 'v_proj', 'query', 'key', 'value', 'query_key_value', 'qkv_proj')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# methods
+
+
+def adapt(net, head):
+    """Put the method into the model: which layers change and which parameters are trained."""
+    if method in ('full', 'rsvd', 'rsvd_svt'):
+        return
+    linears = [n for n, m in net.named_modules() if isinstance(m, layers.LINEARS) and f'{n}.weight' not in head]
+    chosen = [n for n in linears if n.rpartition('.')[2] in (targets or ATTENTION)]
+    if not chosen:
+        found = ','.join(sorted({n.rpartition('.')[2] for n in linears})) or '(it has none)'
+        raise ValueError(f'no linear layer of this model is named {" or ".join(targets or ATTENTION)}; type --targets= and '
+                         f'some of {found}')
+    if method.startswith('weight_reduction'):
+        rules = {n: ('lowrank', dict(rank=min(rank, *net.get_submodule(n).weight.shape))) for n in chosen}
+    else:
+        base = 'nf4' if method == 'qlora' else 'int8' if quant8 else ''
+        lora = dict(rank=rank, alpha=lora_alpha or rank, dropout=lora_dropout) | ({'base': base} if base else {})
+        rules = {n: ('lora', lora) for n in chosen} | {n: base for n in linears if base and n not in chosen}
+    net.requires_grad_(False)
+    left = rules.keys() - layers.convert(net, rules, verbose=False, packed=True)
+    if left:
+        raise ValueError(f'method={method!r} cannot be put into {sorted(left)[0]} of this model; type another --method')
+    for m in net.modules():
+        if isinstance(m, layers.LoRALinear | layers.LowRankLinear):
+            for n, p in m.named_parameters(recurse=False):
+                p.requires_grad_(n != 'bias')
+    for p in hf.head_parameters(net).values():
+        p.requires_grad_(True)
+
+
+def make_optimizer(net, head):
+    """The method's optimizer over what is trained; matrices decay, vectors do not."""
+    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    matrices = {n: p for n, p in trained.items() if p.dim() > 1}
+    groups = [{'params': list(matrices.values()), 'weight_decay': weight_decay},
+              {'params': [p for n, p in trained.items() if n not in matrices], 'weight_decay': 0.0}]
+    if method == 'lora_topr':
+        return optim.TopRAdamW(groups, lr=learning_rate, fraction=top_fraction)
+    if not method.startswith('rsvd'):
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    low = dict(rank=rank, rank_fraction=rank_fraction)
+    if method == 'rsvd_svt' and energy:
+        low = dict(energy=energy, rank_min=min(4, rank), rank_max=rank)
+    elif method == 'rsvd_svt':                      # the reference's: nothing is thresholded, a wider sketch is cut to the rank
+        low = dict(rank=min(max(rank, 4), 128), rank_fraction=rank_fraction, oversample=rank + 4)
+    # With the table's long side in the basis, the moments take the short one; and a basis costs half of what two moments do.
+    tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
+    groups = [{'params': [p for n, p in matrices.items() if n not in head and id(p) not in tables], 'side': side, **low},
+              {'params': [p for n, p in matrices.items() if n not in head and id(p) in tables], 'side': 'left', **low},
+              {'params': [p for n, p in matrices.items() if n in head], 'side': side, 'rank': head_rank}, groups[1]]
+    return optim.RSVDAdam([g for g in groups if g['params']], lr=learning_rate, weight_decay=weight_decay, interval=interval,
+                          scale=scale, rotate=rotate, stagger=stagger, state_dtype=state_dtype, seed=seed)
+
+
+def kept_state(net):
+    """What of the model a checkpoint needs: all of it, but for frozen weights that are `model`'s."""
+    frozen = set() if init_from == 'scratch' else {n for n, p in net.named_parameters() if not p.requires_grad}
+    frozen -= {f'{n}.weight' for n, m in net.named_modules() if isinstance(m, tuple(optim.PROJECTED.values()))}
+    if method in ('lora', 'qlora', 'lora_topr') and init_from != 'scratch':
+        frozen |= {n for n, _ in net.named_buffers()}               # codes and scales of packed layers
+    return {n: t for n, t in net.state_dict().items() if n not in frozen}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data and figures
+
+
+def read_data():
+    """(train texts, ids, their row numbers, {language or '': (texts, label names, row numbers)} to evaluate, names, the
+    texts a vocabulary may be made of)."""
+    if task == 'csv':
+        if not eval_only or folds:
+            texts, labels = classification.read_table(train_file, text_columns, label_column)
+        else:
+            texts, labels = classification.read_table(eval_file, text_columns, label_column)
+        names = classification.label_names(labels)
+        ids = classification.label_ids(labels, names, train_file)
+        sets = {}
+        if not folds:
+            eval_texts, labels = classification.read_table(eval_file, text_columns, label_column)
+            classification.label_ids(labels, names, eval_file)      # an unknown one is an error now, not after training
+            sets[''] = eval_texts, labels
+    else:
+        folder = tokens.dataset_dir(dataset or task)
+        texts, ids, names = classification.load(folder, 'train')
+        splits = {'': eval_split} if task != 'xnli' else {language: f'{eval_split}-{language}' for language in languages}
+        sets = {}
+        for language, split in splits.items() if not folds else ():
+            eval_texts, eval_ids, _ = classification.load(folder, split)
+            sets[language] = eval_texts, [names[i] for i in eval_ids]
+    sets = {key: (*found, range(len(found[0]))) for key, found in sets.items()}
+    rows = np.random.default_rng([seed, 1]).permutation(len(texts))
+    if folds:
+        held = np.sort(rows[fold::folds])
+        sets[''] = [texts[i] for i in held], [names[ids[i]] for i in held], held
+        rows = np.setdiff1d(rows, held)             # of the others, in the order of the file
+    rows = np.sort(rows[:train_samples]) if train_samples else np.sort(rows)
+    return [texts[i] for i in rows], [ids[i] for i in rows], rows, sets, names
+
+
+def run_name():
+    """{model}-{task}-{method}-r{rank}, as the reference names its folders; full has no rank."""
+    base = os.path.basename((model or ('distilbert-scratch' if init_from == 'scratch' else default_model())).rstrip('/'))
+    return f'{base}-{task}-{method}' + (f'-r{rank}' if method != 'full' else '')
+
+
+def default_model():
+    return 'distilbert-base-multilingual-cased' if task == 'xnli' else 'distilbert-base-uncased'
+
+
+def sweep():
+    """One process for each rank and fold, as a peak of memory is a process's; then a table of what they gave."""
+    import yaml
+    if 'RANK' in os.environ:
+        configurator.fail('ranks and folds start processes of their own; type python in place of torchrun, or one rank and '
+                          'fold at a time', rank0_only=True)
+    if (ranks and method == 'full') or min(ranks, default=1) < 1 or folds == 1 or folds < 0:
+        configurator.fail(f'ranks={ranks}, folds={folds}, method={method!r}: full has no rank, ranks are 1 or more, folds 2 '
+                          'or more')
+    os.makedirs(out_dir, exist_ok=True)
+    rows = []
+    for r in ranks or (rank,):
+        for k in range(folds) if folds else (-1,):
+            path = os.path.join(out_dir, *([f'r{r}'] if ranks else []), *([f'fold{k}'] if folds else []))
+            keys = {key: value for key, value in config.items() if value != '' and key not in ('ranks', 'wandb_run_name')}
+            keys |= {'out_dir': path, 'rank': r, 'fold': k, 'ranks': (), 'resume': resume or 'auto'}
+            words = [f'--{key}={value}' for key, value in keys.items()]
+            done = subprocess.run([sys.executable, os.path.abspath(__file__), *words])
+            if done.returncode:
+                sys.exit(done.returncode)
+            results = os.path.join(path, 'results.yaml')
+            if not os.path.exists(results):         # stopped by a signal
+                print('stopped; the same command goes on')
+                return
+            with open(results) as f:
+                rows.append({'rank': r, 'fold': k} | yaml.safe_load(f))
+    columns = ('rank', 'fold', 'accuracy', 'f1', 'eval_loss', 'peak_bytes', 'optimizer_bytes', 'ms_per_step')
+    classification.write_table(os.path.join(out_dir, 'sweep.csv'), columns, [[row.get(c) for c in columns] for row in rows])
+    for r in ranks or (rank,):
+        found = [row['accuracy'] for row in rows if row['rank'] == r]
+        sd = f' ± {statistics.stdev(found):.2%} over {folds} folds' if folds else ''
+        print(f'{method} rank {r}: accuracy {statistics.mean(found):.2%}{sd}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    if compare:
+        return report.compare_runs(compare.split(','))
+    if ranks or (folds and fold < 0):
+        return sweep()
+    # ------------------------------------------------------------------------------------------------------- set-up
+    rank_here, local_rank, world, dev = common.setup_processes(device)
+    stopped = common.stop_flag()
+    say = print if rank_here == 0 else (lambda *a, **k: None)
+    fail = lambda why: configurator.fail(why, rank0_only=True)
+    dtypes = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+    for wrong, why in (
+            (dtype not in dtypes, f'dtype={dtype!r} is none of {", ".join(dtypes)}'),
+            (method not in METHODS, f'method={method!r} is none of {", ".join(METHODS)}'),
+            (schedule not in ('linear', 'cosine', 'constant'), f'schedule={schedule!r} is none of linear, cosine, constant'),
+            (init_from not in ('pretrained', 'scratch', 'resume'), f'init_from={init_from!r} is none of pretrained, scratch, '
+             'resume; a model of your own is --model=FOLDER, a checkpoint --resume=PATH'),
+            (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base in int8, which '
+             f'method={method!r} does not train on; type --method=lora'),
+            (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt'),
+            (task == 'csv' and not ((train_file or eval_only) and (eval_file or folds)), 'task=csv needs --train_file=... and '
+             '--eval_file=... (or --folds=5)'),
+            (folds and not 0 <= fold < folds, f'fold={fold} of {folds}'),
+            (not 0 < top_fraction <= 1, f'top_fraction={top_fraction} is above 0 and at most 1')):
+        if wrong:
+            fail(why)
+    for key in ('rank', 'batch_size', 'eval_batch_size', 'max_len', 'log_interval', 'save_interval', 'interval',
+                'svt_interval'):
+        if globals()[key] < 1:
+            fail(f'{key}={globals()[key]} must be 1 or more')
+    amp_dtype = dtypes[dtype]
+    amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
+    torch.set_float32_matmul_precision('high')
+    micro = micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (micro * world):
+        fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes')
+    accumulation = batch_size // (micro * world)
+    last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
+    has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
+    resume_path = (last_path if init_from == 'resume' or ((resume == 'auto' or eval_only) and has_run)
+                   else '' if resume == 'auto' else resume)
+    elsewhere = resume_path and os.path.abspath(os.path.dirname(resume_path)) != os.path.abspath(out_dir)
+    if has_run and (elsewhere or not resume_path) and not overwrite:
+        fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another folder, or '
+             '--overwrite=True to lose it')
+
+    # --------------------------------------------------------------------------------------------------------- data
+    try:
+        texts, ids, rows, eval_sets, names = read_data()
+    except ValueError as e:
+        fail(str(e))
+
+    # -------------------------------------------------------------------------------------------------------- model
+    torch.manual_seed(seed)                                            # same head and adapters on every rank
+    try:
+        if init_from == 'scratch' and not model:
+            net, tokenizer = hf.small(texts, names, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
+                                      vocab_size=vocab_size, max_len=max_len)
+            fresh, order = True, names
+        else:
+            frozen = method not in ('full', 'rsvd', 'rsvd_svt')
+            net, tokenizer, order, fresh = hf.load(model or default_model(), names,
+                                                   amp_dtype if frozen and amp_dtype else torch.float32, init_from != 'scratch')
+        if getattr(net.config, 'max_position_embeddings', max_len) < max_len:
+            raise ValueError(f'this model has {net.config.max_position_embeddings} positions, max_len={max_len} needs more')
+        ids = [order.index(names[i]) for i in ids]                     # labels go by name: the model may count them otherwise
+        names = order
+        head = hf.head_parameters(net)
+        adapt(net, head)
+        net.to(dev)
+        for p in net.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+        if gradient_checkpointing:
+            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+    except (ValueError, OSError, ZeroDivisionError) as e:
+        fail(f'{e}')
+    if eval_only and fresh and not resume_path:
+        fail(f'{model or default_model()} has no head for {", ".join(names)} and {out_dir} no checkpoint; train first')
+    samples = hf.encode(tokenizer, texts, max_len)
+    eval_rows = {key: hf.encode(tokenizer, found[0], max_len) for key, found in eval_sets.items()}
+    n_params, n_head_params = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in head.values())
+    n_trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    adam_bytes = sum(8 * p.numel() + 4 for p in net.parameters() if p.is_floating_point())     # torch's AdamW on all of them
+    total_iters = max_iters or math.ceil(epochs * len(samples) / batch_size)
+    say(f'{type(net).__name__}: {n_params:,} parameters, {n_trained:,} trained ({n_head_params:,} in the head'
+        f'{", new" if fresh else ""}); {len(names)} labels: {", ".join(names[:9])}{" ..." * (len(names) > 9)}')
+    say(f'{len(samples):,} texts to train on, {", ".join(f"{len(r):,} {key}" for key, r in eval_rows.items())} to evaluate; '
+        f'{batch_size} a step = {micro} x {accumulation} micro-steps x {world} processes; {total_iters} steps')
+
+    # ---------------------------------------------------------------------------------------------------- optimizer
+    try:
+        optimizer = make_optimizer(net, head)
+    except ValueError as e:
+        fail(str(e))
+    if method.startswith('rsvd') and projected:
+        with contextlib.redirect_stdout(None) if rank_here else contextlib.nullcontext():
+            optim.attach(net, optimizer)
+    gradients = getattr(optimizer, 'gradients', lambda: {p: p.grad for p in net.parameters() if p.grad is not None})
+    loss_scale, good_steps = (2.0 ** 16, 0) if dtype == 'float16' else (1.0, 0)
+
+    # ------------------------------------------------------------------------------------------------------- resume
+    step, best, epoch_loss, joules_before, wandb_id = 0, [-1.0, 0], [0.0, 0], 0.0, None
+    described = {'method': method, 'rank': rank, 'labels': list(names), 'samples': len(samples),
+                 'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
+    if resume_path:
+        try:
+            state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
+            for key, value in described.items():
+                if state['described'][key] != value and not (eval_only and key == 'samples'):
+                    raise ValueError(f'{resume_path} has another {key} ({state["described"][key]}, not {value}); resume with '
+                                     f'{out_dir}/config.py')
+            wanted = kept_state(net)
+            for m in net.modules():                 # a truncated rank is filled up again, so shapes stay
+                assert not isinstance(m, layers.LowRankLinear) or m.rank == len(m.c)
+            missing = [k for k in wanted if k not in state['model']] + [k for k in state['model'] if k not in wanted]
+            if missing or any(wanted[k].shape != state['model'][k].shape for k in wanted):
+                raise ValueError(f'{resume_path} does not fit this model: {(missing or ["shapes differ"])[0]}')
+            net.load_state_dict(state['model'], strict=False)
+            asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
+            optimizer.load_state_dict(state['optimizer'])
+            for group, options in zip(optimizer.param_groups, asked, strict=True):
+                group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
+        except ValueError as e:
+            fail(str(e))
+        step, epoch_loss, joules_before, wandb_id = (state[k] for k in ('step', 'epoch_loss', 'joules', 'wandb_id'))
+        best = best if elsewhere else state['best']
+        loss_scale, good_steps = state['scaler'] if dtype == 'float16' else (1.0, 0)
+        del state
+        say(f'resumed from {resume_path} at step {step}')
+    if not common.ranks_agree(step, len(samples), described['vocabulary'], common.checksum(kept_state(net).values())):
+        configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
+    if rank_here == 0:
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            if not resume_path:
+                for name in {'last.pt', 'last.prev.pt', 'best.pt', 'results.yaml'} & set(os.listdir(out_dir)):
+                    os.remove(os.path.join(out_dir, name))
+            if not eval_only:
+                configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
+                                  'finetune_cls.py: every constant of this run')
+                common.cut_log(out_dir, step)
+        except OSError as e:
+            configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
+    run = None
+    if wandb_log and rank_here == 0 and not eval_only:
+        try:
+            import wandb
+            run = wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(out_dir), config=config,
+                             id=wandb_id, resume='allow')
+            wandb_id = run.id
+        except Exception as e:                      # noqa: BLE001  whatever wandb raises, training goes on
+            say(f'warning: wandb is off: {e}')
+
+    # --------------------------------------------------------------------------------------------------------- loop
+    raw_net = net
+    if compile:
+        net = torch.compile(net)
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(net, device_ids=[local_rank] if dev.type == 'cuda' else None,
+                                                  gradient_as_bucket_view=True)
+
+    def batch(rows):
+        found = hf.collate(tokenizer, rows, max_len if pad_to_max else 0)
+        return {key: t.pin_memory().to(dev, non_blocking=True) if dev.type == 'cuda' else t for key, t in found.items()}
+
+    @torch.no_grad()
+    def evaluate(key):
+        """(mean loss, ids (n,), seconds) of one of the sets to evaluate, shared out over ranks; None if stopped."""
+        encoded, wanted = eval_rows[key], torch.tensor([names.index(label) for label in eval_sets[key][1]])
+        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]['input_ids']))    # little to pad
+        chunks = [by_length[i:i + eval_batch_size] for i in range(0, len(by_length), eval_batch_size)]
+        guesses, total, seconds = torch.full((len(encoded),), -1), 0.0, 0.0
+        raw_net.eval()
+        for i in range(rank_here, -(-len(chunks) // world) * world, world):
+            if common.any_rank(stopped()):
+                break
+            for chosen in chunks[i:i + 1]:          # none for some ranks in the last round
+                x, start = batch([encoded[j] for j in chosen]), time.perf_counter()
+                with amp:
+                    logits = raw_net(**x).logits.float().cpu()
+                seconds += time.perf_counter() - start
+                total += F.cross_entropy(logits, wanted[chosen], reduction='sum').item()
+                guesses[chosen] = logits.argmax(1)
+        raw_net.train()
+        if common.any_rank(stopped()):
+            return None
+        loss = common.mean_over_ranks(total, (guesses >= 0).sum().item())
+        if world > 1:
+            guesses = guesses.to(dev)
+            dist.all_reduce(guesses, dist.ReduceOp.MAX)
+        return loss, guesses.tolist(), seconds
+
+    def log(record):
+        if rank_here == 0:
+            common.append_log(out_dir, record)
+            if run:
+                try:
+                    run.log(record, step=record['step'])
+                except Exception as e:              # noqa: BLE001  its failure never stops training
+                    say(f'warning: wandb: {e}')
+
+    def save(path, keep_previous=False):
+        if rank_here == 0:
+            try:
+                common.save_checkpoint(path, {
+                    'trainer': 'finetune_cls', 'step': step, 'described': described, 'model': kept_state(raw_net),
+                    'optimizer': optimizer.state_dict(), 'best': best, 'epoch_loss': epoch_loss, 'config': config,
+                    'scaler': [loss_scale, good_steps], 'joules': joules_before + (joules() or 0.0), 'wandb_id': wandb_id},
+                    keep_previous)
+                return True
+            except OSError as e:                    # a full disk must not cost the run; the file before this one stays
+                print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
+        return False
+
+    def live_bytes():
+        return sum(t.nbytes for t in [*raw_net.parameters(), *raw_net.buffers()]) + optim.optimizer_bytes(optimizer)
+
+    profiler = None
+    if profile and rank_here == 0:
+        def show(p):
+            print(p.key_averages().table(sort_by=f'self_{dev.type}_time_total', row_limit=20))
+            p.export_chrome_trace(os.path.join(out_dir, 'trace.json'))
+        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=2, active=3, repeat=1),
+                                          on_trace_ready=show)
+        profiler.start()
+    joules = common.energy_meter(dev)              # since this process started
+    failure, stop = '', False
+    clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
+    first_step, peak, gradient_bytes, flops, began = step, 0, 0, None, time.perf_counter()
+    epoch_of = lambda step: step * batch_size / len(samples)
+    if not eval_only:
+        say(f'step {step} of {total_iters}' + (' is reached: nothing to do' if step >= total_iters else ''))
+    net.train()
+
+    while not eval_only:
+        last_step, seen = step >= total_iters, epoch_of(step)
+        epoch_done = step > 0 and int(seen) > int(epoch_of(step - 1))
+        stop = common.any_rank(stopped())
+        if not stop and step > first_step and (epoch_done or last_step or (eval_interval and step % eval_interval == 0)):
+            key = next(iter(eval_sets))                                # of several languages the first
+            found = evaluate(key)
+            stop = found is None
+            if not stop:
+                accuracy = np.mean([names[i] == label for i, label in zip(found[1], eval_sets[key][1], strict=True)]).item()
+                record = {'step': step, 'samples': step * batch_size, 'epoch': round(seen, 3), 'val_loss': found[0],
+                          'val_accuracy': accuracy}
+                if epoch_done or last_step:
+                    if dev.type == 'cuda':
+                        peak = torch.cuda.max_memory_allocated(dev)
+                        torch.cuda.reset_peak_memory_stats(dev)
+                    record |= {'train_loss': epoch_loss[0] / max(1, epoch_loss[1]), 'peak_bytes': peak,
+                               'resident_bytes': common.peak_memory_bytes(), 'gradient_bytes': gradient_bytes,
+                               'optimizer_bytes': optim.optimizer_bytes(optimizer)}
+                    epoch_loss = [0.0, 0]
+                say(f'step {step}, epoch {seen:.2f}: val loss {found[0]:.4f}, accuracy {accuracy:.2%}', flush=True)
+                log(record)
+                if keep_best and accuracy > best[0]:
+                    best = [accuracy, step]
+                    save(best_path)
+            clock, timed_steps = time.perf_counter(), 0
+        if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
+            if save(last_path, keep_previous=True):
+                saved_step = step
+            clock, timed_steps = time.perf_counter(), 0
+        if stop or last_step:
+            break
+
+        # TRAINING SECTION BEGIN
+        lr = common.lr_at(step, schedule, learning_rate, min_lr, warmup_iters, total_iters)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        common.seed_step(seed, step, rank_here)
+        chosen = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
+        loss_sum = torch.zeros((), device=dev)
+        # Memory on a CPU: every allocation of a few steps, two at the beginning and one in the middle of each epoch.
+        probed = dev.type == 'cpu' and rank_here == 0 and (step - first_step in (0, 2) or int(seen + 0.5) > int(
+            epoch_of(step - 1) + 0.5))
+        counted = rank_here == 0 and step == total_iters - 1 and not compile
+        before = live_bytes() if probed else 0
+        with common.peak_meter(False) if probed else contextlib.nullcontext() as meter:
+            for i in range(accumulation):
+                x = batch([samples[j] for j in chosen[i, rank_here]])
+                y = torch.tensor([ids[j] for j in chosen[i, rank_here]], device=dev)
+                if world > 1:                       # DDP reads this flag in the forward pass
+                    net.require_backward_grad_sync = i == accumulation - 1
+                with FlopCounterMode(display=False, depth=None) if counted and i == 0 else contextlib.nullcontext() as counter:
+                    with amp:
+                        loss = F.cross_entropy(net(**x).logits.float(), y)
+                    forward = counter and {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+                    loss_sum += loss.detach()
+                    (loss * (loss_scale / accumulation)).backward()
+                if counter:
+                    both = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+                    flops = {name: (forward.get(name, 0), n - forward.get(name, 0)) for name, n in both.items()}
+            if probed or counted:
+                gradient_bytes = optim.memory_report(raw_net, optimizer, 0)['gradients']
+            grads = gradients()
+            if loss_scale != 1:
+                torch._foreach_mul_(list(grads.values()), 1 / loss_scale)
+            grad_norm = nn.utils.get_total_norm(list(grads.values())).item()
+            loss = common.mean_over_ranks(loss_sum.item(), accumulation)
+            overflow = dtype == 'float16' and math.isfinite(loss) and not math.isfinite(grad_norm) and loss_scale > 2 ** -10
+            if not overflow and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                culprits = [n for n, p in raw_net.named_parameters() if p in grads and not grads[p].isfinite().all()]
+                failure = (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: '
+                           f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
+                           f'touched, the last checkpoint is of step {saved_step}; try a lower --learning_rate')
+            elif overflow:                          # the step is left out and the next one scaled less
+                loss_scale, good_steps = loss_scale / 2, 0
+            else:
+                if grad_clip:
+                    torch._foreach_mul_(list(grads.values()), min(1.0, grad_clip / (grad_norm + 1e-6)))
+                optimizer.step()
+                good_steps += 1
+                if dtype == 'float16' and good_steps % 2000 == 0:
+                    loss_scale *= 2
+            optimizer.zero_grad(set_to_none=True)
+        if failure:
+            break
+        if method == 'weight_reduction_svt' and ((step + 1) % svt_interval == 0 or step + 1 == total_iters
+                                                 or int(epoch_of(step + 1)) > int(seen)):
+            for m in raw_net.modules():
+                if isinstance(m, layers.LowRankLinear):
+                    m.truncate(max(1, m.rank // 2))
+        # TRAINING SECTION END
+
+        step, timed_steps = step + 1, timed_steps + 1
+        epoch_loss = [epoch_loss[0] + loss, epoch_loss[1] + 1]
+        if probed:
+            peak = max(peak, before + meter['bytes'])
+        if probed or counted:                       # these are slower than the others
+            clock, timed_steps = time.perf_counter(), 0
+        if profiler:
+            profiler.step()
+        if (step % log_interval == 0 or step == total_iters) and timed_steps:
+            ms = (time.perf_counter() - clock) / timed_steps * 1e3
+            clock, timed_steps = time.perf_counter(), 0
+            record = {'step': step, 'samples': step * batch_size, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': ms,
+                      'samples_per_s': batch_size / ms * 1e3, 'peak_mem_bytes': common.peak_memory_bytes(dev),
+                      'energy_j': None if joules() is None else joules_before + joules()}
+            say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
+                f'{record["samples_per_s"]:,.0f} texts/s', flush=True)
+            log(record)
+
+    # ---------------------------------------------------------------------------------------------------------- end
+    evaluated, languages_s, trained_s = {}, 0.0, time.perf_counter() - began
+    if not failure and not stop:
+        if keep_best and os.path.exists(best_path):
+            raw_net.load_state_dict(common.read_checkpoint(best_path, 'finetune_cls')['model'], strict=False)
+        for key, (_, labels, places) in eval_sets.items():
+            found = evaluate(key)
+            stop = found is None
+            if stop:
+                break
+            evaluated[key], languages_s = (labels, [names[i] for i in found[1]], places, found[0]), languages_s + found[2]
+    if rank_here == 0 and evaluated and not stop:
+        x, net_eval = batch(samples[:micro]), raw_net.eval()
+        with torch.no_grad(), amp:
+            with FlopCounterMode(display=False) as counter:
+                net_eval(**x)
+            forward_peak, start = common.peak_above(lambda: net_eval(**x), dev.type == 'cuda'), time.perf_counter()
+            net_eval(**x).logits.cpu()
+        shape = x['input_ids'].shape
+        forward = {'texts': shape[0], 'tokens': shape[1], 'forward_flops': counter.get_total_flops(),
+                   'peak_bytes': forward_peak, 'ms': (time.perf_counter() - start) * 1e3}
+        memory = None
+        if step > first_step:
+            memory = optim.memory_report(raw_net, optimizer, peak)
+            memory |= {'gradients': gradient_bytes, 'rest': memory['rest'] + memory['gradients'] - gradient_bytes}
+        about = {'model': model or ('scratch' if init_from == 'scratch' else default_model()), 'task': task, 'method': method,
+                 'rank': rank if method != 'full' else None, 'seed': seed, 'epochs': epoch_of(step), 'steps': step,
+                 'parameters': n_params, 'trained_parameters': n_trained, 'weights': f'best, step {best[1]}' if keep_best
+                 else 'last'}
+        n = sum(len(found[0]) for found in evaluated.values())
+        measured = {'ms_per_sample': languages_s * world / n * 1e3, 'training_s': trained_s, 'evaluation_s': languages_s,
+                    'energy_j': None if joules() is None else joules_before + joules(), 'adam_bytes': adam_bytes,
+                    'optimizer': type(optimizer).__name__}
+        try:
+            results = report.write_run(out_dir, about, names, evaluated, measured, forward, memory, flops)
+            if not eval_only:
+                folder = os.path.join(out_dir, run_name())
+                if method in ('lora', 'qlora', 'lora_topr'):
+                    heads = sorted({name.rpartition('.')[0] for name in head})
+                    adapters.save_adapters(raw_net, folder, model or default_model(), heads, 'SEQ_CLS')
+                    tokenizer.save_pretrained(folder)
+                else:
+                    hf.save(raw_net, tokenizer, folder)
+            for key in evaluated:
+                r = results['languages'][key] if 'languages' in results else results
+                say(f'{key + ": " if key else ""}accuracy {r["accuracy"]:.2%} [{r["accuracy_low"]:.2%}, '
+                    f'{r["accuracy_high"]:.2%}], {r["f1_kind"]} F1 {r["f1"]:.4f} [{r["f1_low"]:.4f}, {r["f1_high"]:.4f}], '
+                    f'n = {r["n"]:,}')
+            say(f'{results["ms_per_sample"]:.2f} ms/text; figures in {out_dir}' + ('' if eval_only else f', model in {folder}'))
+        except OSError as e:
+            failure = f'{e}; the checkpoint is whole: make room and type the same command with --resume=auto'
+    common.close_processes()
+    if run:
+        run.finish(exit_code=1 if failure else 0)
+    if failure:
+        configurator.fail(failure, rank0_only=True)
+    if stop:
+        launcher = 'python' if world == 1 else f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world)}'
+        command = shlex.join([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
+        kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
+        say(f'stopped at step {step}{kept}; go on with: {launcher} {command}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,195 @@
+"""
+Hugging Face models with a classification head: loaded, or made small from nothing; their tokenizers; folders to give away.
+
+    net, tokenizer, names, fresh = load('distilbert-base-uncased', ['negative', 'positive'])
+    net, tokenizer = small(texts, names, n_layer=4, n_head=4, n_embd=128)      # no download
+    rows = encode(tokenizer, texts, 128);  batch = collate(tokenizer, rows)
+
+Encoders and decoders alike, whatever transformers has a sequence-classification class for; for the others, BitNet b1.58
+among them, LastTokenClassifier puts a linear head on the last token.
+"""
+import collections
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import layers
+from common import atomic_write
+
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # a fork after its threads have started would warn at each call
+HEAD = 'last_token_head.safetensors'
+
+
+def _transformers():
+    """transformers without its progress bars and its reports of what is as expected."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError('fine-tuning needs transformers; type: pip install transformers') from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+class LastTokenClassifier(nn.Module):
+    """A linear head (n_labels, hidden) on what a backbone says of the last token that is not padding; logits (B, n_labels).
+
+    What transformers' ...ForSequenceClassification do for decoders, for those that have none. Padding is on the right."""
+    base_model_prefix = 'backbone'
+
+    def __init__(self, backbone, n_labels):
+        super().__init__()
+        self.config, self.backbone = backbone.config, backbone
+        self.score = nn.Linear(backbone.config.hidden_size, n_labels, bias=False)
+        nn.init.normal_(self.score.weight, std=0.02)
+
+    def forward(self, input_ids, attention_mask, **options):
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        last = attention_mask.sum(1) - 1
+        logits = self.score(hidden[torch.arange(len(last), device=last.device), last].to(self.score.weight.dtype))
+        return _transformers().modeling_outputs.SequenceClassifierOutput(logits=logits)
+
+    def gradient_checkpointing_enable(self, **options):
+        self.backbone.gradient_checkpointing_enable(**options)
+
+
+def head_parameters(net):
+    """{name: parameter} of the classification head: whatever is not of the backbone."""
+    return {n: p for n, p in net.named_parameters() if not n.startswith(f'{net.base_model_prefix}.')}
+
+
+def load(name, names, dtype=torch.float32, weights=True):
+    """(net, tokenizer, names, fresh) of a Hub id or a folder, for labels `names` (list of str, in the order of their ids).
+
+    A model that was trained for the same names (their case aside), in whatever order, keeps its head and its order, and
+    the names come back in it; any other one gets a new head, and fresh is True. weights=False: random weights of torch's
+    generator. Raises ValueError in one line: no such model, no weights in the folder, no text model, other damage.
+    """
+    t = _transformers()
+    try:
+        config, tokenizer = t.AutoConfig.from_pretrained(name), t.AutoTokenizer.from_pretrained(name)
+        if getattr(config, 'quantization_config', None) is not None:
+            # microsoft/bitnet-b1.58-2B-4T-bf16 has it; its weights are plain bf16, and the ternary layers are ours
+            if config.model_type != 'bitnet' or config.quantization_config.get('quantization_mode') != 'online':
+                raise ValueError('its weights are quantized already; give a model with plain weights')
+            del config.quantization_config
+        own = [str(config.id2label[i]) for i in range(config.num_labels)]
+        known = {n.lower(): n for n in names}
+        same = sorted(n.lower() for n in own) == sorted(known)
+        names = [known[n.lower()] for n in own] if same else list(names)
+        config.num_labels = len(names)
+        config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = tokenizer.truncation_side = 'right'
+        config.pad_token_id = tokenizer.pad_token_id
+        if type(config) in t.AutoModelForSequenceClassification._model_mapping:
+            auto, info = t.AutoModelForSequenceClassification, {}
+            if weights:
+                net, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True,
+                                                 ignore_mismatched_sizes=True)
+            else:
+                net = auto.from_config(config).to(dtype)
+            head = head_parameters(net)
+            lost = {key if isinstance(key, str) else key[0] for kind in ('missing_keys', 'mismatched_keys')
+                    for key in info.get(kind, ())}
+            if lost - head.keys():
+                raise ValueError(f'the weights there lack {sorted(lost - head.keys())[0]}')
+            fresh = not weights or bool(lost) or not same
+            if fresh and weights:
+                for module in {n.rpartition('.')[0] for n in head}:
+                    net._init_weights(net.get_submodule(module))
+        else:
+            net = t.AutoModel.from_pretrained(name, config=config, dtype=dtype) if weights \
+                else t.AutoModel.from_config(config).to(dtype)
+            net, path = LastTokenClassifier(net, len(names)), os.path.join(name, HEAD)
+            fresh = not (weights and same and os.path.isfile(path))
+            if not fresh:
+                from safetensors.torch import load_file
+                net.score.load_state_dict(load_file(path))
+    except Exception as e:                          # noqa: BLE001  transformers raises many kinds; all mean: not usable
+        why = f'{e}'.strip().split('\n')[0][:200] or type(e).__name__
+        raise ValueError(f'cannot load model {name!r}: {why}; give a Hub id or a folder with config.json, tokenizer and '
+                         'weights') from None
+    if config.model_type == 'bitnet':               # ternary weights and int8 activations, rounded anew in each pass
+        layers.convert(net, {'*layers.*_proj': ('tern', dict(norm=False))}, verbose=False)
+    return net, tokenizer, names, fresh
+
+
+def small(texts, names, *, n_layer, n_head, n_embd, dropout, vocab_size, max_len):
+    """(net, tokenizer): a DistilBERT of this size, random weights, and a WordPiece of at most vocab_size trained on texts
+    (tuples of str). The same texts give the same vocabulary."""
+    from tokenizers import BertWordPieceTokenizer
+    t, special = _transformers(), ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+    wordpiece = BertWordPieceTokenizer(lowercase=True)
+    parts = [part for text in texts for part in text]
+    # The trainer numbers the letters inside words in the order of a hash table, another one each time, and breaks ties by
+    # these numbers. Named first, as if they were special, they have fixed ones.
+    count = collections.Counter(c for part in parts for c in wordpiece.normalize(part) if not c.isspace())
+    inside = sorted(f'##{c}' for c, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:1000])
+    wordpiece.train_from_iterator(parts, vocab_size=vocab_size, min_frequency=2, show_progress=False,
+                                  special_tokens=special + inside)
+    wordpiece = BertWordPieceTokenizer(wordpiece.get_vocab(), lowercase=True)
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=wordpiece._tokenizer, model_max_length=max_len, model_input_names=['input_ids', 'attention_mask'],
+        **{f'{s}_token': f'[{s.upper()}]' for s in ('unk', 'sep', 'pad', 'cls', 'mask')})
+    config = t.DistilBertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=max_len, n_layers=n_layer, n_heads=n_head, dim=n_embd,
+        hidden_dim=4 * n_embd, dropout=dropout, attention_dropout=dropout, seq_classif_dropout=dropout,
+        pad_token_id=tokenizer.pad_token_id, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+    return t.AutoModelForSequenceClassification.from_config(config), tokenizer
+
+
+def encode(tokenizer, texts, max_len):
+    """List of {key: int array} of texts, tuples of one or two str; cut to max_len tokens, the longer one of a pair first."""
+    rows = []
+    for i in range(0, len(texts), 1000):
+        columns = [list(column) for column in zip(*texts[i:i + 1000], strict=True)]
+        found = tokenizer(*columns, truncation=True, max_length=max_len, padding=False, return_attention_mask=False)
+        rows += [{key: np.asarray(values[j], dtype=np.int32) for key, values in found.items()}
+                 for j in range(len(columns[0]))]
+    if any(len(row['input_ids']) == 0 for row in rows):             # a decoder's tokenizer makes nothing of an empty text
+        for row in rows:
+            if len(row['input_ids']) == 0:
+                row.update({key: np.zeros(1, np.int32) for key in row}, input_ids=np.int32([tokenizer.pad_token_id]))
+    return rows
+
+
+def collate(tokenizer, rows, length=0):
+    """{key: int64 tensor (B, T)} of rows of encode(), padded to the longest, rounded up to a multiple of 8, or to length."""
+    longest = length or -(-max(len(row['input_ids']) for row in rows) // 8) * 8
+    batch = {}
+    for key in rows[0]:
+        fill = tokenizer.pad_token_id if key == 'input_ids' else 0
+        batch[key] = torch.full((len(rows), longest), fill, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            batch[key][i, :len(row[key])] = torch.from_numpy(row[key])
+    lengths = torch.tensor([len(row['input_ids']) for row in rows])
+    batch['attention_mask'] = (torch.arange(longest) < lengths[:, None]).long()
+    return batch
+
+
+def save(net, tokenizer, folder):
+    """Write the model and its tokenizer as a folder that from_pretrained() and load() read. LowRankLinear layers are written
+    as the dense weights that they stand for, and their factors beside them; ternary ones as what they were made from."""
+    from safetensors.torch import save_file
+    state, factors = {}, {}
+    for key, tensor in net.state_dict().items():
+        module, _, leaf = key.rpartition('.')
+        layer = net.get_submodule(module)
+        if isinstance(layer, layers.LowRankLinear) and leaf != 'bias':
+            factors[key] = tensor.cpu().contiguous()
+            key, tensor = f'{module}.weight', ((layer.A * layer.c) @ layer.B).detach()
+        state[key] = tensor.cpu().contiguous()
+    os.makedirs(folder, exist_ok=True)
+    write = lambda name, it: atomic_write(os.path.join(folder, name), lambda tmp: save_file(it, tmp, {'format': 'pt'}))
+    bare = net.backbone if isinstance(net, LastTokenClassifier) else net
+    prefix = f'{net.base_model_prefix}.' if bare is not net else ''
+    bare.save_pretrained(folder, state_dict={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    tokenizer.save_pretrained(folder)
+    if bare is not net:
+        write(HEAD, {'weight': state['score.weight']})
+    if factors:
+        write('low_rank.safetensors', factors)
