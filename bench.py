@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
@@ -636,6 +637,7 @@ def refresh_every(optimizer, steps):
 
 
 def block_optimizer(name, params):
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)       # it misses kernels of its 4-bit layers, not needed here
     kind, _, what = name.partition(' ')
     if kind == 'adamw':
         return torch.optim.AdamW(params, fused=True)
@@ -812,7 +814,7 @@ def finetune_model(a):
     which then need not keep their input, left for embeddings, whose columns are short; the same without attach()."""
     model = distilbert(a)
     if a.name == 'lora':
-        rule = 'lora', dict(rank=a.rank, alpha=16.0, dropout=0.1)
+        rule = 'lora', dict(rank=a.rank, alpha=16.0, dropout=a.lora_dropout)
         layers.convert(model, {'*.q_lin': rule, '*.k_lin': rule, '*.v_lin': rule}, verbose=False)
         only_adapters(model).pre_classifier.requires_grad_(True)
         model.classifier.requires_grad_(True)
@@ -927,7 +929,8 @@ def finetune(a):
     found, memory = dict(zip(names, answers, strict=True)), {r['name']: r for r in rows}
     for name, r in memory.items():
         r.update({k: middle(found[name], k) for k in found[name][0]}, bench='finetune', rank=a.rank, batch=a.batch,
-                 tokens=a.tokens, dim=a.dim, layers=a.layers, attention=a.attention, threads=a.threads, interval=INTERVAL)
+                 tokens=a.tokens, dim=a.dim, layers=a.layers, attention=a.attention, lora_dropout=a.lora_dropout,
+                 threads=a.threads, interval=INTERVAL)
         for base in ('adamw', 'lora'):
             for key in ('ms', 'amortised_ms'):
                 r[f'{key}_x_{base}'] = ratio(found[name], found.get(base), key)
@@ -1030,7 +1033,7 @@ def main():
     p.add_argument('--ranks', default='16,128')
     shape = dict(dim=768, layers=6, batch=16, tokens=128)
     bytes_ = command('optim-bytes', optim_bytes, **shape)
-    tune = command('finetune', finetune, **shape, rank=16, rounds=5, steps=2)
+    tune = command('finetune', finetune, **shape, rank=16, lora_dropout=0.1, rounds=5, steps=2)
     bytes_.add_argument('--ranks', default='4,8,16,64,128')
     for p in (bytes_, tune):
         p.add_argument('--attention', default='sdpa', choices=('sdpa', 'eager'), help="transformers' name of it")

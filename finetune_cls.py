@@ -12,8 +12,6 @@ import contextlib
 import math
 import os
 import shlex
-import statistics
-import subprocess
 import sys
 import time
 import zlib
@@ -113,6 +111,7 @@ profile = False                # torch.profiler over steps 5 to 7: a table on th
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
 METHODS = ('full', 'lora', 'qlora', 'lora_topr', 'rsvd', 'rsvd_svt', 'weight_reduction', 'weight_reduction_svt')
+ADAPTERS = ('lora', 'qlora', 'lora_topr')
 # What transformers calls the projections to queries, keys and values.
 ATTENTION = ('q_lin', 'k_lin', 'v_lin', 'q_proj', 'k_proj', 'v_proj', 'query', 'key', 'value', 'query_key_value', 'qkv_proj')
 
@@ -177,7 +176,7 @@ def kept_state(net):
     """What of the model a checkpoint needs: all of it, but for frozen weights that are `model`'s."""
     frozen = set() if init_from == 'scratch' else {n for n, p in net.named_parameters() if not p.requires_grad}
     frozen -= {f'{n}.weight' for n, m in net.named_modules() if isinstance(m, tuple(optim.PROJECTED.values()))}
-    if method in ('lora', 'qlora', 'lora_topr') and init_from != 'scratch':
+    if method in ADAPTERS and init_from != 'scratch':
         frozen |= {n for n, _ in net.named_buffers()}               # codes and scales of packed layers
     return {n: t for n, t in net.state_dict().items() if n not in frozen}
 
@@ -186,81 +185,38 @@ def kept_state(net):
 # data and figures
 
 
-def read_data():
-    """(train texts, ids, their row numbers, {language or '': (texts, label names, row numbers)} to evaluate, names, the
-    texts a vocabulary may be made of)."""
+def read_data(names=None):
+    """(training texts, their ids, {language or '': (texts, label names, row numbers)} to evaluate, names of the labels)."""
     if task == 'csv':
-        if not eval_only or folds:
-            texts, labels = classification.read_table(train_file, text_columns, label_column)
-        else:
-            texts, labels = classification.read_table(eval_file, text_columns, label_column)
-        names = classification.label_names(labels)
-        ids = classification.label_ids(labels, names, train_file)
-        sets = {}
-        if not folds:
-            eval_texts, labels = classification.read_table(eval_file, text_columns, label_column)
-            classification.label_ids(labels, names, eval_file)      # an unknown one is an error now, not after training
-            sets[''] = eval_texts, labels
+        read = lambda path: classification.read_table(path, text_columns, label_column)
+        path = train_file if folds or not eval_only else eval_file
+        texts, labels = read(path)
+        names = names or classification.label_names(labels)
+        ids = classification.label_ids(labels, names, path)
+        found = {'': read(eval_file)} if not folds else {}
+        for _, labels in found.values():            # an unknown one is an error now, not after training
+            classification.label_ids(labels, names, eval_file)
     else:
         folder = tokens.dataset_dir(dataset or task)
         texts, ids, names = classification.load(folder, 'train')
-        splits = {'': eval_split} if task != 'xnli' else {language: f'{eval_split}-{language}' for language in languages}
-        sets = {}
-        for language, split in splits.items() if not folds else ():
-            eval_texts, eval_ids, _ = classification.load(folder, split)
-            sets[language] = eval_texts, [names[i] for i in eval_ids]
-    sets = {key: (*found, range(len(found[0]))) for key, found in sets.items()}
+        splits = {key: f'{eval_split}-{key}' for key in languages} if task == 'xnli' else {'': eval_split}
+        found = {key: classification.load(folder, split)[:2] for key, split in splits.items() if not folds}
+        found = {key: (part, [names[i] for i in labels]) for key, (part, labels) in found.items()}
     rows = np.random.default_rng([seed, 1]).permutation(len(texts))
     if folds:
-        held = np.sort(rows[fold::folds])
-        sets[''] = [texts[i] for i in held], [names[ids[i]] for i in held], held
-        rows = np.setdiff1d(rows, held)             # of the others, in the order of the file
-    rows = np.sort(rows[:train_samples]) if train_samples else np.sort(rows)
-    return [texts[i] for i in rows], [ids[i] for i in rows], rows, sets, names
+        held, rows = rows[fold::folds], np.delete(rows, np.s_[fold::folds])
+        found = {'': ([texts[i] for i in held], [names[ids[i]] for i in held])}
+    sets = {key: (*both, held if folds else range(len(both[0]))) for key, both in found.items()}
+    rows = rows[:train_samples or None]
+    return [texts[i] for i in rows], [ids[i] for i in rows], sets, names
 
 
-def run_name():
-    """{model}-{task}-{method}-r{rank}, as the reference names its folders; full has no rank."""
-    base = os.path.basename((model or ('distilbert-scratch' if init_from == 'scratch' else default_model())).rstrip('/'))
-    return f'{base}-{task}-{method}' + (f'-r{rank}' if method != 'full' else '')
+def base_name():
+    return os.path.basename((model or ('distilbert-scratch' if init_from == 'scratch' else default_model())).rstrip('/'))
 
 
 def default_model():
     return 'distilbert-base-multilingual-cased' if task == 'xnli' else 'distilbert-base-uncased'
-
-
-def sweep():
-    """One process for each rank and fold, as a peak of memory is a process's; then a table of what they gave."""
-    import yaml
-    if 'RANK' in os.environ:
-        configurator.fail('ranks and folds start processes of their own; type python in place of torchrun, or one rank and '
-                          'fold at a time', rank0_only=True)
-    if (ranks and method == 'full') or min(ranks, default=1) < 1 or folds == 1 or folds < 0:
-        configurator.fail(f'ranks={ranks}, folds={folds}, method={method!r}: full has no rank, ranks are 1 or more, folds 2 '
-                          'or more')
-    os.makedirs(out_dir, exist_ok=True)
-    rows = []
-    for r in ranks or (rank,):
-        for k in range(folds) if folds else (-1,):
-            path = os.path.join(out_dir, *([f'r{r}'] if ranks else []), *([f'fold{k}'] if folds else []))
-            keys = {key: value for key, value in config.items() if value != '' and key not in ('ranks', 'wandb_run_name')}
-            keys |= {'out_dir': path, 'rank': r, 'fold': k, 'ranks': (), 'resume': resume or 'auto'}
-            words = [f'--{key}={value}' for key, value in keys.items()]
-            done = subprocess.run([sys.executable, os.path.abspath(__file__), *words])
-            if done.returncode:
-                sys.exit(done.returncode)
-            results = os.path.join(path, 'results.yaml')
-            if not os.path.exists(results):         # stopped by a signal
-                print('stopped; the same command goes on')
-                return
-            with open(results) as f:
-                rows.append({'rank': r, 'fold': k} | yaml.safe_load(f))
-    columns = ('rank', 'fold', 'accuracy', 'f1', 'eval_loss', 'peak_bytes', 'optimizer_bytes', 'ms_per_step')
-    classification.write_table(os.path.join(out_dir, 'sweep.csv'), columns, [[row.get(c) for c in columns] for row in rows])
-    for r in ranks or (rank,):
-        found = [row['accuracy'] for row in rows if row['rank'] == r]
-        sd = f' ± {statistics.stdev(found):.2%} over {folds} folds' if folds else ''
-        print(f'{method} rank {r}: accuracy {statistics.mean(found):.2%}{sd}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +226,7 @@ def main():
     if compare:
         return report.compare_runs(compare.split(','))
     if ranks or (folds and fold < 0):
-        return sweep()
+        return report.sweep(config, __file__)
     # ------------------------------------------------------------------------------------------------------- set-up
     rank_here, local_rank, world, dev = common.setup_processes(device)
     stopped = common.stop_flag()
@@ -314,7 +270,8 @@ def main():
 
     # --------------------------------------------------------------------------------------------------------- data
     try:
-        texts, ids, rows, eval_sets, names = read_data()
+        known = eval_only and resume_path and common.read_last_checkpoint(resume_path, 'finetune_cls')['described']['labels']
+        texts, ids, eval_sets, names = read_data(known)
     except ValueError as e:
         fail(str(e))
 
@@ -334,6 +291,8 @@ def main():
         ids = [order.index(names[i]) for i in ids]                     # labels go by name: the model may count them otherwise
         names = order
         head = hf.head_parameters(net)
+        if init_from == 'scratch' and method in ADAPTERS and rank_here == 0 and not resume_path:
+            hf.save(net, tokenizer, os.path.join(out_dir, 'base'))     # adapters are nothing without what they belong to
         adapt(net, head)
         net.to(dev)
         for p in net.parameters():
@@ -368,8 +327,8 @@ def main():
     loss_scale, good_steps = (2.0 ** 16, 0) if dtype == 'float16' else (1.0, 0)
 
     # ------------------------------------------------------------------------------------------------------- resume
-    step, best, epoch_loss, joules_before, wandb_id = 0, [-1.0, 0], [0.0, 0], 0.0, None
-    described = {'method': method, 'rank': rank, 'labels': list(names), 'samples': len(samples),
+    step, best, epoch_loss, peak, gradient_bytes, joules_before, wandb_id = 0, [-1.0, 0], [0.0, 0], 0, 0, 0.0, None
+    described = {'model': base_name(), 'method': method, 'rank': rank, 'labels': list(names), 'samples': len(samples),
                  'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
     if resume_path:
         try:
@@ -378,13 +337,8 @@ def main():
                 if state['described'][key] != value and not (eval_only and key == 'samples'):
                     raise ValueError(f'{resume_path} has another {key} ({state["described"][key]}, not {value}); resume with '
                                      f'{out_dir}/config.py')
-            wanted = kept_state(net)
-            for m in net.modules():                 # a truncated rank is filled up again, so shapes stay
-                assert not isinstance(m, layers.LowRankLinear) or m.rank == len(m.c)
-            missing = [k for k in wanted if k not in state['model']] + [k for k in state['model'] if k not in wanted]
-            if missing or any(wanted[k].shape != state['model'][k].shape for k in wanted):
-                raise ValueError(f'{resume_path} does not fit this model: {(missing or ["shapes differ"])[0]}')
-            net.load_state_dict(state['model'], strict=False)
+            kept = kept_state(net)
+            common.load_model_state(net, state['model'], resume_path, [k for k in net.state_dict() if k not in kept])
             asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
             optimizer.load_state_dict(state['optimizer'])
             for group, options in zip(optimizer.param_groups, asked, strict=True):
@@ -392,7 +346,7 @@ def main():
         except ValueError as e:
             fail(str(e))
         step, epoch_loss, joules_before, wandb_id = (state[k] for k in ('step', 'epoch_loss', 'joules', 'wandb_id'))
-        best = best if elsewhere else state['best']
+        best, (peak, gradient_bytes) = best if elsewhere else state['best'], state['peak']
         loss_scale, good_steps = state['scaler'] if dtype == 'float16' else (1.0, 0)
         del state
         say(f'resumed from {resume_path} at step {step}')
@@ -474,6 +428,7 @@ def main():
                 common.save_checkpoint(path, {
                     'trainer': 'finetune_cls', 'step': step, 'described': described, 'model': kept_state(raw_net),
                     'optimizer': optimizer.state_dict(), 'best': best, 'epoch_loss': epoch_loss, 'config': config,
+                    'peak': [peak, gradient_bytes],
                     'scaler': [loss_scale, good_steps], 'joules': joules_before + (joules() or 0.0), 'wandb_id': wandb_id},
                     keep_previous)
                 return True
@@ -495,7 +450,7 @@ def main():
     joules = common.energy_meter(dev)              # since this process started
     failure, stop = '', False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
-    first_step, peak, gradient_bytes, flops, began = step, 0, 0, None, time.perf_counter()
+    first_step, flops, began = step, None, time.perf_counter()
     epoch_of = lambda step: step * batch_size / len(samples)
     if not eval_only:
         say(f'step {step} of {total_iters}' + (' is reached: nothing to do' if step >= total_iters else ''))
@@ -505,7 +460,11 @@ def main():
         last_step, seen = step >= total_iters, epoch_of(step)
         epoch_done = step > 0 and int(seen) > int(epoch_of(step - 1))
         stop = common.any_rank(stopped())
-        if not stop and step > first_step and (epoch_done or last_step or (eval_interval and step % eval_interval == 0)):
+        if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
+            if save(last_path, keep_previous=True):
+                saved_step = step
+            clock, timed_steps = time.perf_counter(), 0
+        if not stop and step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0)):
             key = next(iter(eval_sets))                                # of several languages the first
             found = evaluate(key)
             stop = found is None
@@ -514,7 +473,7 @@ def main():
                 record = {'step': step, 'samples': step * batch_size, 'epoch': round(seen, 3), 'val_loss': found[0],
                           'val_accuracy': accuracy}
                 if epoch_done or last_step:
-                    if dev.type == 'cuda':
+                    if dev.type == 'cuda' and step > first_step:
                         peak = torch.cuda.max_memory_allocated(dev)
                         torch.cuda.reset_peak_memory_stats(dev)
                     record |= {'train_loss': epoch_loss[0] / max(1, epoch_loss[1]), 'peak_bytes': peak,
@@ -526,9 +485,7 @@ def main():
                 if keep_best and accuracy > best[0]:
                     best = [accuracy, step]
                     save(best_path)
-            clock, timed_steps = time.perf_counter(), 0
-        if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
-            if save(last_path, keep_previous=True):
+            elif step != saved_step and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
         if stop or last_step:
@@ -647,10 +604,12 @@ def main():
         try:
             results = report.write_run(out_dir, about, names, evaluated, measured, forward, memory, flops)
             if not eval_only:
-                folder = os.path.join(out_dir, run_name())
-                if method in ('lora', 'qlora', 'lora_topr'):
+                # {model}-{task}-{method}-r{rank}, as the reference names its folders; full has no rank
+                folder = os.path.join(out_dir, f'{base_name()}-{task}-{method}' + (f'-r{rank}' if method != 'full' else ''))
+                if method in ADAPTERS:
                     heads = sorted({name.rpartition('.')[0] for name in head})
-                    adapters.save_adapters(raw_net, folder, model or default_model(), heads, 'SEQ_CLS')
+                    base = os.path.join(out_dir, 'base') if init_from == 'scratch' else model or default_model()
+                    adapters.save_adapters(raw_net, folder, base, heads, 'SEQ_CLS')
                     tokenizer.save_pretrained(folder)
                 else:
                     hf.save(raw_net, tokenizer, folder)

@@ -4,9 +4,12 @@ epoch_loss.csv, epoch_peak_memory.csv, flops_profiler_stats.csv, forward_pass.cs
 predictions.csv, results.yaml, resource_usage.yaml. Bytes, milliseconds, joules, FLOPs (a multiply-add is two); what nobody
 measured is an empty field or null.
 """
+import itertools
 import os
 import platform
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 
@@ -93,3 +96,36 @@ def compare_runs(paths):
                   f'{r["difference"] * 100:+.2f} points, 95% [{r["difference_low"] * 100:+.2f}, '
                   f'{r["difference_high"] * 100:+.2f}]; right in one only: {r["only_a"]}, {r["only_b"]}; McNemar exact p = '
                   f'{r["p"]:.3g}\n{part}{r["verdict"]}')
+
+
+def sweep(config, script):
+    """One run of `script` for each of config's ranks and folds, in a process of its own, as a peak of memory is a process's;
+    then sweep.csv and a line for each rank. The same command goes on where it was stopped."""
+    import yaml
+    ranks, folds, out_dir = config['ranks'], config['folds'], config['out_dir']
+    if 'RANK' in os.environ:
+        fail('ranks and folds start processes of their own; type python in place of torchrun, or one rank and fold at a time',
+             rank0_only=True)
+    if (ranks and config['method'] == 'full') or min(ranks, default=1) < 1 or folds == 1 or folds < 0:
+        fail(f'ranks={ranks}, folds={folds}, method={config["method"]!r}: full has no rank; ranks are 1 or more, folds 0 or 2 '
+             'and more')
+    rows = []
+    for rank, fold in itertools.product(ranks or (config['rank'],), range(folds) if folds else (-1,)):
+        path = os.path.join(out_dir, *([f'r{rank}'] if ranks else []), *([f'fold{fold}'] if folds else []))
+        keys = {**config, 'out_dir': path, 'rank': rank, 'fold': fold, 'ranks': (), 'resume': config['resume'] or 'auto'}
+        words = [f'--{key}={value}' for key, value in keys.items() if value != '']
+        print(f'{path}:', flush=True)
+        if code := subprocess.run([sys.executable, os.path.abspath(script), *words]).returncode:
+            sys.exit(code)
+        try:
+            with open(os.path.join(path, 'results.yaml')) as f:
+                rows.append({'rank': rank, 'fold': fold} | yaml.safe_load(f))
+        except FileNotFoundError:                   # a signal stopped it
+            print('stopped; the same command goes on')
+            return
+    columns = ('rank', 'fold', 'accuracy', 'f1', 'eval_loss', 'peak_bytes', 'optimizer_bytes', 'ms_per_step')
+    classification.write_table(os.path.join(out_dir, 'sweep.csv'), columns, [[row.get(c) for c in columns] for row in rows])
+    for rank in dict.fromkeys(row['rank'] for row in rows):
+        found = [row['accuracy'] for row in rows if row['rank'] == rank]
+        sd = f' ± {statistics.stdev(found):.2%} over {folds} folds' if folds else ''
+        print(f'{config["method"]} rank {rank}: accuracy {statistics.mean(found):.2%}{sd}')
