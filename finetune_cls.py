@@ -78,11 +78,11 @@ rank_fraction = 0.0            # rsvd, rsvd_svt: rank = rank_fraction * min(rows
 energy = 0.0                   # rsvd_svt: at each refresh the smallest rank that keeps this share; 0: the rank, 4 to 128
 interval = 200                 # rsvd: steps between two bases
 scale = 1.0                    # rsvd: times the update
-side = 'right'                 # rsvd: of linear layers, left | right | short; right keeps the fewest activations
+side = 'right'                 # rsvd: of the basis, left (the reference) | right (keeps the fewest activations) | short
 rotate = False                 # rsvd: carry the moments into a new basis
 projected = True               # rsvd: a backward pass that makes no full gradients
 stagger = 4                    # rsvd: layers that get a new basis in one step; 0: all at once
-head_rank = 0                  # rsvd: of the classification head; 0: ordinary AdamW
+adam_for = ('head',)           # rsvd: what gets ordinary AdamW: head, embeddings
 state_dtype = 'fp32'           # rsvd: fp32 | bf16 | 8bit moments
 svt_interval = 50              # weight_reduction_svt: steps between truncations to half of the rank
 # optimizer
@@ -163,11 +163,10 @@ def make_optimizer(net, head):
         low = dict(energy=energy, rank_min=min(4, rank), rank_max=rank)
     elif method == 'rsvd_svt':                      # the reference's: nothing is thresholded, a wider sketch is cut to the rank
         low = dict(rank=min(max(rank, 4), 128), rank_fraction=rank_fraction, oversample=rank + 4)
-    # With the table's long side in the basis, the moments take the short one; and a basis costs half of what two moments do.
-    tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
-    groups = [{'params': [p for n, p in matrices.items() if n not in head and id(p) not in tables], 'side': side, **low},
-              {'params': [p for n, p in matrices.items() if n not in head and id(p) in tables], 'side': 'left', **low},
-              {'params': [p for n, p in matrices.items() if n in head], 'side': side, 'rank': head_rank}, groups[1]]
+    tables = {n for n, p in net.named_parameters() if any(p is m.weight for m in net.modules() if isinstance(m, nn.Embedding))}
+    plain = {n for n in matrices if n in head and 'head' in adam_for or n in tables and 'embeddings' in adam_for}
+    groups = [{'params': [p for n, p in matrices.items() if n not in plain], 'side': side, **low},
+              {'params': [p for n, p in matrices.items() if n in plain], 'rank': 0}, groups[1]]
     return optim.RSVDAdam([g for g in groups if g['params']], lr=learning_rate, weight_decay=weight_decay, interval=interval,
                           scale=scale, rotate=rotate, stagger=stagger, state_dtype=state_dtype, seed=seed)
 
@@ -244,6 +243,7 @@ def main():
             (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt'),
             (task == 'csv' and not ((train_file or eval_only) and (eval_file or folds)), 'task=csv needs --train_file=... and '
              '--eval_file=... (or --folds=5)'),
+            (not {'head', 'embeddings'}.issuperset(adam_for), f'adam_for={adam_for} may hold head and embeddings'),
             (folds and not 0 <= fold < folds, f'fold={fold} of {folds}'),
             (not 0 < top_fraction <= 1, f'top_fraction={top_fraction} is above 0 and at most 1')):
         if wrong:
