@@ -9,6 +9,7 @@ Fine-tune any Hugging Face encoder or decoder to classify texts: all weights, ad
 Constants, methods, then main() from top to bottom; the figures of a run are csv and yaml files in its out_dir.
 """
 import contextlib
+import copy
 import math
 import os
 import shlex
@@ -21,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import adapters
 import classification
@@ -188,7 +188,7 @@ def read_data(names=None):
     """(training texts, their ids, {language or '': (texts, label names, row numbers)} to evaluate, names of the labels)."""
     if task == 'csv':
         read = lambda path: classification.read_table(path, text_columns, label_column)
-        path = train_file if folds or not eval_only else eval_file
+        path = train_file or eval_file              # also to evaluate: a model from scratch has its tokenizer from there
         texts, labels = read(path)
         names = names or classification.label_names(labels)
         ids = classification.label_ids(labels, names, path)
@@ -202,6 +202,8 @@ def read_data(names=None):
         found = {key: classification.load(folder, split)[:2] for key, split in splits.items() if not folds}
         found = {key: (part, [names[i] for i in labels]) for key, (part, labels) in found.items()}
     rows = np.random.default_rng([seed, 1]).permutation(len(texts))
+    if folds > len(texts):
+        raise ValueError(f'folds={folds} of {len(texts)} texts')
     if folds:
         held, rows = rows[fold::folds], np.delete(rows, np.s_[fold::folds])
         found = {'': ([texts[i] for i in held], [names[ids[i]] for i in held])}
@@ -245,6 +247,7 @@ def main():
              '--eval_file=... (or --folds=5)'),
             (not {'head', 'embeddings'}.issuperset(adam_for), f'adam_for={adam_for} may hold head and embeddings'),
             (folds and not 0 <= fold < folds, f'fold={fold} of {folds}'),
+            (task == 'xnli' and not languages, 'languages=() leaves nothing to evaluate; type --languages=en'),
             (not 0 < top_fraction <= 1, f'top_fraction={top_fraction} is above 0 and at most 1')):
         if wrong:
             fail(why)
@@ -291,13 +294,12 @@ def main():
         ids = [order.index(names[i]) for i in ids]                     # labels go by name: the model may count them otherwise
         names = order
         head = hf.head_parameters(net)
-        if init_from == 'scratch' and method in ADAPTERS and rank_here == 0 and not resume_path:
-            hf.save(net, tokenizer, os.path.join(out_dir, 'base'))     # adapters are nothing without what they belong to
+        adam_bytes = sum(8 * p.numel() + 4 for p in net.parameters())  # torch's AdamW on all of them
+        whole = copy.deepcopy(net) if init_from == 'scratch' and method in ADAPTERS and not resume_path else None
         adapt(net, head)
         net.to(dev)
-        for p in net.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
+        for p in filter(lambda p: p.requires_grad, net.parameters()):
+            p.data = p.data.float()
         if gradient_checkpointing:
             net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     except (ValueError, OSError, ZeroDivisionError) as e:
@@ -308,7 +310,6 @@ def main():
     eval_rows = {key: hf.encode(tokenizer, found[0], max_len) for key, found in eval_sets.items()}
     n_params, n_head_params = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in head.values())
     n_trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    adam_bytes = sum(8 * p.numel() + 4 for p in net.parameters() if p.is_floating_point())     # torch's AdamW on all of them
     total_iters = max_iters or math.ceil(epochs * len(samples) / batch_size)
     say(f'{type(net).__name__}: {n_params:,} parameters, {n_trained:,} trained ({n_head_params:,} in the head'
         f'{", new" if fresh else ""}); {len(names)} labels: {", ".join(names[:9])}{" ..." * (len(names) > 9)}')
@@ -327,7 +328,7 @@ def main():
     loss_scale, good_steps = (2.0 ** 16, 0) if dtype == 'float16' else (1.0, 0)
 
     # ------------------------------------------------------------------------------------------------------- resume
-    step, best, epoch_loss, peak, gradient_bytes, joules_before, wandb_id = 0, [-1.0, 0], [0.0, 0], 0, 0, 0.0, None
+    step, best, epoch_loss, peak, gradient_bytes, joules_before, wandb_id, run = 0, [-1.0, 0], [0.0, 0], 0, 0, 0.0, None, None
     described = {'model': base_name(), 'method': method, 'rank': rank, 'labels': list(names), 'samples': len(samples),
                  'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
     if resume_path:
@@ -358,13 +359,14 @@ def main():
             if not resume_path:
                 for name in {'last.pt', 'last.prev.pt', 'best.pt', 'results.yaml'} & set(os.listdir(out_dir)):
                     os.remove(os.path.join(out_dir, name))
+            if whole:
+                hf.save(whole, tokenizer, os.path.join(out_dir, 'base'))   # adapters are nothing without it
             if not eval_only:
                 configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
                                   'finetune_cls.py: every constant of this run')
                 common.cut_log(out_dir, step)
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
-    run = None
     if wandb_log and rank_here == 0 and not eval_only:
         try:
             import wandb
@@ -383,7 +385,7 @@ def main():
                                                   gradient_as_bucket_view=True)
 
     def batch(rows):
-        found = hf.collate(tokenizer, rows, max_len if pad_to_max else 0)
+        found = hf.collate(tokenizer, rows, max_len, pad_to_max)
         return {key: t.pin_memory().to(dev, non_blocking=True) if dev.type == 'cuda' else t for key, t in found.items()}
 
     @torch.no_grad()
@@ -509,7 +511,7 @@ def main():
                 y = torch.tensor([ids[j] for j in chosen[i, rank_here]], device=dev)
                 if world > 1:                       # DDP reads this flag in the forward pass
                     net.require_backward_grad_sync = i == accumulation - 1
-                with FlopCounterMode(display=False, depth=None) if counted and i == 0 else contextlib.nullcontext() as counter:
+                with report.flop_counter() if counted and i == 0 else contextlib.nullcontext() as counter:
                     with amp:
                         loss = F.cross_entropy(net(**x).logits.float(), y)
                     forward = counter and {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
@@ -517,7 +519,7 @@ def main():
                     (loss * (loss_scale / accumulation)).backward()
                 if counter:
                     both = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-                    flops = {name: (forward.get(name, 0), n - forward.get(name, 0)) for name, n in both.items()}
+                    flops = {k: (forward.get(k, 0), n - forward.get(k, 0) if k == 'Global' else None) for k, n in both.items()}
             if probed or counted:
                 gradient_bytes = optim.memory_report(raw_net, optimizer, 0)['gradients']
             grads = gradients()
@@ -558,14 +560,14 @@ def main():
             clock, timed_steps = time.perf_counter(), 0
         if profiler:
             profiler.step()
-        if (step % log_interval == 0 or step == total_iters) and timed_steps:
-            ms = (time.perf_counter() - clock) / timed_steps * 1e3
+        if step % log_interval == 0 or step == total_iters:
+            ms = (time.perf_counter() - clock) / timed_steps * 1e3 if timed_steps else None
             clock, timed_steps = time.perf_counter(), 0
             record = {'step': step, 'samples': step * batch_size, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': ms,
-                      'samples_per_s': batch_size / ms * 1e3, 'peak_mem_bytes': common.peak_memory_bytes(dev),
+                      'samples_per_s': ms and batch_size / ms * 1e3, 'peak_mem_bytes': common.peak_memory_bytes(dev),
                       'energy_j': None if joules() is None else joules_before + joules()}
-            say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
-                f'{record["samples_per_s"]:,.0f} texts/s', flush=True)
+            say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}'
+                + (f', {ms:.0f} ms, {record["samples_per_s"]:,.0f} texts/s' if ms else ''), flush=True)
             log(record)
 
     # ---------------------------------------------------------------------------------------------------------- end
@@ -582,7 +584,7 @@ def main():
     if rank_here == 0 and evaluated and not stop:
         x, net_eval = batch(samples[:micro]), raw_net.eval()
         with torch.no_grad(), amp:
-            with FlopCounterMode(display=False) as counter:
+            with report.flop_counter() as counter:
                 net_eval(**x)
             forward_peak, start = common.peak_above(lambda: net_eval(**x), dev.type == 'cuda'), time.perf_counter()
             net_eval(**x).logits.cpu()
@@ -597,10 +599,9 @@ def main():
                  'rank': rank if method != 'full' else None, 'seed': seed, 'epochs': epoch_of(step), 'steps': step,
                  'parameters': n_params, 'trained_parameters': n_trained, 'weights': f'best, step {best[1]}' if keep_best
                  else 'last'}
-        n = sum(len(found[0]) for found in evaluated.values())
-        measured = {'ms_per_sample': languages_s * world / n * 1e3, 'training_s': trained_s, 'evaluation_s': languages_s,
-                    'energy_j': None if joules() is None else joules_before + joules(), 'adam_bytes': adam_bytes,
-                    'optimizer': type(optimizer).__name__}
+        measured = {'ms_per_sample': languages_s * world / sum(len(found[0]) for found in evaluated.values()) * 1e3,
+                    'training_s': trained_s, 'evaluation_s': languages_s, 'adam_bytes': adam_bytes,
+                    'energy_j': None if joules() is None else joules_before + joules(), 'optimizer': type(optimizer).__name__}
         try:
             results = report.write_run(out_dir, about, names, evaluated, measured, forward, memory, flops)
             if not eval_only:

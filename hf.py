@@ -3,7 +3,7 @@ Hugging Face models with a classification head: loaded, or made small from nothi
 
     net, tokenizer, names, fresh = load('distilbert-base-uncased', ['negative', 'positive'])
     net, tokenizer = small(texts, names, n_layer=4, n_head=4, n_embd=128)      # no download
-    rows = encode(tokenizer, texts, 128);  batch = collate(tokenizer, rows)
+    rows = encode(tokenizer, texts, 128);  batch = collate(tokenizer, rows, 128)
 
 Encoders and decoders alike, whatever transformers has a sequence-classification class for; for the others, BitNet b1.58
 among them, LastTokenClassifier puts a linear head on the last token.
@@ -76,11 +76,16 @@ def load(name, names, dtype=torch.float32, weights=True):
                 raise ValueError('its weights are quantized already; give a model with plain weights')
             del config.quantization_config
         own = [str(config.id2label[i]) for i in range(config.num_labels)]
-        known = {n.lower(): n for n in names}
-        same = sorted(n.lower() for n in own) == sorted(known)
-        names = [known[n.lower()] for n in own] if same else list(names)
+        fold = str.lower if len({n.lower() for n in names}) == len(names) else str
+        known = {fold(n): n for n in names}
+        same = sorted(map(fold, own)) == sorted(known)
+        names = [known[fold(n)] for n in own] if same else list(names)
         config.num_labels = len(names)
         config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):         # transformers makes an empty one where there is none
+            raise ValueError('there is no tokenizer')
+        if tokenizer.pad_token is None and tokenizer.eos_token is None:
+            raise ValueError('its tokenizer has neither a token for padding nor one for the end')
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = tokenizer.truncation_side = 'right'
@@ -99,7 +104,9 @@ def load(name, names, dtype=torch.float32, weights=True):
                 raise ValueError(f'the weights there lack {sorted(lost - head.keys())[0]}')
             fresh = not weights or bool(lost) or not same
             if fresh and weights:
-                for module in {n.rpartition('.')[0] for n in head}:
+                for p in head.values():             # transformers leaves alone what it has loaded
+                    p._is_hf_initialized = False
+                for module in dict.fromkeys(n.rpartition('.')[0] for n in head):
                     net._init_weights(net.get_submodule(module))
         else:
             net = t.AutoModel.from_pretrained(name, config=config, dtype=dtype) if weights \
@@ -157,9 +164,9 @@ def encode(tokenizer, texts, max_len):
     return rows
 
 
-def collate(tokenizer, rows, length=0):
-    """{key: int64 tensor (B, T)} of rows of encode(), padded to the longest, rounded up to a multiple of 8, or to length."""
-    longest = length or -(-max(len(row['input_ids']) for row in rows) // 8) * 8
+def collate(tokenizer, rows, max_len, pad_to_max=False):
+    """{key: int64 tensor (B, T)} of rows of encode(), padded to max_len, or to the longest rounded up to a multiple of 8."""
+    longest = max_len if pad_to_max else min(max_len, -(-max(len(row['input_ids']) for row in rows) // 8) * 8)
     batch = {}
     for key in rows[0]:
         fill = tokenizer.pad_token_id if key == 'input_ids' else 0

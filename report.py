@@ -10,8 +10,11 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 
 import numpy as np
+import torch
+import torch.utils.flop_counter as flop_counters
 
 import classification
 import common
@@ -27,6 +30,14 @@ def write_yaml(path, found):
     common.atomic_write(path, write)
 
 
+def flop_counter():
+    """A FlopCounterMode that also knows what attention is on a CPU."""
+    a = torch.ops.aten
+    return flop_counters.FlopCounterMode(display=False, depth=None, custom_mapping={
+        a._scaled_dot_product_flash_attention_for_cpu: flop_counters.sdpa_flop,
+        a._scaled_dot_product_flash_attention_for_cpu_backward: flop_counters.sdpa_backward_flop})
+
+
 def write_run(out_dir, about, names, evaluated, measured, forward, memory, flops):
     """Write the files of a run and return results.yaml's dict.
 
@@ -34,11 +45,12 @@ def write_run(out_dir, about, names, evaluated, measured, forward, memory, flops
     evaluated: {language or '': (labels (n,), predictions (n,), rows of the file (n,), loss)}, labels and predictions by
     name. measured: {'ms_per_sample', 'training_s', 'evaluation_s', 'energy_j', 'adam_bytes', ...}. forward: a row of
     forward_pass.csv. memory: {part: bytes} in the order of memory_breakdown.csv, None if nothing was trained here. flops:
-    {module: (forward, backward)} of one training step, or None.
+    {module: (forward, backward)} of the last step's first micro-batch, or None; backward of all of it only, as torch's
+    counter counts some of it several times in modules that share an input.
     """
     table = lambda name, columns, rows: classification.write_table(os.path.join(out_dir, name), columns, rows)
     records = common.read_log(out_dir)
-    epochs, steps = [r for r in records if 'train_loss' in r], [r for r in records if 'ms' in r]
+    epochs, steps = [r for r in records if 'train_loss' in r], [r for r in records if r.get('ms')]
     table('epoch_loss.csv', ('epoch', 'step', 'train_loss', 'eval_loss', 'eval_accuracy'),
           [[r[k] for k in ('epoch', 'step', 'train_loss', 'val_loss', 'val_accuracy')] for r in epochs])
     table('epoch_peak_memory.csv', ('epoch', 'peak_bytes', 'resident_bytes'),
@@ -80,7 +92,7 @@ def compare_runs(paths):
     """Print how each run differs from the first one, from the predictions they left for the same texts: folders or files."""
     if len(paths) < 2:
         fail('one run cannot be compared; type --compare=out/a,out/b')
-    paths = [os.path.join(p, 'predictions.csv') if os.path.isdir(p) else p for p in paths]
+    paths = [p if os.path.splitext(p)[1] in classification.EXTENSIONS else os.path.join(p, 'predictions.csv') for p in paths]
     names = [os.path.relpath(os.path.dirname(p) or '.') for p in paths]
     for path, name in zip(paths[1:], names[1:], strict=True):
         try:
@@ -109,18 +121,27 @@ def sweep(config, script):
     if (ranks and config['method'] == 'full') or min(ranks, default=1) < 1 or folds == 1 or folds < 0:
         fail(f'ranks={ranks}, folds={folds}, method={config["method"]!r}: full has no rank; ranks are 1 or more, folds 0 or 2 '
              'and more')
-    rows = []
+    rows, stopped = [], common.stop_flag()
     for rank, fold in itertools.product(ranks or (config['rank'],), range(folds) if folds else (-1,)):
         path = os.path.join(out_dir, *([f'r{rank}'] if ranks else []), *([f'fold{fold}'] if folds else []))
-        keys = {**config, 'out_dir': path, 'rank': rank, 'fold': fold, 'ranks': (), 'resume': config['resume'] or 'auto'}
+        keys = {**config, 'out_dir': path, 'rank': rank, 'fold': fold, 'ranks': (),
+                'resume': config['resume'] or ('' if config['overwrite'] else 'auto')}
         words = [f'--{key}={value}' for key, value in keys.items() if value != '']
         print(f'{path}:', flush=True)
-        if code := subprocess.run([sys.executable, os.path.abspath(script), *words]).returncode:
-            sys.exit(code)
+        child = subprocess.Popen([sys.executable, os.path.abspath(script), *words])
+        while child.poll() is None:
+            if stopped():                           # Ctrl-C has reached it as well, which it takes for the same signal
+                child.terminate()
+                child.wait()
+            time.sleep(0.05)
+        if child.returncode and not stopped():
+            sys.exit(child.returncode)
         try:
+            if stopped():
+                raise FileNotFoundError
             with open(os.path.join(path, 'results.yaml')) as f:
                 rows.append({'rank': rank, 'fold': fold} | yaml.safe_load(f))
-        except FileNotFoundError:                   # a signal stopped it
+        except FileNotFoundError:                   # a signal, to both or to it alone
             print('stopped; the same command goes on')
             return
     columns = ('rank', 'fold', 'accuracy', 'f1', 'eval_loss', 'peak_bytes', 'optimizer_bytes', 'ms_per_step')

@@ -5,11 +5,12 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py quality [--seeds=1,2,3] [--jobs=2] [--only=fp,bin6]     # an hour on 2 cores
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py recipe                                                 # what was tried on the way, one seed
+    python results/runs.py sst2                                                   # methods of finetune_cls.py
     python results/runs.py speed                                                  # bench.py train, its table
     python results/runs.py stats | fit | layers | optim | optim_bytes | finetune  # bench.py's other commands
     python results/runs.py quality --table                                        # from the logs alone
 
-Runs train_gpt.py once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
+Runs the trainer once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
 writes results/<name>.md and .png, and puts the table into README.md. No number in them is typed by hand.
 """
 import argparse
@@ -82,7 +83,26 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
                             "--n_binary=6 --lr_scale={'alpha':1.0}"),
     }),
 }
-DEFAULT_SEEDS = {'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
+FAST = '--learning_rate=1e-3 --method='
+CLASSIFIED = {                                      # the same of finetune_cls.py
+    'sst2': ('config/sst2_scratch.py', 'full', {
+        'full': ('AdamW, all weights', ''),
+        'rsvd64': ('rSVD, rank 64', FAST + 'rsvd --rank=64'),
+        'rsvd16': ('rSVD, rank 16', FAST + 'rsvd'),
+        'rsvd4': ('rSVD, rank 4', FAST + 'rsvd --rank=4'),
+        'rsvd4_8bit': ('... 8-bit moments', FAST + 'rsvd --rank=4 --state_dtype=8bit'),
+        'rsvd_svt': ('rSVD, 90% of the energy, rank 4 to 64', FAST + 'rsvd_svt --energy=0.9 --rank=64'),
+        'rsvd16_left': ('rSVD, rank 16, basis on the left', FAST + 'rsvd --side=left'),
+        'rsvd16_left_adam': ('... embeddings by AdamW', FAST + 'rsvd --side=left --adam_for=head,embeddings'),
+        'lora': ('LoRA, rank 16', FAST + 'lora'),
+        'lora_topr': ('LoRA, rank 16, largest tenth of the gradient', FAST + 'lora_topr'),
+        'qlora': ('QLoRA, rank 16, nf4', FAST + 'qlora'),
+        'wr16': ('weight reduction, rank 16', FAST + 'weight_reduction'),
+        'wr_svt16': ('... cut to 8', FAST + 'weight_reduction_svt'),
+    }),
+}
+EXPERIMENTS |= CLASSIFIED
+DEFAULT_SEEDS = {'sst2': '1,2,3', 'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
 
 
 def train(name, variant, seed, threads):
@@ -90,13 +110,20 @@ def train(name, variant, seed, threads):
     config, _, variants = EXPERIMENTS[name]
     out = f'out/{name}/{variant}_s{seed}'
     extra = ['--batch_size=16'] if name == 'recipe' else []
-    command = [sys.executable, 'train_gpt.py', config, *extra, *variants[variant][1].split(),
+    script = 'finetune_cls.py' if name in CLASSIFIED else 'train_gpt.py'
+    command = [sys.executable, script, config, *extra, *variants[variant][1].split(),
                f'--seed={seed}', f'--out_dir={out}', '--resume=auto']
     os.makedirs(ROOT / out, exist_ok=True)
     with open(ROOT / out / 'stdout.txt', 'a') as f:
         subprocess.run(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, check=True,
                        env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
-    shutil.copy(ROOT / out / 'log.jsonl', ROOT / 'results' / name / f'{variant}_s{seed}.jsonl')
+    log = ROOT / 'results' / name / f'{variant}_s{seed}.jsonl'
+    shutil.copy(ROOT / out / 'log.jsonl', log)
+    if name in CLASSIFIED:                          # what the run found at its end is one more line
+        import yaml
+        found = yaml.safe_load((ROOT / out / 'results.yaml').read_text())
+        with open(log, 'a') as f:
+            f.write(json.dumps({'step': found['steps'], 'results': found}) + '\n')
     print(f'{variant} seed {seed}: done', flush=True)
 
 
@@ -145,6 +172,32 @@ def table(name, found):
                      f'{statistics.mean(r["bpb"] for r in rows):.4f} | {gap} | '
                      f'{statistics.median(r["ms"] for r in rows):.0f} | '
                      f'{statistics.median(r["peak"] for r in rows) / 2 ** 20:.0f} | {rows[0]["packed"]:,} |')
+    return lines
+
+
+def accuracy_table(name):
+    """Markdown lines for runs of finetune_cls.py: mean ± sd over seeds, points; the gap is paired by seed."""
+    config, baseline, variants = EXPERIMENTS[name]
+    found = {v: {int(p.stem.rsplit('_s', 1)[1]): json.loads(open(p).readlines()[-1])['results'] for p in logs(name, v)}
+             for v in variants}
+    points = lambda values: f'{statistics.mean(values) * 100:.2f}' + (
+        f' ± {statistics.stdev(values) * 100:.2f}' if len(values) > 1 else '')
+    base = found[baseline]
+    one = next(iter(base.values()))
+    lines = [f'`{config}`: {one["parameters"]:,} parameters, {one["steps"]:,} steps, {one["n"]} sentences to evaluate; mean ± '
+             'sd over seeds; accuracy in percent, the gap in points and paired by seed; bytes of optimizer state; MiB of all '
+             'tensors alive at once in a step; ms/step on one core, another run on the other.', '',
+             '| method | accuracy | gap | evaluation loss | trained | optimizer bytes | peak MiB | ms/step |',
+             '|---|---|---|---|---|---|---|---|']
+    for variant, runs in found.items():
+        both, rows = sorted(runs.keys() & base.keys()), list(runs.values())
+        if rows:
+            gap = '-' if variant == baseline or not both else points([runs[s]['accuracy'] - base[s]['accuracy'] for s in both])
+            lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {points([r["accuracy"] for r in rows])} | {gap} | '
+                         f'{mean_sd([r["eval_loss"] for r in rows])} | {rows[0]["trained_parameters"]:,} | '
+                         f'{statistics.mean(r["optimizer_bytes"] for r in rows):,.0f} | '
+                         f'{statistics.mean(r["peak_bytes"] for r in rows) / MIB:.1f} | '
+                         f'{statistics.median(r["ms_per_step"] for r in rows):.0f} |')
     return lines
 
 
@@ -261,6 +314,8 @@ def bench_table(name):
 def write_tables(name):
     if name in BENCHES:
         return publish(name, bench_table(name))
+    if name in CLASSIFIED:
+        return publish(name, accuracy_table(name))
     if name in ('recipe', 'scales'):
         return publish(name, table_by_step(name))
     found = summary(name)
