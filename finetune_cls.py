@@ -500,9 +500,9 @@ def main():
         common.seed_step(seed, step, rank_here)
         chosen = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
         loss_sum = torch.zeros((), device=dev)
-        # Memory on a CPU: every allocation of a few steps, two at the beginning and one in the middle of each epoch.
-        probed = dev.type == 'cpu' and rank_here == 0 and (step - first_step in (0, 2) or int(seen + 0.5) > int(
-            epoch_of(step - 1) + 0.5))
+        # Memory on a CPU: every allocation of a few steps, two at the beginning, one in the middle of epochs.
+        probed = dev.type == 'cpu' and rank_here == 0 and (step - first_step in (0, 2) or not profile and int(
+            seen + 0.5) > int(epoch_of(step - 1) + 0.5))
         counted = rank_here == 0 and step == total_iters - 1 and not compile
         before = live_bytes() if probed else 0
         with common.peak_meter(False) if probed else contextlib.nullcontext() as meter:

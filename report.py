@@ -32,10 +32,12 @@ def write_yaml(path, found):
 
 def flop_counter():
     """A FlopCounterMode that also knows what attention is on a CPU."""
-    a = torch.ops.aten
+    aten = torch.ops.aten
     return flop_counters.FlopCounterMode(display=False, depth=None, custom_mapping={
-        a._scaled_dot_product_flash_attention_for_cpu: flop_counters.sdpa_flop,
-        a._scaled_dot_product_flash_attention_for_cpu_backward: flop_counters.sdpa_backward_flop})
+        aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *args, **kwargs: flop_counters.sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda g, q, k, v, *args, **kwargs: flop_counters.sdpa_backward_flop_count(g, q, k, v)})
 
 
 def write_run(out_dir, about, names, evaluated, measured, forward, memory, flops):
