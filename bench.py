@@ -806,25 +806,22 @@ def optim_bytes(a):
                 ('peak_saved', 'saved', '.1%')], a.json)
 
 
-FINETUNES = ('adamw', 'lora', 'rsvd', 'rsvd projected')
+FINETUNES = ('adamw', 'lora', 'lora without dropout', 'rsvd', 'rsvd projected')
 
 
 def finetune_model(a):
-    """(model, optimizer) of a variant. The sides for RSVDAdam are those that leave least to keep: right for linear layers,
-    which then need not keep their input, left for embeddings, whose columns are short; the same without attach()."""
+    """(model, optimizer) of a variant. RSVDAdam's side is right: a linear layer then need not keep its input, and every row
+    of an embedding learns; the same without attach()."""
     model = distilbert(a)
-    if a.name == 'lora':
-        rule = 'lora', dict(rank=a.rank, alpha=16.0, dropout=a.lora_dropout)
+    if a.name.startswith('lora'):
+        rule = 'lora', dict(rank=a.rank, alpha=16.0, dropout=0.1 if a.name == 'lora' else 0.0)
         layers.convert(model, {'*.q_lin': rule, '*.k_lin': rule, '*.v_lin': rule}, verbose=False)
         only_adapters(model).pre_classifier.requires_grad_(True)
         model.classifier.requires_grad_(True)
-    if a.name in ('adamw', 'lora'):
+    if not a.name.startswith('rsvd'):
         return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    others = [p for p in model.parameters() if all(p is not t for t in tables)]
     projected = a.name.endswith('projected')
-    optimizer = RSVDAdam([{'params': tables, 'side': 'left'}, {'params': others, 'side': 'right'}], rank=a.rank,
-                         interval=NEVER, stagger=int(projected))
+    optimizer = RSVDAdam(model.parameters(), rank=a.rank, side='right', interval=NEVER, stagger=int(projected))
     if projected:
         attach(model, optimizer, verbose=False)
     return model, optimizer
@@ -929,7 +926,7 @@ def finetune(a):
     found, memory = dict(zip(names, answers, strict=True)), {r['name']: r for r in rows}
     for name, r in memory.items():
         r.update({k: middle(found[name], k) for k in found[name][0]}, bench='finetune', rank=a.rank, batch=a.batch,
-                 tokens=a.tokens, dim=a.dim, layers=a.layers, attention=a.attention, lora_dropout=a.lora_dropout,
+                 tokens=a.tokens, dim=a.dim, layers=a.layers, attention=a.attention,
                  threads=a.threads, interval=INTERVAL)
         for base in ('adamw', 'lora'):
             for key in ('ms', 'amortised_ms'):
@@ -1033,7 +1030,7 @@ def main():
     p.add_argument('--ranks', default='16,128')
     shape = dict(dim=768, layers=6, batch=16, tokens=128)
     bytes_ = command('optim-bytes', optim_bytes, **shape)
-    tune = command('finetune', finetune, **shape, rank=16, lora_dropout=0.1, rounds=5, steps=2)
+    tune = command('finetune', finetune, **shape, rank=16, rounds=5, steps=2)
     bytes_.add_argument('--ranks', default='4,8,16,64,128')
     for p in (bytes_, tune):
         p.add_argument('--attention', default='sdpa', choices=('sdpa', 'eager'), help="transformers' name of it")

@@ -467,8 +467,7 @@ def main():
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
         if not stop and step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0)):
-            key = next(iter(eval_sets))                                # of several languages the first
-            found = evaluate(key)
+            found = evaluate(key := next(iter(eval_sets)))             # of several languages the first
             stop = found is None
             if not stop:
                 accuracy = np.mean([names[i] == label for i, label in zip(found[1], eval_sets[key][1], strict=True)]).item()

@@ -18,7 +18,7 @@ import torch.utils.flop_counter as flop_counters
 
 import classification
 import common
-from configurator import fail
+from configurator import fail, save
 
 
 def write_yaml(path, found):
@@ -63,10 +63,11 @@ def write_run(out_dir, about, names, evaluated, measured, forward, memory, flops
               [(name, *flops[name]) for name in sorted(flops, key=lambda name: (name != 'Global', name))])
     if memory:
         table('memory_breakdown.csv', ('part', 'bytes'), list(memory.items()))
-    optimizer = epochs[-1]['optimizer_bytes'] if epochs else 0
+    optimizer = epochs[-1]['optimizer_bytes'] if epochs else None
     adam = measured.pop('adam_bytes')
     table('optimizer_memory.csv', ('optimizer', 'method', 'rank', 'bytes', 'adam_bytes', 'saved'),
-          [[measured.pop('optimizer'), about['method'], about['rank'], optimizer, adam, round(1 - optimizer / adam, 6)]])
+          [[measured.pop('optimizer'), about['method'], about['rank'], optimizer, adam,
+            None if optimizer is None else round(1 - optimizer / adam, 6)]])
     several, rows, per_language = len(evaluated) > 1 or '' not in evaluated, [], {}
     for language, (labels, guesses, places, loss) in evaluated.items():
         rows += [(*([language] if several else []), int(i), label, guess)
@@ -123,6 +124,9 @@ def sweep(config, script):
     if (ranks and config['method'] == 'full') or min(ranks, default=1) < 1 or folds == 1 or folds < 0:
         fail(f'ranks={ranks}, folds={folds}, method={config["method"]!r}: full has no rank; ranks are 1 or more, folds 0 or 2 '
              'and more')
+    os.makedirs(out_dir, exist_ok=True)
+    save({**config, 'overwrite': False}, os.path.join(out_dir, 'config.py'),
+         f'{os.path.basename(script)}: the runs in r* and fold*')
     rows, stopped = [], common.stop_flag()
     for rank, fold in itertools.product(ranks or (config['rank'],), range(folds) if folds else (-1,)):
         path = os.path.join(out_dir, *([f'r{rank}'] if ranks else []), *([f'fold{fold}'] if folds else []))
@@ -151,4 +155,4 @@ def sweep(config, script):
     for rank in dict.fromkeys(row['rank'] for row in rows):
         found = [row['accuracy'] for row in rows if row['rank'] == rank]
         sd = f' ± {statistics.stdev(found):.2%} over {folds} folds' if folds else ''
-        print(f'{config["method"]} rank {rank}: accuracy {statistics.mean(found):.2%}{sd}')
+        print(f'{config["method"]}{"" if rank is None else f" rank {rank}"}: accuracy {statistics.mean(found):.2%}{sd}')

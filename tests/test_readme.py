@@ -32,6 +32,9 @@ COPIED = ('*.*', 'Makefile', 'config/*.py', 'data/*/*.py', 'results/**/*')      
 TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=48 --block_size=32 --batch_size=8 --micro_batch_size=0 --eval_iters=1 '
         '--eval_interval=2 --save_interval=2 --log_interval=1 --device=cpu')
 BENCH = '--n_layer=1 --n_embd=32 --block_size=16 --vocab_size=64 --batch_size=2 --threads=1 --rounds=1 --steps=1'
+CLASSIFIER = ('--init_from=scratch --n_layer=1 --n_head=2 --n_embd=32 --vocab_size=300 --max_len=16 --max_iters=4 --epochs=0.1 '
+              '--log_interval=2 --train_samples=64 --batch_size=8 --micro_batch_size=4 --warmup_iters=1 --device=cpu')
+SHAPE = '--dim=24 --layers=1 --batch=2 --tokens=8 --threads=1'
 RULES = [   # how a command begins; the stage it runs in, or the check it gets; what is added; what it prints, a regex
     ('python data/pycode/prepare.py', 1, '', 'wrote data/pycode'),
     ('python data/text/prepare.py', 1, '', 'wrote data/text/mine'),
@@ -45,6 +48,14 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python bench.py compare', 2, '--batch=2 --threads=1', r'qlora +\d'),
     ('python bench.py fit', 2, '--seeds=1 --dim=256 --threads=1', r'qlora +297,729'),
     ('python bench.py layers', 2, '--rounds=1 --seconds=0.01 --shapes=2x64x64 --threads=1', r'fit4 +4\.'),
+    ('python data/pycls/prepare.py', 1, '', 'wrote .*pycls'),
+    ('python data/sst2/prepare.py', 1, '--file sst2.tsv --val_file sst2.tsv', 'wrote .*sst2'),
+    ('python finetune_cls.py config/', 2, CLASSIFIER, r'accuracy \d'),
+    ('python finetune_cls.py --compare', 3, '', 'McNemar exact p'),
+    ('python plot.py ranks', 4, '', r'ranks\.png'),
+    ('python bench.py optim-bytes', 2, f'{SHAPE} --ranks=4', r'left'),
+    ('python bench.py optim', 2, '--dim=32 --layers=1 --threads=1 --rounds=1 --steps=1 --ranks=4', r'rsvd 4'),
+    ('python bench.py finetune', 2, f'{SHAPE} --rank=4 --rounds=1 --steps=1', r'projected'),
     ('python bench.py bundle', 2, '', r'nanobit\.zip: \d+ files'),
     ('python plot.py bars', 3, '', r'stats\.png: actual_bytes'),
     ('python results/fit4.py', 2, '--turns=1', r'FIT4 = \(-[\s\S]+blocks of 32: 4\.25 bits'),
@@ -107,11 +118,13 @@ def ran(tmp_path_factory):
     (path / 'c4.jsonl').write_text(''.join(json.dumps({'text': text[i:i + 500]}) + '\n' for i in range(0, 50_000, 500)))
     with open(path / 'tokens.py', 'a') as f:        # GPT-2's vocabulary would be downloaded; bytes stand for it
         f.write('\n\ngpt2 = byte\n')
+    (path / 'sst2.tsv').write_text('sentence\tlabel\n' + ''.join(f'{"good" if i % 3 else "bad"} film {i}\t{int(i % 3 > 0)}\n'
+                                                                   for i in range(80)))
     script, play = path / 'data/shakespeare/prepare.py', path / 'b.txt'             # a download from file://
     local = repr((play.as_uri(), play.stat().st_size, sha256(play.read_bytes()).hexdigest()))
     script.write_text(script.read_text().replace('\n\nif __name', f'\nURL, SIZE, SHA256 = {local}\n\nif __name'))
     done = {}
-    for stage in (1, 2, 3):
+    for stage in (1, 2, 3, 4):
         lanes = [[c for c in commands() if rule(c) is r] for r in RULES if r[1] == stage]
         with ThreadPoolExecutor(2) as pool:
             for results in pool.map(lambda lane: {c: run(c, path) for c in lane}, lanes):

@@ -1,0 +1,239 @@
+"""hf.py: vocabularies that come out the same, texts to batches, heads by the names of labels, BitNet, folders."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import common
+import hf
+import layers
+from conftest import ROOT
+
+pytest.importorskip('transformers')
+TEXTS = [('the good film',), ('a bad, sad story',), ('the film was nice & good',), ('',)] * 5
+TINY = dict(n_layer=1, n_head=2, n_embd=32, dropout=0.0, vocab_size=120, max_len=12)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def offline():
+    """transformers has read it when it was imported; here it is imported now."""
+    before, threads = os.environ.get('HF_HUB_OFFLINE'), torch.get_num_threads()
+    os.environ['HF_HUB_OFFLINE'] = '1'
+    import huggingface_hub.constants as constants
+    was, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    yield
+    constants.HF_HUB_OFFLINE = was
+    torch.set_num_threads(threads)
+    os.environ.pop('HF_HUB_OFFLINE') if before is None else os.environ.update(HF_HUB_OFFLINE=before)
+
+
+def small(seed=0, names=('no', 'yes')):
+    torch.manual_seed(seed)
+    return hf.small(TEXTS, list(names), **TINY)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('model')
+    hf.save(*small(), folder)
+    return folder
+
+
+def logits(net, tokenizer, texts=TEXTS, max_len=12, pad=False):
+    with torch.no_grad():
+        return net.eval()(**hf.collate(tokenizer, hf.encode(tokenizer, texts, max_len), max_len, pad)).logits
+
+
+@pytest.fixture(scope='module')
+def elsewhere(saved):
+    """(vocabulary of small(), checksum of a new head) in another process, whose hashes are others."""
+    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); import common, hf, torch\n'
+            f't = hf.small({TEXTS!r}, ["no", "yes"], **{TINY!r})[1]; torch.manual_seed(0)\n'
+            f'head = hf.head_parameters(hf.load({str(saved)!r}, ["a", "b"])[0])\n'
+            'print((t.get_vocab(), common.checksum(head.values())))')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '7'})
+    assert done.returncode == 0, done.stderr
+    return eval(done.stdout)
+
+
+def test_the_same_texts_give_the_same_vocabulary(saved, elsewhere):
+    one, two = small()[1].get_vocab(), small(1)[1].get_vocab()
+    assert one == two == elsewhere[0]
+    assert len(one) <= 120 and {'[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'film'} <= one.keys()
+    assert hf.load(str(saved), ['no', 'yes'])[1].get_vocab() == one
+
+
+def test_encode_pairs_long_and_empty_texts():
+    tokenizer = small()[1]
+    cls, sep, word = (tokenizer.get_vocab()[w] for w in ('[CLS]', '[SEP]', 'film'))
+    rows = hf.encode(tokenizer, [('film', 'film film'), ('', ''), ('film ' * 50, 'film')], 8)
+    assert [row['input_ids'].tolist() for row in rows] == [
+        [cls, word, sep, word, word, sep], [cls, sep, sep], [cls, *[word] * 4, sep, word, sep]]
+    assert [row['input_ids'].tolist() for row in hf.encode(tokenizer, [('',), ('film',)], 8)] == [[cls, sep], [cls, word, sep]]
+    assert len(hf.encode(tokenizer, [('film',)] * 2001, 8)) == 2001 and hf.encode(tokenizer, [], 8) == []
+
+    class Bare:                                     # a decoder's: nothing around the words
+        pad_token_id = 3
+
+        def __call__(self, texts, **_):
+            return {'input_ids': [[9] * len(text.split()) for text in texts]}
+    assert [r['input_ids'].tolist() for r in hf.encode(Bare(), [('a b',), ('',)], 8)] == [[9, 9], [3]]
+
+
+def test_collate():
+    """To the longest, rounded up to a multiple of 8 but not above max_len; pad_to_max: to max_len."""
+    tokenizer = small()[1]
+    rows = hf.encode(tokenizer, [('film',), ('film film film',)], 12)
+    batch = hf.collate(tokenizer, rows, 12)
+    assert batch['input_ids'].shape == (2, 8) and batch['input_ids'].dtype == torch.int64
+    assert batch['attention_mask'].tolist() == [[1] * 3 + [0] * 5, [1] * 5 + [0] * 3]
+    assert (batch['input_ids'][0, 3:] == tokenizer.pad_token_id).all()
+    assert hf.collate(tokenizer, rows, 6)['input_ids'].shape == (2, 6)
+    assert hf.collate(tokenizer, rows, 20, True)['input_ids'].shape == (2, 20)
+    long = hf.encode(tokenizer, [('film ' * 50,)], 12)
+    assert hf.collate(tokenizer, long, 12)['input_ids'].shape == (1, 12)
+    assert torch.isfinite(logits(*small(), texts=[('film ' * 50,)])).all()
+
+
+def test_labels_by_name(saved):
+    """The same names in another order or case: the model's order, its head kept. Others, even as many: a new head, the
+    same for the same seed."""
+    net = small()[0]
+    for asked, got in ((['no', 'yes'], ['no', 'yes']), (['yes', 'no'], ['no', 'yes']), (['YES', 'No'], ['No', 'YES'])):
+        found, tokenizer, names, fresh = hf.load(str(saved), asked)
+        assert (names, fresh) == (got, False) and found.config.id2label == dict(enumerate(got))
+        assert torch.equal(found.classifier.weight, net.classifier.weight)
+    for names in (['a', 'b'], ['a', 'b', 'c'], ['no', 'No'], ['no']):
+        torch.manual_seed(3)
+        found, _, order, fresh = hf.load(str(saved), names)
+        assert fresh and order == names and found.classifier.weight.shape == (len(names), 32)
+        assert not any(torch.equal(p, dict(net.named_parameters())[n]) for n, p in hf.head_parameters(found).items()
+                       if p.dim() > 1 and p.shape == dict(net.named_parameters())[n].shape)
+        assert 0.01 < found.pre_classifier.weight.std() < 0.03
+        assert torch.equal(found.distilbert.embeddings.word_embeddings.weight, net.distilbert.embeddings.word_embeddings.weight)
+        torch.manual_seed(3)
+        again = hf.load(str(saved), names)[0]
+        assert all(torch.equal(p, q) for p, q in zip(found.parameters(), again.parameters(), strict=True))
+    random = hf.load(str(saved), ['no', 'yes'], weights=False)
+    assert random[3] and not torch.equal(random[0].classifier.weight, net.classifier.weight)
+
+
+def test_names_that_differ_in_case_only_are_two(saved, tmp_path):
+    hf.save(*small(names=('a', 'A')), tmp_path)
+    assert hf.load(str(tmp_path), ['A', 'a'])[2:] == (['a', 'A'], False)
+
+
+def test_heads_are_the_same_in_every_process(saved, elsewhere):
+    """The order in which the parts of a new head are drawn does not depend on hashes."""
+    torch.manual_seed(0)
+    assert common.checksum(hf.head_parameters(hf.load(str(saved), ['a', 'b'])[0]).values()) == elsewhere[1]
+
+
+def test_what_cannot_be_loaded_is_one_line(saved, tmp_path):
+    """No weights, some missing, cut off; no tokenizer; no config; quantized already; nothing at all."""
+    from safetensors.torch import load_file, save_file
+
+    def line(*without, change=None, **config):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for path in saved.iterdir():
+            if path.name not in without:
+                (folder / path.name).write_bytes(path.read_bytes())
+        if config:
+            (folder / 'config.json').write_text(json.dumps(json.loads((saved / 'config.json').read_text()) | config))
+        if change:
+            change(folder / 'model.safetensors')
+        with pytest.raises(ValueError) as error:
+            hf.load(str(folder), ['no', 'yes'])
+        assert str(folder) in str(error.value) and '\n' not in str(error.value) and len(str(error.value)) < 500
+        return str(error.value)
+    assert 'no file named model.safetensors' in line('model.safetensors')
+    assert 'there is no tokenizer' in line('tokenizer.json', 'tokenizer_config.json')
+    assert 'tokenizer' in line('tokenizer.json')
+    assert 'model_type' in line('config.json')
+    assert 'header' in line(change=lambda path: path.write_bytes(path.read_bytes()[:5000]))
+    assert 'quantized already' in line(quantization_config={'quant_method': 'bitnet', 'quantization_mode': 'offline'})
+    less = {k: v for k, v in load_file(saved / 'model.safetensors').items() if 'q_lin.weight' not in k}
+    assert 'the weights there lack distilbert.transformer.layer.0.attention.q_lin.weight' in line(
+        change=lambda path: save_file(less, path, {'format': 'pt'}))
+    for name in ('nosuch/model', 'nosuch'):
+        with pytest.raises(ValueError, match=f"cannot load model '{name}'") as error:
+            hf.load(name, ['no', 'yes'])
+        assert '\n' not in str(error.value)
+
+
+def test_low_rank_layers_are_saved_dense(saved, tmp_path):
+    net, tokenizer, _, _ = hf.load(str(saved), ['no', 'yes'])
+    torch.manual_seed(0)
+    layers.convert(net, {'*.[qkv]_lin': ('lowrank', dict(rank=3))}, verbose=False)
+    hf.save(net, tokenizer, tmp_path)
+    again, words, names, fresh = hf.load(str(tmp_path), ['no', 'yes'])
+    assert not fresh and not any(isinstance(m, layers.LowRankLinear) for m in again.modules())
+    assert_close(logits(again, words), logits(net, tokenizer), rtol=0, atol=1e-6)
+    from safetensors.torch import load_file
+    factors = load_file(tmp_path / 'low_rank.safetensors')
+    assert len(factors) == 9 and all(torch.equal(t, net.state_dict()[k]) for k, t in factors.items())
+
+
+# --------------------------------------------------------------------------------------------------------- decoders
+
+
+def decoder(folder, kind):
+    import transformers as t
+    tokenizer = small()[1]
+    shared = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    config = {
+        'neo': lambda: t.GPTNeoConfig(hidden_size=32, num_layers=1, num_heads=2, attention_types=[[['global'], 1]],
+                                      max_position_embeddings=16, **shared),
+        'gpt2': lambda: t.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=16, **shared),
+        'bitnet': lambda: t.BitNetConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                         num_key_value_heads=2, max_position_embeddings=16, **shared)}[kind]()
+    torch.manual_seed(0)
+    t.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if kind == 'bitnet':                            # as in microsoft/bitnet-b1.58-2B-4T-bf16
+        said = json.loads((folder / 'config.json').read_text())
+        said['quantization_config'] = {'quant_method': 'bitnet', 'linear_class': 'autobitlinear',
+                                       'quantization_mode': 'online'}
+        (folder / 'config.json').write_text(json.dumps(said))
+    return hf.load(str(folder), ['no', 'yes'])
+
+
+@pytest.mark.parametrize('kind', ['neo', 'gpt2', 'bitnet'])
+def test_decoders_do_not_see_padding_and_come_back(tmp_path, kind):
+    """Logits of the last token, however much padding follows; saved and loaded: the same ones, in the model's order."""
+    net, tokenizer, names, fresh = decoder(tmp_path / 'a', kind)
+    assert fresh and names == ['no', 'yes'] and hf.head_parameters(net).keys() == {'score.weight'}
+    plain = logits(net, tokenizer, TEXTS[:3])
+    assert plain.shape == (3, 2) and plain.std() > 0
+    assert_close(logits(net, tokenizer, TEXTS[:3], 16, True), plain, rtol=0, atol=1e-6)
+    assert_close(torch.cat([logits(net, tokenizer, [text]) for text in TEXTS[:3]]), plain, rtol=0, atol=1e-6)
+    hf.save(net, tokenizer, tmp_path / 'b')
+    again, words, names, fresh = hf.load(str(tmp_path / 'b'), ['yes', 'no'])
+    assert not fresh and names == ['no', 'yes'] and torch.equal(logits(again, words, TEXTS[:3]), plain)
+    assert hf.load(str(tmp_path / 'b'), ['x', 'y'])[3]
+
+
+def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path):
+    """Every projection in the blocks; outputs and gradients of transformers' AutoBitLinear on the same weights."""
+    net = decoder(tmp_path, 'bitnet')[0]
+    ternary = {n for n, m in net.named_modules() if isinstance(m, layers.TernaryLinear)}
+    assert ternary == {n for n, m in net.named_modules() if n.endswith('_proj')} and len(ternary) == 14
+    from transformers.integrations.bitnet import AutoBitLinear
+    for name in sorted(ternary):
+        ours = net.get_submodule(name)
+        theirs = AutoBitLinear(ours.in_features, ours.out_features, bias=False, online_quant=True)
+        theirs.weight.data = ours.weight.data.clone()
+        x = torch.randn(7, 5, ours.in_features) * 3
+        one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+        a, b, g = ours(one), theirs(two), torch.randn(7, 5, ours.out_features)
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
+        a.backward(g)
+        b.backward(g)
+        assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)
+        assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,203 @@
+"""report.py: files of a run, comparisons, sweeps over ranks and folds with a stand-in for the trainer."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+import common
+import report
+from conftest import ROOT
+
+CONFIG = {'out_dir': 'out', 'method': 'lora', 'rank': 16, 'fold': -1, 'ranks': (4, 8), 'folds': 0, 'resume': '',
+          'overwrite': False, 'texts': ('a', 'b'), 'rate': 2e-5, 'empty': ''}
+# Notes its options, is as accurate as its rank is large, and is slow or fails on demand.
+TRAINER = """
+import os, signal, sys, time
+options = dict(word[2:].split('=', 1) for word in sys.argv[1:])
+where = options['out_dir']
+stopped = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: stopped.append(1))
+os.makedirs(where, exist_ok=True)
+print(sorted(options.items()), file=open('calls', 'a'), flush=True)
+if os.path.exists('fail'):
+    sys.exit(2)
+for _ in range(500 * os.path.exists('slow')):
+    time.sleep(0.01)
+    if stopped:
+        open('stopped', 'a').write('saved')
+        sys.exit(0)
+accuracy = int(options['rank']) / 100 + int(options['fold']) / 1000
+open(where + '/results.yaml', 'w').write(f'accuracy: {accuracy}\\nf1: 0.5\\nrank: {options["rank"]}\\n')
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('RANK', raising=False)
+    (tmp_path / 'trainer.py').write_text(TRAINER)
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    yield tmp_path
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
+
+
+def table(path):
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def calls():
+    with open('calls') as f:
+        return [dict(eval(line)) for line in f]
+
+
+def test_a_sweep_runs_every_rank_and_passes_every_option(here, capsys):
+    report.sweep(CONFIG, 'trainer.py')
+    assert [c['rank'] for c in calls()] == ['4', '8'] and [c['out_dir'] for c in calls()] == ['out/r4', 'out/r8']
+    assert {(c['ranks'], c['resume'], c['fold'], c['texts'], c['rate'], c['overwrite']) for c in calls()} == {
+        ('()', 'auto', '-1', "('a', 'b')", '2e-05', 'False')} and 'empty' not in calls()[0]
+    rows = table('out/sweep.csv')
+    assert [(r['rank'], float(r['accuracy']), r['peak_bytes']) for r in rows] == [('4', 0.039, ''), ('8', 0.079, '')]
+    assert 'accuracy 3.90%' in capsys.readouterr().out
+
+
+def test_folds_and_their_spread(here, capsys):
+    report.sweep({**CONFIG, 'ranks': (), 'folds': 3, 'overwrite': True}, 'trainer.py')
+    assert [(c['out_dir'], c['fold'], c['rank']) for c in calls()] == [(f'out/fold{i}', str(i), '16') for i in range(3)]
+    assert all(c['overwrite'] == 'True' and 'resume' not in c for c in calls())         # anew, as asked
+    assert 'accuracy 16.10% ± 0.10% over 3 folds' in capsys.readouterr().out
+    assert [r['fold'] for r in table('out/sweep.csv')] == ['0', '1', '2']
+
+
+def test_a_failed_run_ends_the_sweep(here, capsys):
+    (here / 'fail').touch()
+    with pytest.raises(SystemExit) as e:
+        report.sweep(CONFIG, 'trainer.py')
+    assert e.value.code == 2 and len(calls()) == 1 and not (here / 'out' / 'sweep.csv').exists()
+
+
+@pytest.mark.parametrize('change', [{'method': 'full'}, {'ranks': (4, 0)}, {'folds': 1}, {'folds': -2}])
+def test_sweeps_that_make_no_sense(here, capsys, change):
+    with pytest.raises(SystemExit) as e:
+        report.sweep(CONFIG | change, 'trainer.py')
+    assert e.value.code == 2 and capsys.readouterr().err.count('\n') == 1 and not (here / 'out').exists()
+
+
+def test_a_sweep_under_torchrun_is_refused(here, capsys, monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(SystemExit):
+        report.sweep(CONFIG, 'trainer.py')
+    assert 'type python in place of torchrun' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('number, everyone', [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_stopped_sweep_lets_its_run_save_and_goes_on(here, number, everyone):
+    """SIGTERM to the sweep alone, Ctrl-C to both: the run in progress ends as it would by itself; no traceback."""
+    (here / 'slow').touch()
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import report; report.sweep({CONFIG!r}, "trainer.py")'
+    job = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    until = time.monotonic() + 60
+    while not (here / 'calls').exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    (os.killpg if everyone else os.kill)(job.pid, number)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 0 and err == '' and out.endswith('stopped; the same command goes on\n')
+    assert (here / 'stopped').read_text() == 'saved' and len(calls()) == 1
+    (here / 'slow').unlink()
+    report.sweep(CONFIG, 'trainer.py')
+    assert len(calls()) == 3 and len(table('out/sweep.csv')) == 2
+
+
+# -------------------------------------------------------------------------------------------------------- comparisons
+
+
+def predictions(folder, guesses, labels='yynnyynn', language=None):
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, 'predictions.csv'), 'w', newline='') as f:
+        out = csv.writer(f)
+        out.writerow(['index', 'label', 'prediction', *['language'] * bool(language)])
+        out.writerows([i, a, b, *([language[i]] if language else [])] for i, (a, b) in enumerate(zip(labels, guesses,
+                                                                                                      strict=True)))
+
+
+def test_compared_by_folder_or_file_and_by_language(here, capsys):
+    predictions('a', 'yyyyyyyy', language=['en', 'de'] * 4)
+    predictions('b', 'yynnyynn', language=['en', 'de'] * 4)
+    report.compare_runs(['a', 'b'])
+    out = capsys.readouterr().out
+    assert 'a 50.00%, b 100.00% of 8; difference +50.00 points' in out and 'right in one only: 0, 4' in out
+    assert 'en: a 50.00%, b 100.00% of 4' in out and 'de: ' in out and 'too small to tell' in out
+    report.compare_runs(['a/predictions.csv', 'b/', 'a'])
+    assert capsys.readouterr().out.count('of 8;') == 2
+
+
+@pytest.mark.parametrize('paths, says', [(['a'], 'one run cannot be compared'), (['a', 'c'], 'not the same test set'),
+                                         (['a', 'nosuch'], 'there is no file nosuch/predictions.csv'),
+                                         (['a', 'd'], 'index 7 is in a/predictions.csv but not in d/predictions.csv')])
+def test_what_cannot_be_compared(here, capsys, paths, says):
+    predictions('a', 'yyyyyyyy')
+    predictions('c', 'yyyyyyyy', labels='nnnnyyyy')
+    predictions('d', 'yyyyyyy', labels='yynnyyn')
+    with pytest.raises(SystemExit) as e:
+        report.compare_runs(paths)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and says in err and err.count('\n') == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write(folder, records=(), memory=None, flops=None, evaluated=None):
+    for record in records:
+        common.append_log(str(folder), record)
+    return report.write_run(
+        str(folder), {'method': 'lora', 'rank': 4}, ['n', 'y'],
+        evaluated or {'': (['y', 'n'], ['y', 'y'], range(2), 0.5)},
+        {'ms_per_sample': 2.0, 'training_s': 1.0, 'evaluation_s': 0.5, 'energy_j': None, 'adam_bytes': 1000,
+         'optimizer': 'AdamW'}, {'texts': 2, 'ms': 1.5}, memory, flops)
+
+
+def test_files_from_a_log(tmp_path):
+    epoch = {'step': 2, 'epoch': 1.0, 'train_loss': 0.7, 'val_loss': 0.6, 'val_accuracy': 0.5, 'peak_bytes': 70,
+             'resident_bytes': 900, 'gradient_bytes': 7, 'optimizer_bytes': 250}
+    found = write(tmp_path, [{'step': 1, 'loss': 1.0, 'ms': None}, {'step': 2, 'loss': 1.0, 'ms': 4.0}, epoch],
+                  {'parameters': 30, 'rest': 40, 'peak': 70}, {'Global': (5, 6), 'a': (5, None)})
+    assert found['ms_per_step'] == 4.0 and found['samples_per_s'] == 500 and found['accuracy'] == 0.5
+    assert found['peak_bytes'] == 70 and found['optimizer_bytes'] == 250 and found['train_loss'] == 0.7
+    assert yaml.safe_load((tmp_path / 'results.yaml').read_text()) == found
+    assert table(tmp_path / 'optimizer_memory.csv') == [{'optimizer': 'AdamW', 'method': 'lora', 'rank': '4', 'bytes': '250',
+                                                         'adam_bytes': '1000', 'saved': '0.75'}]
+    assert [r['module'] for r in table(tmp_path / 'flops_profiler_stats.csv')] == ['Global', 'a']
+    assert table(tmp_path / 'epoch_loss.csv')[0]['eval_accuracy'] == '0.5'
+    assert table(tmp_path / 'predictions.csv')[1] == {'index': '1', 'label': 'n', 'prediction': 'y'}
+    usage = yaml.safe_load((tmp_path / 'resource_usage.yaml').read_text())
+    assert usage['energy_j'] is None and usage['training_s'] == 1.0
+
+
+def test_nothing_trained_is_nothing_claimed(tmp_path):
+    """Languages one by one; without a log no optimizer's bytes and no saving."""
+    found = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5), 'de': (['y'], ['n'], range(1), 0.9)})
+    assert found['accuracy'] == 1 and found['languages']['de']['accuracy'] == 0 and found['languages']['de']['eval_loss'] == 0.9
+    assert found['optimizer_bytes'] is found['peak_bytes'] is found['ms_per_step'] is None
+    assert table(tmp_path / 'optimizer_memory.csv')[0]['saved'] == ''
+    assert [r['language'] for r in table(tmp_path / 'predictions.csv')] == ['en', 'de']
+    assert not (tmp_path / 'memory_breakdown.csv').exists()
+
+
+def test_attention_counts_on_a_cpu():
+    q = torch.randn(2, 3, 8, 16, requires_grad=True)
+    with report.flop_counter() as counter:
+        y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward == 2 * 2 * 2 * 3 * 8 * 8 * 16 and counter.get_total_flops() == forward * 7 // 2
