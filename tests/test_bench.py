@@ -183,7 +183,7 @@ def test_finetune_memory_by_hand(monkeypatch):
     weights = 64 * (30522 + 512 + 4 * 64 + 2 * 256 + 64 + 2)
     assert full['gradient_bytes'] == full['sent_bytes'] == plain['gradient_bytes'] == 4 * (weights + vectors)
     assert lora['gradient_bytes'] == lora['sent_bytes'] == 4 * (3 * 2 * 4 * 64 + 64 * 64 + 64 + 2 * 64 + 2)
-    R = 4 * (30522 + 512 + 4 * 64 + 256 + 64 + 64) + 2 * 2            # rank x the side without a basis; the classifier's rank is 2
+    R = 4 * (30522 + 512 + 4 * 64 + 256 + 64 + 64) + 2 * 2   # rank x the side without a basis
     assert projected['gradient_bytes'] == 4 * (R + vectors)
     assert projected['gradient_bytes'] < projected['sent_bytes'] < plain['sent_bytes'] / 10
     assert projected['saved_bytes'] < plain['saved_bytes'] and plain['optimizer_bytes'] == projected['optimizer_bytes']
