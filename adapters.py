@@ -76,6 +76,7 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None):
 
     base_model: name or path of the Hugging Face model they belong to, for peft. heads: names of modules that were trained
     as a whole beside them, e.g. a classifier, kept with them (peft's modules_to_save); task_type: peft's, e.g. SEQ_CLS."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     found = adapters(model)
     first = next(iter(found.values()))
@@ -94,7 +95,10 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None):
         for key, t in bare(model).get_submodule(head).state_dict().items():
             tensors[f'{PEFT}{head}.{key}'] = t.detach().cpu().contiguous()
     os.makedirs(folder, exist_ok=True)
-    atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(tensors, tmp, {'format': 'pt'}))
+    try:
+        atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(tensors, tmp, {'format': 'pt'}))
+    except SafetensorError as e:                    # what a full disk is there
+        raise OSError(f'could not write {folder}: {e}') from None
 
     def write(tmp):
         with open(tmp, 'w') as f:
@@ -120,7 +124,10 @@ def load_adapters(model, folder):
     if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora', 'fan_in_fan_out')):
         raise ValueError(f'{folder}: only plain LoRA adapters can be loaded')
     present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    heads = {f'{PEFT}{head}.': head for head in config.get('modules_to_save') or ()}
+    heads = {}                                      # peft takes a name for the end of one, and adds names that no module has
+    for head in config.get('modules_to_save') or ():
+        here = [n for n, _ in model.named_modules() if f'.{n}'.endswith(f'.{head}')]
+        heads |= {f'{PEFT}{n}.': n for n in here or [head]}
     saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith(tuple(heads)) and '.lora_' not in k}
     names = list(dict.fromkeys([*present, *(k.removeprefix(PEFT).rsplit('.lora_', 1)[0] for k in tensors)]))
     wanted = {f'{PEFT}{name}.lora_{ab}.weight' for name in names for ab in 'AB'}
@@ -130,7 +137,7 @@ def load_adapters(model, folder):
     for key, head in heads.items():
         wanted = {k: t for k, t in own.items() if k.startswith(f'{head}.')}
         got = {k.removeprefix(PEFT): t for k, t in saved.items() if k.startswith(key)}
-        if not wanted or wanted.keys() != got.keys() or any(got[k].shape != wanted[k].shape for k in wanted):
+        if wanted.keys() != got.keys() or any(got[k].shape != wanted[k].shape for k in wanted):
             raise ValueError(f'{path}: the weights of {head} do not fit the model')
     for name in names:
         A, B = (tensors[f'{PEFT}{name}.lora_{ab}.weight'] for ab in 'AB')

@@ -19,13 +19,9 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import logging
 import os
-import platform
 import re
-import resource
 import statistics
-import subprocess
 import sys
 import time
 import zipfile
@@ -35,141 +31,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import bench_optim
 import configurator
 import layers
-from adapters import only_adapters
 from common import peak_above, peak_memory_bytes
-from optim import RSVDAdam, attach, memory_report, optimizer_bytes
+from measure import Worker, device_name, in_turns, measure, median_ms, mib, middle, peak_bytes, ratio, resident_bytes, show, \
+    times_ms
 
 # Dense bf16 peak of a card without sparsity, from its data sheet, for the share of it that a model's arithmetic uses.
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12}
-MIB = 2 ** 20
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what every measurement uses
-
-
-class Worker:
-    """One variant in a process of its own: ask(line) sends it a line and gives its answer, a dict."""
-
-    def __init__(self, job):
-        self.job = job
-        self.process = subprocess.Popen([sys.executable, __file__, 'worker', json.dumps(job)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True,
-                                        env={'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR',     # the profiler talks
-                                             **os.environ})
-
-    def ask(self, line=''):
-        try:
-            self.process.stdin.write(f'{line}\n')
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
-        except (ValueError, OSError):
-            if self.process.wait() == 2:            # one clear line is there already
-                sys.exit(2)
-            configurator.fail(f'{self.job["name"]} failed, see above')
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def measure(names, bench, a):
-    """One answer of a fresh process for each name, one after the other."""
-    rows = []
-    for name in names:
-        worker = Worker(dict(vars(a), run=None, bench=bench, name=name))
-        rows.append({'bench': bench, 'name': name, **worker.ask(), 'device': device_name(a), 'torch': torch.__version__})
-        worker.close()
-    return rows
-
-
-def in_turns(jobs, rounds, warm_up, line):
-    """[[answer, ...] of each job]: their processes live at once but work in turns, round after round, so that what else
-    the machine does falls on all of them alike. Gives (workers, answers); the workers can be asked more."""
-    workers = [Worker(job) for job in jobs]
-    for w in workers:
-        w.ask(warm_up)
-    answers = [[] for _ in jobs]
-    for _ in range(rounds):
-        for w, found in zip(workers, answers, strict=True):
-            found.append(w.ask(line))
-    return workers, answers
-
-
-def middle(found, key):
-    """Median over rounds of a figure in their answers; None where there is none."""
-    values = [r.get(key) for r in found]
-    return None if None in values else statistics.median(values)
-
-
-def ratio(found, base, key):
-    """Median over rounds of a figure's ratio to another variant's of the same round; None where one has none."""
-    pairs = [(r.get(key), b.get(key)) for r, b in zip(found, base or [{}] * len(found), strict=True)]
-    return None if any(None in pair for pair in pairs) else statistics.median(m / b for m, b in pairs)
-
-
-def show(rows, columns, path):
-    """Print rows (dicts) as a table, columns: (key, header, format spec or function); append them to path as JSON lines."""
-    cells = [[h for _, h, _ in columns]]
-    for r in rows:
-        cells.append(['-' if r.get(k) is None else f(r[k]) if callable(f) else format(r[k], f) for k, _, f in columns])
-    width = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for row in cells:
-        print('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True))))
-    if path:
-        with open(path, 'a') as f:
-            f.writelines(json.dumps(r) + '\n' for r in rows)
-
-
-def mib(n):
-    return f'{n / MIB:.2f}'
-
-
-def device_name(a):
-    return torch.cuda.get_device_name() if a.device == 'cuda' else cpu_name()
-
-
-def times_ms(step, n, cuda, before=lambda: None):
-    """Milliseconds of each of n calls of step(), with before() in between, untimed."""
-    sync, times = torch.cuda.synchronize if cuda else (lambda: None), []
-    for _ in range(n):
-        before()
-        sync()
-        start = time.perf_counter()
-        step()
-        sync()
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def median_ms(step, seconds, cuda):
-    """Median milliseconds of step(), repeated for about `seconds` and at least 3 times."""
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        times += times_ms(step, 1, cuda)
-    return statistics.median(times)
-
-
-def peak_bytes(model, optimizer, step, cuda):
-    """Most bytes of tensors alive at once in step(), the model and what the optimizer holds before it included."""
-    return sum(p.nbytes for p in model.parameters()) + optimizer_bytes(optimizer) + peak_above(step, cuda)
-
-
-def resident_bytes():
-    """Resident memory now (Linux), else the peak so far."""
-    try:
-        return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_memory_bytes()
-
-
-def cpu_name():
-    try:
-        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # BigNet, its compressed forms, or those of a checkpoint
@@ -624,325 +494,6 @@ def train(a):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a step of an optimizer
-
-INTERVAL = 200                  # steps that a refresh is spread over
-NEVER = 10 ** 9                 # an interval that no run reaches
-PEERS = {'galore': 'galore_torch', 'bitsandbytes': 'bitsandbytes'}
-
-
-def refresh_every(optimizer, steps):
-    for group in optimizer.param_groups:
-        group['interval'] = steps
-
-
-def block_optimizer(name, params):
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)       # it misses kernels of its 4-bit layers, not needed here
-    kind, _, what = name.partition(' ')
-    if kind == 'adamw':
-        return torch.optim.AdamW(params, fused=True)
-    if kind == 'rsvd':
-        return RSVDAdam(params, rank=int(what), side='short', interval=NEVER)
-    if kind == 'galore':
-        import galore_torch
-        return galore_torch.GaLoreAdamW([{'params': params, 'rank': int(what), 'update_proj_gap': NEVER, 'scale': 1.0,
-                                          'proj_type': 'std'}], no_deprecation_warning=True)
-    import bitsandbytes
-    return bitsandbytes.optim.AdamW8bit(params)
-
-
-def state_bytes(optimizer):
-    """optimizer_bytes() of any optimizer: GaLore's bases too, which are in objects; what weights share counts once."""
-    found = [t for s in optimizer.state.values() for v in s.values() for t in (v, getattr(v, 'ortho_matrix', None))]
-    return sum({t.data_ptr(): t.nbytes for t in found if torch.is_tensor(t)}.values())
-
-
-def optim_worker(a):
-    """For each line, a number of steps, their median and what a refresh of all matrices takes longer. GaLore's is its first
-    step, once. full SVD: torch.linalg.svd of one matrix of each shape, times the layers."""
-    cuda, first = a.device == 'cuda', None
-    torch.manual_seed(0)
-    shapes = [(3 * a.dim, a.dim), (a.dim, a.dim), (4 * a.dim, a.dim), (a.dim, 4 * a.dim)]
-    params = [nn.Parameter(torch.randn(s, device=a.device)) for s in shapes * (1 if a.name == 'full SVD' else a.layers)]
-    grads = [torch.randn_like(p) for p in params]
-
-    def give():                                     # anew: RSVDAdam frees the gradients that it has projected
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-
-    def svd():
-        for g in grads:
-            torch.linalg.svd(g, full_matrices=False)
-    for line in sys.stdin:
-        if a.name == 'full SVD':
-            yield {'refresh_ms': a.layers * times_ms(svd, 1, cuda)[0]}
-            continue
-        try:
-            if first is None:
-                optimizer = block_optimizer(a.name, params)
-                first = times_ms(optimizer.step, 1, cuda, give)[0]
-        except Exception as e:                      # noqa: BLE001  a peer may lack what it needs on this device
-            if a.name.split()[0] not in PEERS:
-                raise
-            yield {'failed': str(e).split('\n')[0]}
-            continue
-        ms, refresh = statistics.median(times_ms(optimizer.step, int(line), cuda, give)), None
-        if a.name.startswith('rsvd'):
-            refresh_every(optimizer, 1)
-            refresh = times_ms(optimizer.step, 1, cuda, give)[0] - ms
-            refresh_every(optimizer, NEVER)
-        elif a.name.startswith('galore'):
-            refresh = first - ms
-        yield {'ms': ms, 'refresh_ms': refresh, 'amortised_ms': ms + (refresh or 0) / INTERVAL,
-               'optimizer_bytes': state_bytes(optimizer)}
-
-
-def numbers_in(a, key):
-    """The numbers of an option such as --ranks=16,128."""
-    text = getattr(a, key)
-    if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', text):
-        configurator.fail(f'--{key}={text} are no numbers; type e.g. --{key}=16,128')
-    return list(map(int, text.split(',')))
-
-
-def block_variants(ranks):
-    """Names of what is measured: peers only where their package is."""
-    names = ['adamw', *(f'{kind} {r}' for kind in ('rsvd', 'galore') for r in ranks), 'bitsandbytes 8bit', 'full SVD']
-    absent = [kind for kind, package in PEERS.items() if importlib.util.find_spec(package) is None]
-    return [n for n in names if n.split()[0] not in absent]
-
-
-def bench_optim(a):
-    """A step and a refresh of low-rank optimizers on the block matrices of GPT-2 124M, beside AdamW and other packages."""
-    names = block_variants(numbers_in(a, 'ranks'))
-    workers, answers = in_turns([dict(vars(a), run=None, bench='optim', name=n) for n in names], a.rounds, 1, a.steps)
-    for worker in workers:
-        worker.close()
-    found = dict(zip(names, answers, strict=True))
-    for name in [n for n in names if 'failed' in found[n][0]]:
-        print(f'left out: {name} ({found.pop(name)[0]["failed"]})')
-    print(f'{4 * a.layers} matrices of {a.layers} blocks of width {a.dim}, fp32, {a.device} ({device_name(a)}), {a.threads} '
-          f'threads, torch {torch.__version__}, {a.rounds} rounds x {a.steps} steps;\na refresh is of all of them, beyond a '
-          f'plain step; amortised: at one in {INTERVAL} steps. full SVD: torch.linalg.svd, 4 shapes x {a.layers}')
-    rows = []
-    for name, mine in found.items():
-        peer = found.get(name.replace('rsvd', 'galore')) if name.startswith('rsvd') else None
-        rows.append({'bench': 'optim', 'name': name, **{k: middle(mine, k) for k in mine[0]},
-                     'ratio': ratio(mine, found['adamw'], 'ms'), 'galore_ratio': ratio(mine, peer, 'ms'),
-                     'svd_ratio': ratio(mine, found['full SVD'], 'refresh_ms'),
-                     'amortised_ratio': ratio(mine, found['adamw'], 'amortised_ms'), 'interval': INTERVAL, 'dim': a.dim,
-                     'layers': a.layers, 'threads': a.threads, 'device': device_name(a), 'torch': torch.__version__})
-    show(rows, [('name', 'optimizer', ''), ('optimizer_bytes', 'bytes', ',.0f'), ('ms', 'ms/step', '.1f'),
-                ('ratio', 'x adamw', '.2f'), ('galore_ratio', 'x galore', '.2f'), ('refresh_ms', 'refresh ms', ',.0f'),
-                ('svd_ratio', 'x full SVD', '.3f'), ('amortised_ms', 'amortised', '.1f'),
-                ('amortised_ratio', 'x adamw', '.2f')], a.json)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DistilBERT: what its optimizer holds, and a step of fine-tuning it
-
-
-def distilbert(a):
-    """DistilBERT with 2 labels from random weights, ready to train; one line where there is no transformers."""
-    if importlib.util.find_spec('transformers') is None:
-        configurator.fail("DistilBERT's shape comes from transformers; type: pip install transformers")
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-    torch.manual_seed(0)
-    config = DistilBertConfig(dim=a.dim, hidden_dim=4 * a.dim, n_layers=a.layers, n_heads=max(1, a.dim // 64),
-                              max_position_embeddings=max(512, a.tokens), attn_implementation=a.attention)
-    return DistilBertForSequenceClassification(config).to(a.device).train()
-
-
-def training(model, optimizer, a):
-    """(forward, step) on a.batch rows of random tokens, or on fewer."""
-    ids = torch.randint(model.config.vocab_size, (a.batch, a.tokens), device=a.device)
-    labels = torch.randint(2, (a.batch,), device=a.device)
-
-    def forward(rows=a.batch):
-        return model(input_ids=ids[:rows], labels=labels[:rows]).loss
-
-    def step(rows=a.batch):
-        forward(rows).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return forward, step
-
-
-def shape_of(a):
-    attention = '' if a.attention == 'sdpa' else f'{a.attention} attention, '
-    return (f'{a.layers} layers x {a.dim}, {a.batch} x {a.tokens} tokens, {attention}fp32, {a.device} ({device_name(a)}), '
-            f'{a.threads} threads, torch {torch.__version__}')
-
-
-SCHEMES = {'adam': 'Adam', 'left': 'left, all matrices', 'short': 'short, all matrices',
-           'blocks': 'short, embeddings and classifier on Adam'}
-
-
-def optim_bytes_worker(a):
-    scheme, _, rank = a.name.partition(' ')
-    model = distilbert(a)
-    on_adam = {n for n, _ in model.named_parameters() if scheme == 'blocks' and ('embeddings' in n or n[:10] == 'classifier')}
-    groups = [{'params': [p for n, p in model.named_parameters() if n not in on_adam]},
-              {'params': [p for n, p in model.named_parameters() if n in on_adam], 'rank': 0, 'rank_fraction': 0.0}]
-    optimizer = (torch.optim.AdamW(model.parameters(), fused=True) if scheme == 'adam' else
-                 RSVDAdam(groups, rank_fraction=int(rank) / a.dim, side='left' if scheme == 'left' else 'short'))
-    _, step = training(model, optimizer, a)
-    peak = max(peak_bytes(model, optimizer, step, a.device == 'cuda') for _ in range(2))    # a refresh, an ordinary step
-    yield {'scheme': SCHEMES[scheme], 'rank': int(rank) if rank else None, 'optimizer_bytes': optimizer_bytes(optimizer),
-           'peak_bytes': peak}
-
-
-def optim_bytes(a):
-    """Bytes of RSVDAdam's and Adam's state for DistilBERT, from its tensors after a step, beside peak training memory."""
-    names = ['adam', *(f'{scheme} {r}' for scheme in list(SCHEMES)[1:] for r in numbers_in(a, 'ranks'))]
-    rows = measure(names, 'optim_bytes', a)
-    for r in rows:
-        r.update({f'{k}_saved': 1 - r[f'{k}_bytes'] / rows[0][f'{k}_bytes'] for k in ('optimizer', 'peak')},
-                 batch=a.batch, tokens=a.tokens, dim=a.dim, layers=a.layers, threads=a.threads)
-    print(f'DistilBERT, 2 labels: {shape_of(a)}; peak: tensors\nalive at once in a training step, weights and optimizer '
-          f'included; rank: of min(m, n) = {a.dim}; saved: of Adam\'s')
-    show(rows, [('scheme', 'low rank', ''), ('rank', 'rank', ''), ('optimizer_bytes', 'optimizer bytes', ','),
-                ('optimizer_bytes', 'MiB', mib), ('optimizer_saved', 'saved', '.1%'), ('peak_bytes', 'peak MiB', mib),
-                ('peak_saved', 'saved', '.1%')], a.json)
-
-
-FINETUNES = ('adamw', 'lora', 'lora without dropout', 'rsvd', 'rsvd projected')
-
-
-def finetune_model(a):
-    """(model, optimizer) of a variant. RSVDAdam's side is right: a linear layer then need not keep its input, and every row
-    of an embedding learns; the same without attach()."""
-    model = distilbert(a)
-    if a.name.startswith('lora'):
-        rule = 'lora', dict(rank=a.rank, alpha=16.0, dropout=0.1 if a.name == 'lora' else 0.0)
-        layers.convert(model, {'*.q_lin': rule, '*.k_lin': rule, '*.v_lin': rule}, verbose=False)
-        only_adapters(model).pre_classifier.requires_grad_(True)
-        model.classifier.requires_grad_(True)
-    if not a.name.startswith('rsvd'):
-        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    projected = a.name.endswith('projected')
-    optimizer = RSVDAdam(model.parameters(), rank=a.rank, side='right', interval=NEVER, stagger=int(projected))
-    if projected:
-        attach(model, optimizer, verbose=False)
-    return model, optimizer
-
-
-def first_bases(optimizer, step):
-    """Steps on one row each until every weight has its first basis: as in a run, but for its size."""
-    while any(s.get('wait') for s in optimizer.state.values()):
-        step(1)
-
-
-def refreshes(optimizer):
-    """Makes single weights due in the next step, as stagger does: the last of each shape, whose turn in the backward pass
-    comes when most is alive."""
-    for p in {p.shape: p for p in getattr(optimizer, 'slots', {})}.values():
-        optimizer.state[p]['step'] = NEVER
-        yield
-
-
-def saved_for_backward(forward, model):
-    """(bytes that the graph of forward() keeps for the backward pass, each storage once and the model's not, its loss)."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    held = {}
-
-    def pack(t):
-        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = forward()
-    return sum(n for at, n in held.items() if at not in own), loss
-
-
-def sent_bytes(model, optimizer):
-    """Bytes that DistributedDataParallel and attach() send in a step: fp32 gradients of what is trained, R of the others,
-    and their refreshes' products, spread over the interval."""
-    n = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    for p, slot in getattr(optimizer, 'slots', {}).items():
-        _, rank, sides = optimizer.low_rank(p, slot.group)
-        k = min(rank + slot.group['oversample'], *sides)
-        n += 4 * rank * sides[1] + 4 * k * sum(sides) * (1 + slot.group['n_iter']) // INTERVAL
-    return n
-
-
-def finetune_memory_worker(a):
-    """Peaks of the first steps, of an ordinary one when every weight has its basis, of refreshes; what they consist of."""
-    model, optimizer = finetune_model(a)
-    forward, step = training(model, optimizer, a)
-    peak = lambda: peak_bytes(model, optimizer, step, a.device == 'cuda')
-    peaks = {'first_bytes': max(peak() for _ in range(3))}
-    first_bases(optimizer, step)
-    saved, loss = saved_for_backward(forward, model)
-    loss.backward()
-    gradients = memory_report(model, optimizer, 0)['gradients']
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    del loss
-    peaks['ordinary_bytes'] = peak()
-    if a.name == 'rsvd projected':
-        peaks['refresh_bytes'] = max(peak() for _ in refreshes(optimizer))
-    elif a.name == 'rsvd':
-        refresh_every(optimizer, 1)
-        peaks['refresh_bytes'] = peak()
-    yield {**peaks, 'peak_bytes': max(peaks.values()), 'saved_bytes': saved, 'gradient_bytes': gradients,
-           'sent_bytes': sent_bytes(model, optimizer), 'optimizer_bytes': optimizer_bytes(optimizer)}
-
-
-def finetune_worker(a):
-    """For each line, a number of ordinary steps: their median, what a refresh of all weights takes longer, and what the
-    process had grown by at most before the first such refresh, which as a whole is none of a run that staggers them."""
-    cuda, resident = a.device == 'cuda', None
-    distilbert(argparse.Namespace(**{**vars(a), 'dim': 64, 'layers': 1, 'device': 'cpu'}))     # imports are not the model's
-    torch.mm(torch.ones(8, 8), torch.ones(8, 8))
-    before = resident_bytes()
-    model, optimizer = finetune_model(a)
-    _, step = training(model, optimizer, a)
-    for line in sys.stdin:
-        if resident is None:
-            step()
-            first_bases(optimizer, step)
-            for _ in refreshes(optimizer):
-                step()
-        ms, refresh = statistics.median(times_ms(step, int(line), cuda)), None
-        resident = resident or peak_memory_bytes() - before
-        if a.name.startswith('rsvd'):
-            refresh_every(optimizer, 1)
-            refresh = times_ms(step, 1, cuda)[0] - ms
-            refresh_every(optimizer, NEVER)
-        if cuda:
-            torch.cuda.empty_cache()                # the other variants' processes share the card
-        yield {'ms': ms, 'refresh_ms': refresh, 'amortised_ms': ms + (refresh or 0) / INTERVAL, 'resident_bytes': resident}
-
-
-def finetune(a):
-    """A whole training step of DistilBERT, dropout on: full AdamW, LoRA, low-rank Adam with and without full gradients."""
-    names = a.variants.split(',')
-    if unknown := [n for n in names if n not in FINETUNES]:
-        configurator.fail(f'{unknown[0]!r} is no variant; type --variants= and some of {",".join(FINETUNES)}')
-    rows = measure(names, 'finetune_memory', a)
-    workers, answers = in_turns([dict(vars(a), run=None, bench='finetune', name=n) for n in names], a.rounds, 1, a.steps)
-    for worker in workers:
-        worker.close()
-    found, memory = dict(zip(names, answers, strict=True)), {r['name']: r for r in rows}
-    for name, r in memory.items():
-        r.update({k: middle(found[name], k) for k in found[name][0]}, bench='finetune', rank=a.rank, batch=a.batch,
-                 tokens=a.tokens, dim=a.dim, layers=a.layers, attention=a.attention,
-                 threads=a.threads, interval=INTERVAL)
-        for base in ('adamw', 'lora'):
-            for key in ('ms', 'amortised_ms'):
-                r[f'{key}_x_{base}'] = ratio(found[name], found.get(base), key)
-            r[f'peak_x_{base}'] = r['peak_bytes'] / memory[base]['peak_bytes'] if base in memory else None
-    print(f'DistilBERT, 2 labels, rank {a.rank}: {shape_of(a)}, {a.rounds} rounds x {a.steps} steps;\namortised: with a '
-          f'refresh of every basis in {INTERVAL} steps; MiB; peak: tensors alive at once, in any step; saved: for the backward '
-          'pass;\nall-reduce: what ranks send in a step')
-    show(rows, [('name', 'variant', ''), ('ms', 'ms/step', '.0f'), ('ms_x_adamw', 'x adamw', '.2f'),
-                ('ms_x_lora', 'x lora', '.2f'), ('amortised_ms', 'amortised', '.0f'), ('peak_bytes', 'peak', mib),
-                ('peak_x_adamw', 'x adamw', '.3f'), ('peak_x_lora', 'x lora', '.3f'), ('resident_bytes', 'resident', mib),
-                ('saved_bytes', 'saved', mib), ('gradient_bytes', 'gradients', mib), ('sent_bytes', 'all-reduce', mib),
-                ('optimizer_bytes', 'optimizer', mib)], a.json)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # a zip of the sources
 
 
@@ -976,8 +527,8 @@ def bundle(a):
 # ---------------------------------------------------------------------------------------------------------------------
 
 WORKERS = {'stats': stats_worker, 'compare': compare_worker, 'fit': fit_worker, 'layers': layers_worker, 'train': train_worker,
-           'optim': optim_worker, 'optim_bytes': optim_bytes_worker, 'finetune': finetune_worker,
-           'finetune_memory': finetune_memory_worker}
+           'optim': bench_optim.optim_worker, 'optim_bytes': bench_optim.optim_bytes_worker,
+           'finetune': bench_optim.finetune_worker, 'finetune_memory': bench_optim.finetune_memory_worker}
 
 
 def worker(a):
@@ -1026,16 +577,15 @@ def main():
     p.add_argument('--kinds', default='plain,fp,bin,tern,int4')
     p.add_argument('--dtypes', default='float32,bfloat16')
     p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')
-    p = command('optim', bench_optim, dim=768, layers=12, rounds=5, steps=5)
+    p = command('optim', bench_optim.optim, dim=768, layers=12, rounds=5, steps=5)
     p.add_argument('--ranks', default='16,128')
     shape = dict(dim=768, layers=6, batch=16, tokens=128)
-    bytes_ = command('optim-bytes', optim_bytes, **shape)
-    tune = command('finetune', finetune, **shape, rank=16, rounds=5, steps=2)
+    bytes_ = command('optim-bytes', bench_optim.optim_bytes, **shape)
+    tune = command('finetune', bench_optim.finetune, **shape, rank=16, rounds=5, steps=2)
     bytes_.add_argument('--ranks', default='4,8,16,64,128')
     for p in (bytes_, tune):
         p.add_argument('--attention', default='sdpa', choices=('sdpa', 'eager'), help="transformers' name of it")
-    tune.add_argument('--variants', default=','.join(FINETUNES), help='rsvd and those after it: low-rank Adam, plain and '
-                      'with the projected backward pass')
+    tune.add_argument('--variants', default=','.join(bench_optim.FINETUNES), help='some of them')
     command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args()
     if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():

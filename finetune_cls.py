@@ -608,7 +608,8 @@ def main():
                 folder = os.path.join(out_dir, f'{base_name()}-{task}-{method}' + (f'-r{rank}' if method != 'full' else ''))
                 if method in ADAPTERS:
                     heads = sorted({name.rpartition('.')[0] for name in head})
-                    base = os.path.join(out_dir, 'base') if init_from == 'scratch' else model or default_model()
+                    base = model or default_model() if init_from != 'scratch' else os.path.join(
+                        os.path.dirname(resume_path) if elsewhere else out_dir, 'base')
                     adapters.save_adapters(raw_net, folder, base, heads, 'SEQ_CLS')
                     tokenizer.save_pretrained(folder)
                 else:

@@ -180,7 +180,9 @@ def collate(tokenizer, rows, max_len, pad_to_max=False):
 
 def save(net, tokenizer, folder):
     """Write the model and its tokenizer as a folder that from_pretrained() and load() read. LowRankLinear layers are written
-    as the dense weights that they stand for, and their factors beside them; ternary ones as what they were made from."""
+    as the dense weights that they stand for, and their factors beside them; ternary ones as what they were made from.
+    Raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     state, factors = {}, {}
     for key, tensor in net.state_dict().items():
@@ -194,9 +196,12 @@ def save(net, tokenizer, folder):
     write = lambda name, it: atomic_write(os.path.join(folder, name), lambda tmp: save_file(it, tmp, {'format': 'pt'}))
     bare = net.backbone if isinstance(net, LastTokenClassifier) else net
     prefix = f'{net.base_model_prefix}.' if bare is not net else ''
-    bare.save_pretrained(folder, state_dict={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    tokenizer.save_pretrained(folder)
-    if bare is not net:
-        write(HEAD, {'weight': state['score.weight']})
-    if factors:
-        write('low_rank.safetensors', factors)
+    try:
+        bare.save_pretrained(folder, state_dict={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        tokenizer.save_pretrained(folder)
+        if bare is not net:
+            write(HEAD, {'weight': state['score.weight']})
+        if factors:
+            write('low_rank.safetensors', factors)
+    except SafetensorError as e:                    # what a full disk is there
+        raise OSError(f'could not write {folder}: {e}') from None

@@ -456,3 +456,68 @@ def test_peft_tells_apart_names_that_end_alike(tmp_path):
         nn.init.normal_(m.lora_B)
     save_adapters(model, tmp_path)
     assert_close(peft.PeftModel.from_pretrained(bare, tmp_path)(x), model(x), rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- heads
+
+
+def with_head(rank=3):
+    model = nn.ModuleDict({'body': nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), 'head': nn.Sequential(nn.Linear(6, 4)),
+                           'out': nn.Linear(4, 2)})
+    if rank:
+        convert(model, {'body.*': ('lora', dict(rank=rank))}, verbose=False)
+        for m in adapters(model).values():
+            nn.init.normal_(m.lora_B)
+    return model
+
+
+def test_heads_are_kept_with_the_adapters(tmp_path):
+    """Modules trained as a whole come back with the adapters; what is not of them stays; peft's names in the files."""
+    model, other = with_head(), with_head(0)
+    save_adapters(model, tmp_path, 'some/model', ['head', 'out'], 'SEQ_CLS')
+    before = other.state_dict()
+    body = {k: t.clone() for k, t in before.items() if k.startswith('body')}
+    assert load_adapters(other, tmp_path) == ['body.0', 'body.1']
+    after, wanted = other.state_dict(), model.state_dict()
+    assert all(torch.equal(after[k], wanted[k]) for k in wanted if k.startswith(('head', 'out')) or 'lora' in k)
+    assert all(torch.equal(after[k.replace('weight', 'base.weight').replace('bias', 'base.bias')], t) for k, t in body.items())
+    config = json.loads((tmp_path / 'adapter_config.json').read_text())
+    assert config['modules_to_save'] == ['head', 'out'] and config['task_type'] == 'SEQ_CLS'
+    assert config['base_model_name_or_path'] == 'some/model'
+    from safetensors.torch import load_file
+    assert {k for k in load_file(tmp_path / 'adapter_model.safetensors') if 'lora' not in k} == {
+        f'base_model.model.{k}' for k in ('head.0.weight', 'head.0.bias', 'out.weight', 'out.bias')}
+
+
+def test_heads_that_do_not_fit_leave_the_model_alone(tmp_path):
+    """Another number of labels, a head that is not there, one that the file lacks: one line, nothing changed."""
+    from safetensors.torch import load_file, save_file
+    save_adapters(with_head(), tmp_path, heads=['head', 'out'])
+    path, whole = tmp_path / 'adapter_model.safetensors', load_file(tmp_path / 'adapter_model.safetensors')
+    wider, headless = with_head(0), with_head(0)
+    wider['out'] = nn.Linear(4, 3)
+    del headless['out']
+    for model, kept in ((wider, whole), (headless, whole),
+                        (with_head(0), {k: t for k, t in whole.items() if not k.endswith('out.bias')})):
+        save_file(kept, path)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match='the weights of out do not fit the model'):
+            load_adapters(model, tmp_path)
+        assert same(model.state_dict(), before)
+
+
+def test_peft_loads_the_head_too(tmp_path):
+    """DistilBERT with our LoRA and a trained head: peft puts both onto a model with another head; and the way back."""
+    bare, ids = distilbert()
+    ours = copy.deepcopy(bare)
+    convert(ours, {'*.[qv]_lin': ('lora', dict(rank=4))}, verbose=False)
+    for p in [*(m.lora_B for m in adapters(ours).values()), ours.classifier.weight, ours.pre_classifier.weight]:
+        nn.init.normal_(p)
+    save_adapters(ours, tmp_path / 'ours', 'distilbert', ['classifier', 'pre_classifier'], 'SEQ_CLS')
+    from peft import PeftModel
+    theirs = PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path / 'ours').eval()
+    assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / 'theirs')
+    again = copy.deepcopy(bare)
+    load_adapters(again, tmp_path / 'theirs')
+    assert_close(again(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ import torch.nn as nn
 from conftest import ROOT
 
 import bench
+import bench_optim
 import common
 import layers
 
@@ -142,16 +143,17 @@ def test_optim_command(tmp_path):
 def test_peers_are_optional(monkeypatch):
     """Packages that are not installed are left out; one that does not work says why and its process lives on."""
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
-    assert bench.block_variants([4, 8]) == ['adamw', 'rsvd 4', 'rsvd 8', 'full SVD']
+    assert bench_optim.block_variants([4, 8]) == ['adamw', 'rsvd 4', 'rsvd 8', 'full SVD']
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
-    assert bench.block_variants([4]) == ['adamw', 'rsvd 4', 'galore 4', 'bitsandbytes 8bit', 'full SVD']
+    assert bench_optim.block_variants([4]) == ['adamw', 'rsvd 4', 'galore 4', 'bitsandbytes 8bit', 'full SVD']
 
     def broken(name, params):
         raise RuntimeError('no kernel here\nreally')
-    monkeypatch.setattr(bench, 'block_optimizer', broken)
-    assert asked(bench.optim_worker, monkeypatch, 'bitsandbytes 8bit', 2, dim=8, layers=1) == [{'failed': 'no kernel here'}] * 2
+    monkeypatch.setattr(bench_optim, 'block_optimizer', broken)
+    found = asked(bench_optim.optim_worker, monkeypatch, 'bitsandbytes 8bit', 2, dim=8, layers=1)
+    assert found == [{'failed': 'no kernel here'}] * 2
     with pytest.raises(RuntimeError):
-        asked(bench.optim_worker, monkeypatch, 'rsvd 4', dim=8, layers=1)
+        asked(bench_optim.optim_worker, monkeypatch, 'rsvd 4', dim=8, layers=1)
 
 
 def test_galore_is_counted_whole():
@@ -160,7 +162,7 @@ def test_galore_is_counted_whole():
     for p in torch.zeros(2):
         optimizer.state[p] = {'exp_avg': torch.zeros(7), 'map': shared, 'step': 1}
     optimizer.state[p]['projector'] = argparse.Namespace(ortho_matrix=basis)
-    assert bench.state_bytes(optimizer) == 4 * (12 + 5 + 2 * 7)
+    assert bench_optim.state_bytes(optimizer) == 4 * (12 + 5 + 2 * 7)
 
 
 @pytest.mark.parametrize('name, n_bytes', [
@@ -169,7 +171,7 @@ def test_galore_is_counted_whole():
 def test_bytes_of_distilbert(monkeypatch, name, n_bytes):
     """Optimizer bytes of the published table to the byte, from real tensors after a real step of the real model."""
     pytest.importorskip('transformers')
-    row, = asked(bench.optim_bytes_worker, monkeypatch, name, dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
+    row, = asked(bench_optim.optim_bytes_worker, monkeypatch, name, dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
     assert row['optimizer_bytes'] == n_bytes and row['peak_bytes'] > n_bytes + 2 * 4 * 66_955_010      # weights, gradients
 
 
@@ -177,8 +179,8 @@ def test_finetune_memory_by_hand(monkeypatch):
     """Gradients, what ranks send, what is kept for the backward pass: of the four ways to train, on a small model."""
     pytest.importorskip('transformers')
     options = dict(dim=64, layers=1, batch=4, tokens=32, attention='sdpa', rank=4)
-    full, lora, _, plain, projected = (asked(bench.finetune_memory_worker, monkeypatch, name, **options)[0]
-                                       for name in bench.FINETUNES)
+    full, lora, _, plain, projected = (asked(bench_optim.finetune_memory_worker, monkeypatch, name, **options)[0]
+                                       for name in bench_optim.FINETUNES)
     vectors = 2 * 64 + 4 * 64 + 2 * 64 + 256 + 64 + 2 * 64 + 64 + 2
     weights = 64 * (30522 + 512 + 4 * 64 + 2 * 256 + 64 + 2)
     assert full['gradient_bytes'] == full['sent_bytes'] == plain['gradient_bytes'] == 4 * (weights + vectors)
@@ -207,7 +209,7 @@ def test_finetune_command(tmp_path):
 def test_without_transformers_one_line(monkeypatch, capsys):
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit) as e:
-        bench.distilbert(argparse.Namespace(dim=64))
+        bench_optim.distilbert(argparse.Namespace(dim=64))
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1 and 'pip install transformers' in err
 

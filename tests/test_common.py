@@ -76,6 +76,35 @@ def test_sample_indices_are_uniform():
     assert abs((centred[1:] * centred[:-1]).mean() / (n * n - 1) * 12) < 4 / math.sqrt(drawn.size)
 
 
+@pytest.mark.parametrize('n, batch', [(10, 4), (7, 7), (5, 12), (96, 16)])
+def test_epoch_indices_show_every_sample_once_an_epoch(n, batch):
+    """However batches cut the epochs; each epoch in another order, as of each seed; asked for in pieces of any size (ranks,
+    micro-steps, another batch size after a resume): the same row."""
+    row = np.concatenate([common.epoch_indices(3, step * batch, n, batch) for step in range(4 * n)])
+    epochs = row[:len(row) // n * n].reshape(-1, n)
+    assert (np.sort(epochs, axis=1) == np.arange(n)).all() and row.dtype == np.int64
+    assert len({tuple(e) for e in epochs}) > len(epochs) // 2
+    assert (common.epoch_indices(3, 0, n, len(row)) == row).all()
+    for start in (0, 1, n - 1, n, 2 * n + 1):
+        pieces = [common.epoch_indices(3, start + i, n, 1) for i in range(n)]
+        assert (np.concatenate(pieces) == row[start:start + n]).all()
+    assert not (common.epoch_indices(4, 0, n, len(row)) == row).all()
+
+
+def test_epoch_indices_are_a_pure_function():
+    """Global generators are neither read nor moved, what is returned may be written to, and no number comes from the
+    library's version; negative seeds are seeds."""
+    np.random.seed(1)
+    torch.manual_seed(1)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    first = common.epoch_indices(0, 0, 10, 10)
+    assert first.tolist() == [4, 3, 7, 1, 5, 6, 2, 0, 9, 8]
+    first[:] = 0
+    assert common.epoch_indices(0, 0, 10, 10).tolist() == [4, 3, 7, 1, 5, 6, 2, 0, 9, 8]
+    assert (np.random.get_state()[1] == before[0]).all() and torch.equal(torch.get_rng_state(), before[1])
+    assert sorted(common.epoch_indices(-1, 0, 10, 10)) == list(range(10))
+
+
 def test_seed_step_is_a_function_of_seed_step_and_rank():
     def draw(*key):
         common.seed_step(*key)
@@ -466,6 +495,25 @@ def test_meters_measure_or_say_nothing():
 def resident_bytes():
     with open('/proc/self/statm') as f:
         return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def test_peak_meter_counts_and_passes_stderr_on(capfd):
+    """What is alive at once, tensors from before not counted; standard error but for torch's one line, on errors too."""
+    old = torch.ones(1000)
+    with common.peak_meter(False) as found:
+        a = torch.ones(250_000)
+        b = a + 1
+        del a, old
+        c = torch.ones(125_000)
+        os.write(2, b'first\n[W CPUAllocator.cpp:1] of no use\n')
+        print('second', file=sys.stderr)
+    assert found['bytes'] == pytest.approx(2 * b.nbytes, abs=100) and c.nbytes < b.nbytes
+    assert sorted(capfd.readouterr().err.splitlines()) == ['first', 'second']
+    with pytest.raises(KeyError), common.peak_meter(False):
+        os.write(2, b'third\n')
+        raise KeyError
+    print('fourth', file=sys.stderr)
+    assert capfd.readouterr().err == 'third\nfourth\n'
 
 
 def test_energy_meter_reads_and_unwraps_rapl(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import math
 import multiprocessing.forkserver
 import os
 import re
+import resource
 import shutil
 
 import numpy as np
@@ -19,7 +20,7 @@ import hf
 import layers
 import optim
 from conftest import ROOT, SERVER, ranks, wait_all
-from test_train_gpt import IN_EVALUATION, NAN_LOSS, kill_at
+from test_train_gpt import AT_STEP, IN_EVALUATION, NAN_LOSS, kill_at
 
 SCRIPT = ROOT / 'finetune_cls.py'
 MEASURED = {'ms', 'samples_per_s', 'peak_mem_bytes', 'energy_j', 'peak_bytes', 'resident_bytes', 'gradient_bytes'}
@@ -351,6 +352,25 @@ def test_a_run_is_not_overwritten_by_accident(train, folder, scratch):
     assert 'another method (full, not lora)' in one_error(train('--resume=auto', '--method=lora', cwd=cwd, code=2))
     train('--overwrite=True', '--epochs=1', cwd=cwd)
     assert result(cwd)['steps'] == 6 and len(log(cwd, 'train_loss')) == 1
+
+
+def test_damaged_last_falls_back_and_a_full_disk_costs_a_warning(train, folder, unbroken):
+    """last.pt cut in half: a warning, the end of the unbroken run. From step 8 on no file over 30 kB: saves fail with one
+    warning each, the run ends in one error that says how to go on; with room it does, to the same end."""
+    whole, cwd = unbroken('full', '--save_interval=5'), folder()
+    shutil.copytree(whole / 'out', cwd / 'out')
+    (cwd / 'out' / 'last.pt').write_bytes((whole / 'out' / 'last.pt').read_bytes()[:50_000])
+    done = train('--save_interval=5', '--resume=auto', cwd=cwd)
+    assert re.fullmatch(r'warning: out/last\.pt .*; going on from out/last\.prev\.pt \(step 15\)\n', done.err), done.err
+    assert_same_run(cwd, whole)
+    cwd, action = folder(), ('import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
+                             f'resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, {resource.RLIM_INFINITY}))')
+    done = train('--save_interval=5', cwd=cwd, patch=AT_STEP.format(step=8, rank=0, action=action), code=2)
+    assert done.out.count('the last good checkpoint stays, training goes on') == 3 and checkpoint(cwd)['step'] == 5
+    assert 'make room and type the same command with --resume=auto' in one_error(done)
+    train('--save_interval=5', '--resume=auto', cwd=cwd)
+    assert_same_run(cwd, whole)
+    assert not [path for path in (cwd / 'out').rglob('*') if 'tmp' in path.name]
 
 
 # ------------------------------------------------------------------------------------------------- numbers of processes
