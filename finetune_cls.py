@@ -36,7 +36,7 @@ import tokens
 # run
 out_dir = 'out/cls'            # config.py, log.jsonl, last.pt, the figures and the model folder go here
 seed = 42                      # head, adapters, order of samples, dropout, sketches
-init_from = 'pretrained'       # pretrained: weights of `model` | scratch: random ones | resume
+init_from = 'pretrained'       # pretrained: weights of `model` | scratch: random ones
 resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
 overwrite = False              # start anew in an out_dir that already holds a run
 eval_only = False              # no training: evaluate the run in out_dir, or else `model` as it is
@@ -238,8 +238,8 @@ def main():
             (dtype not in dtypes, f'dtype={dtype!r} is none of {", ".join(dtypes)}'),
             (method not in METHODS, f'method={method!r} is none of {", ".join(METHODS)}'),
             (schedule not in ('linear', 'cosine', 'constant'), f'schedule={schedule!r} is none of linear, cosine, constant'),
-            (init_from not in ('pretrained', 'scratch', 'resume'), f'init_from={init_from!r} is none of pretrained, scratch, '
-             'resume; a model of your own is --model=FOLDER, a checkpoint --resume=PATH'),
+            (init_from not in ('pretrained', 'scratch'), f'init_from={init_from!r} is neither pretrained nor scratch; a model of your '
+             'own is --model=FOLDER, a checkpoint --resume=auto or --resume=PATH'),
             (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base in int8, which '
              f'method={method!r} does not train on; type --method=lora'),
             (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt'),
@@ -248,6 +248,7 @@ def main():
             (not {'head', 'embeddings'}.issuperset(adam_for), f'adam_for={adam_for} may hold head and embeddings'),
             (folds and not 0 <= fold < folds, f'fold={fold} of {folds}'),
             (task == 'xnli' and not languages, 'languages=() leaves nothing to evaluate; type --languages=en'),
+            (train_samples < 0, f'train_samples={train_samples} is below 0'),
             (not 0 < top_fraction <= 1, f'top_fraction={top_fraction} is above 0 and at most 1')):
         if wrong:
             fail(why)
@@ -264,8 +265,7 @@ def main():
     accumulation = batch_size // (micro * world)
     last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
-    resume_path = (last_path if init_from == 'resume' or ((resume == 'auto' or eval_only) and has_run)
-                   else '' if resume == 'auto' else resume)
+    resume_path = last_path if (resume == 'auto' or eval_only) and has_run else '' if resume == 'auto' else resume
     elsewhere = resume_path and os.path.abspath(os.path.dirname(resume_path)) != os.path.abspath(out_dir)
     if has_run and (elsewhere or not resume_path) and not overwrite:
         fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another folder, or '
@@ -308,7 +308,7 @@ def main():
         fail(f'{model or default_model()} has no head for {", ".join(names)} and {out_dir} no checkpoint; train first')
     samples = hf.encode(tokenizer, texts, max_len)
     eval_rows = {key: hf.encode(tokenizer, found[0], max_len) for key, found in eval_sets.items()}
-    n_params, n_head_params = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in head.values())
+    n_params, n_head_params = layers.model_bytes(net)[1] // 4, sum(p.numel() for p in head.values())
     n_trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     total_iters = max_iters or math.ceil(epochs * len(samples) / batch_size)
     say(f'{type(net).__name__}: {n_params:,} parameters, {n_trained:,} trained ({n_head_params:,} in the head'
@@ -357,11 +357,13 @@ def main():
         try:
             os.makedirs(out_dir, exist_ok=True)
             if not resume_path:
-                for name in {'last.pt', 'last.prev.pt', 'best.pt', 'results.yaml'} & set(os.listdir(out_dir)):
+                for name in {'last.pt', 'last.prev.pt', 'best.pt'} & set(os.listdir(out_dir)):
                     os.remove(os.path.join(out_dir, name))
             if whole:
                 hf.save(whole, tokenizer, os.path.join(out_dir, 'base'))   # adapters are nothing without it
             if not eval_only:
+                with contextlib.suppress(FileNotFoundError):           # its figures are of an end that is not reached yet
+                    os.remove(os.path.join(out_dir, 'results.yaml'))
                 configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
                                   'finetune_cls.py: every constant of this run')
                 common.cut_log(out_dir, step)
@@ -407,6 +409,8 @@ def main():
                 total += F.cross_entropy(logits, wanted[chosen], reduction='sum').item()
                 guesses[chosen] = logits.argmax(1)
         raw_net.train()
+        if dev.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(dev)     # what is reported is the peak of training
         if common.any_rank(stopped()):
             return None
         loss = common.mean_over_ranks(total, (guesses >= 0).sum().item())
@@ -430,13 +434,16 @@ def main():
                 common.save_checkpoint(path, {
                     'trainer': 'finetune_cls', 'step': step, 'described': described, 'model': kept_state(raw_net),
                     'optimizer': optimizer.state_dict(), 'best': best, 'epoch_loss': epoch_loss, 'config': config,
-                    'peak': [peak, gradient_bytes],
+                    'peak': [peak_so_far(), gradient_bytes],
                     'scaler': [loss_scale, good_steps], 'joules': joules_before + (joules() or 0.0), 'wandb_id': wandb_id},
                     keep_previous)
                 return True
             except OSError as e:                    # a full disk must not cost the run; the file before this one stays
                 print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
         return False
+
+    def peak_so_far():
+        return max(peak, torch.cuda.max_memory_allocated(dev)) if dev.type == 'cuda' and step > first_step else peak
 
     def live_bytes():
         return sum(t.nbytes for t in [*raw_net.parameters(), *raw_net.buffers()]) + optim.optimizer_bytes(optimizer)
@@ -467,16 +474,14 @@ def main():
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
         if not stop and step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0)):
-            found = evaluate(key := next(iter(eval_sets)))             # of several languages the first
+            key, peak = next(iter(eval_sets)), peak_so_far()           # of several languages the first
+            found = evaluate(key)
             stop = found is None
             if not stop:
                 accuracy = np.mean([names[i] == label for i, label in zip(found[1], eval_sets[key][1], strict=True)]).item()
                 record = {'step': step, 'samples': step * batch_size, 'epoch': round(seen, 3), 'val_loss': found[0],
                           'val_accuracy': accuracy}
                 if epoch_done or last_step:
-                    if dev.type == 'cuda' and step > first_step:
-                        peak = torch.cuda.max_memory_allocated(dev)
-                        torch.cuda.reset_peak_memory_stats(dev)
                     record |= {'train_loss': epoch_loss[0] / max(1, epoch_loss[1]), 'peak_bytes': peak,
                                'resident_bytes': common.peak_memory_bytes(), 'gradient_bytes': gradient_bytes,
                                'optimizer_bytes': optim.optimizer_bytes(optimizer)}
@@ -484,8 +489,8 @@ def main():
                 say(f'step {step}, epoch {seen:.2f}: val loss {found[0]:.4f}, accuracy {accuracy:.2%}', flush=True)
                 log(record)
                 if keep_best and accuracy > best[0]:
-                    best = [accuracy, step]
-                    save(best_path)
+                    before, best = best, [accuracy, step]
+                    best = best if save(best_path) or rank_here else before
             elif step != saved_step and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
@@ -611,7 +616,7 @@ def main():
                     base = model or default_model() if init_from != 'scratch' else os.path.join(
                         os.path.dirname(resume_path) if elsewhere else out_dir, 'base')
                     adapters.save_adapters(raw_net, folder, base, heads, 'SEQ_CLS')
-                    tokenizer.save_pretrained(folder)
+                    hf.save_tokenizer(tokenizer, folder)
                 else:
                     hf.save(raw_net, tokenizer, folder)
             for key in evaluated:

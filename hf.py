@@ -198,10 +198,18 @@ def save(net, tokenizer, folder):
     prefix = f'{net.base_model_prefix}.' if bare is not net else ''
     try:
         bare.save_pretrained(folder, state_dict={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         if bare is not net:
             write(HEAD, {'weight': state['score.weight']})
         if factors:
             write('low_rank.safetensors', factors)
     except SafetensorError as e:                    # what a full disk is there
         raise OSError(f'could not write {folder}: {e}') from None
+
+
+def save_tokenizer(tokenizer, folder):
+    """Raises OSError, which for a full disk the library does not."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as e:                          # noqa: BLE001  it has no other kind
+        raise OSError(f'could not write the tokenizer to {folder}: {e}') from None

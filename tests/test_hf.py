@@ -1,6 +1,8 @@
 """hf.py: vocabularies that come out the same, texts to batches, heads by the names of labels, BitNet, folders."""
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 
@@ -165,6 +167,21 @@ def test_what_cannot_be_loaded_is_one_line(saved, tmp_path):
         with pytest.raises(ValueError, match=f"cannot load model '{name}'") as error:
             hf.load(name, ['no', 'yes'])
         assert '\n' not in str(error.value)
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    """Whichever library finds out: the one for weights, the one for tokenizers."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    net, tokenizer = small()
+    try:
+        for limit, saved in ((30_000, lambda: hf.save(net, tokenizer, tmp_path)),
+                             (900, lambda: hf.save_tokenizer(tokenizer, tmp_path))):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(OSError, match=f'could not write.*{tmp_path}'):
+                saved()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_low_rank_layers_are_saved_dense(saved, tmp_path):
