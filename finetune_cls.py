@@ -238,8 +238,8 @@ def main():
             (dtype not in dtypes, f'dtype={dtype!r} is none of {", ".join(dtypes)}'),
             (method not in METHODS, f'method={method!r} is none of {", ".join(METHODS)}'),
             (schedule not in ('linear', 'cosine', 'constant'), f'schedule={schedule!r} is none of linear, cosine, constant'),
-            (init_from not in ('pretrained', 'scratch'), f'init_from={init_from!r} is neither pretrained nor scratch; a model of your '
-             'own is --model=FOLDER, a checkpoint --resume=auto or --resume=PATH'),
+            (init_from not in ('pretrained', 'scratch'), f'init_from={init_from!r} is neither pretrained nor scratch; '
+             'a model of your own is --model=FOLDER, a checkpoint --resume=auto or --resume=PATH'),
             (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base in int8, which '
              f'method={method!r} does not train on; type --method=lora'),
             (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt'),

@@ -591,7 +591,7 @@ MISTAKES = [
     (('--folds=97', '--fold=0'), 'folds=97 of 96 texts'), (('--targets=nosuch', '--method=lora'), 'some of '),
     (('--targets=nosuch', '--method=lora', '--init_from=scratch', '--model='), 'no linear layer'),
     (('--task=xnli', '--dataset={data}', '--languages=en'), 'data'), (('--task=xnli', '--languages=()'), 'languages=()'),
-    (('--init_from=resume',), 'last.pt does not exist'), (('--batch_size=20',), 'no multiple'),
+    (('--init_from=resume',), 'neither pretrained nor scratch'), (('--batch_size=20',), 'no multiple'),
     (('--eval_only=True',), 'no head for down, up'), (('--energy=0.5',), 'energy=0.5 is for'), (('--rank=0',), 'rank=0'),
     (('--compare=a',), 'one run cannot be compared'), (('--compare=a,b',), 'there is no file a/predictions.csv'),
     (('--n_head=5', '--init_from=scratch', '--model='), '5'), (('--compare=a.csv,b.csv',), 'there is no file a.csv'),
