@@ -10,6 +10,7 @@ Constants, methods, then main() from top to bottom; the figures of a run are csv
 """
 import contextlib
 import copy
+import importlib.util
 import math
 import os
 import shlex
@@ -88,7 +89,7 @@ svt_interval = 50              # weight_reduction_svt: steps between truncations
 # optimizer
 epochs = 3.0                   # times each training text is seen
 max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
-learning_rate = 2e-5           # peak; 2e-4 for anything but full
+learning_rate = 0.0            # peak; 0: 2e-5 for full, 2e-4 for the other methods
 min_lr = 0.0                   # at the last step
 schedule = 'linear'            # linear | cosine | constant
 warmup_iters = 0               # linear warm-up, steps
@@ -155,9 +156,9 @@ def make_optimizer(net, head):
     groups = [{'params': list(matrices.values()), 'weight_decay': weight_decay},
               {'params': [p for n, p in trained.items() if n not in matrices], 'weight_decay': 0.0}]
     if method == 'lora_topr':
-        return optim.TopRAdamW(groups, lr=learning_rate, fraction=top_fraction)
+        return optim.TopRAdamW(groups, lr=1.0, fraction=top_fraction)
     if not method.startswith('rsvd'):
-        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        return torch.optim.AdamW(groups, lr=1.0, fused=True)
     low = dict(rank=rank, rank_fraction=rank_fraction)
     if method == 'rsvd_svt' and energy:
         low = dict(energy=energy, rank_min=min(4, rank), rank_max=rank)
@@ -167,7 +168,7 @@ def make_optimizer(net, head):
     plain = {n for n in matrices if n in head and 'head' in adam_for or n in tables and 'embeddings' in adam_for}
     groups = [{'params': [p for n, p in matrices.items() if n not in plain], 'side': side, **low},
               {'params': [p for n, p in matrices.items() if n in plain], 'rank': 0}, groups[1]]
-    return optim.RSVDAdam([g for g in groups if g['params']], lr=learning_rate, weight_decay=weight_decay, interval=interval,
+    return optim.RSVDAdam([g for g in groups if g['params']], lr=1.0, weight_decay=weight_decay, interval=interval,
                           scale=scale, rotate=rotate, stagger=stagger, state_dtype=state_dtype, seed=seed)
 
 
@@ -233,8 +234,10 @@ def main():
     stopped = common.stop_flag()
     say = print if rank_here == 0 else (lambda *a, **k: None)
     fail = lambda why: configurator.fail(why, rank0_only=True)
+    missing = [n for n in ('transformers', 'sklearn', 'scipy', 'yaml') if importlib.util.find_spec(n) is None]
     dtypes = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
     for wrong, why in (
+            (missing, f'{missing} cannot be imported; type: pip install -r requirements.txt'),
             (dtype not in dtypes, f'dtype={dtype!r} is none of {", ".join(dtypes)}'),
             (method not in METHODS, f'method={method!r} is none of {", ".join(METHODS)}'),
             (schedule not in ('linear', 'cosine', 'constant'), f'schedule={schedule!r} is none of linear, cosine, constant'),
@@ -248,14 +251,18 @@ def main():
             (not {'head', 'embeddings'}.issuperset(adam_for), f'adam_for={adam_for} may hold head and embeddings'),
             (folds and not 0 <= fold < folds, f'fold={fold} of {folds}'),
             (task == 'xnli' and not languages, 'languages=() leaves nothing to evaluate; type --languages=en'),
-            (train_samples < 0, f'train_samples={train_samples} is below 0'),
+            (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train'),
+            (n_embd % max(1, n_head), f'n_embd={n_embd} is no multiple of n_head={n_head}'),
             (not 0 < top_fraction <= 1, f'top_fraction={top_fraction} is above 0 and at most 1')):
         if wrong:
             fail(why)
-    for key in ('rank', 'batch_size', 'eval_batch_size', 'max_len', 'log_interval', 'save_interval', 'interval',
-                'svt_interval'):
-        if globals()[key] < 1:
-            fail(f'{key}={globals()[key]} must be 1 or more')
+    at_least = dict.fromkeys(('train_samples', 'micro_batch_size', 'max_iters', 'eval_interval', 'grad_clip', 'learning_rate',
+                              'stagger', 'warmup_iters'), 0)
+    at_least |= dict.fromkeys(('rank', 'batch_size', 'eval_batch_size', 'max_len', 'log_interval', 'save_interval', 'interval',
+                               'svt_interval', 'n_layer', 'n_head', 'n_embd', 'vocab_size'), 1)
+    for key, least in at_least.items():
+        if globals()[key] < least:
+            fail(f'{key}={globals()[key]} must be {least} or more')
     amp_dtype = dtypes[dtype]
     amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
     torch.set_float32_matmul_precision('high')
@@ -265,7 +272,8 @@ def main():
     accumulation = batch_size // (micro * world)
     last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
-    resume_path = last_path if (resume == 'auto' or eval_only) and has_run else '' if resume == 'auto' else resume
+    resume_path = (last_path if has_run and (resume == 'auto' or (eval_only and not resume)) else
+                   '' if resume == 'auto' else resume)
     elsewhere = resume_path and os.path.abspath(os.path.dirname(resume_path)) != os.path.abspath(out_dir)
     if has_run and (elsewhere or not resume_path) and not overwrite:
         fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another folder, or '
@@ -276,7 +284,7 @@ def main():
         known = eval_only and resume_path and common.read_last_checkpoint(resume_path, 'finetune_cls')['described']['labels']
         texts, ids, eval_sets, names = read_data(known)
     except ValueError as e:
-        fail(str(e))
+        configurator.fail(str(e))
 
     # -------------------------------------------------------------------------------------------------------- model
     torch.manual_seed(seed)                                            # same head and adapters on every rank
@@ -292,7 +300,7 @@ def main():
         if getattr(net.config, 'max_position_embeddings', max_len) < max_len:
             raise ValueError(f'this model has {net.config.max_position_embeddings} positions, max_len={max_len} needs more')
         ids = [order.index(names[i]) for i in ids]                     # labels go by name: the model may count them otherwise
-        names = order
+        names, names_of_data = order, names
         head = hf.head_parameters(net)
         adam_bytes = sum(8 * p.numel() + 4 for p in net.parameters())  # torch's AdamW on all of them
         whole = copy.deepcopy(net) if init_from == 'scratch' and method in ADAPTERS and not resume_path else None
@@ -302,14 +310,15 @@ def main():
             p.data = p.data.float()
         if gradient_checkpointing:
             net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
-    except (ValueError, OSError, ZeroDivisionError) as e:
-        fail(f'{e}')
+    except (ValueError, OSError) as e:
+        configurator.fail(f'{e}')
     if eval_only and fresh and not resume_path:
         fail(f'{model or default_model()} has no head for {", ".join(names)} and {out_dir} no checkpoint; train first')
     samples = hf.encode(tokenizer, texts, max_len)
     eval_rows = {key: hf.encode(tokenizer, found[0], max_len) for key, found in eval_sets.items()}
     n_params, n_head_params = layers.model_bytes(net)[1] // 4, sum(p.numel() for p in head.values())
     n_trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    peak_rate = learning_rate or (2e-5 if method == 'full' else 2e-4)
     total_iters = max_iters or math.ceil(epochs * len(samples) / batch_size)
     say(f'{type(net).__name__}: {n_params:,} parameters, {n_trained:,} trained ({n_head_params:,} in the head'
         f'{", new" if fresh else ""}); {len(names)} labels: {", ".join(names[:9])}{" ..." * (len(names) > 9)}')
@@ -320,22 +329,26 @@ def main():
     try:
         optimizer = make_optimizer(net, head)
     except ValueError as e:
-        fail(str(e))
+        configurator.fail(str(e))
     if method.startswith('rsvd') and projected:
-        with contextlib.redirect_stdout(None) if rank_here else contextlib.nullcontext():
-            optim.attach(net, optimizer)
+        optim.attach(net, optimizer, verbose=rank_here == 0)
     gradients = getattr(optimizer, 'gradients', lambda: {p: p.grad for p in net.parameters() if p.grad is not None})
     loss_scale, good_steps = (2.0 ** 16, 0) if dtype == 'float16' else (1.0, 0)
 
     # ------------------------------------------------------------------------------------------------------- resume
-    step, best, epoch_loss, peak, gradient_bytes, joules_before, wandb_id, run = 0, [-1.0, 0], [0.0, 0], 0, 0, 0.0, None, None
-    described = {'model': base_name(), 'method': method, 'rank': rank, 'labels': list(names), 'samples': len(samples),
+    step, best, epoch_loss, wandb_id, run = 0, [-1.0, 0], [0.0, 0], None, None
+    meter = report.StepMeter(net, optimizer, dev, rank_here, world)
+    # What another value of would make it another run, or its state another shape's; the frozen weights are not in a checkpoint.
+    frozen = [t for n, t in net.state_dict().items() if n not in kept_state(net)]
+    described = {'model': base_name(), 'frozen': common.checksum(frozen), 'labels': list(names), 'samples': len(samples),
                  'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
+    described |= {key: config[key] for key in ('method', 'rank', 'rank_fraction', 'energy', 'targets', 'lora_alpha', 'quant8',
+                                               'side', 'adam_for', 'state_dtype', 'dtype', 'folds', 'fold')}
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
             for key, value in described.items():
-                if state['described'][key] != value and not (eval_only and key == 'samples'):
+                if state['described'][key] != value and not (eval_only and key in ('samples', 'folds', 'fold')):
                     raise ValueError(f'{resume_path} has another {key} ({state["described"][key]}, not {value}); resume with '
                                      f'{out_dir}/config.py')
             kept = kept_state(net)
@@ -345,9 +358,10 @@ def main():
             for group, options in zip(optimizer.param_groups, asked, strict=True):
                 group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
         except ValueError as e:
-            fail(str(e))
-        step, epoch_loss, joules_before, wandb_id = (state[k] for k in ('step', 'epoch_loss', 'joules', 'wandb_id'))
-        best, (peak, gradient_bytes) = best if elsewhere else state['best'], state['peak']
+            configurator.fail(str(e))
+        step, epoch_loss, wandb_id = (state[k] for k in ('step', 'epoch_loss', 'wandb_id'))
+        best = best if elsewhere else state['best']
+        meter.load(state['meter'])
         loss_scale, good_steps = state['scaler'] if dtype == 'float16' else (1.0, 0)
         del state
         say(f'resumed from {resume_path} at step {step}')
@@ -384,7 +398,7 @@ def main():
         net = torch.compile(net)
     if world > 1:
         net = nn.parallel.DistributedDataParallel(net, device_ids=[local_rank] if dev.type == 'cuda' else None,
-                                                  gradient_as_bucket_view=True)
+                                                  gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def batch(rows):
         found = hf.collate(tokenizer, rows, max_len, pad_to_max)
@@ -392,11 +406,11 @@ def main():
 
     @torch.no_grad()
     def evaluate(key):
-        """(mean loss, ids (n,), seconds) of one of the sets to evaluate, shared out over ranks; None if stopped."""
-        encoded, wanted = eval_rows[key], torch.tensor([names.index(label) for label in eval_sets[key][1]])
+        """(mean loss, ids (n,), seconds a text) of one of the sets to evaluate, shared out over ranks; None if stopped."""
+        encoded, labels = eval_rows[key], torch.tensor([names.index(label) for label in eval_sets[key][1]])
         by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]['input_ids']))    # little to pad
         chunks = [by_length[i:i + eval_batch_size] for i in range(0, len(by_length), eval_batch_size)]
-        guesses, total, seconds = torch.full((len(encoded),), -1), 0.0, 0.0
+        predictions, total, times = torch.full((len(encoded),), -1), 0.0, []
         raw_net.eval()
         for i in range(rank_here, -(-len(chunks) // world) * world, world):
             if common.any_rank(stopped()):
@@ -405,19 +419,19 @@ def main():
                 x, start = batch([encoded[j] for j in chosen]), time.perf_counter()
                 with amp:
                     logits = raw_net(**x).logits.float().cpu()
-                seconds += time.perf_counter() - start
-                total += F.cross_entropy(logits, wanted[chosen], reduction='sum').item()
-                guesses[chosen] = logits.argmax(1)
+                times.append((time.perf_counter() - start, len(chosen)))
+                total += F.cross_entropy(logits, labels[chosen], reduction='sum').item()
+                predictions[chosen] = logits.argmax(1)
         raw_net.train()
-        if dev.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats(dev)     # what is reported is the peak of training
+        meter.reset_cuda()                          # what is reported is the peak of training
         if common.any_rank(stopped()):
             return None
-        loss = common.mean_over_ranks(total, (guesses >= 0).sum().item())
+        loss = common.mean_over_ranks(total, (predictions >= 0).sum().item())
         if world > 1:
-            guesses = guesses.to(dev)
-            dist.all_reduce(guesses, dist.ReduceOp.MAX)
-        return loss, guesses.tolist(), seconds
+            predictions = predictions.to(dev)
+            dist.all_reduce(predictions, dist.ReduceOp.MAX)
+        seconds, n = (sum(x) for x in zip(*(times[1:] or times or [(0, 1)]), strict=True))      # the first batch warms up
+        return loss, predictions.tolist(), seconds / n
 
     def log(record):
         if rank_here == 0:
@@ -434,19 +448,11 @@ def main():
                 common.save_checkpoint(path, {
                     'trainer': 'finetune_cls', 'step': step, 'described': described, 'model': kept_state(raw_net),
                     'optimizer': optimizer.state_dict(), 'best': best, 'epoch_loss': epoch_loss, 'config': config,
-                    'peak': [peak_so_far(), gradient_bytes],
-                    'scaler': [loss_scale, good_steps], 'joules': joules_before + (joules() or 0.0), 'wandb_id': wandb_id},
-                    keep_previous)
+                    'meter': meter.state(), 'scaler': [loss_scale, good_steps], 'wandb_id': wandb_id}, keep_previous)
                 return True
             except OSError as e:                    # a full disk must not cost the run; the file before this one stays
                 print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
         return False
-
-    def peak_so_far():
-        return max(peak, torch.cuda.max_memory_allocated(dev)) if dev.type == 'cuda' and step > first_step else peak
-
-    def live_bytes():
-        return sum(t.nbytes for t in [*raw_net.parameters(), *raw_net.buffers()]) + optim.optimizer_bytes(optimizer)
 
     profiler = None
     if profile and rank_here == 0:
@@ -456,10 +462,9 @@ def main():
         profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=2, active=3, repeat=1),
                                           on_trace_ready=show)
         profiler.start()
-    joules = common.energy_meter(dev)              # since this process started
     failure, stop = '', False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
-    first_step, flops, began = step, None, time.perf_counter()
+    meter.begin(step)
     epoch_of = lambda step: step * batch_size / len(samples)
     if not eval_only:
         say(f'step {step} of {total_iters}' + (' is reached: nothing to do' if step >= total_iters else ''))
@@ -474,7 +479,7 @@ def main():
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
         if not stop and step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0)):
-            key, peak = next(iter(eval_sets)), peak_so_far()           # of several languages the first
+            key, epoch_peak = next(iter(eval_sets)), meter.peak()      # of several languages the first
             found = evaluate(key)
             stop = found is None
             if not stop:
@@ -482,10 +487,11 @@ def main():
                 record = {'step': step, 'samples': step * batch_size, 'epoch': round(seen, 3), 'val_loss': found[0],
                           'val_accuracy': accuracy}
                 if epoch_done or last_step:
-                    record |= {'train_loss': epoch_loss[0] / max(1, epoch_loss[1]), 'peak_bytes': peak,
-                               'resident_bytes': common.peak_memory_bytes(), 'gradient_bytes': gradient_bytes,
+                    record |= {'train_loss': epoch_loss[0] / max(1, epoch_loss[1]), 'peak_bytes': epoch_peak,
+                               'resident_bytes': common.peak_memory_bytes(), 'gradient_bytes': meter.gradient_bytes,
                                'optimizer_bytes': optim.optimizer_bytes(optimizer)}
                     epoch_loss = [0.0, 0]
+                    meter.reset()
                 say(f'step {step}, epoch {seen:.2f}: val loss {found[0]:.4f}, accuracy {accuracy:.2%}', flush=True)
                 log(record)
                 if keep_best and accuracy > best[0]:
@@ -498,34 +504,24 @@ def main():
             break
 
         # TRAINING SECTION BEGIN
-        lr = common.lr_at(step, schedule, learning_rate, min_lr, warmup_iters, total_iters)
+        lr = common.lr_at(step, schedule, peak_rate, min_lr, warmup_iters, total_iters)
         for group in optimizer.param_groups:
             group['lr'] = lr
         common.seed_step(seed, step, rank_here)
         chosen = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
         loss_sum = torch.zeros((), device=dev)
-        # Memory on a CPU: every allocation of a few steps, two at the beginning, one in the middle of epochs.
-        probed = dev.type == 'cpu' and rank_here == 0 and (step - first_step in (0, 2) or not profile and int(
-            seen + 0.5) > int(epoch_of(step - 1) + 0.5))
-        counted = rank_here == 0 and step == total_iters - 1 and not compile
-        before = live_bytes() if probed else 0
-        with common.peak_meter(False) if probed else contextlib.nullcontext() as meter:
+        middle = not profile and int(seen + 0.5) > int(epoch_of(step - 1) + 0.5)
+        with meter.step(step, in_middle=middle, count_flops=step == total_iters - 1 and not compile):
             for i in range(accumulation):
                 x = batch([samples[j] for j in chosen[i, rank_here]])
                 y = torch.tensor([ids[j] for j in chosen[i, rank_here]], device=dev)
                 if world > 1:                       # DDP reads this flag in the forward pass
                     net.require_backward_grad_sync = i == accumulation - 1
-                with report.flop_counter() if counted and i == 0 else contextlib.nullcontext() as counter:
-                    with amp:
-                        loss = F.cross_entropy(net(**x).logits.float(), y)
-                    forward = counter and {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-                    loss_sum += loss.detach()
-                    (loss * (loss_scale / accumulation)).backward()
-                if counter:
-                    both = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-                    flops = {k: (forward.get(k, 0), n - forward.get(k, 0) if k == 'Global' else None) for k, n in both.items()}
-            if probed or counted:
-                gradient_bytes = optim.memory_report(raw_net, optimizer, 0)['gradients']
+                with amp, meter.forward():
+                    loss = F.cross_entropy(net(**x).logits.float(), y)
+                loss_sum += loss.detach()
+                (loss * (loss_scale / accumulation)).backward()
+            meter.backward_done()
             grads = gradients()
             if loss_scale != 1:
                 torch._foreach_mul_(list(grads.values()), 1 / loss_scale)
@@ -536,7 +532,8 @@ def main():
                 culprits = [n for n, p in raw_net.named_parameters() if p in grads and not grads[p].isfinite().all()]
                 failure = (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: '
                            f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
-                           f'touched, the last checkpoint is of step {saved_step}; try a lower --learning_rate')
+                           f'touched, the last checkpoint is {f"of step {saved_step}" if saved_step > 0 else "not made yet"}; '
+                           'try a lower --learning_rate')
             elif overflow:                          # the step is left out and the next one scaled less
                 loss_scale, good_steps = loss_scale / 2, 0
             else:
@@ -558,9 +555,7 @@ def main():
 
         step, timed_steps = step + 1, timed_steps + 1
         epoch_loss = [epoch_loss[0] + loss, epoch_loss[1] + 1]
-        if probed:
-            peak = max(peak, before + meter['bytes'])
-        if probed or counted:                       # these are slower than the others
+        if meter.disturbed:                         # a measured step is slower than the others
             clock, timed_steps = time.perf_counter(), 0
         if profiler:
             profiler.step()
@@ -569,45 +564,35 @@ def main():
             clock, timed_steps = time.perf_counter(), 0
             record = {'step': step, 'samples': step * batch_size, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': ms,
                       'samples_per_s': ms and batch_size / ms * 1e3, 'peak_mem_bytes': common.peak_memory_bytes(dev),
-                      'energy_j': None if joules() is None else joules_before + joules()}
+                      'energy_j': meter.joules()}
             say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}'
                 + (f', {ms:.0f} ms, {record["samples_per_s"]:,.0f} texts/s' if ms else ''), flush=True)
             log(record)
 
     # ---------------------------------------------------------------------------------------------------------- end
-    evaluated, languages_s, trained_s = {}, 0.0, time.perf_counter() - began
+    evaluated, folder = {}, ''
+    meter.end()
     if not failure and not stop:
-        if keep_best and os.path.exists(best_path):
-            raw_net.load_state_dict(common.read_checkpoint(best_path, 'finetune_cls')['model'], strict=False)
-        for key, (_, labels, places) in eval_sets.items():
+        if not common.ranks_agree(common.checksum(kept_state(raw_net).values())):      # and all wait for the last save
+            configurator.fail('the weights of the ranks differ: the run is broken, please report it')
+        if keep_best and best[1]:
+            state = common.read_checkpoint(best_path, 'finetune_cls')
+            kept = kept_state(raw_net)
+            common.load_model_state(raw_net, state['model'], best_path, [k for k in raw_net.state_dict() if k not in kept])
+        for key, (_, labels, rows) in eval_sets.items():
             found = evaluate(key)
             stop = found is None
             if stop:
                 break
-            evaluated[key], languages_s = (labels, [names[i] for i in found[1]], places, found[0]), languages_s + found[2]
+            evaluated[key] = labels, [names[i] for i in found[1]], rows, found[0], found[2]
     if rank_here == 0 and evaluated and not stop:
-        x, net_eval = batch(samples[:micro]), raw_net.eval()
-        with torch.no_grad(), amp:
-            with report.flop_counter() as counter:
-                net_eval(**x)
-            forward_peak, start = common.peak_above(lambda: net_eval(**x), dev.type == 'cuda'), time.perf_counter()
-            net_eval(**x).logits.cpu()
-        shape = x['input_ids'].shape
-        forward = {'texts': shape[0], 'tokens': shape[1], 'forward_flops': counter.get_total_flops(),
-                   'peak_bytes': forward_peak, 'ms': (time.perf_counter() - start) * 1e3}
-        memory = None
-        if step > first_step:
-            memory = optim.memory_report(raw_net, optimizer, peak)
-            memory |= {'gradients': gradient_bytes, 'rest': memory['rest'] + memory['gradients'] - gradient_bytes}
         about = {'model': model or ('scratch' if init_from == 'scratch' else default_model()), 'task': task, 'method': method,
                  'rank': rank if method != 'full' else None, 'seed': seed, 'epochs': epoch_of(step), 'steps': step,
-                 'parameters': n_params, 'trained_parameters': n_trained, 'weights': f'best, step {best[1]}' if keep_best
-                 else 'last'}
-        measured = {'ms_per_sample': languages_s * world / sum(len(found[0]) for found in evaluated.values()) * 1e3,
-                    'training_s': trained_s, 'evaluation_s': languages_s, 'adam_bytes': adam_bytes,
-                    'energy_j': None if joules() is None else joules_before + joules(), 'optimizer': type(optimizer).__name__}
+                 'parameters': n_params, 'trained_parameters': n_trained,
+                 'weights': f'best, step {best[1]}' if keep_best and best[1] else 'last'}
         try:
-            results = report.write_run(out_dir, about, names, evaluated, measured, forward, memory, flops)
+            forward = report.forward_row(raw_net, batch(samples[:micro]), amp, dev.type == 'cuda')
+            results = report.write_run(out_dir, about, names_of_data, evaluated, meter, forward, adam_bytes)
             if not eval_only:
                 # {model}-{task}-{method}-r{rank}, as the reference names its folders; full has no rank
                 folder = os.path.join(out_dir, f'{base_name()}-{task}-{method}' + (f'-r{rank}' if method != 'full' else ''))
@@ -619,12 +604,7 @@ def main():
                     hf.save_tokenizer(tokenizer, folder)
                 else:
                     hf.save(raw_net, tokenizer, folder)
-            for key in evaluated:
-                r = results['languages'][key] if 'languages' in results else results
-                say(f'{key + ": " if key else ""}accuracy {r["accuracy"]:.2%} [{r["accuracy_low"]:.2%}, '
-                    f'{r["accuracy_high"]:.2%}], {r["f1_kind"]} F1 {r["f1"]:.4f} [{r["f1_low"]:.4f}, {r["f1_high"]:.4f}], '
-                    f'n = {r["n"]:,}')
-            say(f'{results["ms_per_sample"]:.2f} ms/text; figures in {out_dir}' + ('' if eval_only else f', model in {folder}'))
+            say(report.in_words(results) + f'; figures in {out_dir}' + (f', model in {folder}' if folder else ''))
         except OSError as e:
             failure = f'{e}; the checkpoint is whole: make room and type the same command with --resume=auto'
     common.close_processes()
@@ -634,7 +614,7 @@ def main():
         configurator.fail(failure, rank0_only=True)
     if stop:
         launcher = 'python' if world == 1 else f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world)}'
-        command = shlex.join([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
+        command = shlex.join(sys.argv if eval_only else [sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
         kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
         say(f'stopped at step {step}{kept}; go on with: {launcher} {command}')
 

@@ -46,10 +46,11 @@ class LastTokenClassifier(nn.Module):
         nn.init.normal_(self.score.weight, std=0.02)
 
     def forward(self, input_ids, attention_mask, **options):
+        from transformers.modeling_outputs import SequenceClassifierOutput
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         last = attention_mask.sum(1) - 1
         logits = self.score(hidden[torch.arange(len(last), device=last.device), last].to(self.score.weight.dtype))
-        return _transformers().modeling_outputs.SequenceClassifierOutput(logits=logits)
+        return SequenceClassifierOutput(logits=logits)
 
     def gradient_checkpointing_enable(self, **options):
         self.backbone.gradient_checkpointing_enable(**options)
@@ -70,6 +71,7 @@ def load(name, names, dtype=torch.float32, weights=True):
     t = _transformers()
     try:
         config, tokenizer = t.AutoConfig.from_pretrained(name), t.AutoTokenizer.from_pretrained(name)
+        config.use_cache = False
         if getattr(config, 'quantization_config', None) is not None:
             # microsoft/bitnet-b1.58-2B-4T-bf16 has it; its weights are plain bf16, and the ternary layers are ours
             if config.model_type != 'bitnet' or config.quantization_config.get('quantization_mode') != 'online':
@@ -196,6 +198,8 @@ def save(net, tokenizer, folder):
     write = lambda name, it: atomic_write(os.path.join(folder, name), lambda tmp: save_file(it, tmp, {'format': 'pt'}))
     bare = net.backbone if isinstance(net, LastTokenClassifier) else net
     prefix = f'{net.base_model_prefix}.' if bare is not net else ''
+    if net.config.model_type == 'bitnet':           # who reads it without this has another model
+        bare.config.quantization_config = dict(quant_method='bitnet', linear_class='autobitlinear', quantization_mode='online')
     try:
         bare.save_pretrained(folder, state_dict={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         save_tokenizer(tokenizer, folder)
@@ -205,6 +209,8 @@ def save(net, tokenizer, folder):
             write('low_rank.safetensors', factors)
     except SafetensorError as e:                    # what a full disk is there
         raise OSError(f'could not write {folder}: {e}') from None
+    finally:
+        bare.config.__dict__.pop('quantization_config', None)
 
 
 def save_tokenizer(tokenizer, folder):

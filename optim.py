@@ -175,6 +175,7 @@ class RSVDAdam(torch.optim.Optimizer):
                  n_iter=1, warm_start=False, stagger=0, state_dtype='fp32', seed=0, compile=False):
         self.slots = {}                             # {parameter: slot} of those whose gradient comes projected
         self.projected = {}                         # {parameter: R (r, n) fp32} of this step
+        self.failed = set()                         # parameters whose refresh overflowed in this step
         self._adam = torch.compile(adam_) if compile else adam_
         self._compiled = compile
         super().__init__(params, dict(
@@ -246,14 +247,19 @@ class RSVDAdam(torch.optim.Optimizer):
         old = state.get('basis')
         found = range_basis(multiply, multiply_t, shape, rank, oversample=group['oversample'], n_iter=group['n_iter'],
                             generator=generator, start=old if group['warm_start'] else None)
-        if found is None:                           # the gradient is not finite: whoever looks at R will see it
+        if found is None:                           # not finite: whoever looks at R shall see it and leave the step out
+            self.failed.add(p)
             if old is None:
                 state['basis'] = torch.full((shape[0], rank), math.nan, device=p.device)
             return
         basis, s = found
         if group['energy']:
-            eye = torch.eye(shape[1], device=p.device).split(256, 1)
-            total = sum(multiply(columns).square().sum() for columns in eye)
+            n, product = min((shape[1], multiply), (shape[0], multiply_t), key=lambda one: one[0])
+            total = 0.0                             # |G|^2 through products with unit vectors, 256 at a time
+            for i in range(0, n, 256):
+                block = torch.zeros(n, min(256, n - i), device=p.device)
+                block[i:i + 256].fill_diagonal_(1.0)
+                total = total + product(block).square().sum()
             rank = choose_rank(s, total, group['energy'], min(group['rank_min'], rank), rank)
         basis = basis[:, :rank].contiguous()
         if group['state_dtype'] != 'fp32':
@@ -268,6 +274,7 @@ class RSVDAdam(torch.optim.Optimizer):
         if group['state_dtype'] != 'fp32':
             generator = sketch_generator(group['seed'], self._index[p], state['step'], 1, device=M.device)
         for name, t, square in (('exp_avg', M, False), ('exp_avg_sq', V, True)):
+            state.pop(f'{name}_top', None)          # of another dtype, before a resume
             for suffix, part in keep(t, group['state_dtype'], square, generator).items():
                 state[name + suffix] = part
 
@@ -303,6 +310,9 @@ class RSVDAdam(torch.optim.Optimizer):
         for p, slot in self.slots.items():
             if self.waits(p, slot.group):
                 self.projected[p] = None
+        for p in self.failed:
+            if self.projected.get(p) is not None:
+                self.projected[p].fill_(math.nan)
         return {p: self.projected.get(p) if p in self.projected else p.grad for p in self._index
                 if self.projected.get(p) is not None or p.grad is not None}
 
@@ -339,12 +349,13 @@ class RSVDAdam(torch.optim.Optimizer):
                 for pairs in some:
                     self._update(group, t, low, *zip(*pairs, strict=True))
         self.projected.clear()
+        self.failed.clear()
         return loss
 
     def _update(self, group, t, low, params, grads):
         """One Adam step of several parameters that have taken the same number of steps."""
         (b1, b2), lr = group['betas'], group['lr']
-        full = group['state_dtype'] == 'fp32'
+        full = group['state_dtype'] == 'fp32' and all(self.state[p]['exp_avg'].dtype == torch.float32 for p in params)
         Ms, Vs = ([held(self.state[p], name) for p in params] for name in ('exp_avg', 'exp_avg_sq'))
         if not low and full and params[0].dtype == grads[0].dtype == torch.float32:
             # torch's own AdamW in one pass, nothing of full size on the way; it counts the step itself
@@ -368,6 +379,7 @@ class RSVDAdam(torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
         self.projected.clear()
+        self.failed.clear()
         for slot in self.slots.values():
             slot.R = None
 

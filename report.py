@@ -4,6 +4,8 @@ epoch_loss.csv, epoch_peak_memory.csv, flops_profiler_stats.csv, forward_pass.cs
 predictions.csv, results.yaml, resource_usage.yaml. Bytes, milliseconds, joules, FLOPs (a multiply-add is two); what nobody
 measured is an empty field or null.
 """
+import collections
+import contextlib
 import itertools
 import os
 import platform
@@ -18,6 +20,7 @@ import torch.utils.flop_counter as flop_counters
 
 import classification
 import common
+import optim
 from configurator import fail, save
 
 
@@ -40,55 +43,172 @@ def flop_counter():
             lambda g, q, k, v, *args, **kwargs: flop_counters.sdpa_backward_flop_count(g, q, k, v)})
 
 
-def write_run(out_dir, about, names, evaluated, measured, forward, memory, flops):
+class StepMeter:
+    """Peak memory, gradient bytes, FLOPs, joules and seconds of a run's training steps, on rank 0.
+
+    CUDA: the allocator's own peak of every step. CPU: every allocation of some steps: the first and third of a process, one
+    in the middle of each epoch and, for RSVDAdam, the first refresh of each weight that has moments already."""
+
+    def __init__(self, net, optimizer, device, rank, world):
+        self.net, self.optimizer, self.device, self.rank, self.world = net, optimizer, device, rank, world
+        self.gradient_bytes, self.flops, self.counter, self.disturbed, self.refreshed = 0, None, None, False, set()
+        self.epoch_peak, self.seconds, self.joules_before, self.first_step = 0, 0.0, 0.0, None
+
+    def state(self):
+        return {'peak': self.peak(), 'gradient_bytes': self.gradient_bytes, 'joules': self.joules() or 0.0,
+                'seconds': self.seconds + time.perf_counter() - self.began}
+
+    def load(self, state):
+        self.epoch_peak, self.gradient_bytes, self.joules_before, self.seconds = (
+            state[k] for k in ('peak', 'gradient_bytes', 'joules', 'seconds'))
+
+    def begin(self, step):
+        self.first_step, self.began, self.energy = step, time.perf_counter(), common.energy_meter(self.device)
+        self.reset_cuda()
+
+    def end(self):
+        """Of training: energy and seconds stand still from here on."""
+        joules = self.joules()
+        self.joules, self.seconds = (lambda: joules), self.seconds + time.perf_counter() - self.began
+
+    def joules(self):
+        """Since the run began; None where nothing measures them, and with several processes, whose sum nobody sees."""
+        used = self.energy() if self.world == 1 else None
+        return None if used is None else self.joules_before + used
+
+    def reset_cuda(self):
+        if self.device.type == 'cuda':
+            self.epoch_peak = self.peak()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.stepped = False
+
+    def reset(self):
+        """A new epoch."""
+        self.epoch_peak = 0
+
+    def peak(self):
+        """Bytes, of this epoch so far."""
+        counted = self.device.type == 'cuda' and getattr(self, 'stepped', False)
+        return max(self.epoch_peak, torch.cuda.max_memory_allocated(self.device)) if counted else self.epoch_peak
+
+    def _first_refresh(self):
+        if not hasattr(self.optimizer, 'due'):
+            return False
+        due = {p for g in self.optimizer.param_groups for p in g['params'] if self.optimizer.low_rank(p, g)
+               and 'exp_avg' in self.optimizer.state[p] and self.optimizer.due(p, g)} - self.refreshed
+        self.refreshed |= due
+        return bool(due)
+
+    @contextlib.contextmanager
+    def step(self, step, in_middle, count_flops):
+        """Around a step, from the batch to the update; forward() and backward_done() inside."""
+        first = step - self.first_step
+        probe = (first in (0, 2) or self._first_refresh() or in_middle) and self.device.type == 'cpu' and self.rank == 0
+        self.disturbed, self.stepped, self.forward_flops = probe or count_flops, True, collections.Counter()
+        held = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
+        if self.world > 1:                          # DistributedDataParallel's buckets stay between steps
+            held += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
+        with contextlib.ExitStack() as stack:
+            found = stack.enter_context(common.peak_meter(False)) if probe else None
+            self.counter = stack.enter_context(flop_counter()) if count_flops and self.rank == 0 else None
+            yield
+        if probe:
+            self.epoch_peak = max(self.epoch_peak, held + found['bytes'])
+
+    def _counts(self):
+        return collections.Counter({name: sum(ops.values()) for name, ops in self.counter.get_flop_counts().items()})
+
+    @contextlib.contextmanager
+    def forward(self):
+        before = self._counts() if self.counter else None
+        yield
+        if self.counter:
+            self.forward_flops += self._counts() - before
+
+    def backward_done(self):
+        if self.disturbed or not self.gradient_bytes:
+            self.gradient_bytes = optim.memory_report(self.net, self.optimizer, 0)['gradients']
+        if self.counter:
+            total = self._counts()
+            self.flops = {name: (self.forward_flops[name], n - self.forward_flops[name] if name == 'Global' else None)
+                          for name, n in total.items()}
+
+
+def forward_row(net, x, amp, cuda):
+    """The row of forward_pass.csv: one forward pass in evaluation of the batch x, {name: tensor}."""
+    net.eval()
+    with torch.no_grad(), amp:
+        with flop_counter() as counter:
+            net(**x)
+        peak, start = common.peak_above(lambda: net(**x), cuda), time.perf_counter()
+        net(**x).logits.cpu()
+    texts, length = x['input_ids'].shape
+    return {'texts': texts, 'tokens': length, 'forward_flops': counter.get_total_flops(), 'peak_bytes': peak,
+            'ms': (time.perf_counter() - start) * 1e3}
+
+
+def write_run(out_dir, about, names, evaluated, meter, forward, adam_bytes):
     """Write the files of a run and return results.yaml's dict.
 
-    about: {key: value} that say what it is (model, task, method, rank, seed, ...). names: labels in the order of their ids.
-    evaluated: {language or '': (labels (n,), predictions (n,), rows of the file (n,), loss)}, labels and predictions by
-    name. measured: {'ms_per_sample', 'training_s', 'evaluation_s', 'energy_j', 'adam_bytes', ...}. forward: a row of
-    forward_pass.csv. memory: {part: bytes} in the order of memory_breakdown.csv, None if nothing was trained here. flops:
-    {module: (forward, backward)} of the last step's first micro-batch, or None; backward of all of it only, as torch's
-    counter counts some of it several times in modules that share an input.
+    about: {key: value} that say what it is (model, task, method, rank, seed, ...). names: labels in the order of the data
+    set: F1 is of the second of two. evaluated: {language or '': (labels (n,), predictions (n,), rows of the file (n,), loss,
+    seconds a text)}, labels and predictions by name. meter: a StepMeter after its run. forward: a row of forward_pass.csv.
+    adam_bytes: what AdamW would keep for all parameters. FLOPs are of the last step; those of the backward pass only as a
+    whole, as torch's counter counts some of it several times in modules that share an input.
     """
     table = lambda name, columns, rows: classification.write_table(os.path.join(out_dir, name), columns, rows)
     records = common.read_log(out_dir)
     epochs, steps = [r for r in records if 'train_loss' in r], [r for r in records if r.get('ms')]
+    peak = max((r['peak_bytes'] for r in epochs), default=0) or None
     table('epoch_loss.csv', ('epoch', 'step', 'train_loss', 'eval_loss', 'eval_accuracy'),
           [[r[k] for k in ('epoch', 'step', 'train_loss', 'val_loss', 'val_accuracy')] for r in epochs])
     table('epoch_peak_memory.csv', ('epoch', 'peak_bytes', 'resident_bytes'),
           [[r[k] for k in ('epoch', 'peak_bytes', 'resident_bytes')] for r in epochs])
     table('forward_pass.csv', tuple(forward), [list(forward.values())])
-    if flops:
-        table('flops_profiler_stats.csv', ('module', 'forward_flops', 'backward_flops'),
-              [(name, *flops[name]) for name in sorted(flops, key=lambda name: (name != 'Global', name))])
-    if memory:
-        table('memory_breakdown.csv', ('part', 'bytes'), list(memory.items()))
+    if meter.flops:
+        table('flops_profiler_stats.csv', ('module', 'forward_flops', 'backward_flops'), [
+            (name, *meter.flops[name]) for name in sorted(meter.flops, key=lambda name: (name != 'Global', name))])
     optimizer = epochs[-1]['optimizer_bytes'] if epochs else None
-    adam = measured.pop('adam_bytes')
-    table('optimizer_memory.csv', ('optimizer', 'method', 'rank', 'bytes', 'adam_bytes', 'saved'),
-          [[measured.pop('optimizer'), about['method'], about['rank'], optimizer, adam,
-            None if optimizer is None else round(1 - optimizer / adam, 6)]])
+    if peak:
+        parts = optim.memory_report(meter.net, meter.optimizer, peak) | {'gradients': epochs[-1]['gradient_bytes']}
+        parts['rest'] = peak - sum(parts[k] for k in ('parameters', 'buffers', 'gradients', 'optimizer'))
+        table('memory_breakdown.csv', ('part', 'bytes'), list(parts.items()))
+    table('optimizer_memory.csv', ('optimizer', 'method', 'rank', 'bytes', 'adam_bytes', 'saved'), [
+        [type(meter.optimizer).__name__, about['method'], about['rank'], optimizer, adam_bytes,
+         None if optimizer is None else round(1 - optimizer / adam_bytes, 6)]])
     several, rows, per_language = len(evaluated) > 1 or '' not in evaluated, [], {}
-    for language, (labels, guesses, places, loss) in evaluated.items():
-        rows += [(*([language] if several else []), int(i), label, guess)
-                 for i, label, guess in zip(places, labels, guesses, strict=True)]
-        of = {name: i for i, name in enumerate(names)}
+    of = {name: i for i, name in enumerate(names)}
+    for language, (labels, predictions, places, loss, _) in evaluated.items():
+        rows += [(*([language] if several else []), int(i), label, prediction)
+                 for i, label, prediction in zip(places, labels, predictions, strict=True)]
         per_language[language] = {'eval_loss': loss, **classification.metrics(
-            [of[x] for x in labels], [of[x] for x in guesses], len(names))}
+            [of[x] for x in labels], [of[x] for x in predictions], len(names))}
+        if len(names) == 2:
+            per_language[language]['f1_label'] = names[1]
     table('predictions.csv', (*(['language'] if several else []), 'index', 'label', 'prediction'), rows)
-    peak = max((r['peak_bytes'] for r in epochs), default=None)
-    seconds = {key: measured.pop(key) for key in ('training_s', 'evaluation_s')}
+    bases = [state['basis'].shape[1] for state in meter.optimizer.state.values() if 'basis' in state]
+    each = sum(len(found[0]) * found[4] for found in evaluated.values()) / len(rows)
     results = {**about, **next(iter(per_language.values())), **({'languages': per_language} if several else {}),
                'train_loss': epochs[-1]['train_loss'] if epochs else None, 'peak_bytes': peak, 'optimizer_bytes': optimizer,
                'gradient_bytes': epochs[-1]['gradient_bytes'] if epochs else None,
-               'ms_per_step': statistics.median(r['ms'] for r in steps) if steps else None,
-               'ms_per_sample': measured['ms_per_sample'], 'samples_per_s': 1e3 / measured.pop('ms_per_sample'), **measured}
+               'basis_ranks': [min(bases), max(bases)] if bases else None,
+               'ms_per_step': statistics.fmean(r['ms'] for r in steps) if steps else None,
+               'ms_per_sample': each * 1e3, 'samples_per_s': 1 / each, 'energy_j': meter.joules()}
     usage = {key: results[key] for key in ('peak_bytes', 'energy_j', 'ms_per_step', 'ms_per_sample', 'samples_per_s')}
     write_yaml(os.path.join(out_dir, 'resource_usage.yaml'),
-               {**usage, 'resident_bytes': common.peak_memory_bytes(), **seconds, 'machine': platform.machine(),
-                'cpus': os.cpu_count(), **common.versions()})
+               {**usage, 'resident_bytes': common.peak_memory_bytes(), 'training_s': meter.seconds,
+                'device': str(meter.device), 'processes': meter.world, 'machine': platform.machine(), 'cpus': os.cpu_count(),
+                **common.versions()})
     write_yaml(os.path.join(out_dir, 'results.yaml'), results)          # the last: who finds it finds the others
     return results
+
+
+def in_words(results):
+    """A line for each language that was evaluated."""
+    lines = [f'{key + ": " if key else ""}accuracy {r["accuracy"]:.2%} [{r["accuracy_low"]:.2%}, {r["accuracy_high"]:.2%}], '
+             f'{r["f1_kind"]} F1 {r["f1"]:.4f} [{r["f1_low"]:.4f}, {r["f1_high"]:.4f}], n = {r["n"]:,}'
+             for key, r in results.get('languages', {'': results}).items()]
+    return '\n'.join(lines) + f'\n{results["ms_per_sample"]:.2f} ms/text'
 
 
 def compare_runs(paths):
