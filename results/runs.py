@@ -11,7 +11,7 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py quality --table                                        # from the logs alone
 
 Runs the trainer once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
-writes results/<name>.md and .png, and puts the table into README.md. No number in them is typed by hand.
+writes results/<name>.md (and .png), and puts the table into README.md. No number in them is typed by hand.
 """
 import argparse
 import json
@@ -100,9 +100,17 @@ CLASSIFIED = {                                      # the same of finetune_cls.p
         'wr16': ('weight reduction, rank 16', FAST + 'weight_reduction'),
         'wr_svt16': ('... cut to 8', FAST + 'weight_reduction_svt'),
     }),
+    # From a model that AdamW has trained on 20,000 of the sentences: adapters have something to adapt.
+    'sst2_adapt': ('config/sst2_adapt.py', 'full', {
+        'full': ('AdamW, all weights', ''),
+        'rsvd16': ('rSVD, rank 16', FAST + 'rsvd'),
+        'lora': ('LoRA, rank 16', FAST + 'lora'),
+        'qlora': ('QLoRA, rank 16, nf4', FAST + 'qlora'),
+        'wr16': ('weight reduction, rank 16', FAST + 'weight_reduction'),
+    }),
 }
 EXPERIMENTS |= CLASSIFIED
-DEFAULT_SEEDS = {'sst2': '1,2,3', 'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
+DEFAULT_SEEDS = {'sst2': '1,2,3', 'sst2_adapt': '1,2,3', 'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
 
 
 def train(name, variant, seed, threads):
@@ -175,6 +183,24 @@ def table(name, found):
     return lines
 
 
+def measure_steps(name, steps=160):
+    """Memory and time of a step of each variant, one after the other on one core of an idle machine, which the runs behind
+    the accuracies did not have: a line for each in results/<name>/steps.jsonl."""
+    import yaml
+    config, _, variants = EXPERIMENTS[name]
+    rows = []
+    for variant in (v for v in variants if logs(name, v)):
+        out = f'out/{name}/steps_{variant}'
+        subprocess.run([sys.executable, 'finetune_cls.py', config, *variants[variant][1].split(), f'--max_iters={steps}',
+                        f'--out_dir={out}', '--overwrite=True'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                       env=dict(os.environ, OMP_NUM_THREADS='1'))
+        found = yaml.safe_load((ROOT / out / 'results.yaml').read_text())
+        rows.append({'variant': variant, 'steps': steps} | {k: found[k] for k in (
+            'ms_per_step', 'peak_bytes', 'optimizer_bytes', 'gradient_bytes', 'basis_ranks')})
+        print(rows[-1], flush=True)
+    (ROOT / 'results' / name / 'steps.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+
+
 def accuracy_table(name):
     """Markdown lines for runs of finetune_cls.py: mean ± sd over seeds, points; the gap is paired by seed."""
     config, baseline, variants = EXPERIMENTS[name]
@@ -183,21 +209,27 @@ def accuracy_table(name):
     points = lambda values: f'{statistics.mean(values) * 100:.2f}' + (
         f' ± {statistics.stdev(values) * 100:.2f}' if len(values) > 1 else '')
     base = found[baseline]
-    one = next(iter(base.values()))
+    if not base:
+        sys.exit(f'error: no finished run of {baseline} in results/{name}; run: python results/runs.py {name}')
+    path = ROOT / 'results' / name / 'steps.jsonl'
+    steps = {r['variant']: r for r in map(json.loads, open(path))} if path.exists() else {}
+    full, one = steps.get(baseline), next(iter(base.values()))
     lines = [f'`{config}`: {one["parameters"]:,} parameters, {one["steps"]:,} steps, {one["n"]} sentences to evaluate; mean ± '
-             'sd over seeds; accuracy in percent, the gap in points and paired by seed; bytes of optimizer state; MiB of all '
-             'tensors alive at once in a step; ms/step on one core, another run on the other.', '',
-             '| method | accuracy | gap | evaluation loss | trained | optimizer bytes | peak MiB | ms/step |',
-             '|---|---|---|---|---|---|---|---|']
+             'sd over seeds; accuracy in percent, the gap in points and paired by seed. Of a step, measured apart '
+             f'(`--steps`), one thread: bytes of optimizer state, KiB of gradients, MiB of all tensors alive at once, '
+             'milliseconds with refreshes, × those of AdamW.', '',
+             '| method | accuracy | gap | evaluation loss | trained | optimizer bytes | gradients | peak | ms | × |',
+             '|---|---|---|---|---|---|---|---|---|---|']
     for variant, runs in found.items():
         both, rows = sorted(runs.keys() & base.keys()), list(runs.values())
         if rows:
             gap = '-' if variant == baseline or not both else points([runs[s]['accuracy'] - base[s]['accuracy'] for s in both])
+            r = steps.get(variant)
+            step = ' | '.join(('-',) * 5 if r is None else (
+                f'{r["optimizer_bytes"]:,}', f'{r["gradient_bytes"] / 1024:,.0f}', f'{r["peak_bytes"] / MIB:.1f}',
+                f'{r["ms_per_step"]:.0f}', f'{r["ms_per_step"] / full["ms_per_step"]:.2f}'))
             lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {points([r["accuracy"] for r in rows])} | {gap} | '
-                         f'{mean_sd([r["eval_loss"] for r in rows])} | {rows[0]["trained_parameters"]:,} | '
-                         f'{statistics.mean(r["optimizer_bytes"] for r in rows):,.0f} | '
-                         f'{statistics.mean(r["peak_bytes"] for r in rows) / MIB:.1f} | '
-                         f'{statistics.median(r["ms_per_step"] for r in rows):.0f} |')
+                         f'{mean_sd([r["eval_loss"] for r in rows])} | {rows[0]["trained_parameters"]:,} | {step} |')
     return lines
 
 
@@ -358,12 +390,15 @@ def main():
     parser.add_argument('--only', default='', help='variants, separated by commas')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, each on its share of the cores')
     parser.add_argument('--table', action='store_true', help='train nothing')
+    parser.add_argument('--steps', action='store_true', help='only memory and time of a step, of methods of finetune_cls.py')
     a = parser.parse_args()
     if a.name in BENCHES and not a.table:
         rows = ROOT / 'results' / f'{a.name}.jsonl'
         rows.unlink(missing_ok=True)
         for command in BENCHES[a.name][0]:
             subprocess.run([sys.executable, 'bench.py', *command.split(), f'--json={rows}'], cwd=ROOT, check=True)
+    elif a.steps:
+        measure_steps(a.name)
     elif not a.table:
         (ROOT / 'results' / a.name).mkdir(exist_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
