@@ -281,8 +281,8 @@ def main():
 
     # --------------------------------------------------------------------------------------------------------- data
     try:
-        known = eval_only and resume_path and common.read_last_checkpoint(resume_path, 'finetune_cls')['described']['labels']
-        texts, ids, eval_sets, names = read_data(known)
+        known = eval_only and resume_path and common.read_last_checkpoint(resume_path, 'finetune_cls')['described']
+        texts, ids, eval_sets, names = read_data(known and known['names_of_data'])
     except ValueError as e:
         configurator.fail(str(e))
 
@@ -339,11 +339,13 @@ def main():
     step, best, epoch_loss, wandb_id, run = 0, [-1.0, 0], [0.0, 0], None, None
     meter = report.StepMeter(net, optimizer, dev, rank_here, world)
     # What another value of would make it another run, or its state another shape's; the frozen weights are not in a checkpoint.
-    frozen = [t for n, t in net.state_dict().items() if n not in kept_state(net)]
-    described = {'model': base_name(), 'frozen': common.checksum(frozen), 'labels': list(names), 'samples': len(samples),
+    kept = kept_state(net)
+    frozen = [t for n, t in net.state_dict().items() if n not in kept]
+    described = {'model': base_name(), 'labels': list(names), 'names_of_data': list(names_of_data), 'samples': len(samples),
                  'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
     described |= {key: config[key] for key in ('method', 'rank', 'rank_fraction', 'energy', 'targets', 'lora_alpha', 'quant8',
                                                'side', 'adam_for', 'state_dtype', 'dtype', 'folds', 'fold')}
+    described['checksum of the frozen weights'] = common.checksum(frozen)       # the last: an option says more
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
@@ -351,7 +353,6 @@ def main():
                 if state['described'][key] != value and not (eval_only and key in ('samples', 'folds', 'fold')):
                     raise ValueError(f'{resume_path} has another {key} ({state["described"][key]}, not {value}); resume with '
                                      f'{out_dir}/config.py')
-            kept = kept_state(net)
             common.load_model_state(net, state['model'], resume_path, [k for k in net.state_dict() if k not in kept])
             asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
             optimizer.load_state_dict(state['optimizer'])

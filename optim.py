@@ -56,6 +56,8 @@ def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, ge
     for _ in range(n_iter):
         q = torch.linalg.qr(multiply(torch.linalg.qr(multiply_t(q)).Q)).Q
     b = multiply_t(q)                                                   # (Q^T G)^T, (n, k)
+    if not b.isfinite().all():
+        return None
     values, vectors = torch.linalg.eigh((b.T @ b).double())
     return q @ vectors.flip(1).float(), values.flip(0).clamp(min=0).sqrt().float()
 
@@ -240,7 +242,7 @@ class RSVDAdam(torch.optim.Optimizer):
     def refresh(self, p, group, multiply, multiply_t):
         """A new basis from products with the gradient, if one is due and was not made yet; moments carried over."""
         state = self.state[p]
-        if not self.due(p, group) or state.get('fresh_at') == state['step']:
+        if not self.due(p, group) or state.get('fresh_at') == state['step'] or p in self.failed:
             return
         _, rank, shape = self.low_rank(p, group)
         generator = sketch_generator(group['seed'], self._index[p], state.get('refreshes', 0), device=p.device)

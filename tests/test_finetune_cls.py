@@ -2,7 +2,6 @@
 the same on two processes, mistakes in one line."""
 import csv
 import json
-import math
 import multiprocessing.forkserver
 import os
 import re
@@ -39,7 +38,7 @@ epochs = 3.0
 METHODS = {'full': (), 'lora': (), 'qlora': (), 'lora_topr': ('--quant8=True',), 'rsvd': (), 'rsvd_svt': (),
            'rsvd_svt energy': ('--energy=0.9',), 'rsvd_svt fraction': ('--rank_fraction=0.25',), 'weight_reduction': (),
            'weight_reduction_svt': ()}
-RESUMED = {'full': ('--dropout=0.2',), 'rsvd': ('--state_dtype=8bit', '--dropout=0.2'),
+RESUMED = {'full': ('--model={wet}',), 'rsvd': ('--state_dtype=8bit', '--model={wet}'),
            'weight_reduction_svt': ('--dtype=float16',), 'lora': ('--lora_dropout=0.2',)}
 COLUMNS = {'epoch_loss.csv': 'epoch,step,train_loss,eval_loss,eval_accuracy',
            'epoch_peak_memory.csv': 'epoch,peak_bytes,resident_bytes',
@@ -120,6 +119,16 @@ def scratch(start, data, tmp_path_factory):
 @pytest.fixture(scope='module')
 def base(scratch):
     return scratch / 'out' / 'distilbert-scratch-csv-full'
+
+
+@pytest.fixture(scope='module')
+def wet(base, tmp_path_factory):
+    """base, with dropout."""
+    new = shutil.copytree(base, tmp_path_factory.mktemp('wet') / base.name)
+    said = json.loads((new / 'config.json').read_text())
+    (new / 'config.json').write_text(json.dumps(said | dict.fromkeys(
+        ('dropout', 'attention_dropout', 'seq_classif_dropout'), 0.2)))
+    return new
 
 
 @pytest.fixture(scope='module')
@@ -284,6 +293,10 @@ def test_the_files_of_a_run_are_there_and_true(unbroken, base, data, name):
     assert found['n'] == 41 and found['eval_loss'] == log(where, 'val_loss')[-1]
     assert found['accuracy_low'] <= found['accuracy'] <= found['accuracy_high']
     assert found['steps'] == 18 and found['epochs'] == 3 and found['method'] == method
+    assert found['f1_label'] == 'up' and 0 < found['ms_per_sample'] < 1000
+    assert found['ms_per_sample'] * found['samples_per_s'] == pytest.approx(1000)
+    bases = [s['basis'].shape[1] for s in state.values() if 'basis' in s]
+    assert found['basis_ranks'] == ([min(bases), max(bases)] if bases else None) and bool(bases) == method.startswith('rsvd')
     assert result(where, 'resource_usage.yaml')['peak_bytes'] == memory['peak']
     assert [float(r['train_loss']) for r in table(out / 'epoch_loss.csv')] == pytest.approx(
         np.mean(np.reshape(log(where, 'loss'), (3, 6)), axis=1))
@@ -291,20 +304,41 @@ def test_the_files_of_a_run_are_there_and_true(unbroken, base, data, name):
 
 
 def test_flops_are_those_of_a_count_by_hand(unbroken):
-    """Linear layers, attention and head of the forward pass; the backward pass twice that, but for the first layer's input
-    (an embedding has a gradient, so nothing is left out) and attention's 2.5."""
-    where = unbroken('full')
+    """Linear layers, attention and head of the forward pass, of both micro-batches of a step, each padded to 8 or 14; the
+    backward pass twice that (an embedding has a gradient, so nothing is left out), for attention 2.5 times."""
+    where, n, d = unbroken('full'), 8, 32
+    linear, attention, head = (lambda t: 2 * n * t * d * d * (4 + 8)), (lambda t: 4 * n * t * t * d), 2 * n * d * (d + 2)
     row, = table(where / 'out' / 'forward_pass.csv')
-    n, t, d = int(row['texts']), int(row['tokens']), 32
-    linear, attention, head = 2 * n * t * d * d * (4 + 8), 4 * n * t * t * d, 2 * n * d * (d + 2)
-    assert n == 8 and int(row['forward_flops']) == linear + attention + head
+    t = int(row['tokens'])
+    assert int(row['texts']) == n and t in (8, 14) and int(row['forward_flops']) == linear(t) + attention(t) + head
     found = {r['module']: r for r in table(where / 'out' / 'flops_profiler_stats.csv')}
-    t = round((math.sqrt((24 * d * d) ** 2 + 16 * d * (int(found['Global']['forward_flops']) - head) / n) - 24 * d * d) / 8 / d)
-    linear, attention = 2 * n * t * d * d * (4 + 8), 4 * n * t * t * d
-    assert 8 <= t <= 14 and int(found['Global']['forward_flops']) == linear + attention + head
-    assert int(found['Global']['backward_flops']) == 2 * (linear + head) + attention * 5 // 2
+    forward = lambda ts: sum(linear(t) + attention(t) + head for t in ts)
+    ts, = [ts for ts in ((8, 8), (8, 14), (14, 14)) if forward(ts) == int(found['Global']['forward_flops'])]
+    assert int(found['Global']['backward_flops']) == sum(2 * (linear(t) + head) + attention(t) * 5 // 2 for t in ts)
     lin1 = found['DistilBertForSequenceClassification.distilbert.transformer.layer.0.ffn.lin1']
-    assert int(lin1['forward_flops']) == 2 * n * t * d * 4 * d and lin1['backward_flops'] == ''
+    assert int(lin1['forward_flops']) == sum(2 * n * t * d * 4 * d for t in ts) and lin1['backward_flops'] == ''
+
+
+PROBES = """
+import common, report
+plain, ended, probes = common.peak_meter, report.StepMeter.end, []
+def peak_meter(cuda):
+    probes.append(cuda)
+    return plain(cuda)
+def end(self):
+    low = [p for g in self.optimizer.param_groups for p in g['params'] if self.optimizer.low_rank(p, g)]
+    print(len(probes), len(low), self.refreshed == set(low), file=open('probes', 'w'))
+    ended(self)
+common.peak_meter, report.StepMeter.end = peak_meter, end
+"""
+
+
+def test_the_peak_includes_refreshes_of_weights_with_moments(train, folder):
+    """Eight weights, two a step and each every four steps: measured are steps 0 and 2, the four from 4 on and the middles of
+    epochs, 3, 9 and 15; later refreshes are like these."""
+    cwd = folder()
+    train('--method=rsvd', cwd=cwd, patch=PROBES)
+    assert (cwd / 'probes').read_text() == '9 8 True\n'
 
 
 def test_projected_gradients_are_small_and_the_same_training(unbroken):
@@ -325,20 +359,31 @@ def test_gradient_checkpointing_changes_nothing_but_memory(unbroken):
 
 
 @pytest.mark.parametrize('method', RESUMED)
-def test_stopped_and_killed_and_resumed_equals_unbroken(train, folder, unbroken, method):
-    """SIGTERM in mid-epoch, in an evaluation, SIGKILL between saves; then once more when all is done."""
-    options = (f'--method={method}', *RESUMED[method], '--save_interval=5')
-    whole, cwd = unbroken(method, *RESUMED[method], '--save_interval=5'), folder()
+def test_stopped_and_killed_and_resumed_equals_unbroken(train, folder, unbroken, wet, method):
+    """SIGTERM in mid-epoch, in an evaluation, SIGKILL between saves; then once more when all is done. Seconds of training
+    add up: a thousand of them are put into a checkpoint on the way."""
+    some = [option.format(wet=wet) for option in RESUMED[method]]
+    options, cwd = (f'--method={method}', *some, '--save_interval=5'), folder()
+    whole = unbroken(method, *some, '--save_interval=5')
     assert 'stopped at step 3;' in train(*options, '--resume=auto', cwd=cwd, patch=kill_at(2)).out
     train(*options, '--resume=auto', cwd=cwd, patch=kill_at(9, 'SIGKILL'), code=-9)
     assert checkpoint(cwd)['step'] == 5
     stopped = train(*options, '--resume=auto', cwd=cwd, patch=IN_EVALUATION.format(signal='SIGTERM', call=5 + 2))
     assert 'stopped at step 12;' in stopped.out and 'out/config.py --resume=auto' in stopped.out
+    state = checkpoint(cwd)
+    assert 0 < state['meter']['seconds'] < 100
+    state['meter']['seconds'] += 1000
+    common.save_checkpoint(str(cwd / 'out' / 'last.pt'), state)
     train(*options, '--resume=auto', cwd=cwd)
     assert_same_run(cwd, whole)
+    assert 0 < result(whole, 'resource_usage.yaml')['training_s'] < 100
+    assert 1000 < result(cwd, 'resource_usage.yaml')['training_s'] < 1100
+    if method in ('full', 'rsvd'):
+        assert json.loads((model_folder(cwd) / 'config.json').read_text())['dropout'] == 0.2
     before = {p.name: p.read_bytes() for p in [*(cwd / 'out').iterdir(), *model_folder(cwd).iterdir()] if p.is_file()}
     assert 'step 18 of 18 is reached' in train(*options, '--resume=auto', cwd=cwd).out
     assert_same_run(cwd, whole)
+    assert result(cwd, 'resource_usage.yaml')['training_s'] > 1000
     after = {p.name: p.read_bytes() for p in [*(cwd / 'out').iterdir(), *model_folder(cwd).iterdir()] if p.is_file()}
     changed = {name for name in before if before[name] != after.get(name)}
     assert changed <= {'log.jsonl', 'results.yaml', 'resource_usage.yaml', 'forward_pass.csv', 'epoch_peak_memory.csv',
@@ -352,6 +397,38 @@ def test_a_run_is_not_overwritten_by_accident(train, folder, scratch):
     assert 'another method (full, not lora)' in one_error(train('--resume=auto', '--method=lora', cwd=cwd, code=2))
     train('--overwrite=True', '--epochs=1', cwd=cwd)
     assert result(cwd)['steps'] == 6 and len(log(cwd, 'train_loss')) == 1
+
+
+OTHERS = [('lora', '--rank=8', 'rank (4, not 8)'), ('lora', '--lora_alpha=8', 'lora_alpha (0.0, not 8.0)'),
+          ('lora', '--quant8=True', 'quant8 (False, not True)'), ('lora', '--dtype=bfloat16', 'dtype (float32, not bfloat16)'),
+          ('lora', '--targets=q_lin', "targets ((), not ('q_lin',))"), ('lora', '--model={turned}', 'frozen weights'),
+          ('rsvd', '--rank=8', 'rank (4, not 8)'), ('rsvd', '--side=left', 'side (right, not left)'),
+          ('rsvd', '--state_dtype=8bit', 'state_dtype (fp32, not 8bit)'),
+          ('rsvd', '--adam_for=()', "adam_for (('head',), not ())"),
+          ('rsvd', '--rank_fraction=0.1', 'rank_fraction (0.0, not 0.1)')]
+
+
+def test_what_a_resume_may_not_change(start, folder, unbroken, base, tmp_path):
+    """Each is one line that says what it was and is, and loses nothing; a base of the same name but other weights, too."""
+    from safetensors.torch import load_file, save_file
+    turned = shutil.copytree(base, tmp_path / base.name)
+    weights = load_file(turned / 'model.safetensors')
+    weights['distilbert.transformer.layer.0.ffn.lin1.weight'].neg_()
+    save_file(weights, turned / 'model.safetensors', {'format': 'pt'})
+    places = {method: folder() for method in ('lora', 'rsvd')}
+    for method, cwd in places.items():
+        shutil.copytree(unbroken(method) / 'out', cwd / 'out')
+    contents = lambda: {p: p.read_bytes() for cwd in places.values() for p in (cwd / 'out').rglob('*') if p.is_file()}
+    before, wrong = contents(), []
+    for some in (OTHERS[i:i + 3] for i in range(0, len(OTHERS), 3)):
+        jobs = [start(SCRIPT, 'tiny.py', f'--method={method}', option.format(turned=turned), '--resume=auto',
+                      cwd=places[method]) for method, option, _ in some]
+        for job, (method, option, said) in zip(jobs, some, strict=True):
+            done = job.wait()
+            if done.code != 2 or done.err.count('\n') != 1 or not done.err.startswith('error: ') or said not in done.err:
+                wrong.append((method, option, done.code, done.err[-400:]))
+    assert not wrong, wrong
+    assert contents() == before
 
 
 def test_damaged_last_falls_back_and_a_full_disk_costs_a_warning(train, folder, unbroken):
@@ -393,6 +470,32 @@ def test_two_processes_equal_one(start, folder, unbroken, method):
     assert log(cwd, 'val_loss') == pytest.approx(log(one, 'val_loss'), abs=1e-4)
     assert (cwd / 'out' / 'predictions.csv').read_bytes() == (one / 'out' / 'predictions.csv').read_bytes()
     assert result(cwd)['eval_loss'] == pytest.approx(result(one)['eval_loss'], abs=1e-4)
+    memory = {row['part']: int(row['bytes']) for row in table(cwd / 'out' / 'memory_breakdown.csv')}
+    assert min(memory.values()) >= 0 and sum(memory.values()) == 2 * memory['peak'] and memory['gradients'] > 0
+    usage = result(cwd, 'resource_usage.yaml')
+    assert usage['processes'] == 2 and usage['energy_j'] is None and usage['ms_per_sample'] > 0
+
+
+RUINED = """
+import common
+def lr_at(step, *args, plain=common.lr_at):
+    return 0.5 if step >= 12 else plain(step, *args)
+common.lr_at = lr_at
+"""
+
+
+def test_two_processes_keep_the_best_weights_as_one_does(start, train, folder):
+    """The third epoch ruins the weights: both ranks go back to the best ones before they share out what is reported."""
+    one, two, options = folder(), folder(), ('--keep_best=True', '--micro_batch_size=0')
+    train(*options, cwd=one, patch=RUINED)
+    done = wait_all([start(SCRIPT, 'tiny.py', *options, cwd=two, patch=RUINED, **r) for r in ranks(2)])
+    assert [d.code for d in done] == [0, 0], [d.err for d in done]
+    best, found = max(log(one, 'val_accuracy')), [result(where) for where in (one, two)]
+    assert log(one, 'val_accuracy')[-1] < best - 0.2 and log(one, 'val_loss')[-1] > 1
+    assert found[0]['accuracy'] == found[1]['accuracy'] == best and found[0]['weights'] == found[1]['weights'] != 'last'
+    assert (one / 'out' / 'predictions.csv').read_bytes() == (two / 'out' / 'predictions.csv').read_bytes()
+    assert found[0]['eval_loss'] == pytest.approx(found[1]['eval_loss'], abs=1e-3)
+    assert checkpoint(one, 'best.pt')['step'] == checkpoint(two, 'best.pt')['step'] in (6, 12)
 
 
 def test_a_signal_on_one_rank_stops_both(start, folder):
@@ -466,6 +569,20 @@ def test_evaluated_again_from_run_and_from_folder(train, folder, unbroken, data,
         assert again['eval_loss'] == pytest.approx(result(whole)['eval_loss'], abs=1e-5) and again['optimizer_bytes'] is None
 
 
+def test_eval_only_of_a_named_checkpoint(train, folder, unbroken):
+    """best.pt beside last.pt, and a checkpoint elsewhere: their weights, not those of last.pt; last.pt without a name."""
+    cwd = folder()
+    train('--keep_best=True', cwd=cwd, patch=RUINED)
+    best = result(cwd)
+    loss = lambda *options: (train('--eval_only=True', *options, cwd=cwd), result(cwd)['eval_loss'])[1]
+    assert loss('--resume=out/best.pt') == best['eval_loss'] < 1 < loss()
+    assert result(cwd)['eval_loss'] == log(cwd, 'val_loss')[-1]
+    train('--eval_only=True', '--resume=out/best.pt', '--out_dir=new', cwd=cwd)
+    assert yaml.safe_load((cwd / 'new' / 'results.yaml').read_text())['eval_loss'] == best['eval_loss']
+    other = unbroken('full') / 'out' / 'last.pt'
+    assert 'out holds a run' in one_error(train('--eval_only=True', f'--resume={other}', cwd=cwd, code=2))
+
+
 def test_a_scratch_run_is_evaluated_with_its_own_vocabulary(train, folder, scratch, data):
     """And on another file, whose labels come in another order; a header, an unknown label are refused."""
     cwd = folder(scratch=True)
@@ -477,7 +594,7 @@ def test_a_scratch_run_is_evaluated_with_its_own_vocabulary(train, folder, scrat
 
 
 def test_labels_go_by_name(train, folder, base, data):
-    """A model that counts the labels the other way round: the same predictions; trained on, too."""
+    """A model that counts the labels the other way round: the same predictions and F1; trained on and evaluated again, too."""
     cwd = folder(scratch=True)
     net, tokenizer, names, _ = hf.load(str(base), ['negative', 'positive'])
     for p in (net.classifier.weight, net.classifier.bias):
@@ -488,9 +605,18 @@ def test_labels_go_by_name(train, folder, base, data):
         train('--eval_only=True', '--init_from=pretrained', f'--model={model}', f'--out_dir={out}', cwd=cwd)
     assert (cwd / 'plain/predictions.csv').read_bytes() == (cwd / 'turned_out/predictions.csv').read_bytes()
     assert np.mean([r['label'] == r['prediction'] for r in table(cwd / 'plain/predictions.csv')]) > 0.9
+    plain, turned = (yaml.safe_load((cwd / name / 'results.yaml').read_text()) for name in ('plain', 'turned_out'))
+    for key in ('f1', 'f1_low', 'f1_high', 'f1_label', 'accuracy'):
+        assert plain[key] == turned[key]
+    assert plain['f1_label'] == 'positive'
     done = train('--init_from=pretrained', '--model=turned', '--max_iters=1', '--learning_rate=1e-5', cwd=cwd)
     assert '2 labels: positive, negative' in done.out and ', new)' not in done.out and result(cwd)['accuracy'] > 0.9
     assert json.loads((model_folder(cwd) / 'config.json').read_text())['id2label'] == {'0': 'positive', '1': 'negative'}
+    trained = result(cwd)
+    assert trained['f1_label'] == 'positive'
+    train('--init_from=pretrained', '--model=turned', '--eval_only=True', cwd=cwd)
+    again = result(cwd)
+    assert all(again[key] == trained[key] for key in ('f1', 'f1_label', 'accuracy', 'eval_loss'))
 
 
 @pytest.mark.parametrize('kind', ['pretrained', 'scratch'])
@@ -594,8 +720,11 @@ MISTAKES = [
     (('--init_from=resume',), 'neither pretrained nor scratch'), (('--batch_size=20',), 'no multiple'),
     (('--eval_only=True',), 'no head for down, up'), (('--energy=0.5',), 'energy=0.5 is for'), (('--rank=0',), 'rank=0'),
     (('--compare=a',), 'one run cannot be compared'), (('--compare=a,b',), 'there is no file a/predictions.csv'),
-    (('--n_head=5', '--init_from=scratch', '--model='), '5'), (('--compare=a.csv,b.csv',), 'there is no file a.csv'),
-    (('--top_fraction=0', '--method=lora_topr'), 'top_fraction=0.0'),
+    (('--n_head=5', '--init_from=scratch', '--model='), 'n_head=5'), (('--compare=a.csv,b.csv',), 'there is no file a.csv'),
+    (('--top_fraction=0', '--method=lora_topr'), 'top_fraction=0.0'), (('--grad_clip=-1',), 'grad_clip=-1.0 must be 0 or more'),
+    (('--epochs=0',), 'epochs=0.0, max_iters=0: nothing to train'), (('--train_samples=-1',), 'train_samples=-1 must be 0'),
+    (('--n_head=3', '--init_from=scratch', '--model='), 'n_embd=32 is no multiple of n_head=3'),
+    (('--stagger=-1', '--method=rsvd'), 'stagger=-1 must be 0 or more'),
 ]
 
 

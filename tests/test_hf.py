@@ -254,3 +254,19 @@ def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path):
         b.backward(g)
         assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)
         assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_bitnet_says_that_it_is_one(tmp_path):
+    """config.json has what makes other readers round its weights, though the config at hand does not."""
+    net, tokenizer, names, _ = decoder(tmp_path / 'a', 'bitnet')
+    plain = logits(net, tokenizer, TEXTS[:3])
+    for _ in range(2):                              # saving leaves nothing behind that the next one would trip over
+        hf.save(net, tokenizer, tmp_path / 'b')
+        assert getattr(net.config, 'quantization_config', None) is None
+    said = json.loads((tmp_path / 'b' / 'config.json').read_text())['quantization_config']
+    assert said == {'quant_method': 'bitnet', 'linear_class': 'autobitlinear', 'quantization_mode': 'online'}
+    again, words, _, fresh = hf.load(str(tmp_path / 'b'), names)
+    assert not fresh and sum(isinstance(m, layers.TernaryLinear) for m in again.modules()) == 14
+    assert torch.equal(logits(again, words, TEXTS[:3]), plain)
+    hf.save(*small(), tmp_path / 'c')
+    assert 'quantization_config' not in json.loads((tmp_path / 'c' / 'config.json').read_text())

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import common
 import optim
 from optim import RSVDAdam, TopRAdamW, attach, detach, memory_report, optimizer_bytes
 
@@ -257,6 +258,115 @@ def test_every_mode_learns_and_leaves_the_global_generator_alone(mode):
         optimizer.zero_grad()
     assert torch.equal(before, torch.get_rng_state())
     assert loss.item() < start / 2
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+@pytest.mark.parametrize('shape', [(300, 20), (20, 300)])
+def test_energy_chooses_the_rank_of_the_full_svd(shape, side):
+    """The smallest rank whose squared singular values reach the share of all of them, on tall and on wide matrices."""
+    G = spectrum(*shape, .8 ** torch.arange(20.))[1]
+    s = torch.linalg.svdvals(G.double()).square()
+    for energy in (.3, .6, .9, .97):
+        p = nn.Parameter(torch.zeros(shape))
+        o = RSVDAdam([p], energy=energy, rank_min=1, rank_max=16, side=side)
+        p.grad = G.clone()
+        o.step()
+        assert o.state[p]['basis'].shape[1] == int((s.cumsum(0) / s.sum() < energy).sum()) + 1
+
+
+@pytest.mark.parametrize('attached', [False, True])
+def test_a_refresh_with_energy_is_small(attached):
+    """20,000 words of 32 numbers, a basis on the side of 32: 20 MB at most; an identity of the words would be 1.6 GB."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Embedding(20000, 32)])
+    optimizer = RSVDAdam(model.parameters(), energy=.9, rank_max=16, side='right')
+    if attached:
+        attach(model, optimizer, verbose=False)
+    loss = model[0](torch.randint(20000, (16, 8))).square().sum()
+    if not attached:
+        loss.backward()
+
+    def refresh():
+        if attached:
+            loss.backward()
+        optimizer.gradients()
+    assert 1e6 < common.peak_above(refresh, False) < 20e6
+    assert optimizer.state[model[0].weight]['refreshes'] == 1
+
+
+@pytest.mark.parametrize('shape', [(4, 1024), (1024, 4)])
+@pytest.mark.parametrize('attached', [False, True])
+def test_a_refresh_that_overflows_leaves_the_step_out_and_is_done_again(shape, attached):
+    """A gradient in float16 of rank one, all of it in range, the products of the sketch not: forwards or backwards."""
+    m, n = shape
+    model = nn.Sequential(nn.Linear(n, m, bias=False))
+    optimizer = RSVDAdam(model.parameters(), lr=1e-3, rank=2, interval=2)
+    p, state = model[0].weight, optimizer.state[model[0].weight]
+    if attached:
+        attach(model, optimizer, verbose=False)
+    else:
+        p.data = p.data.half()
+
+    def gradients(size):
+        """Of a G whose numbers are all `size`."""
+        if attached:
+            with torch.autocast('cpu', torch.float16):
+                y = model(torch.full((1, n), size ** .5))
+            y.backward(torch.full_like(y, size ** .5))
+        else:
+            p.grad = torch.full_like(p, size)
+        return [R.isfinite().all().item() for R in optimizer.gradients().values()]
+    for step in range(3):
+        if step in (0, 2):                          # the first basis, and a later one
+            before = p.detach().clone()
+            for _ in range(2):
+                assert gradients(8000.) == [False] and state['step'] == step and state.get('refreshes', 0) == step // 2
+                optimizer.zero_grad()
+            assert torch.equal(p, before)
+        assert gradients(.1) == [True] and state['refreshes'] == step // 2 + 1
+        assert state['basis'].isfinite().all()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert state['step'] == 3 and p.isfinite().all()
+
+
+def test_a_refresh_that_overflows_in_the_first_micro_batch_leaves_the_whole_step_out():
+    """Though the second one could make a basis, here of a smaller rank."""
+    model = nn.Sequential(nn.Linear(32, 8, bias=False))
+    optimizer = RSVDAdam(model.parameters(), energy=.5, rank_min=2, rank_max=6)
+    attach(model, optimizer, verbose=False)
+    for size in (float('inf'), 1.):
+        model(torch.ones(1, 32)).mul(size).sum().backward()
+    assert not any(R.isfinite().all() for R in optimizer.gradients().values())
+    optimizer.zero_grad()
+    model(torch.ones(1, 32)).sum().backward()
+    assert all(R.isfinite().all() for R in optimizer.gradients().values())
+    optimizer.step()
+    assert optimizer.state[model[0].weight]['basis'].shape == (8, 2)
+
+
+@pytest.mark.parametrize('old,new', [('8bit', 'fp32'), ('fp32', '8bit'), ('bf16', 'fp32'), ('8bit', 'bf16')])
+def test_moments_kept_in_another_dtype_go_on(old, new):
+    """What a checkpoint holds is read as it is and kept as asked from the next step on, at every weight."""
+    model, optimizer = make(True, rank=2, side='right', state_dtype=old)
+    train(model, optimizer, 5)
+    again, other = make(True, rank=2, side='right', state_dtype=new)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in other.param_groups:
+        group['state_dtype'] = new
+    for step in (5, 6):
+        before = {p: {name: optim.held(s, name).clone() for name in ('exp_avg', 'exp_avg_sq')}
+                  for p, s in other.state.items()}
+        train(again, other, step + 1, start=step)
+        for p, s in other.state.items():
+            assert s['exp_avg'].dtype == {'fp32': torch.float32, 'bf16': torch.bfloat16, '8bit': torch.int8}[new]
+            assert ('exp_avg_top' in s) == ('exp_avg_sq_top' in s) == (new == '8bit')
+            for name in ('exp_avg', 'exp_avg_sq'):
+                after = optim.held(s, name)
+                assert after.isfinite().all() and not torch.equal(after, before[p][name])
+    train(model, optimizer, 7, start=5)             # it went the same way, up to rounding
+    assert 0 < distance(model, again) < .02
 
 
 def test_sketches_are_functions_of_seed_parameter_and_refresh():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -157,41 +158,110 @@ def test_what_cannot_be_compared(here, capsys, paths, says):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def write(folder, records=(), memory=None, flops=None, evaluated=None):
+def write(folder, records=(), flops=None, evaluated=None, names=('n', 'y'), state=None):
     for record in records:
         common.append_log(str(folder), record)
-    return report.write_run(
-        str(folder), {'method': 'lora', 'rank': 4}, ['n', 'y'],
-        evaluated or {'': (['y', 'n'], ['y', 'y'], range(2), 0.5)},
-        {'ms_per_sample': 2.0, 'training_s': 1.0, 'evaluation_s': 0.5, 'energy_j': None, 'adam_bytes': 1000,
-         'optimizer': 'AdamW'}, {'texts': 2, 'ms': 1.5}, memory, flops)
+    net = torch.nn.Linear(2, 1)                     # 12 bytes
+    optimizer = torch.optim.AdamW(net.parameters())
+    optimizer.state.update({i: s for i, s in enumerate(state or ())})
+    meter = types.SimpleNamespace(net=net, optimizer=optimizer, flops=flops, seconds=1.0, device=torch.device('cpu'), world=1,
+                                  joules=lambda: None)
+    return report.write_run(str(folder), {'method': 'lora', 'rank': 4}, list(names),
+                            evaluated or {'': (['y', 'n'], ['y', 'y'], range(2), 0.5, 2e-3)}, meter, {'texts': 2, 'ms': 1.5},
+                            1000)
 
 
 def test_files_from_a_log(tmp_path):
     epoch = {'step': 2, 'epoch': 1.0, 'train_loss': 0.7, 'val_loss': 0.6, 'val_accuracy': 0.5, 'peak_bytes': 70,
              'resident_bytes': 900, 'gradient_bytes': 7, 'optimizer_bytes': 250}
-    found = write(tmp_path, [{'step': 1, 'loss': 1.0, 'ms': None}, {'step': 2, 'loss': 1.0, 'ms': 4.0}, epoch],
-                  {'parameters': 30, 'rest': 40, 'peak': 70}, {'Global': (5, 6), 'a': (5, None)})
-    assert found['ms_per_step'] == 4.0 and found['samples_per_s'] == 500 and found['accuracy'] == 0.5
+    found = write(tmp_path, [{'step': 1, 'loss': 1.0, 'ms': None}, {'step': 2, 'loss': 1.0, 'ms': 4.0},
+                             {'step': 2, 'loss': 1.0, 'ms': 8.0}, epoch], {'a': (5, None), 'Global': (5, 6)})
+    assert found['ms_per_step'] == 6.0 and found['accuracy'] == 0.5
+    assert (found['ms_per_sample'], found['samples_per_s']) == (2.0, 500.0)
     assert found['peak_bytes'] == 70 and found['optimizer_bytes'] == 250 and found['train_loss'] == 0.7
     assert yaml.safe_load((tmp_path / 'results.yaml').read_text()) == found
     assert table(tmp_path / 'optimizer_memory.csv') == [{'optimizer': 'AdamW', 'method': 'lora', 'rank': '4', 'bytes': '250',
                                                          'adam_bytes': '1000', 'saved': '0.75'}]
     assert [r['module'] for r in table(tmp_path / 'flops_profiler_stats.csv')] == ['Global', 'a']
+    assert {r['part']: int(r['bytes']) for r in table(tmp_path / 'memory_breakdown.csv')} == {
+        'parameters': 12, 'buffers': 0, 'gradients': 7, 'optimizer': 0, 'rest': 51, 'peak': 70}
     assert table(tmp_path / 'epoch_loss.csv')[0]['eval_accuracy'] == '0.5'
     assert table(tmp_path / 'predictions.csv')[1] == {'index': '1', 'label': 'n', 'prediction': 'y'}
     usage = yaml.safe_load((tmp_path / 'resource_usage.yaml').read_text())
     assert usage['energy_j'] is None and usage['training_s'] == 1.0
+    assert (usage['device'], usage['processes'], usage['ms_per_sample']) == ('cpu', 1, 2.0)
 
 
 def test_nothing_trained_is_nothing_claimed(tmp_path):
-    """Languages one by one; without a log no optimizer's bytes and no saving."""
-    found = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5), 'de': (['y'], ['n'], range(1), 0.9)})
+    """Languages one by one; without a log no optimizer's bytes and no saving. Seconds a text: the mean over all of them."""
+    found = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5, 1.0),
+                                       'de': (['y'] * 3, ['n'] * 3, range(3), 0.9, 3.0)})
     assert found['accuracy'] == 1 and found['languages']['de']['accuracy'] == 0 and found['languages']['de']['eval_loss'] == 0.9
-    assert found['optimizer_bytes'] is found['peak_bytes'] is found['ms_per_step'] is None
+    assert found['optimizer_bytes'] is found['peak_bytes'] is found['ms_per_step'] is found['basis_ranks'] is None
+    assert found['ms_per_sample'] == 2500
     assert table(tmp_path / 'optimizer_memory.csv')[0]['saved'] == ''
-    assert [r['language'] for r in table(tmp_path / 'predictions.csv')] == ['en', 'de']
+    assert [r['language'] for r in table(tmp_path / 'predictions.csv')] == ['en', 'de', 'de', 'de']
     assert not (tmp_path / 'memory_breakdown.csv').exists()
+
+
+def test_f1_is_of_the_second_label_and_ranks_are_those_of_the_bases(tmp_path):
+    """Of y: one of one right, two said, 2/3; of n it is 0. Of three labels it is nobody's."""
+    found = write(tmp_path, state=[{'basis': torch.zeros(9, 3)}, {'basis': torch.zeros(5, 4)}, {'exp_avg': torch.zeros(2)}])
+    assert found['f1'] == pytest.approx(2 / 3) and found['f1_label'] == 'y' and found['basis_ranks'] == [3, 4]
+    found = write(tmp_path, names=('y', 'n'))
+    assert found['f1'] == 0 and found['f1_label'] == 'n'
+    assert 'f1_label' not in write(tmp_path, names=('n', 'y', 'z'))
+    assert report.in_words(found).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in report.in_words(found)
+
+
+def test_the_meter_of_a_run_goes_on_where_it_was(monkeypatch):
+    """Seconds and joules add up over a resume and stand still at the end; joules of several processes nobody knows."""
+    net, now = torch.nn.Linear(8, 8), [100.0]
+    monkeypatch.setattr(report.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(common, 'energy_meter', lambda device: lambda start=now[0]: 2 * (now[0] - start))
+    make = lambda world=1: report.StepMeter(net, torch.optim.SGD(net.parameters()), torch.device('cpu'), 0, world)
+    one, two, many = make(), make(), make(2)
+    one.begin(0)
+    now[0] += 5
+    assert one.state() == {'peak': 0, 'gradient_bytes': 0, 'joules': 10.0, 'seconds': 5.0}
+    two.load(one.state() | {'peak': 9, 'gradient_bytes': 7})
+    now[0] += 100
+    two.begin(3)
+    many.begin(3)
+    now[0] += 1
+    two.end()
+    now[0] += 50
+    assert two.seconds == 6 and two.joules() == 12 and two.peak() == 9 and two.gradient_bytes == 7
+    assert many.joules() is None and many.state()['joules'] == 0
+    two.reset()
+    assert two.peak() == 0
+
+
+def test_what_is_measured_of_a_step():
+    """The first and third step of a process in full, others only when they are in the middle of an epoch; FLOPs when asked
+    for, of all micro-batches. With several processes DistributedDataParallel's buckets, as large as the weights, are added."""
+    peaks = {}
+    for world in (1, 2):
+        net = torch.nn.Linear(64, 32)
+        optimizer = torch.optim.SGD(net.parameters())
+        meter, found = report.StepMeter(net, optimizer, torch.device('cpu'), 0, world), []
+        meter.begin(4)
+        for step, middle in ((4, False), (5, False), (6, False), (7, True), (8, False)):
+            meter.reset()
+            with meter.step(step, middle, count_flops=step == 8):
+                for _ in range(2):
+                    with meter.forward():
+                        y = net(torch.ones(10, 64))
+                    y.sum().backward()
+                meter.backward_done()
+                optimizer.zero_grad()
+            found.append((bool(meter.peak()), meter.disturbed))
+            peaks.setdefault(world, meter.peak())
+        assert found == [(True, True), (False, False), (True, True), (True, True), (False, True)]
+        assert meter.gradient_bytes == 4 * (64 + 1) * 32
+        assert meter.flops['Global'] == (2 * 2 * 10 * 64 * 32,) * 2        # no gradient of the input is made
+    weights = 4 * (64 + 1) * 32
+    assert 2 * weights < peaks[1] < 2 * weights + 40_000 and peaks[2] == peaks[1] + weights
 
 
 def test_attention_counts_on_a_cpu():
