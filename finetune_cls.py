@@ -497,7 +497,8 @@ def main():
                 log(record)
                 if keep_best and accuracy > best[0]:
                     before, best = best, [accuracy, step]
-                    best = best if save(best_path) or rank_here else before
+                    if not common.any_rank(save(best_path)):           # a full disk: all ranks know of it
+                        best = before
             elif step != saved_step and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
