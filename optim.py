@@ -91,6 +91,13 @@ def adam_(Ms, Vs, Rs, b1, b2, root, eps):
     return torch._foreach_div(Ms, Ns)
 
 
+def fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, weight_decay, eps):
+    """torch's fused AdamW, step t = 1, 2, ...: lists of fp32 tensors, one pass over them, nothing of their size made."""
+    steps = [torch.tensor(t - 1.0, device=p.device) for p in params]                   # it counts the step itself
+    adamw(list(params), list(grads), list(Ms), list(Vs), [], steps, fused=True, amsgrad=False, beta1=b1, beta2=b2, lr=lr,
+          weight_decay=weight_decay, eps=eps, maximize=False)
+
+
 def carry(moments, old, new, rotate):
     """Moments (M, V), each (r, n) fp32, for a new basis: rotated by C = new^T old (M <- C M, V <- (C * C) V) or kept, as
     the reference and GaLore do; cut or filled up with zeros to the new rank."""
@@ -178,8 +185,7 @@ class RSVDAdam(torch.optim.Optimizer):
         self.slots = {}                             # {parameter: slot} of those whose gradient comes projected
         self.projected = {}                         # {parameter: R (r, n) fp32} of this step
         self.failed = set()                         # parameters whose refresh overflowed in this step
-        self._adam = torch.compile(adam_) if compile else adam_
-        self._compiled = compile
+        self._adam = torch.compile(adam_) if compile else None
         super().__init__(params, dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, rank_fraction=rank_fraction, energy=energy,
             rank_min=rank_min, rank_max=rank_max, interval=interval, scale=scale, side=side, rotate=rotate,
@@ -359,16 +365,17 @@ class RSVDAdam(torch.optim.Optimizer):
         (b1, b2), lr = group['betas'], group['lr']
         full = group['state_dtype'] == 'fp32' and all(self.state[p]['exp_avg'].dtype == torch.float32 for p in params)
         Ms, Vs = ([held(self.state[p], name) for p in params] for name in ('exp_avg', 'exp_avg_sq'))
-        if not low and full and params[0].dtype == grads[0].dtype == torch.float32:
-            # torch's own AdamW in one pass, nothing of full size on the way; it counts the step itself
-            steps = [torch.tensor(t - 1.0, device=params[0].device) for _ in params]
-            adamw(list(params), list(grads), Ms, Vs, [], steps, fused=True, amsgrad=False, beta1=b1, beta2=b2, lr=lr,
-                  weight_decay=group['weight_decay'], eps=group['eps'], maximize=False)
+        plain = not low and full and params[0].dtype == grads[0].dtype == torch.float32
+        if plain and all(t.is_contiguous() for t in (*params, *grads)):                 # the kernel does not look at strides
+            fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, group['weight_decay'], group['eps'])
             return
-        root = math.sqrt(1 - b2 ** t)
-        root = torch.tensor(root, device=params[0].device) if self._compiled else root      # a new number is no new program
-        Ns = self._adam(Ms, Vs, [g.float() for g in grads], b1, b2, root, group['eps'])
-        decay, size = 1 - lr * group['weight_decay'], -lr / (1 - b1 ** t)
+        grads, decay, size = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay'], lr
+        if self._adam:
+            root = torch.tensor(math.sqrt(1 - b2 ** t), device=params[0].device)        # a new number is no new program
+            Ns, size = self._adam(Ms, Vs, grads, b1, b2, root, group['eps']), -lr / (1 - b1 ** t)
+        else:                                       # weights that are 0 hold the update afterwards, in one pass over it all
+            Ns = [torch.zeros_like(g) for g in grads]
+            fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
         for p, M, V, N in zip(params, Ms, Vs, Ns, strict=True):
             if not full:
                 self._keep(p, group, M, V)
