@@ -397,7 +397,7 @@ def main():
         rows.unlink(missing_ok=True)
         for command in BENCHES[a.name][0]:
             subprocess.run([sys.executable, 'bench.py', *command.split(), f'--json={rows}'], cwd=ROOT, check=True)
-    elif a.steps:
+    elif a.steps and not a.table:
         measure_steps(a.name)
     elif not a.table:
         (ROOT / 'results' / a.name).mkdir(exist_ok=True)
