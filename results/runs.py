@@ -100,17 +100,9 @@ CLASSIFIED = {                                      # the same of finetune_cls.p
         'wr16': ('weight reduction, rank 16', FAST + 'weight_reduction'),
         'wr_svt16': ('... cut to 8', FAST + 'weight_reduction_svt'),
     }),
-    # From a model that AdamW has trained on 20,000 of the sentences: adapters have something to adapt.
-    'sst2_adapt': ('config/sst2_adapt.py', 'full', {
-        'full': ('AdamW, all weights', ''),
-        'rsvd16': ('rSVD, rank 16', FAST + 'rsvd'),
-        'lora': ('LoRA, rank 16', FAST + 'lora'),
-        'qlora': ('QLoRA, rank 16, nf4', FAST + 'qlora'),
-        'wr16': ('weight reduction, rank 16', FAST + 'weight_reduction'),
-    }),
 }
 EXPERIMENTS |= CLASSIFIED
-DEFAULT_SEEDS = {'sst2': '1,2,3', 'sst2_adapt': '1,2,3', 'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
+DEFAULT_SEEDS = {'sst2': '1,2,3', 'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
 
 
 def train(name, variant, seed, threads):
