@@ -22,6 +22,8 @@ import torch.distributed as dist
 import tokens
 
 ROOT = Path(__file__).resolve().parent.parent
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:       # a job in the background: what it starts would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 THREADS = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
 SERVER = multiprocessing.get_context('forkserver')
 TINY = """# a GPT of two blocks that trains 20 steps in a second
