@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -292,10 +293,10 @@ def versions():
 # run folder and log
 
 
-def append_log(out_dir, record):
-    """One JSON object as one line at the end of out_dir/log.jsonl. Non-finite numbers become null.
+def append_log(out_dir, record, run=None):
+    """One JSON object as one line at the end of out_dir/log.jsonl, and to start_wandb()'s run. Non-finite numbers become null.
 
-    On a full disk the line is left out whole, with a warning: it must not cost the run."""
+    On a full disk the line is left out whole, with a warning: it must not cost the run, and neither may wandb."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     line = (json.dumps(clean) + '\n').encode()
     try:
@@ -306,6 +307,20 @@ def append_log(out_dir, record):
                 raise OSError('no room for a whole line')
     except OSError as e:
         print(f'warning: could not write {out_dir}/log.jsonl: {e}', file=sys.stderr)
+    if run:
+        try:
+            run.log(record, step=record['step'])
+        except Exception as e:                      # noqa: BLE001  whatever wandb raises
+            print(f'warning: wandb: {e}')
+
+
+def start_wandb(project, name, out_dir, config, run_id):
+    """wandb's run, continued where run_id is one's; None with a warning where there is none: training goes on."""
+    try:
+        import wandb
+        return wandb.init(project=project, name=name or os.path.basename(out_dir), config=config, id=run_id, resume='allow')
+    except Exception as e:                          # noqa: BLE001  not installed, not logged in, no network, ...
+        print(f'warning: wandb is off: {e}')
 
 
 def read_log(out_dir):
@@ -329,6 +344,13 @@ def cut_log(out_dir, step):
         with open(tmp, 'w') as f:
             f.write(kept)
     atomic_write(os.path.join(out_dir, 'log.jsonl'), write)
+
+
+def launched(words):
+    """The command line of a script and its arguments, with the launcher that this process was started by."""
+    world = os.environ.get('WORLD_SIZE', '1')
+    launcher = 'python' if world == '1' else f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world)}'
+    return f'{launcher} {shlex.join(words)}'
 
 
 def stop_flag():
@@ -355,6 +377,17 @@ def peak_memory_bytes(device=None):
     if device and device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def step_profiler(out_dir, device):
+    """torch.profiler over steps 5 to 7, started; call its step() after each. Prints a table and writes out_dir/trace.json."""
+    def show(p):
+        print(p.key_averages().table(sort_by=f'self_{device.type}_time_total', row_limit=20))
+        p.export_chrome_trace(os.path.join(out_dir, 'trace.json'))
+    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=2, active=3, repeat=1),
+                                      on_trace_ready=show)
+    profiler.start()
+    return profiler
 
 
 def peak_above(step, cuda):

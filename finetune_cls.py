@@ -13,7 +13,6 @@ import copy
 import importlib.util
 import math
 import os
-import shlex
 import sys
 import time
 import zlib
@@ -385,13 +384,8 @@ def main():
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
     if wandb_log and rank_here == 0 and not eval_only:
-        try:
-            import wandb
-            run = wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(out_dir), config=config,
-                             id=wandb_id, resume='allow')
-            wandb_id = run.id
-        except Exception as e:                      # noqa: BLE001  whatever wandb raises, training goes on
-            say(f'warning: wandb is off: {e}')
+        run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id)
+        wandb_id = run.id if run else wandb_id
 
     # --------------------------------------------------------------------------------------------------------- loop
     raw_net = net
@@ -436,12 +430,7 @@ def main():
 
     def log(record):
         if rank_here == 0:
-            common.append_log(out_dir, record)
-            if run:
-                try:
-                    run.log(record, step=record['step'])
-                except Exception as e:              # noqa: BLE001  its failure never stops training
-                    say(f'warning: wandb: {e}')
+            common.append_log(out_dir, record, run)
 
     def save(path, keep_previous=False):
         if rank_here == 0:
@@ -455,14 +444,7 @@ def main():
                 print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
         return False
 
-    profiler = None
-    if profile and rank_here == 0:
-        def show(p):
-            print(p.key_averages().table(sort_by=f'self_{dev.type}_time_total', row_limit=20))
-            p.export_chrome_trace(os.path.join(out_dir, 'trace.json'))
-        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=2, active=3, repeat=1),
-                                          on_trace_ready=show)
-        profiler.start()
+    profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     failure, stop = '', False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     meter.begin(step)
@@ -615,10 +597,9 @@ def main():
     if failure:
         configurator.fail(failure, rank0_only=True)
     if stop:
-        launcher = 'python' if world == 1 else f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world)}'
-        command = shlex.join(sys.argv if eval_only else [sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
+        command = common.launched(sys.argv if eval_only else [sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
         kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
-        say(f'stopped at step {step}{kept}; go on with: {launcher} {command}')
+        say(f'stopped at step {step}{kept}; go on with: {command}')
 
 
 if __name__ == '__main__':

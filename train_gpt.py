@@ -9,7 +9,6 @@ Constants, model, then main() from top to bottom. Stop it with Ctrl-C at any tim
 """
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -383,15 +382,8 @@ def main():
             common.cut_log(out_dir, step)
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
-    run = None
-    if wandb_log and rank == 0:
-        try:
-            import wandb
-            run = wandb.init(project=wandb_project, name=wandb_run_name or os.path.basename(out_dir), config=config,
-                             id=wandb_id, resume='allow')
-            wandb_id = run.id
-        except Exception as e:                      # noqa: BLE001  whatever wandb raises, training goes on
-            say(f'warning: wandb is off: {e}')
+    run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id) if wandb_log and rank == 0 else None
+    wandb_id = run.id if run else wandb_id
 
     # --------------------------------------------------------------------------------------------------------- loop
     raw_model = model
@@ -423,12 +415,7 @@ def main():
 
     def log(record):
         if rank == 0:
-            common.append_log(out_dir, record)
-            if run:
-                try:
-                    run.log(record, step=record['step'])
-                except Exception as e:              # noqa: BLE001  its failure never stops training
-                    say(f'warning: wandb: {e}')
+            common.append_log(out_dir, record, run)
 
     def save(path, keep_previous=False):
         if rank == 0:
@@ -442,14 +429,7 @@ def main():
                 print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
         return False
 
-    profiler = None
-    if profile and rank == 0:
-        def report(p):
-            print(p.key_averages().table(sort_by=f'self_{dev.type}_time_total', row_limit=20))
-            p.export_chrome_trace(os.path.join(out_dir, 'trace.json'))
-        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=2, active=3, repeat=1),
-                                          on_trace_ready=report)
-        profiler.start()
+    profiler = common.step_profiler(out_dir, dev) if profile and rank == 0 else None
     joules = common.energy_meter(dev)              # since this process started
     failure = ''
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
@@ -531,10 +511,9 @@ def main():
     if failure:
         configurator.fail(failure, rank0_only=True)
     if stop:
-        launcher = 'python' if world == 1 else f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world)}'
-        command = shlex.join([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
+        command = common.launched([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
         kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
-        say(f'stopped at step {step}{kept}; go on with: {launcher} {command}')
+        say(f'stopped at step {step}{kept}; go on with: {command}')
     elif rank == 0 and os.path.exists(best_path):
         state = common.read_checkpoint(best_path, 'train_gpt')
         raw_model.load_state_dict(state['model'])
