@@ -10,6 +10,7 @@ Time, memory and error, measured. Every variant runs in a fresh process of its o
     python bench.py optim                                      # a step and a refresh of low-rank optimizers, GPT-2's blocks
     python bench.py optim-bytes                                # optimizer bytes and peak memory of DistilBERT, by rank
     python bench.py finetune                                   # DistilBERT: a training step of full, LoRA, low-rank Adam
+    python bench.py conv                                       # train_cnn.py's layers beside Conv2d and BatchNorm2d
     python bench.py bundle nanobit.zip                         # the sources, byte for byte the same zip each time
 
 stats and compare take a run's checkpoint or a Hugging Face folder in place of bignet. --json=PATH appends the rows as JSON
@@ -31,6 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import bench_cnn
 import bench_optim
 import configurator
 import layers
@@ -528,7 +530,8 @@ def bundle(a):
 
 WORKERS = {'stats': stats_worker, 'compare': compare_worker, 'fit': fit_worker, 'layers': layers_worker, 'train': train_worker,
            'optim': bench_optim.optim_worker, 'optim_bytes': bench_optim.optim_bytes_worker,
-           'finetune': bench_optim.finetune_worker, 'finetune_memory': bench_optim.finetune_memory_worker}
+           'finetune': bench_optim.finetune_worker, 'finetune_memory': bench_optim.finetune_memory_worker,
+           'conv': bench_cnn.conv_worker}
 
 
 def worker(a):
@@ -586,6 +589,10 @@ def main():
     for p in (bytes_, tune):
         p.add_argument('--attention', default='sdpa', choices=('sdpa', 'eager'), help="transformers' name of it")
     tune.add_argument('--variants', default=','.join(bench_optim.FINETUNES), help='some of them')
+    p = command('conv', bench_cnn.conv, batch=64, image_size=64, rounds=7, steps=2)
+    p.add_argument('--compile', action='store_true')
+    p.add_argument('--variants', default=','.join(bench_cnn.CONVS), help='some of them')
+    p.add_argument('--dtypes', default='float32,bfloat16')
     command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args()
     if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():

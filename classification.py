@@ -404,14 +404,6 @@ def _keyed_predictions(path):
     return found, len(columns) > 3
 
 
-def read_predictions(path):
-    """(labels, predictions, languages) of a predictions.csv (index, label, prediction and maybe language, other columns
-    are left out): lists of str as they stand there; languages is None without that column. ValueError as read_table."""
-    found, has_language = _keyed_predictions(path)
-    labels, predictions = (list(column) for column in zip(*found.values(), strict=True))
-    return labels, predictions, [language for language, _ in found] if has_language else None
-
-
 def paired(path_a, path_b):
     """(labels, a, b, languages) of two predictions files of the same rows, as lists of str in the order of path_a.
 

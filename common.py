@@ -372,6 +372,16 @@ def stop_flag():
 # meters
 
 
+def device_name(device):
+    """The name of a GPU or of this machine's processor."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def peak_memory_bytes(device=None):
     """Peak so far: allocator peak on CUDA; on CPU the resident peak of the whole process, Python and torch included."""
     if device and device.type == 'cuda':

@@ -557,7 +557,7 @@ def main():
     evaluated, folder = {}, ''
     meter.end()
     if not failure and not stop:
-        if not common.ranks_agree(common.checksum(kept_state(raw_net).values())):      # and all wait for the last save
+        if world > 1 and not common.ranks_agree(common.checksum(kept_state(raw_net).values())):    # and all wait for the save
             configurator.fail('the weights of the ranks differ: the run is broken, please report it')
         if keep_best and best[1]:
             state = common.read_checkpoint(best_path, 'finetune_cls')

@@ -1,13 +1,16 @@
 """
-The products of layers.py with their gradients by hand: autograd functions that keep as little as the exact gradient
+The products of layers.py and conv.py with their gradients by hand: autograd functions that keep as little as the exact gradient
 allows, and what they share.
 
     straight_through(w, q)                        q forward, identity to w backward
     normalize(z, alpha, ndim, eps)                alpha * (z - mean) / (std + eps), from its own output backward
     quantized_linear(x, w, b, alpha, ...)         a product with a rounded weight, made again in the backward pass
+    quantized_conv(x, w, b, alpha, ...)           the same of a convolution
     ternary_linear(x, w, b, gain, ...)            RMSNorm, int8 activations, ternary weights
     frozen_linear(x, b, decoder, ...)             a product with a decoded weight, block by block, nothing kept
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -22,6 +25,7 @@ def compute_dtype(x):
 
 
 ACTIVATIONS = {None: (lambda x: x, lambda g, x: g),
+               'relu': (F.relu, lambda g, x: torch.ops.aten.threshold_backward(g, x, 0)),
                'gelu': (F.gelu, torch.ops.aten.gelu_backward)}      # name: (forward, backward(grad, input))
 TINY_ALPHA = 1e-6    # alpha is used no closer to 0 than this, so that the normalised value can be had back from y / alpha
 TINY_VAR = 1e-30     # keeps 1/std finite on constant input; the eps of the formula is added to std, not to the variance
@@ -41,14 +45,25 @@ class _StraightThrough(torch.autograd.Function):
 def _blocks(x, wanted=True):
     """Slices of the rows of x. On the CPU some rows at a time, so that what is made on the way stays in the cache
     and never takes the memory of a whole activation; elsewhere, and under torch.compile, which fuse by themselves, one."""
-    rows = len(x) if not wanted or x.device.type != 'cpu' or torch.compiler.is_compiling() else 1024
+    rows = (len(x) if not wanted or x.device.type != 'cpu' or torch.compiler.is_compiling() else
+            max(1024 if x.dim() == 2 else 1, 2 ** 18 // max(1, math.prod(x.shape[1:]))))  # a product wants many rows
     return [slice(i, i + rows) for i in range(0, len(x), rows)] if len(x) > rows else [slice(None)]
 
 
 def _normalize(z, alpha, ndim, eps):
     """(y, rstd): y = alpha * (z - mean) / (std + eps) over the last `ndim` dimensions, population std; rstd = 1 / std."""
-    u, _, rstd = torch.native_layer_norm(wide(z), z.shape[-ndim:], None, None, TINY_VAR)
-    return u.mul_(alpha / (1 + eps * rstd)), rstd                           # 1/(std + eps) = rstd / (1 + eps rstd)
+    if z.device.type != 'cpu':
+        u, _, rstd = torch.native_layer_norm(wide(z), z.shape[-ndim:], None, None, TINY_VAR)
+        return u.mul_(alpha / (1 + eps * rstd)), rstd                       # 1/(std + eps) = rstd / (1 + eps rstd)
+    dims = tuple(range(-ndim, 0))                   # there layer_norm takes twice the time, of short rows three times
+    u = wide(z)
+    u = u - u[(..., *[slice(1)] * ndim)]            # else the mean of equal numbers is off by a rounding, and std far below eps
+    u -= u.mean(dims, keepdim=True)
+    norm = u
+    for dim in reversed(dims):                      # one after the other: it sums millions of squares with an error of 1e-4
+        norm = torch.linalg.vector_norm(norm, dim=dim, keepdim=True)
+    rstd = norm.square_().div_(math.prod(z.shape[-ndim:])).add_(TINY_VAR).rsqrt_()
+    return u.mul_(rstd / (1 + eps * rstd)).mul_(alpha), rstd
 
 
 def _normalize_backward(g, y, rstd, alpha, ndim, eps):
@@ -143,6 +158,76 @@ class _QuantizedLinear(torch.autograd.Function):
                 gx[rows] = backward(dz @ wq, x[rows])                       # (rows, out) @ (out, in)
         gw, gb, galpha = (t if t is None else t.to(p.dtype) for t, p in ((gw, w), (gb, b), (galpha, alpha)))
         return gx, gw, gb, galpha, None, None, None
+
+
+class _QuantizedConv(torch.autograd.Function):
+    """y = conv2d(act(x), wq, bq), and _normalize of that over the channels of each pixel, the pixels of each channel or the
+    whole example when alpha (out,) is given; round_input: act(x) rounded to int8 by the largest of each example, straight
+    through. `wq, bq = quantize(w, b, dtype)`; conv: its stride, padding, dilation (pairs) and groups.
+
+    Keeps x, w, b and, with alpha, y and 1 / std; wq and act(x) are made again.
+    """
+    @staticmethod
+    def forward(ctx, x, w, b, alpha, quantize, act, round_input, norm, eps, conv):
+        wq, bq = quantize(w, b, x.dtype)
+        y, rstd = F.conv2d(_conv_input(x, act, round_input), wq, bq, **conv), None
+        if alpha is not None:
+            alpha = _away_from_zero(alpha)
+            z, ndim = _by_norm(y, norm), 2 if norm == 'sample' else 1
+            rows, scale = torch.empty_like(z), alpha if norm == 'channel' else alpha[:, None]
+            rstd = torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=wide(z[:0]).dtype, device=z.device)
+            for i in _blocks(z):
+                rows[i], rstd[i] = _normalize(z[i], scale, ndim, eps)
+            y = _from_norm(rows, y.shape, norm)
+        keep_x = ctx.needs_input_grad[1] or act is not None and ctx.needs_input_grad[0]
+        ctx.save_for_backward(x if keep_x else None, w, b, alpha, rstd, None if alpha is None else y)
+        ctx.quantize, ctx.act, ctx.round_input, ctx.norm, ctx.eps, ctx.conv = quantize, act, round_input, norm, eps, conv
+        ctx.x_shape, ctx.dtype = x.shape, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, w, b, alpha, rstd, y = ctx.saved_tensors
+        need_x, need_w, need_b, need_alpha = ctx.needs_input_grad[:4]
+        galpha = None
+        if alpha is not None:
+            scale = alpha if ctx.norm == 'channel' else alpha[:, None]
+            g, rows = _by_norm(g, ctx.norm), _by_norm(y, ctx.norm)
+            dz, galpha = torch.empty_like(rows), torch.zeros_like(scale, dtype=rstd.dtype)
+            for i in _blocks(rows):
+                dz[i], part = _normalize_backward(g[i], rows[i], rstd[i], scale, 2 if ctx.norm == 'sample' else 1, ctx.eps)
+                galpha += part
+            g = _from_norm(dz, y.shape, ctx.norm)
+            galpha = galpha.view(alpha.shape).to(alpha.dtype) if need_alpha else None
+        wq, bq = ctx.quantize(w, b, ctx.dtype)
+        # its layout is that of the gradient, whether or not its numbers are needed
+        a = _conv_input(x, ctx.act, ctx.round_input) if need_w else g.new_empty(()).expand(ctx.x_shape) if x is None else x
+        c = ctx.conv
+        gx, gw, gb = torch.ops.aten.convolution_backward(
+            g, a, wq, None if bq is None else [len(wq)], c['stride'], c['padding'], c['dilation'], False, [0, 0], c['groups'],
+            [need_x, need_w, bq is not None and need_b])
+        if need_x:
+            gx = ACTIVATIONS[ctx.act][1](gx, x)
+        return (gx, gw if gw is None else gw.to(w.dtype), gb if gb is None else gb.to(b.dtype), galpha, None, None, None, None,
+                None, None)
+
+
+def _conv_input(x, act, round_input):
+    x = ACTIVATIONS[act][0](x)
+    if not round_input:
+        return x
+    codes, scales = quantize_rows(wide(x).permute(0, 2, 3, 1).flatten(1))
+    return (codes * scales).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _by_norm(z, norm):
+    """(N, C, H, W) with what is normalised last: (N H W, C), a view of a channels_last tensor, or (N, C, H W)."""
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) if norm == 'channel' else z.flatten(2)
+
+
+def _from_norm(rows, shape, norm):
+    return rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2) if norm == 'channel' else rows.view(shape)
 
 
 def _add_product(total, g, x):
@@ -288,4 +373,5 @@ def frozen_linear(x, bias, decoder, shape, multiple=1, product=None):
 straight_through = _StraightThrough.apply
 normalize = _Normalize.apply
 quantized_linear = _QuantizedLinear.apply
+quantized_conv = _QuantizedConv.apply
 ternary_linear = _TernaryLinear.apply

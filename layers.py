@@ -13,9 +13,9 @@ Layers whose weights take 1, 1.58, 4, 8 or 16 bits, for training and packed for 
     lora     LoRALinear       any of the above, frozen, + B A of its own                 as its base, + fp32 adapters
     fp       nn.Linear        as it is                                                   32 bits
 
-and BinaryConv2d, BinaryEmbedding. The first six keep latent full-precision weights while training and let the gradient
-pass straight through the rounding (dL/dw := dL/dw_q). `layer.pack_()` drops the latent weights for packed codes; the
-same forward arithmetic then runs on the unpacked codes, so packing changes no logit.
+and BinaryEmbedding; convolutions are in conv.py. The first six keep latent full-precision weights while training and
+let the gradient pass straight through the rounding (dL/dw := dL/dw_q). `layer.pack_()` drops the latent weights for
+packed codes; the same forward arithmetic then runs on the unpacked codes, so packing changes no logit.
 
 Straight-through training usually needs MORE memory than fp training, because autograd keeps the rounded weight and
 every intermediate of the normalisation. Here the rounded weight is made again in the backward pass, the normalisation
@@ -23,10 +23,10 @@ is undone from its own output, the ternary layer keeps the int8 activations its 
 `act='gelu'` folds the activation in front of a layer into it, so that it is made again rather than kept. A frozen layer
 keeps nothing for its backward pass and, but under torch.compile, never holds more than a block of its decoded weights.
 
-What turns weights into codes is in quant.py, the products and their gradients in functional.py, adapters' files in
-adapters.py. Read here: low-bit modules; half, low rank and LoRA; convert() and pack(); files.
+What low-bit modules share is in lowbit.py, what turns weights into codes in quant.py, the products and their gradients
+in functional.py, adapters' files in adapters.py. Read here: low-bit modules; half, low rank and
+LoRA; convert() and pack(); files.
 """
-import copy
 import fnmatch
 import json
 import math
@@ -38,125 +38,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import atomic_write, checksum
+from conv import BinaryConv2d, Conv4bit, TernaryConv2d, conv2d  # noqa: F401  one place to import layers from
 from functional import (ACTIVATIONS, compute_dtype, frozen_linear, has_fast_int8, normalize, quantized_linear,
                         straight_through, ternary_linear)
-from quant import (FORMATS4, SCALES4, binarize, decode4, half_bits, levels4, pack4, pack_bits, product4, quantize4,
+from lowbit import Binary, LowBit
+from quant import (FORMATS4, SCALES4, decode4, half_bits, levels4, pack4, pack_bits, product4, quantize4,
                    quantize_rows, scales4, ternarize, unpack_bits, wide)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # modules
 
 
-class LowBit:
-    """What the low-bit modules share: latent `weight` (and `bias`) Parameters or, after pack_(), uint8 codes.
-
-    A subclass gives `kind`, `bits`, `encode()` -> dict of buffers that hold the quantized weight, its inverse `decode()` ->
-    (weight, bias or None) and a forward() for both states.
-    """
-    packed = False
-    act = None
-
-    def weight_input(self, x):
-        """What the weight is multiplied by, given the layer's input: what an adapter beside it has to see."""
-        return ACTIVATIONS[self.act][0](x.to(compute_dtype(x)))
-
-    def effective_weight(self):
-        """fp32 (out, in): what weight_input(x) is multiplied by, of a packed layer."""
-        return self.decode()[0].float()
-
-    def merged(self, delta, requantize, x):
-        """A layer of weight effective_weight() + delta: this kind, packed, with requantize; else in the dtype of x."""
-        if requantize:
-            new = copy.deepcopy(self).unpack_()
-            new.weight.add_(self._latent_change(delta, x))
-            return new.pack_()
-        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=x.device, dtype=x.dtype)
-        new.weight.copy_(self.effective_weight() + delta)
-        if self.bias is not None:
-            new.bias.copy_(self.bias)
-        return new if self.act is None else nn.Sequential(nn.GELU(), new)
-
-    def _latent_change(self, delta, x):
-        return delta
-
-    def pack_(self):
-        """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
-        if not self.packed:
-            if not all(torch.isfinite(p).all() for p in self.parameters(recurse=False)):
-                raise ValueError(f'{type(self).__name__}: weights must be finite to be packed')
-            with torch.no_grad():
-                buffers = self.encode()
-            bias = getattr(self, 'bias', None)
-            del self.weight
-            if bias is not None and 'packed_bias' in buffers:
-                del self.bias
-                self.bias = None
-            self.weight = None
-            for name, value in buffers.items():
-                self.register_buffer(name, value)
-            for p in self.parameters(recurse=False):
-                p.requires_grad_(False)
-            self.packed = True
-        return self
-
-    def unpack_(self):
-        """Back to a trainable layer whose weights are the quantized ones (the latent values are gone for good)."""
-        if self.packed:
-            with torch.no_grad():
-                weight, bias = self.decode()
-            for name in [n for n, _ in self.named_buffers(recurse=False)]:
-                delattr(self, name)
-            self.weight = nn.Parameter(weight)
-            if bias is not None:
-                self.bias = nn.Parameter(bias)
-            for p in self.parameters(recurse=False):
-                p.requires_grad_(True)
-            self.packed = False
-        return self
-
-    def packed_bytes(self):
-        """Bytes of this layer when packed: codes, scales and whatever it keeps in full precision."""
-        with torch.no_grad():
-            held = dict(self.named_buffers(recurse=False)) if self.packed else self.encode()
-        dropped = {'weight'} | ({'bias'} if 'packed_bias' in held else set())
-        kept = [p for n, p in self.named_parameters(recurse=False) if n not in dropped]
-        return sum(t.numel() * t.element_size() for t in [*held.values(), *kept])
-
-
-class _Binary(LowBit):
-    """Bits of weight and bias for the three binary modules; `chunks` slices of dim 0 have their own mean each."""
-    kind, bits, chunks = 'bin', 1, 1
-
-    def _init_alpha(self, alpha, shape):
-        if not alpha > 0:
-            raise ValueError(f'alpha must start above 0, got {alpha}')
-        self.alpha = nn.Parameter(torch.full(shape, float(alpha)))
-
-    def encode(self):
-        held = {'code': pack_bits(binarize(self.weight, self.chunks).flatten(1), 1)}
-        if self.bias is not None:
-            held['packed_bias'] = pack_bits(binarize(self.bias, self.chunks), 1)
-        return held
-
-    def decode(self):
-        weight = self._bits('code', math.prod(self.shape[1:]), torch.float32, 0.5).view(self.shape)
-        bias = self._bits('packed_bias', self.shape[0], torch.float32, 0.5) if hasattr(self, 'packed_bias') else None
-        return weight, bias
-
-    def _bits(self, name, n, dtype, offset):
-        return unpack_bits(getattr(self, name), 1, n).to(dtype).sub_(offset)
-
-    def _weights(self, dtype, offset=0.5):
-        """Quantized (weight, bias) minus `offset`, differentiable straight through when not packed."""
-        if self.packed:
-            weight = self._bits('code', math.prod(self.shape[1:]), dtype, offset).view(self.shape)
-            return weight, self._bits('packed_bias', self.shape[0], dtype, offset) if hasattr(self, 'packed_bias') else None
-        pair = [None if p is None else straight_through(p, binarize(p, self.chunks).to(dtype).sub_(offset))
-                for p in (self.weight, self.bias)]
-        return pair
-
-
-class BinaryLinear(_Binary, nn.Module):
+class BinaryLinear(Binary, nn.Module):
     """Binary normalised linear layer (arXiv 2509.07025, alg. 1-2), (..., in) -> (..., out) in the compute dtype.
 
         z = W01 x + b01,  W01 = W > mean(W),  b01 = b > mean(b);   y = alpha * (z - mean(z)) / (std(z) + eps)
@@ -211,47 +104,7 @@ class BinaryLinear(_Binary, nn.Module):
         return f'{self.in_features}, {self.out_features}, chunks={self.chunks}, act={self.act}, packed={self.packed}'
 
 
-class BinaryConv2d(_Binary, nn.Module):
-    """Binary normalised convolution (arXiv 2509.07025, alg. 3), (N, C, H, W) -> (N, out, H', W').
-
-    As BinaryLinear with a convolution for the product; alpha is one per output channel. norm says over what z is
-    normalised: 'channel' at each pixel over the channels (default; the only one for which {0,1} and {-1,1} weights are
-    the same network), 'spatial' over the pixels of each (example, channel), 'sample' over all values of an example.
-    Zero padding only. Raises ValueError for an unknown norm or groups that do not divide the channels.
-    """
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, *,
-                 norm='channel', alpha=0.25, eps=1e-5):
-        super().__init__()
-        if norm not in ('channel', 'spatial', 'sample'):
-            raise ValueError(f"BinaryConv2d: norm={norm!r} must be 'channel', 'spatial' or 'sample'")
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(f'BinaryConv2d: groups={groups} must divide {in_channels} and {out_channels} channels')
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.shape = (out_channels, in_channels // groups, *size)
-        self.conv = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        self.norm, self.eps = norm, eps
-        self.weight = nn.Parameter(torch.empty(self.shape))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        nn.init.xavier_uniform_(self.weight)
-        self._init_alpha(alpha, (out_channels,))
-
-    def forward(self, x):
-        dtype = compute_dtype(x)
-        # Only a mean over the channels removes the common term that subtracting 1/2 from every weight adds, and with
-        # groups it is no longer common: each group sums other inputs.
-        offset = 0.5 if self.norm == 'channel' and self.conv['groups'] == 1 else 0.0
-        z = F.conv2d(x.to(dtype), *self._weights(dtype, offset), **self.conv)
-        if self.norm == 'channel':
-            y = normalize(z.permute(0, 2, 3, 1).contiguous(), self.alpha, 1, self.eps)
-            return y.permute(0, 3, 1, 2)
-        y = normalize(z.flatten(2), self.alpha[:, None], 1 if self.norm == 'spatial' else 2, self.eps)
-        return y.view(z.shape)
-
-    def extra_repr(self):
-        return f'{self.shape}, {self.conv}, norm={self.norm}, packed={self.packed}'
-
-
-class BinaryEmbedding(_Binary, nn.Module):
+class BinaryEmbedding(Binary, nn.Module):
     """Binary normalised embedding (arXiv 2509.07025, alg. 4), ids (...) int -> (..., dim).
 
     The row of bits of each id plus the bits of a bias, normalised over dim and scaled by alpha (one per layer). Only
@@ -712,10 +565,10 @@ def _converted(module, kind, options, packed):
         return new
     if isinstance(module, nn.Linear):
         new = linear(kind, module.in_features, module.out_features, bias, **options)
-    elif isinstance(module, nn.Conv2d) and kind == 'bin' and module.padding_mode == 'zeros':
+    elif isinstance(module, nn.Conv2d) and kind in KINDS and module.padding_mode == 'zeros':
         m = module
-        new = BinaryConv2d(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, bias,
-                           **options)
+        new = conv2d(kind, m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, bias,
+                     **options)
     elif isinstance(module, nn.Embedding) and kind == 'bin' and module.max_norm is module.padding_idx is None:
         new = BinaryEmbedding(module.num_embeddings, module.embedding_dim, bias=True, **options)
     else:
@@ -818,10 +671,17 @@ def save_packed(model, path, meta):
 
     Returns the size of the file in bytes. The file is whole or absent: written beside and renamed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = {name: t.contiguous().cpu() for name, t in _parameters_once(pack(model)).items()}
     meta = dict(meta, checksum=_checksum(tensors))      # safetensors has none of its own
-    atomic_write(path, lambda tmp: save_file(tensors, tmp, {'nanobit': json.dumps(meta)}))
+
+    def write(tmp):
+        try:
+            save_file(tensors, tmp, {'nanobit': json.dumps(meta)})
+        except SafetensorError as e:                # a full disk, for one
+            raise OSError(e) from e
+    atomic_write(path, write)
     return os.path.getsize(path)
 
 

@@ -1,7 +1,6 @@
 """What every measurement of bench.py uses: a process for each variant, turns, medians, peaks, tables."""
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import common
 import configurator
 from common import peak_above, peak_memory_bytes
 from optim import optimizer_bytes
@@ -97,7 +97,7 @@ def mib(n):
 
 
 def device_name(a):
-    return torch.cuda.get_device_name() if a.device == 'cuda' else cpu_name()
+    return common.device_name(torch.device(a.device))
 
 
 def times_ms(step, n, cuda, before=lambda: None):
@@ -132,10 +132,3 @@ def resident_bytes():
         return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_memory_bytes()
-
-
-def cpu_name():
-    try:
-        return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

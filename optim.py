@@ -380,8 +380,10 @@ class RSVDAdam(torch.optim.Optimizer):
             if not full:
                 self._keep(p, group, M, V)
             if low:
-                W = p.view(p.shape[0], -1)
+                W = p.flatten(1)                    # a copy where a convolution's weight is in channels_last
                 project_back_(W, self.state[p]['basis'], N, self.low_rank(p, group)[0], decay, size * group['scale'])
+                if W.data_ptr() != p.data_ptr():
+                    p.copy_(W.view_as(p))
             else:
                 p.mul_(decay).add_(N.to(p.dtype), alpha=size)
 

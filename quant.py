@@ -41,14 +41,16 @@ def binarize(w, chunks=1):
     return (flat > flat.mean(1, keepdim=True)).view(w.shape)
 
 
-def half_bits(w, chunks=1, dtype=None):
-    """binarize(w) - 1/2, i.e. {-1/2, +1/2}, in `dtype` (default w's).
+def half_bits(w, chunks=1, dtype=None, offset=0.5):
+    """binarize(w) - offset, i.e. {-1/2, +1/2}, in `dtype` (default w's).
 
     Under a mean subtraction over the output features, W01 and W01 - 1/2 give the same result with the same standard
     deviation (they differ by sum(x)/2 in every feature), and the second does not lose small differences between
     features under a large common term. It is also sign(w - mean(w)) / 2, the weight of BitNet b1 (arXiv 2310.11453).
     """
-    return binarize(w, chunks).to(dtype or w.dtype).sub_(0.5)
+    flat = wide(w.detach().reshape(chunks, -1))
+    bits = torch.gt(flat, flat.mean(1, keepdim=True), out=torch.empty_like(flat))   # a bool would be converted slowly
+    return bits.sub_(offset).view(w.shape).to(dtype or w.dtype)
 
 
 def ternarize(w, chunks=1, scale='mean'):

@@ -53,6 +53,7 @@ class StepMeter:
         self.net, self.optimizer, self.device, self.rank, self.world = net, optimizer, device, rank, world
         self.gradient_bytes, self.flops, self.counter, self.disturbed, self.refreshed = 0, None, None, False, set()
         self.epoch_peak, self.seconds, self.joules_before, self.first_step = 0, 0.0, 0.0, None
+        self.stepped, self.used = False, ()         # used: joules when training had ended
 
     def state(self):
         return {'peak': self.peak(), 'gradient_bytes': self.gradient_bytes, 'joules': self.joules() or 0.0,
@@ -68,11 +69,12 @@ class StepMeter:
 
     def end(self):
         """Of training: energy and seconds stand still from here on."""
-        joules = self.joules()
-        self.joules, self.seconds = (lambda: joules), self.seconds + time.perf_counter() - self.began
+        self.used, self.seconds = (self.joules(),), self.seconds + time.perf_counter() - self.began
 
     def joules(self):
         """Since the run began; None where nothing measures them, and with several processes, whose sum nobody sees."""
+        if self.used:
+            return self.used[0]
         used = self.energy() if self.world == 1 else None
         return None if used is None else self.joules_before + used
 
@@ -88,8 +90,9 @@ class StepMeter:
 
     def peak(self):
         """Bytes, of this epoch so far."""
-        counted = self.device.type == 'cuda' and getattr(self, 'stepped', False)
-        return max(self.epoch_peak, torch.cuda.max_memory_allocated(self.device)) if counted else self.epoch_peak
+        if self.device.type == 'cuda' and self.stepped:
+            return max(self.epoch_peak, torch.cuda.max_memory_allocated(self.device))
+        return self.epoch_peak
 
     def _first_refresh(self):
         if not hasattr(self.optimizer, 'due'):
@@ -103,11 +106,12 @@ class StepMeter:
     def step(self, step, in_middle, count_flops):
         """Around a step, from the batch to the update; forward() and backward_done() inside."""
         first = step - self.first_step
-        probe = (first in (0, 2) or self._first_refresh() or in_middle) and self.device.type == 'cpu' and self.rank == 0
+        probe = self.device.type == 'cpu' and self.rank == 0 and (first in (0, 2) or self._first_refresh() or in_middle)
         self.disturbed, self.stepped, self.forward_flops = probe or count_flops, True, collections.Counter()
-        held = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
-        if self.world > 1:                          # DistributedDataParallel's buckets stay between steps
-            held += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
+        if probe:
+            held = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
+            if self.world > 1:                      # DistributedDataParallel's buckets stay between steps
+                held += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
         with contextlib.ExitStack() as stack:
             found = stack.enter_context(common.peak_meter(False)) if probe else None
             self.counter = stack.enter_context(flop_counter()) if count_flops and self.rank == 0 else None

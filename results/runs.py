@@ -6,8 +6,9 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py recipe                                                 # what was tried on the way, one seed
     python results/runs.py sst2                                                   # methods of finetune_cls.py
+    python results/runs.py food10                                                 # kinds and normalisations of train_cnn.py
     python results/runs.py speed                                                  # bench.py train, its table
-    python results/runs.py stats | fit | layers | optim | optim_bytes | finetune  # bench.py's other commands
+    python results/runs.py stats | fit | layers | optim | optim_bytes | finetune | conv   # bench.py's other commands
     python results/runs.py quality --table                                        # from the logs alone
 
 Runs the trainer once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
@@ -101,8 +102,21 @@ CLASSIFIED = {                                      # the same of finetune_cls.p
         'wr_svt16': ('... cut to 8', FAST + 'weight_reduction_svt'),
     }),
 }
-EXPERIMENTS |= CLASSIFIED
-DEFAULT_SEEDS = {'sst2': '1,2,3', 'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
+CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
+BINARY = '--model_config={' + ','.join(f"'{layer}':'binary'" for layer in CNN_LAYERS) + '}'
+PHOTOGRAPHS = {                                     # the same of train_cnn.py; data/images/prepare.py --name=food10 first
+    'food10': ('config/images_mixed.py --dataset=images/food10', 'real', {
+        'real': ('all real', BINARY.replace('binary', 'real')),
+        'mixed': ("the reference's five binary: conv1, conv2, fc1, fc2, final", ''),
+        'bin': ('all binary', BINARY),
+        'bin_spatial': ('... normalised over the pixels of each channel (the reference)', BINARY + ' --norm=spatial'),
+        'bin_sample': ('... over the whole image', BINARY + ' --norm=sample'),
+        'tern': ('all ternary', BINARY.replace('binary', 'ternary')),
+        'int4': ('all 4-bit', BINARY.replace('binary', 'int4')),
+    }),
+}
+EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS
+DEFAULT_SEEDS = {'sst2': '1,2,3', 'food10': '1,2,3', 'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
 
 
 def train(name, variant, seed, threads):
@@ -110,8 +124,8 @@ def train(name, variant, seed, threads):
     config, _, variants = EXPERIMENTS[name]
     out = f'out/{name}/{variant}_s{seed}'
     extra = ['--batch_size=16'] if name == 'recipe' else []
-    script = 'finetune_cls.py' if name in CLASSIFIED else 'train_gpt.py'
-    command = [sys.executable, script, config, *extra, *variants[variant][1].split(),
+    script = 'finetune_cls.py' if name in CLASSIFIED else 'train_cnn.py' if name in PHOTOGRAPHS else 'train_gpt.py'
+    command = [sys.executable, script, *config.split(), *extra, *variants[variant][1].split(),
                f'--seed={seed}', f'--out_dir={out}', '--resume=auto']
     os.makedirs(ROOT / out, exist_ok=True)
     with open(ROOT / out / 'stdout.txt', 'a') as f:
@@ -225,6 +239,32 @@ def accuracy_table(name):
     return lines
 
 
+def photograph_table(name):
+    """Markdown lines for runs of train_cnn.py: mean ± sd over seeds at the last step; the gap is paired by seed."""
+    config, baseline, variants = EXPERIMENTS[name]
+    found = {}
+    for variant in variants:
+        for path in logs(name, variant):
+            records = [json.loads(line) for line in open(path)]
+            if 'packed_file_bytes' in records[-1]:  # finished
+                found.setdefault(variant, {})[int(path.stem.rsplit('_s', 1)[1])] = records[-1] | [
+                    r for r in records if 'top1' in r][-1]
+    base = found.get(baseline) or sys.exit(f'error: no finished run of {baseline}; run: python results/runs.py {name}')
+    points = lambda values: f'{statistics.mean(values) * 100:.2f}' + (
+        f' ± {statistics.stdev(values) * 100:.2f}' if len(values) > 1 else '')
+    one = next(iter(base.values()))
+    lines = [f'`{config}`: {one["step"]:,} steps, {one["samples"]:,} images seen; at the last step, in percent, mean ± sd over '
+             'seeds; the gap in points, paired by seed; share of the parameters that are binary.', '',
+             '| layers | top-1 | gap | top-5 | val loss | binary share | packed file bytes |', '|---|---|---|---|---|---|---|']
+    for variant, runs in found.items():
+        both, rows = sorted(runs.keys() & base.keys()), list(runs.values())
+        gap = '-' if variant == baseline or not both else points([runs[s]['top1'] - base[s]['top1'] for s in both])
+        lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {points([r["top1"] for r in rows])} | {gap} | '
+                     f'{points([r["top5"] for r in rows])} | {mean_sd([r["val_loss"] for r in rows])} | '
+                     f'{rows[0]["binary_share"]:.1%} | {rows[0]["packed_file_bytes"]:,} |')
+    return lines
+
+
 def table_by_step(name):
     """Markdown lines: validation loss along each run; a run given up early ends early."""
     rows = {}
@@ -304,6 +344,16 @@ BENCHES = {
                   '× LoRA ': figure('peak_x_lora', '.2f'), 'resident': figure('resident_bytes', ',.0f'),
                   'saved': figure('saved_bytes', '.0f'), 'gradients': figure('gradient_bytes', '.1f'),
                   'all-reduce': figure('sent_bytes', '.1f'), 'optimizer': figure('optimizer_bytes', '.1f')}),
+    'conv': (['conv --threads=1'],
+             lambda r: f'{r["batch"]} images of {r["image_size"]} pixels, {r["device"]}, {r["threads"]} thread, torch '
+             f'{r["torch"]}; milliseconds and, in brackets, times real layers of the same dtype: forward and backward of one 3x3 '
+             'convolution with its normalisation and a ReLU, by channels x pixels of a side; then a training step of the network, the most '
+             'bytes of tensors alive in it, MiB, and the bytes it packs into.',
+             {'layers': '{name}', 'dtype': '{dtype}'}
+             | {f'{width} x {64 >> b}': (lambda r, key=f'{width}x{64 >> b}': times(r, key) if f'{key}_ms' in r else '-')
+                for b, width in enumerate((32, 64, 64, 128, 256))}
+             | {'network': lambda r: times(r, 'net'), 'peak': lambda r: f'{mib(r, "peak", 0)} ({r["peak_ratio"]:.2f})',
+                'packed bytes': '{packed_bytes:,}'}),
 }
 
 
@@ -321,7 +371,7 @@ def bench_table(name):
     _, head, columns = BENCHES[name]
     merged = {}                                     # rows of one variant are one, but for a layer's sizes and dtypes
     for r in rows:
-        key = r.get('name', r.get('kind')), r.get('dtype') if name == 'speed' else None
+        key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'conv') else None
         if name == 'layers':
             r[f't{r["tokens"]}'] = r
         merged.setdefault(key, {}).update(r)
@@ -340,6 +390,8 @@ def write_tables(name):
         return publish(name, bench_table(name))
     if name in CLASSIFIED:
         return publish(name, accuracy_table(name))
+    if name in PHOTOGRAPHS:
+        return publish(name, photograph_table(name))
     if name in ('recipe', 'scales'):
         return publish(name, table_by_step(name))
     found = summary(name)

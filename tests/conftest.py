@@ -6,7 +6,9 @@ files, both streams, torchrun's environment) is the same. A few tests pay for re
 """
 import multiprocessing
 import os
+import re
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -34,7 +36,41 @@ max_iters, warmup_iters, eval_interval, eval_iters, log_interval, save_interval 
 learning_rate, min_lr = 3e-3, 3e-4
 """
 
+# What a test does to a running trainer, as source text run before it. Each finds the trainer by what it calls.
+AT_STEP = """
+import common, os, signal
+def seed_step(seed, step, rank, plain=common.seed_step):
+    if step == {step} and rank == {rank}:
+        {action}
+    plain(seed, step, rank)
+common.seed_step = seed_step
+"""
+IN_EVALUATION = """
+import os, signal, torch
+plain, calls = torch.nn.functional.cross_entropy, []
+def cross_entropy(*args, **kwargs):
+    if not torch.is_grad_enabled():
+        calls.append(1)
+        if len(calls) == {call}:
+            os.kill(os.getpid(), signal.{signal})
+    return plain(*args, **kwargs)
+torch.nn.functional.cross_entropy = cross_entropy
+"""
+NAN_LOSS = """
+import os, torch
+plain, calls = torch.nn.functional.cross_entropy, []
+def cross_entropy(*args, **kwargs):
+    calls.extend([1] * torch.is_grad_enabled())
+    bad = torch.is_grad_enabled() and len(calls) == {call} and os.environ.get('RANK', '0') == '{rank}'
+    return plain(*args, **kwargs) * (float('nan') if bad else 1.0)
+torch.nn.functional.cross_entropy = cross_entropy
+"""
+
 torch.set_num_threads(1)                          # tiny tensors; more threads than idle cores would wait for each other
+
+
+def kill_at(step, number='SIGTERM', rank=0):
+    return AT_STEP.format(step=step, rank=rank, action=f'os.kill(os.getpid(), signal.{number})')
 
 
 @dataclass
@@ -140,6 +176,33 @@ def wait_all(jobs, timeout=60):
         return [job.wait(timeout) for job in jobs]
     except AssertionError as e:
         raise AssertionError([(job.output(), (job.folder / 'stderr').read_text()) for job in jobs]) from e
+
+
+def torchrun(*options, nodes=1, rank=0, port=0, per_node=2):
+    where = ['--standalone'] if nodes == 1 else [
+        f'--nnodes={nodes}', f'--node_rank={rank}', '--rdzv_backend=c10d', '--rdzv_id=nanobit',
+        f'--rdzv_endpoint=127.0.0.1:{port}', f'--rdzv_conf=is_host={int(rank == 0)}', '--local_addr=127.0.0.1']
+    return ['-m', 'torch.distributed.run', *where, f'--nproc_per_node={per_node}', *options]
+
+
+def one_error(done):
+    """What a user's mistake looks like: one line on stderr that begins with 'error: '."""
+    assert done.code == 2 and done.err.count('\n') == 1 and done.err.startswith('error: '), (done.code, done.err)
+    return done.err
+
+
+def printed_command(out):
+    """The words after `go on with: python` on the last line."""
+    last = out.strip().split('\n')[-1]
+    assert re.match(r'stopped at step \d+; go on with: python ', last), out
+    return shlex.split(last.split('go on with: python ')[1])
+
+
+def damages(whole):
+    middle = len(whole) // 2
+    flip = lambda at: whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:]
+    return {'truncated': whole[:middle], 'flipped at 1/2': flip(middle), 'flipped at 1/4': flip(middle // 2),
+            'flipped at 3/4': flip(middle * 3 // 2), 'empty': b'', 'foreign zip': b'PK\5\6' + bytes(18)}
 
 
 @pytest.fixture(scope='session')

@@ -25,9 +25,9 @@ def off(got, want):
 
 
 BASES = {'fp': 'fp', 'half': 'half', 'int8': 'int8', 'int8 act': ('int8', dict(activations='int8', act='gelu')), 'int4': 'int4',
-         'nf4': 'nf4', 'nf4 act': ('nf4', dict(act='gelu', scales='8bit')), 'fit4': 'fit4', 'tern': 'tern',
-         'tern act': ('tern', dict(act='gelu')), 'tern bare': ('tern', dict(norm=False)), 'bin': 'bin',
-         'bin act': ('bin', dict(act='gelu', chunks=3)), 'lowrank': ('lowrank', dict(rank=5))}
+         'int4 act': ('int4', dict(act='relu')), 'nf4': 'nf4', 'nf4 act': ('nf4', dict(act='gelu', scales='8bit')),
+         'fit4': 'fit4', 'tern': 'tern', 'tern act': ('tern', dict(act='gelu')), 'tern bare': ('tern', dict(norm=False)),
+         'bin': 'bin', 'bin act': ('bin', dict(act='gelu', chunks=3)), 'lowrank': ('lowrank', dict(rank=5))}
 every_base = pytest.mark.parametrize('name', BASES)
 
 
@@ -46,7 +46,7 @@ def lora(name, bias=True, size=(14, 9), **options):
 
 def seen(layer, x):
     """What the weight of the base is multiplied by, literally."""
-    x = F.gelu(x) if getattr(layer.base, 'act', None) else x
+    x = getattr(F, layer.base.act)(x) if getattr(layer.base, 'act', None) else x
     if getattr(layer.base, 'gain', None) is not None:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.base.gain
     return x

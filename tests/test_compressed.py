@@ -296,7 +296,7 @@ def test_a_packed_layer_can_be_cast(kind):
     (lambda: Linear4bit(8, 6, format='nf3'), "format='nf3'"), (lambda: Linear4bit(8, 6, group=5), 'group=5'),
     (lambda: Linear4bit(8, 6, scales='fp8'), "scales='fp8'"), (lambda: Linear4bit(8, 6, format='nf4', scales='log8'), 'log8'),
     *((lambda s=s: linear('fit4', 8, 6, scales=s), f"scales='{s}'") for s in ('fp16', 'fp32', '8bit')),
-    (lambda: Int8Linear(8, 6, activations='int4'), "activations='int4'"), (lambda: Int8Linear(8, 6, act='relu'), "act='relu'"),
+    (lambda: Int8Linear(8, 6, activations='int4'), "activations='int4'"), (lambda: Int8Linear(8, 6, act='tanh'), "act='tanh'"),
     (lambda: Int8Linear(131072, 1), '131072'), (lambda: HalfLinear(8, 6, dtype=torch.float32), 'float32'),
     (lambda: LowRankLinear(8, 6, rank=7), 'rank=7'), (lambda: LowRankLinear(8, 6, rank=0), 'rank=0'),
     (lambda: LowRankLinear(8, 6, rank=3).truncate(4), 'rank 3 to 4'), (lambda: LowRankLinear(8, 6, rank=3).truncate(0), 'to 0'),

@@ -18,8 +18,7 @@ import common
 import hf
 import layers
 import optim
-from conftest import ROOT, SERVER, ranks, wait_all
-from test_train_gpt import AT_STEP, IN_EVALUATION, NAN_LOSS, kill_at
+from conftest import AT_STEP, IN_EVALUATION, NAN_LOSS, ROOT, SERVER, kill_at, one_error, ranks, wait_all
 
 SCRIPT = ROOT / 'finetune_cls.py'
 MEASURED = {'ms', 'samples_per_s', 'peak_mem_bytes', 'energy_j', 'peak_bytes', 'resident_bytes', 'gradient_bytes'}
@@ -216,11 +215,6 @@ def assert_close_weights(a, b, atol):
     one, two = checkpoint(a)['model'], checkpoint(b)['model']
     assert one.keys() == two.keys()
     assert max((one[k].float() - two[k].float()).abs().max().item() for k in one) <= atol
-
-
-def one_error(done):
-    assert done.code == 2 and done.err.count('\n') == 1 and done.err.startswith('error: '), (done.code, done.err)
-    return done.err
 
 
 def predict(net, tokenizer, data, name='eval2.csv', max_len=14):

@@ -48,7 +48,7 @@ def matrices(layer):
 
 
 def activated(layer, x):
-    return F.gelu(x) if layer.act == 'gelu' else x
+    return {None: lambda x: x, 'gelu': F.gelu, 'relu': F.relu}[layer.act](x)
 
 
 def reference_binary(layer, x):
@@ -252,14 +252,15 @@ def test_three_chunks_are_three_layers(cls, options):
     assert_close(fused(x), torch.cat([part(x) for part in parts], -1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('act', ['gelu', 'relu'])
 @pytest.mark.parametrize('cls', [BinaryLinear, TernaryLinear, Linear4bit])
-def test_gelu_inside_equals_gelu_outside(cls):
-    """act='gelu' is F.gelu in front of the layer, in value and gradients."""
-    inside, x = filled(cls(9, 6, True, act='gelu')), torch.randn(4, 9).double()
+def test_activation_inside_equals_activation_outside(cls, act):
+    """act='gelu' is F.gelu in front of the layer, act='relu' F.relu, in value and gradients."""
+    inside, x = filled(cls(9, 6, True, act=act)), torch.randn(4, 9).double()
     outside = cls(9, 6, True).double()
     outside.load_state_dict(inside.state_dict())
     v = torch.randn(4, 6).double()
-    got, want = gradients(inside, inside, x, v), gradients(outside, lambda x: outside(F.gelu(x)), x, v)
+    got, want = gradients(inside, inside, x, v), gradients(outside, lambda x: outside(getattr(F, act)(x)), x, v)
     for name in want:
         assert_close(got[name], want[name], rtol=1e-12, atol=1e-12)
 
@@ -656,7 +657,7 @@ def test_compiled_equals_eager():
 @pytest.mark.parametrize('make, says', [
     (lambda: BinaryLinear(8, 7, chunks=3), 'chunks=3'),
     (lambda: BinaryLinear(8, 6, alpha_per='row'), "alpha_per='row'"),
-    (lambda: BinaryLinear(8, 6, act='relu'), "act='relu'"),
+    (lambda: BinaryLinear(8, 6, act='tanh'), "act='tanh'"),
     (lambda: BinaryLinear(8, 6, alpha=0), 'alpha'),
     (lambda: BinaryLinear(8, 6, alpha=-1.0), 'alpha'),
     (lambda: BinaryLinear(8, 6, alpha=math.nan), 'alpha'),
@@ -667,11 +668,11 @@ def test_compiled_equals_eager():
     (lambda: BinaryEmbedding(4, 6, alpha=0), 'alpha'),
     (lambda: TernaryLinear(8, 7, chunks=3), 'chunks=3'),
     (lambda: TernaryLinear(8, 6, scale='max'), "scale='max'"),
-    (lambda: TernaryLinear(8, 6, act='relu'), "act='relu'"),
+    (lambda: TernaryLinear(8, 6, act='tanh'), "act='tanh'"),
     (lambda: TernaryLinear(131072, 1), '131072'),
     (lambda: Linear4bit(8, 6, group=3), 'group=3'),
     (lambda: Linear4bit(8, 6, group=-2), 'group=-2'),
-    (lambda: Linear4bit(8, 6, act='relu'), "act='relu'"),
+    (lambda: Linear4bit(8, 6, act='tanh'), "act='tanh'"),
     (lambda: linear('binary', 8, 6), "kind='binary'"),
     (lambda: linear('fp', 8, 6, act='gelu'), "act='gelu'"),
     (lambda: linear('fp', 8, 6, alpha=1.0), 'alpha')])
@@ -732,13 +733,15 @@ def test_convert_takes_the_first_rule_that_matches(capsys):
 
 
 def test_convert_says_what_has_no_such_form(capsys):
-    """Only linear layers have int4 and ternary forms, only zero padding a binary one; verbose=False prints nothing."""
+    """Only a convolution with zero padding has low-bit forms, and only KINDS; an embedding only a binary one, without
+    max_norm; verbose=False prints nothing."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect'), nn.Linear(2, 2),
-                          nn.Embedding(3, 2, max_norm=1.0))
-    assert convert(model, {'2': 'int4', '0': 'tern', '*': 'bin'}) == ['2']
-    out = capsys.readouterr().out
-    assert 'convert: 0 left (no tern form of Conv2d)' in out and 'convert: 1 left (no bin form of Conv2d)' in out
-    assert 'convert: 3 left (no bin form of Embedding)' in out and isinstance(model[2], Linear4bit)
+                          nn.Embedding(3, 2, max_norm=1.0), nn.Embedding(3, 2))
+    assert convert(model, {'0': 'nf4', '1': 'tern', '2': 'int4', '3': 'bin', '4': 'int4'}) == ['2']
+    out = capsys.readouterr().out.splitlines()
+    assert out == ['convert: 2 -> int4', 'convert: 0 left (no nf4 form of Conv2d)', 'convert: 1 left (no tern form of Conv2d)',
+                   'convert: 3 left (no bin form of Embedding)', 'convert: 4 left (no int4 form of Embedding)']
+    assert isinstance(model[2], Linear4bit)
     assert convert(model, {'0': 'bin'}, verbose=False) == ['0'] and not capsys.readouterr().out
 
 

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import time
@@ -19,42 +18,14 @@ import common
 import layers
 import tokens
 import train_gpt
-from conftest import ROOT, TINY, free_port, ranks, wait_all
+from conftest import (AT_STEP, IN_EVALUATION, NAN_LOSS, ROOT, TINY, damages, free_port, kill_at, one_error, printed_command,
+                      ranks, torchrun, wait_all)
 
 SCRIPT = ROOT / 'train_gpt.py'
 MEASURED = {'ms', 'tokens_per_s', 'peak_mem_bytes', 'energy_j'}
 MIXED = ('--qkv_proj=bin', '--c_proj=int4', '--mlp_proj=tern', '--n_binary=1')
 BINARY, TERNARY = ('--n_binary=2',), ('--n_binary=2', '--qkv_proj=tern', '--c_proj=tern', '--mlp_proj=tern')
 
-# What a test does to a running trainer, as source text run before it. Each finds the trainer by what it calls.
-AT_STEP = """
-import common, os, signal
-def seed_step(seed, step, rank, plain=common.seed_step):
-    if step == {step} and rank == {rank}:
-        {action}
-    plain(seed, step, rank)
-common.seed_step = seed_step
-"""
-IN_EVALUATION = """
-import os, signal, torch
-plain, calls = torch.nn.functional.cross_entropy, []
-def cross_entropy(*args, **kwargs):
-    if not torch.is_grad_enabled():
-        calls.append(1)
-        if len(calls) == {call}:
-            os.kill(os.getpid(), signal.{signal})
-    return plain(*args, **kwargs)
-torch.nn.functional.cross_entropy = cross_entropy
-"""
-NAN_LOSS = """
-import os, torch
-plain, calls = torch.nn.functional.cross_entropy, []
-def cross_entropy(*args, **kwargs):
-    calls.extend([1] * torch.is_grad_enabled())
-    bad = torch.is_grad_enabled() and len(calls) == {call} and os.environ.get('RANK', '0') == '{rank}'
-    return plain(*args, **kwargs) * (float('nan') if bad else 1.0)
-torch.nn.functional.cross_entropy = cross_entropy
-"""
 NAN_GRADIENT = """
 import torch
 plain, calls = torch.optim.AdamW.__init__, []
@@ -76,10 +47,6 @@ def step(self, *args, **kwargs):
     return result
 torch.optim.AdamW.step = step
 """
-
-
-def kill_at(step, number='SIGTERM', rank=0):
-    return AT_STEP.format(step=step, rank=rank, action=f'os.kill(os.getpid(), signal.{number})')
 
 
 @pytest.fixture(scope='module')
@@ -136,12 +103,6 @@ def assert_same_state(a, b):
     assert all(torch.equal(one[i][k], two[i][k]) for i in one for k in one[i])
 
 
-def one_error(done):
-    """What a user's mistake looks like: one line on stderr that begins with 'error: '."""
-    assert done.code == 2 and done.err.count('\n') == 1 and done.err.startswith('error: '), (done.code, done.err)
-    return done.err
-
-
 # ------------------------------------------------------------------------------------------------ numbers of processes
 
 
@@ -151,13 +112,6 @@ sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
-
-
-def torchrun(*options, nodes=1, rank=0, port=0, per_node=2):
-    where = ['--standalone'] if nodes == 1 else [
-        f'--nnodes={nodes}', f'--node_rank={rank}', '--rdzv_backend=c10d', '--rdzv_id=nanobit',
-        f'--rdzv_endpoint=127.0.0.1:{port}', f'--rdzv_conf=is_host={int(rank == 0)}', '--local_addr=127.0.0.1']
-    return ['-m', 'torch.distributed.run', *where, f'--nproc_per_node={per_node}', *options]
 
 
 def assert_same_losses(one, other):
@@ -319,13 +273,6 @@ os.replace = replace
     assert 'at step 10' in train('--resume=auto', '--max_iters=11', cwd=cwd).out
 
 
-def damages(whole):
-    middle = len(whole) // 2
-    flip = lambda at: whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:]
-    return {'truncated': whole[:middle], 'flipped at 1/2': flip(middle), 'flipped at 1/4': flip(middle // 2),
-            'flipped at 3/4': flip(middle * 3 // 2), 'empty': b'', 'foreign zip': b'PK\5\6' + bytes(18)}
-
-
 def test_damaged_last_falls_back_to_the_one_before(train, folder, unbroken):
     """Damage of each kind to last.pt: a warning naming both files, and the end is that of the unbroken run. Without
     last.prev.pt: one line naming the file, exit status 2."""
@@ -457,13 +404,6 @@ def test_nan_on_one_rank_stops_both(start, folder):
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
-
-
-def printed_command(out):
-    """The words after `go on with: python` on the last line."""
-    last = out.strip().split('\n')[-1]
-    assert re.match(r'stopped at step \d+; go on with: python ', last), out
-    return shlex.split(last.split('go on with: python ')[1])
 
 
 @pytest.mark.parametrize('number, real', [('SIGTERM', False), ('SIGINT', True)])

@@ -1,0 +1,21 @@
+# Food-101, every layer real: the baseline of food101_mixed.py and food101_bin.py, on the same batches.
+# expected top-1: 74.0% (reference; not measured here)
+# hardware: one GPU of 24 GB or more; --micro_batch_size=64 for less
+# time: not measured here
+# torchrun --nproc_per_node=8 train_cnn.py config/food101_real.py      (after python data/food101/prepare.py)
+out_dir = 'out/food101_real'
+model_name = 'real'
+dataset = 'food101'            # 101,000 photographs of 256 pixels, 20 GB
+image_size = 224
+crop_scale = (0.25, 1.0)
+eval_crop = 0.875              # 224 of 256 pixels
+
+filter_dimension = 5           # the reference's
+
+batch_size = 256
+eval_batch_size = 512
+num_workers = 8
+epochs = 200.0                 # the reference: 1,000 at 64 images and 1e-4
+learning_rate = 2e-3
+warmup_iters = 1500
+dtype = 'bfloat16'

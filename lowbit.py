@@ -1,0 +1,120 @@
+"""
+What low-bit modules share: latent weights that become codes and are weights again. The modules are in layers.py and conv.py.
+"""
+import copy
+import math
+
+import torch
+import torch.nn as nn
+
+from functional import ACTIVATIONS, compute_dtype, straight_through
+from quant import binarize, pack_bits, unpack_bits
+
+
+class LowBit:
+    """What the low-bit modules share: latent `weight` (and `bias`) Parameters or, after pack_(), uint8 codes.
+
+    A subclass gives `kind`, `bits`, `encode()` -> dict of buffers that hold the quantized weight, its inverse `decode()` ->
+    (weight, bias or None) and a forward() for both states.
+    """
+    packed = False
+    act = None
+
+    def weight_input(self, x):
+        """What the weight is multiplied by, given the layer's input: what an adapter beside it has to see."""
+        return ACTIVATIONS[self.act][0](x.to(compute_dtype(x)))
+
+    def effective_weight(self):
+        """fp32 (out, in): what weight_input(x) is multiplied by, of a packed layer."""
+        return self.decode()[0].float()
+
+    def merged(self, delta, requantize, x):
+        """A layer of weight effective_weight() + delta: this kind, packed, with requantize; else in the dtype of x."""
+        if requantize:
+            new = copy.deepcopy(self).unpack_()
+            new.weight.add_(self._latent_change(delta, x))
+            return new.pack_()
+        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=x.device, dtype=x.dtype)
+        new.weight.copy_(self.effective_weight() + delta)
+        if self.bias is not None:
+            new.bias.copy_(self.bias)
+        return new if self.act is None else nn.Sequential({'relu': nn.ReLU, 'gelu': nn.GELU}[self.act](), new)
+
+    def _latent_change(self, delta, x):
+        return delta
+
+    def pack_(self):
+        """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
+        if not self.packed:
+            if not all(torch.isfinite(p).all() for p in self.parameters(recurse=False)):
+                raise ValueError(f'{type(self).__name__}: weights must be finite to be packed')
+            with torch.no_grad():
+                buffers = self.encode()
+            bias = getattr(self, 'bias', None)
+            del self.weight
+            if bias is not None and 'packed_bias' in buffers:
+                del self.bias
+                self.bias = None
+            self.weight = None
+            for name, value in buffers.items():
+                self.register_buffer(name, value)
+            for p in self.parameters(recurse=False):
+                p.requires_grad_(False)
+            self.packed = True
+        return self
+
+    def unpack_(self):
+        """Back to a trainable layer whose weights are the quantized ones (the latent values are gone for good)."""
+        if self.packed:
+            with torch.no_grad():
+                weight, bias = self.decode()
+            for name in [n for n, _ in self.named_buffers(recurse=False)]:
+                delattr(self, name)
+            self.weight = nn.Parameter(weight)
+            if bias is not None:
+                self.bias = nn.Parameter(bias)
+            for p in self.parameters(recurse=False):
+                p.requires_grad_(True)
+            self.packed = False
+        return self
+
+    def packed_bytes(self):
+        """Bytes of this layer when packed: codes, scales and whatever it keeps in full precision."""
+        with torch.no_grad():
+            held = dict(self.named_buffers(recurse=False)) if self.packed else self.encode()
+        dropped = {'weight'} | ({'bias'} if 'packed_bias' in held else set())
+        kept = [p for n, p in self.named_parameters(recurse=False) if n not in dropped]
+        return sum(t.numel() * t.element_size() for t in [*held.values(), *kept])
+
+
+class Binary(LowBit):
+    """Bits of weight and bias for the three binary modules; `chunks` slices of dim 0 have their own mean each."""
+    kind, bits, chunks = 'bin', 1, 1
+
+    def _init_alpha(self, alpha, shape):
+        if not alpha > 0:
+            raise ValueError(f'alpha must start above 0, got {alpha}')
+        self.alpha = nn.Parameter(torch.full(shape, float(alpha)))
+
+    def encode(self):
+        held = {'code': pack_bits(binarize(self.weight, self.chunks).flatten(1), 1)}
+        if self.bias is not None:
+            held['packed_bias'] = pack_bits(binarize(self.bias, self.chunks), 1)
+        return held
+
+    def decode(self):
+        weight = self._bits('code', math.prod(self.shape[1:]), torch.float32, 0.5).view(self.shape)
+        bias = self._bits('packed_bias', self.shape[0], torch.float32, 0.5) if hasattr(self, 'packed_bias') else None
+        return weight, bias
+
+    def _bits(self, name, n, dtype, offset):
+        return unpack_bits(getattr(self, name), 1, n).to(dtype).sub_(offset)
+
+    def _weights(self, dtype, offset=0.5):
+        """Quantized (weight, bias) minus `offset`, differentiable straight through when not packed."""
+        if self.packed:
+            weight = self._bits('code', math.prod(self.shape[1:]), dtype, offset).view(self.shape)
+            return weight, self._bits('packed_bias', self.shape[0], dtype, offset) if hasattr(self, 'packed_bias') else None
+        pair = [None if p is None else straight_through(p, binarize(p, self.chunks).to(dtype).sub_(offset))
+                for p in (self.weight, self.bias)]
+        return pair

@@ -1,0 +1,94 @@
+"""What a classifier of images leaves to look at: a table of its classes, their confusion, its surest mistakes."""
+import csv
+import os
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from common import atomic_write
+
+MISTAKES = 40           # the surest ones, in mistakes.png
+
+
+def report(out_dir, data, guesses, surety):
+    """Write classes.csv, confusion.png and mistakes.png into out_dir. data: images.Images; for each of them guesses, int (n,),
+    the predicted class and surety, float (n,), its probability. Raises OSError."""
+    c = len(data.classes)
+    counts = np.zeros((c, c), dtype=np.int64)
+    np.add.at(counts, (data.labels, guesses), 1)
+
+    def table(tmp):
+        with open(tmp, 'w', newline='', encoding='utf-8') as f:
+            writer = csv.writer(f)
+            writer.writerow(['class', 'images', 'right', 'share', 'most often taken for', 'times'])
+            for i, name in enumerate(data.classes):
+                wrong = counts[i] * (np.arange(c) != i)
+                n, right, most = counts[i].sum(), counts[i, i], wrong.argmax()
+                writer.writerow([name, n, right, f'{right / n:.4f}' if n else '', data.classes[most] if wrong[most] else '',
+                                 wrong[most]])
+    atomic_write(os.path.join(out_dir, 'classes.csv'), table)
+    confusion_png(os.path.join(out_dir, 'confusion.png'), counts, data.classes)
+    wrong = np.flatnonzero(guesses != data.labels)
+    wrong = wrong[np.argsort(-surety[wrong], kind='stable')][:MISTAKES]
+    captions = [f'{data.classes[data.labels[i]]}, taken for {data.classes[guesses[i]]} {surety[i]:.0%}' for i in wrong]
+    mistakes_png(os.path.join(out_dir, 'mistakes.png'), data.pixels[wrong], captions)
+
+
+def confusion_png(path, counts, classes):
+    """Write a picture of counts, ints (c, c): rows the true class, columns the predicted one; colours are shares of the row.
+
+    Up to 20 classes have their counts in the cells. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    counts, c = np.asarray(counts), len(classes)
+    if counts.shape != (c, c):
+        raise ValueError(f'counts {counts.shape} are not those of {c} classes')
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    inches = 3 + c * (0.45 if c <= 20 else 0.18)        # 0.18: a line of text of 8 points, and some air
+    fig = FigureCanvasAgg(Figure((inches + 0.5, inches), dpi=120, layout='constrained')).figure
+    ax = fig.subplots()
+    image = ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    fig.colorbar(image, ax=ax, fraction=0.03, label='share of the true class')
+    names = [name if len(name) <= 24 else f'{name[:23]}…' for name in classes]
+    ax.set_xticks(range(c), names, rotation=90, fontsize=8, parse_math=False)
+    ax.set_yticks(range(c), names, fontsize=8, parse_math=False)
+    ax.set(xlabel='predicted', ylabel='true')
+    ax.set_title(f'top-1 {np.trace(counts) / max(1, counts.sum()):.2%} of {counts.sum():,} images')
+    for (row, column), n in np.ndenumerate(counts) if c <= 20 else ():
+        color = 'white' if shares[row, column] > 0.5 else '0.2'
+        ax.text(column, row, f'{n:,}', ha='center', va='center', fontsize=7, color=color)
+    atomic_write(path, lambda tmp: fig.savefig(tmp, format='png'))
+
+
+def mistakes_png(path, pixels, captions, columns=8):
+    """Write a grid of pixels, uint8 (n, s, s, 3), each with its caption below. Images under 96 pixels are enlarged by a
+    whole number, so that their pixels stay squares. No images: a picture that says so. Raises OSError."""
+    import matplotlib                                   # its font: Pillow's own has no more than Latin letters
+    font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'), 11)
+    if not len(captions):
+        page = Image.new('RGB', (240, 96), 'white')
+        ImageDraw.Draw(page).text((120, 48), 'no mistakes', 'black', font, anchor='mm')
+    else:
+        scale = -(-96 // pixels.shape[1])
+        side, gap, line = scale * pixels.shape[1], 8, 14
+        lines = [_wrapped(caption, font, side) for caption in captions]
+        width, height = side + gap, side + gap + line * max(map(len, lines))
+        columns = min(columns, len(captions))
+        page = Image.new('RGB', (columns * width + gap, -(-len(captions) // columns) * height + gap), 'white')
+        draw = ImageDraw.Draw(page)
+        for number, (image, words) in enumerate(zip(pixels, lines, strict=True)):
+            x, y = gap + number % columns * width, gap + number // columns * height
+            page.paste(Image.fromarray(np.asarray(image).repeat(scale, 0).repeat(scale, 1)), (x, y))
+            draw.multiline_text((x, y + side + 1), '\n'.join(words), 'black', font, spacing=1)
+    atomic_write(path, lambda tmp: page.save(tmp, 'PNG'))
+
+
+def _wrapped(text, font, width):
+    """Lines of a text, each at most `width` pixels; a word that alone is wider is cut."""
+    lines = ['']
+    for word in text.split():
+        while font.getlength(word) > width:
+            word = word[:-2] + '…'
+        fits = font.getlength(f'{lines[-1]} {word}'.strip()) <= width
+        lines[-1:] = [f'{lines[-1]} {word}'.strip()] if fits else [lines[-1], word]
+    return lines

@@ -1,0 +1,688 @@
+"""images.py and data/{images,food101,digits}/prepare.py: modes, folders and zips, kills, full disks, one-line errors, pictures.
+Real files that Pillow writes, real command lines; only the Hub is replaced, by local parquet files that `datasets` streams."""
+import fcntl
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import images
+import pictures
+import tokens
+from data.digits import prepare as digits
+from data.food101 import prepare as food101
+
+FOOD10 = tokens.ROOT.parent / 'shared' / 'data' / 'food10.zip'
+RANDOM = np.random.default_rng(0)
+# a prepare.py that takes 20 ms an image and notes its place after every second one, in all its processes
+SLOW = f"""
+import sys, time
+sys.path.insert(0, {str(tokens.ROOT)!r})
+import images
+import pictures
+from data.images import prepare
+images.SAVE_S, images.BATCH, square = 0, 2, images.square
+def slow(*args):
+    time.sleep(0.02)
+    return square(*args)
+images.square = slow
+if __name__ == '__main__':
+    images.run(prepare.main)
+"""
+
+
+def command(script, *args, ok=True, cwd=None, **options):
+    """Runs data/<script>/prepare.py as a user does; -> stdout, or the single line on stderr where it must fail."""
+    path = script if isinstance(script, Path) else tokens.ROOT / 'data' / script / 'prepare.py'
+    line = [sys.executable, str(path), *map(str, args)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=60, **options)
+    if ok:
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith('error: '), (done.returncode, done.stderr)
+    return lines[0]
+
+
+def noise(width=12, height=10, mode='RGB'):
+    return Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def rgb(source):
+    return np.asarray(images.read_image(source)).tolist()
+
+
+def write_all(folder, names):
+    """A different little image under each name; -> folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        noise().save(folder / name)
+    return folder
+
+
+def zipped(folder, path, prefix=''):
+    """The files below a folder as a .zip, without entries for folders; -> path."""
+    with zipfile.ZipFile(path, 'w') as archive:
+        for file in sorted(folder.rglob('*')):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(folder).as_posix())
+    return path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def seen(folder):
+    """How many images an unfinished folder has done with by its own record; 99 when it is complete."""
+    record = json.loads((folder / 'images.json').read_bytes()) if (folder / 'images.json').exists() else {}
+    return 99 if record.get('complete') else sum(state['seen'] for state in record.get('progress', {}).values())
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """train/ with 12 and val/ with 4 images of each of two classes."""
+    return write_all(tmp_path / 'photos', [f'{split}/{name}/{i:02d}.png' for split, n in (('train', 12), ('val', 4))
+                                           for name in ('cat', 'dog') for i in range(n)])
+
+
+@pytest.fixture
+def built(photos, tmp_path):
+    """A finished folder of 8 x 8 pixels."""
+    classes, splits = images.class_folders(photos)
+    images.build(tmp_path / 'built', {'source': 'photos', 'revision': '1'}, splits, classes, 8, 1, ['--dir', 'photos'])
+    return tmp_path / 'built'
+
+
+# ------------------------------------------------------------------------------------------------------- one image
+
+
+def test_every_mode_becomes_the_rgb_one_sees():
+    """Grey, palette, CMYK, bits, 16 bits and floats by hand-written pixels; see-through ones show white."""
+    assert rgb(encoded(Image.new('CMYK', (1, 1), (255, 0, 0, 0)), 'TIFF')) == [[[0, 255, 255]]]
+    assert np.abs(np.array(rgb(encoded(Image.new('CMYK', (8, 8), (0, 255, 255, 0)), 'JPEG'))) - [255, 0, 0]).max() < 6
+    assert rgb(encoded(Image.new('L', (1, 1), 77), 'BMP')) == [[[77] * 3]]
+    bits = Image.fromarray(np.array([[True, False]]))
+    assert bits.mode == '1' and rgb(encoded(bits, 'PNG')) == [[[255] * 3, [0] * 3]]
+    palette = Image.new('P', (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 0])
+    palette.putpixel((1, 0), 1)
+    for kind in ('PNG', 'GIF'):
+        assert rgb(encoded(palette, kind)) == [[[10, 20, 30], [200, 100, 0]]]
+        assert rgb(encoded(palette, kind, transparency=1)) == [[[10, 20, 30], [255] * 3]]
+    assert rgb(encoded(Image.new('LA', (1, 1), (0, 0)), 'PNG')) == [[[255] * 3]]
+    assert rgb(encoded(Image.new('RGBA', (1, 1), (200, 0, 0, 51)), 'PNG')) == [[[244, 204, 204]]]     # a fifth of red
+    assert rgb(encoded(Image.new('RGB', (1, 1), (1, 2, 3)), 'PNG', transparency=(1, 2, 3))) == [[[255] * 3]]
+    sixteen = np.array([[0, 257 * 100, 65535]], np.uint16)
+    for raw in (encoded(Image.fromarray(sixteen), 'PNG'), encoded(Image.fromarray(sixteen), 'TIFF'),
+                encoded(Image.fromarray(sixteen.astype(np.int32)), 'TIFF'), b'P5 3 1 65535\n' + sixteen.byteswap().tobytes()):
+        assert rgb(raw) == [[[0] * 3, [100] * 3, [255] * 3]]
+    for top in (1, 255, 65535):
+        floats = encoded(Image.fromarray(np.array([[0, top / 2, top, -top, np.nan]], np.float32)), 'TIFF')
+        assert rgb(floats) == [[[0] * 3, [128] * 3, [255] * 3, [0] * 3, [0] * 3]]
+    assert images.read_image(encoded(noise(), 'WEBP', lossless=True)).mode == 'RGB'
+    assert images.read_image(encoded(noise(40, 30), 'JPEG', progressive=True)).size == (40, 30)
+
+
+def test_an_image_is_turned_as_its_exif_says(tmp_path):
+    """Orientation 6 stands upright after a quarter turn, from a path as from bytes; broken EXIF leaves the picture as it is."""
+    image, exif = noise(12, 10), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / 'turned.png', exif=exif)
+    turned = images.read_image(tmp_path / 'turned.png')
+    assert turned.size == (10, 12) and turned.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert images.read_image((tmp_path / 'turned.png').read_bytes()).tobytes() == turned.tobytes()
+    raw = encoded(image, 'JPEG', exif=exif)
+    assert images.read_image(raw).size == (10, 12)
+    assert images.read_image(raw.replace(b'II*\0', b'XX*\0').replace(b'MM\0*', b'XX\0*')).size == (12, 10)
+
+
+def test_what_is_no_image_is_one_line(tmp_path):
+    """Text, nothing, half a JPEG, a bomb, no pixels, no file, a folder and PostScript, without warnings on the side."""
+    def png(width, height):
+        chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+        head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
+        return b'\x89PNG\r\n\x1a\n' + head + chunk(b'IEND', b'')
+    (tmp_path / 'text.jpg').write_text('this is no image')
+    jpeg = encoded(noise(100, 100), 'JPEG')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for source, message in ((tmp_path / 'text.jpg', 'is no image'), (b'', r'is empty \(0 bytes\)'),
+                                (jpeg[:len(jpeg) // 2], 'truncated'), (png(30000, 30000), '900000000 pixels'),
+                                (png(10000, 10000), 'cannot be decoded'), (png(0, 5), 'is no image|cannot be'),
+                                (b'P5 0 5 255\n', 'is no image|cannot be'), (tmp_path, 'cannot be read'),
+                                (tmp_path / 'no.jpg', 'cannot be read .No such file'),
+                                (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'is no image')):
+            with pytest.raises(ValueError, match=message) as error:
+                images.read_image(source)
+            assert '\n' not in str(error.value)
+
+
+def test_square_is_the_middle_of_the_scaled_image():
+    """Equal to Pillow's resize and crop where the sizes come out whole, for less and for more pixels, wide and tall; a
+    single pixel fills the square, and so does a line of pixels."""
+    for width, height, size in ((60, 40, 20), (40, 60, 20), (6, 4, 20), (20, 20, 20), (30, 30, 7), (5, 5, 64)):
+        image = noise(width, height)
+        short = min(width, height)
+        scaled = image.resize((width * size // short, height * size // short), Image.Resampling.BILINEAR)
+        left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
+        expected = np.asarray(scaled.crop((left, top, left + size, top + size)), dtype=int)
+        found = images.square(image, size)
+        assert found.shape == (size, size, 3) and found.dtype == np.uint8
+        assert np.abs(found - expected).max() <= 1, (width, height, size)
+    assert (images.square(Image.new('RGB', (1, 1), (1, 2, 3)), 16) == (1, 2, 3)).all()
+    assert images.square(noise(3000, 1), 8).shape == (8, 8, 3)
+
+
+# ---------------------------------------------------------------------------------------------------- data folders
+
+
+def test_a_folder_holds_what_its_images_show(photos, tmp_path, capsys):
+    """Pixels, labels, odd names, mean and deviation of each split; read-only; a second run leaves every file alone."""
+    odd = write_all(photos, ['train/cat/zeile\num "x" \\ é.PNG', 'train/dog/more/deep.png']) / 'train'
+    classes, splits = images.class_folders(photos)
+    assert classes == ['cat', 'dog'] and [len(splits[split]) for split in splits] == [26, 8]
+    build = lambda: images.build(tmp_path / 'out', {'source': 'photos', 'revision': '1'}, splits, classes, 8, 1, [])
+    build()
+    assert "train: got 26 images, 13 of each of 2 classes" in capsys.readouterr().out
+    for split in ('train', 'val'):
+        data = images.load(tmp_path / 'out', split)
+        assert len(data) == len(splits[split]) and data.size == 8 and data.classes == classes
+        assert data.pixels.dtype == np.uint8 and isinstance(data.pixels, np.memmap) and not data.pixels.flags.writeable
+        assert data.labels.dtype == np.int64 and data.labels.tolist() == [label for _, label, _ in splits[split]]
+        for name, label, pixels in zip(data.names, data.labels, data.pixels, strict=True):
+            assert (pixels == images.square(images.read_image(photos / name), 8)).all() and name.split('/')[1] == classes[label]
+    train = images.load(str(tmp_path / 'out'), 'train')
+    assert 'train/cat/zeile\num "x" \\ é.PNG' in train.names and 'train/dog/more/deep.png' in train.names and odd.is_dir()
+    for channel in range(3):
+        values = np.asarray(train.pixels)[..., channel].astype(np.float64) / 255
+        assert abs(train.mean[channel] - values.mean()) < 1e-12 and abs(train.std[channel] - values.std()) < 1e-12
+    assert train.digest == images.load(tmp_path / 'out', 'train').digest != images.load(tmp_path / 'out', 'val').digest
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'out').iterdir()}
+    assert len(before) == 7
+    build()
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'out').iterdir()}
+    assert 'left as it is' in capsys.readouterr().out
+
+
+def test_one_process_or_two_write_the_same_bytes(photos, tmp_path):
+    """Order and contents do not depend on the number of workers, with damaged images in between and from a zip as well."""
+    (photos / 'train' / 'cat' / '05b.png').write_bytes(b'no')
+    write_all(photos, [f'train/dog/{i}.png' for i in range(100, 140)])
+    for source in (photos, zipped(photos, tmp_path / 'photos.zip')):
+        found = []
+        for workers in (1, 2):
+            args = ('--dir', source, '--size=8', '--name=x', '--out_dir', 'out', f'--workers={workers}')
+            cwd = tmp_path / f'{source.suffix}{workers}'
+            cwd.mkdir()
+            assert 'left out 1 damaged' in command('images', *args, cwd=cwd)
+            found.append(contents(cwd / 'out' / 'x'))
+        record = [json.loads(files.pop('images.json')) for files in found]
+        assert found[0] == found[1] and record[0] | {'command': 0} == record[1] | {'command': 0}
+
+
+def test_damaged_images_are_left_out_and_listed(photos, tmp_path, capsys):
+    """Name and reason in one line each, up to 20 of them, all in images.json; the rest is as if they had never been there."""
+    (photos / 'train' / 'cat' / '00.png').write_bytes(b'')
+    (photos / 'val' / 'dog' / '01.png').write_text('text')
+    for i in range(30):
+        (photos / 'train' / 'dog' / f'x{i}.png').write_bytes(b'')
+    classes, splits = images.class_folders(photos)
+    images.build(tmp_path / 'out', {'source': 'photos', 'revision': '1'}, splits, classes, 4, 1, [])
+    out = capsys.readouterr().out
+    assert 'train: left out train/cat/00.png: is empty (0 bytes)\n' in out and 'left out 32 damaged' in out
+    assert "train: got 23 images, 11 ('cat') to 12 ('dog') of each of 2 classes; left out 31 damaged" in out
+    assert out.count('train: left out') == images.REPORTED
+    skipped = json.loads((tmp_path / 'out' / 'images.json').read_bytes())['skipped']
+    assert len(skipped['train']) == 31 and skipped['val'][0][0] == 'val/dog/01.png' and 'is no image' in skipped['val'][0][1]
+    assert len(images.load(tmp_path / 'out', 'train')) == 23
+    assert 'val/dog/01.png' not in images.load(tmp_path / 'out', 'val').names
+
+
+def test_a_class_or_a_split_without_a_readable_image(photos, tmp_path):
+    """One line that names the class; the folder stays unfinished, and the same command says so again."""
+    for split, expected in (('train', "class 'dog' of photos has no training image"),
+                            ('val', 'val: of the 8 images of photos none')):
+        shutil.copytree(photos, tmp_path / split / 'photos')
+        for path in (tmp_path / split / 'photos' / split).glob('dog/*' if split == 'train' else '*/*'):
+            path.write_text('text')
+        for _ in range(2):
+            args = ('--dir', 'photos', '--out_dir', 'out', '--workers=1')
+            assert expected in command('images', *args, ok=False, cwd=tmp_path / split)
+        with pytest.raises(ValueError, match='is unfinished; type: python data/images/prepare.py --dir photos'):
+            images.load(tmp_path / split / 'out' / 'photos', 'train')
+
+
+@pytest.mark.parametrize('workers', (1, 2))
+def test_killed_and_continued_is_as_if_unbroken(photos, tmp_path, workers):
+    """SIGKILL again and again, half an image behind the last note each time: in the end the same seven files, byte for
+    byte, and no process is left behind."""
+    script = tmp_path / 'slow.py'
+    script.write_text(SLOW)
+    args = ('--dir', str(photos), '--size=8', '--out_dir', 'out', f'--workers={workers}')
+    for name in ('broken', 'whole'):
+        (tmp_path / name).mkdir()
+    command(script, *args, cwd=tmp_path / 'whole')
+    folder, kills, said, start = tmp_path / 'broken' / 'out' / 'photos', 0, '', 0
+    line = [sys.executable, str(script), *args]
+    while seen(folder) < 99:
+        process = subprocess.Popen(line, cwd=tmp_path / 'broken', stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        while process.poll() is None and seen(folder) < start + 8:
+            time.sleep(0.005)
+        process.kill()
+        said += process.communicate(timeout=30)[0]       # ends when no worker holds the other end
+        start = seen(folder)
+        assert process.returncode in (0, -signal.SIGKILL)
+        if process.returncode and start < 99:
+            kills += 1
+            with pytest.raises(ValueError, match='is unfinished; type: python .*slow.py --dir'):
+                images.load(folder, 'train')
+            for path in folder.glob('*.*'):
+                if path.name != 'images.json':
+                    path.open('ab').write(b'half an image')
+    assert kills >= 2 and said.count('continuing after') >= 2
+    assert contents(folder) == contents(tmp_path / 'whole' / 'out' / 'photos') and len(contents(folder)) == 7
+    if Path('/proc').is_dir():
+        deadline = time.monotonic() + 10
+        alive = lambda: [path for path in Path('/proc').glob('[0-9]*/cmdline') if str(script).encode() in read_or_nothing(path)]
+        while alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive()
+
+
+def read_or_nothing(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b''
+
+
+def test_ctrl_c_is_one_line(photos, tmp_path):
+    """SIGINT to all processes of a build: status 130, one line, and the folder can be continued."""
+    (tmp_path / 'slow.py').write_text(SLOW)
+    line = [sys.executable, str(tmp_path / 'slow.py'), '--dir', str(photos), '--out_dir', 'out', '--workers=2']
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while process.poll() is None and not seen(tmp_path / 'out' / 'photos'):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err.split('\n') == ['', 'interrupted; run the same command again', ''], err
+    assert 'continuing after' in command(tmp_path / 'slow.py', *line[2:], cwd=tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_can_be_continued(photos, tmp_path):
+    """No file may grow beyond 3,000 bytes: status 2; without that limit the same command gives the unbroken files."""
+    args = ('--dir', photos, '--size=8', '--out_dir', 'out', '--workers=1')
+    script = tmp_path / 'slow.py'
+    script.write_text(SLOW)
+    for name in ('full', 'whole'):
+        (tmp_path / name).mkdir()
+    line = command(script, *args, ok=False, cwd=tmp_path / 'full',
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
+    assert 'could not write to out/photos (File too large)' in line and 'same command again to continue' in line
+    assert 'train: continuing after 14 images' in command(script, *args, cwd=tmp_path / 'full')
+    command(script, *args, cwd=tmp_path / 'whole')
+    assert contents(tmp_path / 'full' / 'out' / 'photos') == contents(tmp_path / 'whole' / 'out' / 'photos')
+
+
+def test_room_on_the_disk_is_checked_before(photos, tmp_path):
+    """Squares of a million pixels a side need 96 TB: refused before anything is decoded, with both figures."""
+    line = command('images', '--dir', photos, '--size=1000000', '--out_dir', tmp_path / 'out', ok=False)
+    assert 'needs 96,000.0 GB more and its disk has' in line and '--size' in line
+    assert not (tmp_path / 'out' / 'photos' / 'train_pixels.bin').exists()
+
+
+def test_other_settings_and_damage_are_made_anew(photos, tmp_path):
+    """Another --size, a new image in the source, a flipped bit, a cut and a longer file: a note, and the right files again."""
+    def again(*args):
+        return command('images', '--dir', 'photos', '--out_dir', 'out', '--workers=1', *args, cwd=tmp_path)
+    folder = tmp_path / 'out' / 'photos'
+    again('--size=8')
+    first = contents(folder)
+    assert 'left as it is' in again('--size=8', '--val_share=0.5')      # which plays no part beside a val/
+    assert 'has other settings; made anew' in again('--size=6') and images.load(folder, 'val').size == 6
+    assert 'has other settings; made anew' in again('--size=8') and contents(folder) == first
+    for path in folder.glob('*.*'):
+        if path.name != 'images.json':
+            raw = path.read_bytes()
+            for damaged, message in ((raw[:-1] + bytes([raw[-1] ^ 1]), 'does not match its checksum'), (raw[:-1], 'bytes, '),
+                                     (raw + b'x', 'bytes, ')):
+                path.write_bytes(damaged)
+                with pytest.raises(ValueError, match=f'{path.name} .*{message}.*; type: python data/images/prepare.py --dir'):
+                    images.load(folder, path.name.split('_')[0])
+                if path.name == 'val_names.txt':
+                    assert f'is damaged ({path.relative_to(tmp_path)}' in again('--size=8') and contents(folder) == first
+            path.write_bytes(raw)
+    write_all(photos, ['val/dog/new.png'])
+    assert 'has other settings; made anew' in again('--size=8') and len(images.load(folder, 'val')) == 9
+
+
+def test_load_tells_what_to_type(built, tmp_path):
+    """No folder, an unfinished one, another version, another file, an unknown split: what is wrong and the command."""
+    with pytest.raises(ValueError, match='no images.json; type: .*<name>/prepare.py --out_dir .*: digits, food101, images$'):
+        images.load(tmp_path / 'no', 'train')
+    for folder, hint in (('data/images/mine', 'python data/images/prepare.py --dir PATH --name=mine'),
+                         ('data/food101', 'python data/food101/prepare.py')):
+        if not (tokens.ROOT / folder / 'images.json').exists():
+            with pytest.raises(ValueError, match=f'holds no images.json; type: {hint}$'):
+                images.load(tokens.ROOT / folder, 'train')
+    with pytest.raises(ValueError, match="no split 'test'; type one of: train, val"):
+        images.load(built, 'test')
+    record = json.loads((built / 'images.json').read_bytes())
+    for changed, message in (({'version': 9}, 'format version 9, this program reads 1; type: python'),
+                             ({'complete': False, 'progress': {}}, 'is unfinished; type: python .* --dir photos$')):
+        (built / 'images.json').write_text(json.dumps(record | changed))
+        with pytest.raises(ValueError, match=message):
+            images.load(built, 'train')
+    for text in ('{', '[]', '{"complete": true}', '{"complete": false, "version": 1, "size": 1}'):
+        (built / 'images.json').write_text(text)
+        with pytest.raises(ValueError, match='is not what a prepare.py wrote; remove it and type: '):
+            images.load(built, 'train')
+
+
+def test_files_of_others_and_two_runs_at_once(photos, tmp_path):
+    """A train_pixels.bin without images.json is not overwritten; while one run holds a folder, another is refused."""
+    args = ('--dir', photos, '--out_dir', tmp_path, '--name=x', '--workers=1')
+    (tmp_path / 'x').mkdir()
+    (tmp_path / 'x' / 'train_pixels.bin').write_text('mine')
+    assert 'no prepare.py wrote it' in command('images', *args, ok=False)
+    assert (tmp_path / 'x' / 'train_pixels.bin').read_text() == 'mine'
+    handle = os.open(tmp_path / 'x', os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)                 # the weakest lock there is
+    assert 'another prepare.py is writing' in command('images', *args, ok=False)
+    os.close(handle)
+
+
+# --------------------------------------------------------------------------------------------------- class folders
+
+
+def test_splits_on_top_or_by_hash_from_folder_and_zip(photos, tmp_path, capsys):
+    """The same names and labels from a folder, its zip, and its zip with a folder around it; val/ may have other names;
+    without it a tenth of each class, by the name alone, so that other classes change nothing."""
+    listed = lambda path, **options: {split: [entry[:2] for entry in entries]
+                                      for split, entries in images.class_folders(path, **options)[1].items()}
+    expected = {split: [(f'{split}/{name}/{i:02d}.png', label) for label, name in enumerate(('cat', 'dog')) for i in range(n)]
+                for split, n in (('train', 12), ('val', 4))}
+    assert listed(photos) == listed(zipped(photos, tmp_path / 'a.zip')) == expected
+    wrapped = listed(zipped(photos, tmp_path / 'b.zip', 'around/it/'))
+    assert wrapped == {split: [(f'around/it/{name}', label) for name, label in entries] for split, entries in expected.items()}
+    for name in ('Validation', 'test'):
+        (photos / 'val').rename(photos / name)
+        assert [label for _, label in listed(photos)['val']] == [label for _, label in expected['val']]
+        (photos / name).rename(photos / 'val')
+    flat = write_all(tmp_path / 'flat', [f'{name}/{i}.png' for name in 'abc' for i in range(30)] + ['d/1.png', 'd/2.png'])
+    found = listed(flat)
+    assert found == listed(zipped(flat, tmp_path / 'flat.zip'))
+    of = lambda found, split: [sum(label == i for _, label in found[split]) for i in range(4)]
+    assert of(found, 'val') == [3, 3, 3, 1] and of(found, 'train') == [27, 27, 27, 1]
+    assert not {name for name, _ in found['val']} & {name for name, _ in found['train']}
+    assert of(listed(flat, val_share=0.5), 'val') == [15, 15, 15, 1]
+    shutil.rmtree(flat / 'a')
+    assert {name for name, _ in listed(flat)['val']} == {name for name, _ in found['val'] if name[0] != 'a'}
+    only = write_all(tmp_path / 'only', [f'train/{name}/{i}.png' for name in 'ab' for i in range(10)])
+    assert of(listed(only), 'val')[:2] == [1, 1] and listed(only)['train'][0][0].startswith('train/a/')
+    write_all(photos, ['other/cat/1.png'])
+    capsys.readouterr()
+    assert listed(photos) == expected and 'train and val are used, not other' in capsys.readouterr().out
+
+
+def test_hidden_and_other_files_are_ignored_and_links_followed(photos, tmp_path, capsys):
+    """.hidden, __MACOSX, text, images beside the classes and dead links do not count; links to files and folders do, once."""
+    before = images.class_folders(photos)
+    for name in ('train/.hidden/1.png', 'train/cat/.2.png', '__MACOSX/train/cat/3.png', 'train/beside.png'):
+        write_all(photos, [name])
+    (photos / 'train' / 'cat' / 'notes.txt').write_text('x')
+    (photos / 'train' / 'cat' / 'dead.png').symlink_to(tmp_path / 'nowhere')
+    (photos / 'train' / 'cat' / 'circle').symlink_to(photos / 'train')
+    assert images.class_folders(photos) == before
+    assert '/train: ignored 2 files: 1 outside of a class folder, 1 .txt' in capsys.readouterr().out
+    assert images.class_folders(zipped(photos, tmp_path / 'x.zip'))[0] == before[0]
+    assert len(images.class_folders(tmp_path / 'x.zip')[1]['train']) == 24
+    elsewhere = write_all(tmp_path / 'elsewhere', ['1.JPG', '2.jpeg'])
+    for split in ('train', 'val'):
+        (photos / split / 'linked').symlink_to(elsewhere)
+    (photos / 'train' / 'cat' / 'link.png').symlink_to(elsewhere / '1.JPG')
+    classes, splits = images.class_folders(photos)
+    assert classes == ['cat', 'dog', 'linked'] and len(splits['train']) == 24 + 2 + 1 and len(splits['val']) == 8 + 2
+
+
+def test_mistakes_in_class_folders_are_one_line(photos, tmp_path):
+    """No such path, no classes, one class, an empty one, classes that differ, one image, an odd share or name."""
+    def refused(path, *args):
+        return command('images', '--dir', path, *args, '--out_dir', 'out', ok=False, cwd=tmp_path)
+    write_all(tmp_path, ['none/1.png', 'one/a/1.png', 'one/a/2.png', 'few/a/1.png', 'few/b/1.png', 'few/b/2.png'])
+    (tmp_path / 'bare').mkdir()
+    assert 'there is no nowhere; give a folder' in refused('nowhere')
+    assert 'none has no class folders; put' in refused('none') and 'bare has no class folders' in refused('bare')
+    assert "one has only one class, 'a'; a classifier needs two or more" in refused('one')
+    assert "class 'a' of few has one image" in refused('few')
+    assert 'share of 1.0 is impossible; type' in refused('few', '--val_share=1')
+    assert '--size=0 with --workers=0 is impossible' in refused('photos', '--size=0')
+    assert '--workers=-1 is impossible' in refused('photos', '--workers=-1')
+    assert 'no folder name' in refused('photos', '--name=../up') and '--di' in refused('photos', '--di=x')
+    (photos / 'val' / 'empty').mkdir()
+    assert 'photos/val/empty has no images' in refused('photos')
+    (photos / 'val' / 'empty').rmdir()
+    write_all(photos, ['val/bird/1.png'])
+    assert "photos has a class 'bird' in val and not in train" in refused('photos')
+    shutil.rmtree(photos / 'val' / 'bird')
+    shutil.rmtree(photos / 'val' / 'dog')
+    write_all(photos, ['val/bird/1.png', 'train/bird/1.png'])
+    assert "photos has a class 'dog' in train and not in val" in refused('photos')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_bad_zips_are_one_line_and_a_damaged_member_is_left_out(photos, tmp_path):
+    """Text named .zip, half a zip, absolute names, .., a drive, encryption; flipped bytes in a member damage that one."""
+    (tmp_path / 'text.zip').write_text('text')
+    whole = zipped(photos, tmp_path / 'whole.zip').read_bytes()
+    (tmp_path / 'half.zip').write_bytes(whole[:len(whole) // 2])
+    for name in ('text.zip', 'half.zip'):
+        line = command('images', '--dir', tmp_path / name, '--out_dir', tmp_path, ok=False)
+        assert f'{name} is no .zip, or a damaged one' in line
+    for member in ('/etc/a/1.png', '../a/1.png', 'a/../../1.png', 'C:/a/1.png', '..\\a\\1.png'):
+        with zipfile.ZipFile(tmp_path / 'evil.zip', 'w') as archive:
+            archive.writestr('a/0.png', b'x')
+            archive.writestr(member, b'x')
+        with pytest.raises(ValueError, match='points outside of it; make the .zip again'):
+            images.class_folders(tmp_path / 'evil.zip')
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        place = archive.getinfo('train/cat/03.png')
+    at = whole.index(b'PK\x01\x02')
+    (tmp_path / 'secret.zip').write_bytes(whole[:at + 8] + b'\1' + whole[at + 9:])
+    with pytest.raises(ValueError, match='is encrypted; unpack it'):
+        images.class_folders(tmp_path / 'secret.zip')
+    at = place.header_offset + 60 + place.compress_size // 2
+    (tmp_path / 'flipped.zip').write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:])
+    out = command('images', '--dir', tmp_path / 'flipped.zip', '--size=8', '--workers=1', '--out_dir', tmp_path)
+    assert "left out train/cat/03.png: is damaged inside the zip (Bad CRC-32" in out
+    assert len(images.load(tmp_path / 'flipped', 'train')) == 23
+
+
+def test_a_file_that_cannot_be_read_stops_the_run(photos, tmp_path):
+    """A path that vanished is no damaged image, which would be left out silently: it ends the run in OSError."""
+    classes, splits = images.class_folders(photos)
+    (photos / 'train' / 'dog' / '00.png').unlink()
+    for workers in (1, 2):
+        with pytest.raises(FileNotFoundError):
+            images.build(tmp_path / 'out', {'source': 'x', 'revision': '1'}, splits, classes, 8, workers, [])
+
+
+def test_food10_from_its_zip(tmp_path):
+    """5,000 photographs: 375 and 125 of each of ten dishes, none damaged, and colours as photographs of food have them."""
+    if not FOOD10.is_file():
+        pytest.skip('needs food10.zip')
+    out = command('images', '--dir', FOOD10, '--size=32', '--out_dir', tmp_path)
+    assert '5,000 images of 32 x 32 pixels: 15.4 MB' in out and 'damaged' not in out
+    assert 'train: got 3,750 images, 375 of each of 10 classes' in out and 'val: got 1,250 images, 125 of each' in out
+    train = images.load(tmp_path / 'food10', 'train')
+    assert train.classes[0] == 'apple_pie' and 0.5 < train.mean[0] < 0.6 and train.mean[0] > train.mean[1] > train.mean[2]
+    with zipfile.ZipFile(FOOD10) as archive:
+        for number in (0, 1999, 3749):
+            expected = images.square(images.read_image(archive.read(train.names[number])), 32)
+            assert (train.pixels[number] == expected).all()
+
+
+# --------------------------------------------------------------------------------------------------------- food101
+
+
+def test_food101_from_the_unpacked_archive(tmp_path):
+    """Images and splits as meta/*.txt list them, from the folder or the one around it; what is missing is named."""
+    root = write_all(tmp_path / 'food-101', [f'images/{name}/{i}.jpg' for name in ('pie', 'soup') for i in range(6)])
+    (root / 'meta').mkdir()
+    for file, numbers in (('train', (5, 0, 3, 1)), ('test', (2, 4))):
+        (root / 'meta' / f'{file}.txt').write_text(''.join(f'{name}/{i}\n' for name in ('soup', 'pie') for i in numbers))
+    out = command('food101', '--dir', root, '--size=8', '--out_dir', tmp_path / 'a')
+    assert 'val: 4 images are listed, 25,250 in the published set' in out
+    assert 'train: got 8 images, 4 of each of 2 classes' in out
+    data = images.load(tmp_path / 'a', 'train')
+    assert data.names[:5] == ['soup/5.jpg', 'soup/0.jpg', 'soup/3.jpg', 'soup/1.jpg', 'pie/5.jpg']
+    assert data.classes == ['pie', 'soup'] and data.labels.tolist() == [1] * 4 + [0] * 4
+    assert (data.pixels[4] == images.square(images.read_image(root / 'images' / 'pie' / '5.jpg'), 8)).all()
+    command('food101', '--dir', tmp_path, '--size=8', '--out_dir', tmp_path / 'b')
+    assert images.load(tmp_path / 'b', 'val').digest == images.load(tmp_path / 'a', 'val').digest
+    (root / 'images' / 'pie' / '3.jpg').unlink()
+    assert 'images/pie/3.jpg is missing; unpack' in command('food101', '--dir', root, '--out_dir', tmp_path / 'c', ok=False)
+    (root / 'meta' / 'test.txt').write_text('cake/1\n')
+    assert "test.txt lists 'cake/1', of no class" in command('food101', '--dir', root, '--out_dir', tmp_path / 'c', ok=False)
+    assert 'has no meta/train.txt; unpack' in command('food101', '--dir', root / 'meta', '--out_dir', tmp_path / 'c', ok=False)
+
+
+def test_food101_from_the_hub(tmp_path, monkeypatch):
+    """Bytes and labels of three files a split at the pinned revision; a broken connection is one line, and what follows
+    continues in the file where it broke, without those before; the result is that of an unbroken run."""
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(images, 'SAVE_S', 0)
+    monkeypatch.setattr(images, 'BATCH', 2)
+    monkeypatch.setattr(food101, 'EXPECTED', {'val': 5, 'train': 14})
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=['pie', 'soup', 'tea'])})
+    raws, files, asked, read, broken = {}, {}, [], [], []
+    for split, n in (('train', 14), ('validation', 5)):
+        raws[split] = [encoded(noise(), 'PNG') for _ in range(n)]
+        rows = datasets.Dataset.from_dict({'image': [{'bytes': raw, 'path': f'{i}.jpg'} for i, raw in enumerate(raws[split])],
+                                           'label': [i % 3 for i in range(n)]}, features)
+        files[split] = [str(tmp_path / f'{split}-{i}.parquet') for i in range(3)]
+        for i, path in enumerate(files[split]):
+            rows.shard(3, i, contiguous=True).to_parquet(path)
+    load_dataset, shard = datasets.load_dataset, datasets.IterableDataset.shard
+
+    def stand_in(name, *, split, revision, streaming):
+        asked.append((name, split, revision, streaming))
+        return load_dataset('parquet', data_files=files[split], split='train', streaming=streaming, features=features)
+
+    def shard_or_not(self, count, number):
+        read.append(number)
+        if broken and read.count(2) > 1:                # the third file of train
+            raise ConnectionError('no network')
+        return shard(self, count, number)
+    monkeypatch.setattr(datasets, 'load_dataset', stand_in)
+    food101.main(['--size=8', '--workers=1', '--out_dir', str(tmp_path / 'whole')])
+    assert asked == [(food101.HUB_ID, split, food101.REVISION, True) for split in ('validation', 'train')]
+    data = images.load(tmp_path / 'whole', 'train')
+    assert data.names[:4] == ['pie/0.jpg', 'soup/1.jpg', 'tea/2.jpg', 'pie/3.jpg'] and data.labels.tolist()[:4] == [0, 1, 2, 0]
+    assert all((pixels == images.square(images.read_image(raw), 8)).all()
+               for pixels, raw in zip(data.pixels, raws['train'], strict=True))
+
+    monkeypatch.setattr(datasets.IterableDataset, 'shard', shard_or_not)
+    broken.append(True)
+    with pytest.raises(ConnectionError):                # between two files
+        food101.main(['--size=8', '--workers=1', '--out_dir', str(tmp_path / 'broken')])
+    broken.clear()
+    read.clear()
+    food101.main(['--size=8', '--workers=1', '--out_dir', str(tmp_path / 'broken')])
+    assert read == [1, 2]
+    before, after = (contents(tmp_path / name) for name in ('whole', 'broken'))
+    before.pop('images.json'), after.pop('images.json')
+    assert before == after
+    monkeypatch.setattr(food101, 'EXPECTED', {'val': 5, 'train': 15})
+    with pytest.raises(ValueError, match='train of ethz/food101 has 14 images, expected 15'):
+        food101.main(['--size=9', '--workers=1', '--out_dir', str(tmp_path / 'count')])
+
+    def no_network(*args, **options):
+        raise ConnectionError('no network')
+    monkeypatch.setattr(datasets, 'load_dataset', no_network)
+    with pytest.raises(ValueError, match=r'from the Hub failed \(ConnectionError: no network\); run the same command again'):
+        food101.main(['--size=8', '--out_dir', str(tmp_path / 'none')])
+
+
+# ---------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digits_counts_and_determinism(tmp_path):
+    """1,442 + 355 images, every fifth of each digit in val; grey; twice the same bytes; pixels are those of scikit-learn."""
+    from sklearn.datasets import load_digits
+    (tmp_path / 'a').mkdir(), (tmp_path / 'b').mkdir()
+    out = [command('digits', '--out_dir', 'out', cwd=tmp_path / name) for name in 'ab']
+    assert out[0] == out[1] and contents(tmp_path / 'a' / 'out') == contents(tmp_path / 'b' / 'out')
+    assert "train: got 1,442 images, 140 ('8') to 147 ('3') of each of 10 classes" in out[0] and 'val: got 355 images' in out[0]
+    command('digits', '--size=8', '--out_dir', tmp_path / 'small')
+    source, seen = load_digits(), []
+    for split, n in digits.EXPECTED.items():
+        large, small = images.load(tmp_path / 'a' / 'out', split), images.load(tmp_path / 'small', split)
+        assert len(large) == n and large.size == 16 and large.classes == list('0123456789')
+        assert (large.pixels[..., 0] == large.pixels[..., 1]).all() and (large.pixels[..., 0] == large.pixels[..., 2]).all()
+        numbers = [int(name.split('/')[1]) for name in small.names]
+        assert (small.pixels[..., 0] == np.rint(source.images[numbers] * 255 / 16)).all()
+        assert (small.labels == source.target[numbers]).all()
+        seen += numbers
+    assert sorted(seen) == list(range(1797))
+    assert '--siz' in command('digits', '--siz=8', ok=False)
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_confusion_picture(tmp_path):
+    """2, 20 and 101 classes, names with $ and very long ones, a class without images, no images at all: readable sizes,
+    dark on the diagonal, whole or absent on a full disk."""
+    for c in (2, 20, 101):
+        counts = RANDOM.integers(0, 3, (c, c)) + np.diag(RANDOM.integers(50, 99, c))
+        counts[-1] = 0
+        names = ['a$_{$b', 'long ' * 20, *(f'class {i}' for i in range(c - 2))]
+        pictures.confusion_png(str(tmp_path / f'{c}.png'), counts, names)
+        with Image.open(tmp_path / f'{c}.png') as image:
+            assert image.format == 'PNG' and image.width > 14 * c + 300 and len(np.unique(np.asarray(image.convert('L')))) > 20
+    pictures.confusion_png(tmp_path / 'zero.png', np.zeros((2, 2), int), ['a', 'b'])
+    with pytest.raises(ValueError, match='not those of 3 classes'):
+        pictures.confusion_png(tmp_path / 'x.png', np.zeros((2, 2), int), ['a', 'b', 'c'])
+    with pytest.raises(OSError, match='could not write'):
+        pictures.confusion_png(tmp_path / 'no' / 'x.png', np.zeros((2, 2), int), ['a', 'b'])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['101.png', '2.png', '20.png', 'zero.png']
+
+
+def test_mistakes_picture(tmp_path):
+    """Ten tiles of 12 pixels, each eightfold and with its pixels unblurred, captions below; none at all says so."""
+    pixels = RANDOM.integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)
+    captions = ['pizza, taken for steak 87%'] * 9 + ['Ärgerlich_langes_Wort_ohne_Ende ' * 2]
+    pictures.mistakes_png(tmp_path / 'a.png', pixels, captions, columns=4)
+    page = np.asarray(Image.open(tmp_path / 'a.png'))
+    assert page.shape[1] == 4 * (96 + 8) + 8 and page.shape[0] > 3 * (96 + 8)
+    assert (page[8:104:8, 8:104:8] == pixels[0]).all() and (page[15:104:8, 15:104:8] == pixels[0]).all()
+    below = page[104:104 + 28, 8:104]
+    assert below.min() < 100 and (page[8:104, 104:112] == 255).all()
+    pictures.mistakes_png(tmp_path / 'none.png', pixels[:0], [])
+    assert np.asarray(Image.open(tmp_path / 'none.png')).min() < 100
+    pictures.mistakes_png(tmp_path / 'large.png', RANDOM.integers(0, 256, (1, 200, 200, 3), dtype=np.uint8), ['x'])
+    assert Image.open(tmp_path / 'large.png').width == 200 + 16
