@@ -94,8 +94,9 @@ def conv(a):
         worker.close()
     found = dict(zip(variants, answers, strict=True))
     print('forward and backward of a 3x3 convolution with normalisation and ReLU (channels x pixels of a side), and a training '
-          f'step of the network;\n{a.batch} images of {a.image_size} pixels, {a.device} ({device_name(a)}), {a.threads} threads, '
-          f'torch {torch.__version__}, compile={a.compile}, {a.rounds} rounds x {a.steps} steps;\npeak: tensors alive at once')
+          f'step of the network;\n{a.batch} images of {a.image_size} pixels, {a.device} ({device_name(a)}), '
+          f'{a.threads} threads, torch {torch.__version__}, compile={a.compile}, {a.rounds} rounds x {a.steps} steps;\n'
+          'peak: tensors alive at once')
     rows = []
     for name, dtype in variants:
         mine, base = found[name, dtype], found.get(('real', dtype))
