@@ -15,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import layers
 from train_gpt import GPT, GPTConfig
@@ -34,6 +36,8 @@ TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=48 --block_size=32 --batch_size
 BENCH = '--n_layer=1 --n_embd=32 --block_size=16 --vocab_size=64 --batch_size=2 --threads=1 --rounds=1 --steps=1'
 CLASSIFIER = ('--init_from=scratch --n_layer=1 --n_head=2 --n_embd=32 --vocab_size=300 --max_len=16 --max_iters=4 --epochs=0.1 '
               '--log_interval=2 --train_samples=64 --batch_size=8 --micro_batch_size=4 --warmup_iters=1 --device=cpu')
+CNN = ('--image_size=16 --channels=4,4,4,4,8 --fc=8,8 --max_iters=3 --warmup_iters=1 --batch_size=8 --micro_batch_size=0 '
+       '--eval_batch_size=64 --log_interval=1 --num_workers=1 --device=cpu')
 SHAPE = '--dim=24 --layers=1 --batch=2 --tokens=8 --threads=1'
 RULES = [   # how a command begins; the stage it runs in, or the check it gets; what is added; what it prints, a regex
     ('python data/pycode/prepare.py', 1, '', 'wrote data/pycode'),
@@ -51,6 +55,11 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python data/pycls/prepare.py', 1, '', 'wrote .*pycls'),
     ('python data/sst2/prepare.py', 1, '--file sst2.tsv --val_file sst2.tsv', 'wrote .*sst2'),
     ('python finetune_cls.py config/', 2, CLASSIFIER, r'accuracy \d'),
+    ('python data/images/prepare.py', 1, '', 'wrote .*mine'),
+    ('python train_cnn.py config/', 2, CNN, r'top-1 \d[\s\S]+packed into out/'),
+    ('torchrun --nproc_per_node=8 train_cnn.py config/', 2, f'{CNN} --dataset=digits', r'2 processes[\s\S]+packed into out/'),
+    ('python train_cnn.py --predict', 3, '', r'^ *\d+\.\d%  \d'),
+    ('python bench.py conv', 2, '--image_size=16 --batch=2 --rounds=1 --steps=1 --threads=1', r'int4 +bfloat16'),
     ('python finetune_cls.py --compare', 3, '', 'McNemar exact p'),
     ('python plot.py ranks', 4, '', r'ranks\.png'),
     ('python bench.py optim-bytes', 2, f'{SHAPE} --ranks=4', r'left'),
@@ -120,6 +129,11 @@ def ran(tmp_path_factory):
         f.write('\n\ngpt2 = byte\n')
     (path / 'sst2.tsv').write_text('sentence\tlabel\n' + ''.join(f'{"good" if i % 3 else "bad"} film {i}\t{int(i % 3 > 0)}\n'
                                                                    for i in range(80)))
+    random = np.random.default_rng(0)
+    for i in range(24):                             # photographs of noise, of two classes
+        (path / 'photographs' / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (90, 100, 3), dtype=np.uint8)).save(path / f'photographs/{"ab"[i % 2]}/{i}.jpg')
+    shutil.copy(path / 'photographs/a/0.jpg', path / 'photo.jpg')
     script, play = path / 'data/shakespeare/prepare.py', path / 'b.txt'             # a download from file://
     local = repr((play.as_uri(), play.stat().st_size, sha256(play.read_bytes()).hexdigest()))
     script.write_text(script.read_text().replace('\n\nif __name', f'\nURL, SIZE, SHA256 = {local}\n\nif __name'))
