@@ -546,9 +546,9 @@ def main():
         if step % log_interval == 0 or step == total_iters:
             ms = (time.perf_counter() - clock) / timed_steps * 1e3 if timed_steps else None
             clock, timed_steps = time.perf_counter(), 0
-            record = {'step': step, 'samples': step * batch_size, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': ms,
-                      'samples_per_s': ms and batch_size / ms * 1e3, 'peak_mem_bytes': common.peak_memory_bytes(dev),
-                      'energy_j': meter.joules()}
+            record = {'step': step, 'max_iters': total_iters, 'samples': step * batch_size, 'loss': loss, 'lr': lr,
+                      'grad_norm': grad_norm, 'ms': ms, 'samples_per_s': ms and batch_size / ms * 1e3,
+                      'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': meter.joules()}
             say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}'
                 + (f', {ms:.0f} ms, {record["samples_per_s"]:,.0f} texts/s' if ms else ''), flush=True)
             log(record)

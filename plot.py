@@ -483,28 +483,31 @@ def duration(s):
 
 def status_text(run, now):
     """run folder, unix time -> (the screen, whether the run is finished)."""
-    (records, damaged), max_iters = load_log(run), load_config(run).get('max_iters')
+    records, damaged = load_log(run)
+    of_epochs = [r['max_iters'] for r in records if 'max_iters' in r]  # what a number of epochs comes to
+    max_iters = load_config(run).get('max_iters') or (of_epochs[-1] if of_epochs else None)
     step = max(r['step'] for r in records)
     age = max(0, now - os.path.getmtime(os.path.join(run, 'log.jsonl')))  # records carry no clock; the file does
     train = [r for r in records if r.get('loss') is not None]  # nan is shown, not hidden
     val = measured(records, 'val_loss')
     # The median of the last 20 records: a compiling, evaluating or checkpointing step does not bend the forecast.
-    ms, tokens_per_s = (statistics.median([r[key] for r in measured(records, key)[-20:]] or [math.nan])
-                        for key in ('ms', 'tokens_per_s'))
+    ms, *per_s = (statistics.median([r[key] for r in measured(records, key)[-20:]] or [math.nan])
+                  for key in ('ms', 'tokens_per_s', 'samples_per_s'))
     finished = max_iters is not None and step >= max_iters
     gap_s = (step - max((r['step'] for r in records if r['step'] < step), default=step)) * ms / 1000
     late = age > max(60, 5 * gap_s if math.isfinite(gap_s) else 0)  # five missed records, and never under a minute
 
     lines = [('run', run)]
     lines.append(('step', f'{step} of {max_iters} ({step / max(1, max_iters):.0%})' if max_iters is not None else
-                  f'{step} (no max_iters in config.py, so no time left)'))
+                  f'{step} (no max_iters in config.py or log.jsonl, so no time left)'))
     if train:
         lines.append(('loss', f"{train[-1]['loss']:.4f} at step {train[-1]['step']}"))
     if val:
         best = min(val, key=lambda r: r['val_loss'])
         lines.append(('val loss', f"last {val[-1]['val_loss']:.4f} at step {val[-1]['step']}, "
                                   f"best {best['val_loss']:.4f} at step {best['step']}"))
-    speed = [f'{tokens_per_s:,.0f} tokens/s'] * math.isfinite(tokens_per_s) + [f'{ms:,.1f} ms/step'] * math.isfinite(ms)
+    speed = [f'{n:,.0f} {what}/s' for n, what in zip(per_s, ('tokens', 'samples'), strict=True) if math.isfinite(n)]
+    speed += [f'{ms:,.1f} ms/step'] * math.isfinite(ms)
     lines.append(('speed', ', '.join(speed) or 'not measured yet'))
     if max_iters is not None and not finished and math.isfinite(ms):
         lines.append(('time left', f'{duration((max_iters - step) * ms / 1000)} (evaluation not counted)'))

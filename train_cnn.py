@@ -148,8 +148,8 @@ class CNN(nn.Module):
             x = relu(second, y) + getattr(self, f'skip{b}')(x) if self.config.residual else relu(second, y)
             x = F.max_pool2d(x, 2) if b < 5 else x
         x = x.mean((2, 3))
-        for fc in (self.fc1, self.fc2):
-            x = F.dropout(F.relu(fc(x)), self.config.dropout, self.training)
+        for layer in (self.fc1, self.fc2):
+            x = F.dropout(F.relu(layer(x)), self.config.dropout, self.training)
         return self.final(x)
 
 
@@ -278,6 +278,8 @@ def main():
             (set(lr_scale) != {'bin', 'tern', 'int4', 'alpha'} or min(lr_scale.values()) < 0, f'lr_scale={lr_scale}'),
             (not 0 <= dropout < 1, f'dropout={dropout} is a share below 1'),
             (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final start above 0'),
+            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
+            (not min(learning_rate, min_lr, weight_decay) >= 0, 'learning_rate, min_lr and weight_decay are 0 or more'),
             (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train')):
         if wrong:
             fail(why)
@@ -567,9 +569,9 @@ def main():
         if step % log_interval == 0 or step == total_iters:
             ms = (time.perf_counter() - clock) / timed_steps * 1e3
             clock, timed_steps = time.perf_counter(), 0
-            record = {'step': step, 'samples': step * batch_size, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': ms,
-                      'samples_per_s': batch_size / ms * 1e3, 'input_samples_per_s': input_speed,
-                      'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
+            record = {'step': step, 'max_iters': total_iters, 'samples': step * batch_size, 'loss': loss, 'lr': lr,
+                      'grad_norm': grad_norm, 'ms': ms, 'samples_per_s': batch_size / ms * 1e3,
+                      'input_samples_per_s': input_speed, 'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
             say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
                 f'{record["samples_per_s"]:,.0f} images/s', flush=True)
             log(record)

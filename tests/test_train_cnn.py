@@ -19,7 +19,7 @@ from conftest import (AT_STEP, IN_EVALUATION, NAN_LOSS, ROOT, damages, kill_at, 
                       wait_all)
 
 SCRIPT = ROOT / 'train_cnn.py'
-MEASURED = {'ms', 'samples_per_s', 'input_samples_per_s', 'peak_mem_bytes', 'energy_j'}
+MEASURED = {'max_iters', 'ms', 'samples_per_s', 'input_samples_per_s', 'peak_mem_bytes', 'energy_j'}
 TINY = """# a CNN of four to eight channels that trains 12 steps in half a second
 dataset, out_dir, device, compile = {data!r}, 'out', 'cpu', False
 image_size, channels, fc = 16, (4, 4, 8, 8, 8), (8, 8)
