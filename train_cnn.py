@@ -32,8 +32,8 @@ import tokens
 
 # run
 out_dir = 'out/cnn'            # config.py, log.jsonl, last.pt, best.pt, packed.safetensors and pictures go here
-model_name = ''                # a name for your records, changes nothing
-gpu_type = ''                  # recorded only; '': the name of the device
+model_name = ''                # for your records, in the log and wandb
+gpu_type = ''                  # recorded in config.py and the log; '': the name of the device
 seed = 1337                    # weights, order of samples, crops, dropout, sketches
 init_from = 'scratch'          # scratch | a checkpoint whose weights to start from, as far as they fit
 resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
@@ -83,7 +83,7 @@ log_interval = 20              # steps
 save_interval = 500            # steps between writes of last.pt; best.pt follows the evaluations
 wandb_log = False              # needs wandb installed and logged in
 wandb_project = 'nanobit'
-wandb_run_name = ''            # '': the name of out_dir
+wandb_run_name = ''            # '': model_name, or else the name of out_dir
 # system
 device = ''                    # '': cuda where there is one, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
@@ -418,8 +418,10 @@ def main():
             common.cut_log(out_dir, step)
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
-    run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id) if wandb_log and rank_here == 0 else None
-    wandb_id = run.id if run else wandb_id
+    run = None
+    if wandb_log and rank_here == 0:
+        run = common.start_wandb(wandb_project, wandb_run_name or model_name, out_dir, config, wandb_id)
+        wandb_id = run.id if run else wandb_id
 
     # --------------------------------------------------------------------------------------------------------- loop
     raw_model = model
@@ -590,7 +592,8 @@ def main():
             if rank_here == 0 and not stop:
                 path = os.path.join(out_dir, 'packed.safetensors')
                 size = layers.save_packed(raw_model, path, meta | {'top1': found[1]})
-                log({'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'binary_share': shares['bin'],
+                log({'step': step, 'model_name': model_name, 'gpu_type': config['gpu_type'],
+                     'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'binary_share': shares['bin'],
                      'best_step': state['step'], 'best_top1': state['best'][0], 'packed_top1': found[1],
                      'packed_top5': found[2]})
                 pictures.report(out_dir, val_data, found[3][:, 0].numpy(), found[4].numpy())
