@@ -103,16 +103,19 @@ CLASSIFIED = {                                      # the same of finetune_cls.p
     }),
 }
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
-BINARY = '--model_config={' + ','.join(f"'{layer}':'binary'" for layer in CNN_LAYERS) + '}'
+REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
+BINARY = REAL.replace('real', 'binary')
 PHOTOGRAPHS = {                                     # the same of train_cnn.py; data/images/prepare.py --name=food10 first
     'food10': ('config/images_mixed.py --dataset=images/food10', 'real', {
-        'real': ('all real', BINARY.replace('binary', 'real')),
+        'real': ('all real', REAL),
         'mixed': ("the reference's five binary: conv1, conv2, fc1, fc2, final", ''),
+        'mixed70': ('conv8, conv9, conv10 binary', REAL.replace("'conv8':'real','conv9':'real','conv10':'real'",
+                                                                "'conv8':'binary','conv9':'binary','conv10':'binary'")),
         'bin': ('all binary', BINARY),
         'bin_spatial': ('... normalised over the pixels of each channel (the reference)', BINARY + ' --norm=spatial'),
         'bin_sample': ('... over the whole image', BINARY + ' --norm=sample'),
-        'tern': ('all ternary', BINARY.replace('binary', 'ternary')),
-        'int4': ('all 4-bit', BINARY.replace('binary', 'int4')),
+        'tern': ('all ternary', REAL.replace('real', 'ternary')),
+        'int4': ('all 4-bit', REAL.replace('real', 'int4')),
     }),
 }
 EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS
