@@ -370,8 +370,8 @@ def main():
     if rank_here == 0:
         try:
             os.makedirs(out_dir, exist_ok=True)
-            if not resume_path:
-                for name in {'last.pt', 'last.prev.pt', 'best.pt'} & set(os.listdir(out_dir)):
+            if not resume_path or elsewhere and not eval_only:
+                for name in {'last.pt', 'last.prev.pt', 'best.pt', 'log.jsonl'} & set(os.listdir(out_dir)):
                     os.remove(os.path.join(out_dir, name))
             if whole:
                 hf.save(whole, tokenizer, os.path.join(out_dir, 'base'))   # adapters are nothing without it

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import common
 import configurator
+import crops
 import images
 import layers
 import optim
@@ -33,7 +34,7 @@ import tokens
 # run
 out_dir = 'out/cnn'            # config.py, log.jsonl, last.pt, best.pt, packed.safetensors and pictures go here
 model_name = ''                # for your records, in the log and wandb
-gpu_type = ''                  # recorded in config.py and the log; '': the name of the device
+gpu_type = ''                  # for your records, in the log; '': the name of the device
 seed = 1337                    # weights, order of samples, crops, dropout, sketches
 init_from = 'scratch'          # scratch | a checkpoint whose weights to start from, as far as they fit
 resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
@@ -44,7 +45,7 @@ dataset = 'digits'             # folder under data/: digits, food101, images/<na
 image_size = 64                # pixels of a side that the network sees
 crop_scale = (0.35, 1.0)       # training: a random part of the image, so much of its area
 crop_ratio = 4 / 3             # ... and at most so much wider than high, or higher than wide
-flip = True                    # ... mirrored at random
+flip = False                   # ... mirrored at random; not for digits or letters
 eval_crop = 1.0                # evaluation: the middle, so much of the side
 batch_size = 64                # images per optimizer step, over all devices and micro-steps
 micro_batch_size = 0           # images one device holds at a time; 0: its whole share. Accumulation is derived
@@ -67,7 +68,7 @@ optimizer = 'AdamW'            # Adam | AdamW | SGD | rSVD
 epochs = 30.0                  # times each training image is seen in all, also for a resumed run
 max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
 learning_rate = 1e-3           # peak
-lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}    # times the learning rate: latent weights, binary scales
+lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}    # times the rate: latent weights (not biases), binary scales
 min_lr = 0.0                   # at the last step
 schedule = 'cosine'            # cosine | linear | constant
 warmup_iters = 100             # linear warm-up, steps
@@ -78,7 +79,7 @@ grad_clip = 1.0                # global norm; 0: off
 rank = 16                      # rSVD: of its basis
 interval = 200                 # rSVD: steps between two bases
 # evaluation, saving and logging
-eval_interval = 0              # steps; 0: at the end of each epoch, where there always is one
+eval_interval = 0              # steps; 0: at the end of each epoch. The last step always has one
 log_interval = 20              # steps
 save_interval = 500            # steps between writes of last.pt; best.pt follows the evaluations
 wandb_log = False              # needs wandb installed and logged in
@@ -159,82 +160,21 @@ def relu(conv, y):
     return F.threshold(y, 0, 0) if isinstance(conv, layers.BinaryConv2d) else F.relu(y, inplace=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# images
-
-
-def uniform(seed, epochs, samples, count):
-    """float64 (n, count) in [0, 1), a pure function of the seed and of each sample's epoch and number, arrays (n,): no crop
-    depends on the batch it is in. The mixing function of splitmix64 (Steele et al. 2014), once for each of them."""
-    def mix(x):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xbf58476d1ce4e5b9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94d049bb133111eb)
-        return x ^ (x >> np.uint64(31))
-    step, x = np.uint64(0x9e3779b97f4a7c15), np.array([seed % 2 ** 64], dtype=np.uint64)
-    with np.errstate(over='ignore'):
-        for part in (epochs[:, None], samples[:, None], np.arange(count)[None]):
-            x = mix(x + step * (part.astype(np.uint64) + np.uint64(1)))
-    return (x >> np.uint64(11)) / 2.0 ** 53
-
-
-def random_boxes(seed, epochs, samples):
-    """(boxes (n, 4), mirrored (n,) bool) for training: left, top, width, height in shares of the side. The random resized crop
-    of torchvision: of ten areas and ratios the first that fits, else the whole image; then a place."""
-    u = uniform(seed, epochs, samples, 23)
-    area = crop_scale[0] + (crop_scale[1] - crop_scale[0]) * u[:, :10]
-    ratio = crop_ratio ** (2 * u[:, 10:20] - 1)
-    size = np.sqrt(np.stack([area * ratio, area / ratio], -1))                 # (n, 10, 2)
-    fits = (size <= 1).all(-1)
-    size = np.where(fits.any(1)[:, None], size[np.arange(len(u)), fits.argmax(1)], 1.0)
-    return np.concatenate([u[:, 20:22] * (1 - size), size], 1), flip & (u[:, 22] < 0.5)
-
-
-def resample(pixels, boxes, mirrored, size):
-    """uint8 (n, s, s, 3), boxes (n, 4), mirrored (n,) -> fp32 (n, 3, size, size) from 0 to 255 in channels_last: the boxes cut
-    out and scaled, bilinear with antialiasing (a triangle as wide as a pixel of the coarser grid, as in Pillow), as one
-    product with a matrix (size, s) for the columns and one for the rows of each image."""
-    n, s = pixels.shape[:2]
-
-    def weights(start, length):
-        scale = (length * (s / size))[:, None, None]                           # pixels of the image for one of the result
-        middle = (start * s)[:, None, None] + (torch.arange(size, device=pixels.device)[:, None] + 0.5) * scale
-        w = 1 - (torch.arange(s, device=pixels.device) + 0.5 - middle).abs() / scale.clamp(min=1)
-        w = w.clamp_(min=0)
-        return w / w.sum(-1, keepdim=True)                                     # (n, size, s)
-    left, top, width, height = boxes.unbind(1)
-    across = weights(left, width)
-    across = torch.where(mirrored[:, None, None], across.flip(1), across)
-    x = pixels.permute(0, 2, 1, 3).float().reshape(n, s, s * 3)                # columns, rows x channels
-    x = (across @ x).view(n, size, s, 3).permute(0, 2, 1, 3).reshape(n, s, size * 3)
-    return (weights(top, height) @ x).view(n, size, size, 3).permute(0, 3, 1, 2)
-
-
-def middle_boxes(n, share):
-    return np.tile([(1 - share) / 2, (1 - share) / 2, share, share], (n, 1)), np.zeros(n, dtype=bool)
-
-
-def network_input(pixels, boxes, mirrored, size, mean, std):
-    """What the network sees of uint8 images: resample(), then minus mean over std, three channels of a range of 0 to 1."""
-    boxes, mirrored = (torch.from_numpy(t).to(pixels.device) for t in (boxes.astype(np.float32), mirrored))
-    x = resample(pixels, boxes, mirrored, size)
-    mean, std = (torch.tensor(t, device=x.device).view(3, 1, 1) * 255 for t in (mean, std))
-    return (x - mean) / std.clamp(min=1e-3)         # a channel may be constant
-
-
 def predict_image():
-    """Print the five likeliest classes of the image `predict`."""
+    """Print the five likeliest classes of the image `predict`, computed in fp32."""
+    path = os.path.join(out_dir, 'best.pt') if resume in ('', 'auto') else resume
     try:
         if resume.endswith('.safetensors'):
-            meta, tensors = layers.read_packed(resume)
+            meta, tensors = layers.read_packed(path)
         else:
-            meta = common.read_checkpoint(resume or os.path.join(out_dir, 'best.pt'), 'train_cnn')
+            meta = common.read_checkpoint(path, 'train_cnn')
         if meta.get('trainer') != 'train_cnn':
-            raise ValueError(f'{resume} was written by {meta.get("trainer")}.py, not train_cnn.py')
+            raise ValueError(f'{path} was written by {meta.get("trainer")}.py, not train_cnn.py')
         model = CNN(CNNConfig(**meta['model_config']))
         if resume.endswith('.safetensors'):
             layers.load_packed(model, tensors)
         else:
-            common.load_model_state(model, meta['model'], resume)
+            common.load_model_state(model, meta['model'], path)
         seen = meta['images']
     except ValueError as e:
         configurator.fail(str(e))
@@ -243,11 +183,11 @@ def predict_image():
     except ValueError as e:
         configurator.fail(f'{predict} {e}')
     pixels = torch.from_numpy(pixels.copy())[None]
-    x = network_input(pixels, *middle_boxes(1, seen['eval_crop']), seen['size'], seen['mean'], seen['std'])
+    x = crops.network_input(pixels, *crops.middle_boxes(1, seen['eval_crop']), seen['size'], seen['mean'], seen['std'])
     with torch.no_grad():
         shares = model.eval()(x)[0].float().softmax(0)
     for share, i in zip(*shares.topk(min(5, len(shares))), strict=True):
-        print(f'{share:6.1%}  {seen["classes"][i]}')
+        print(f'{share:6.1%}  {pictures.escaped(seen["classes"][i])}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +201,6 @@ def main():
     stopped = common.stop_flag()
     say = print if rank_here == 0 else (lambda *a, **k: None)
     fail = lambda why: configurator.fail(why, rank0_only=True)
-    config['gpu_type'] = gpu_type or common.device_name(dev)
     wrong_kinds = [f'{layer}={kind!r}' for layer, kind in model_config.items() if kind not in KINDS]
     for wrong, why in (
             (dtype not in ('', 'float32', 'bfloat16'), f'dtype={dtype!r} is neither float32 nor bfloat16'),
@@ -294,6 +233,8 @@ def main():
     micro = micro_batch_size or batch_size // world
     if micro < 1 or batch_size % (micro * world):
         fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes')
+    if micro == 1 and image_size < 32 and (residual or set(model_config.values()) - {'binary'}):
+        fail(f'micro_batch_size=1 at image_size={image_size} leaves a BatchNorm one number to normalise; type a larger one')
     accumulation = batch_size // (micro * world)
     last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
@@ -326,19 +267,19 @@ def main():
         chosen = chosen.reshape(accumulation, world, micro)[i, rank_here]
         pixels = torch.from_numpy(train_data.pixels[chosen])
         pixels = pixels.pin_memory() if dev.type == 'cuda' else pixels
-        return pixels, torch.from_numpy(train_data.labels[chosen]), *random_boxes(seed, where // len(train_data), chosen)
+        boxes = crops.random_boxes(seed, where // len(train_data), chosen, crop_scale, crop_ratio, flip)
+        return pixels, torch.from_numpy(train_data.labels[chosen]), *boxes
 
     def batches(number):
         """Inputs and labels from a micro-batch on, on the device; num_workers threads read ahead."""
-        ahead = collections.deque()
         while True:
             while len(ahead) <= num_workers:
                 ahead.append(readers.submit(load, number) if num_workers else number)
                 number += 1
             pixels, labels, boxes, mirrored = ahead.popleft().result() if num_workers else load(ahead.popleft())
             pixels, labels = pixels.to(dev, non_blocking=True), labels.to(dev)
-            yield network_input(pixels, boxes, mirrored, image_size, seen['mean'], seen['std']), labels
-    readers = ThreadPoolExecutor(max(1, num_workers))
+            yield crops.network_input(pixels, boxes, mirrored, image_size, seen['mean'], seen['std']), labels
+    readers, ahead = ThreadPoolExecutor(max(1, num_workers)), collections.deque()
 
     # -------------------------------------------------------------------------------------------------------- model
     net_config = CNNConfig(len(train_data.classes), model_config, channels, fc, filter_dimension, residual, norm, binary_alpha,
@@ -359,8 +300,8 @@ def main():
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
     packed_bytes, fp32_bytes = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
-    shares = {kind: sum(p.numel() for m in low_bit for p in (m.weight, m.bias) if m.kind == kind and p is not None) / n_params
-              for kind in layers.KINDS[1:]}
+    in_bits = lambda m: m.weight.numel() + (m.bias.numel() if m.kind == 'bin' else 0)      # the others' biases are fp32
+    shares = {kind: sum(in_bits(m) for m in low_bit if m.kind == kind) / n_params for kind in layers.KINDS[1:]}
     say(f'{n_params:,} parameters, {shares["bin"]:.1%} binary, {shares["tern"]:.1%} ternary, {shares["int4"]:.1%} 4-bit; '
         f'packed {packed_bytes:,} bytes, fp32 {fp32_bytes:,}')
     say(f'{len(train_data):,} images of {len(train_data.classes)} classes to train on, {len(val_data):,} to evaluate; '
@@ -385,7 +326,8 @@ def main():
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, wandb_id = 0, [-1.0, 0], None       # best: top-1 and its step
-    described = {'model_config': asdict(net_config), 'images': seen, 'data': train_data.digest, 'optimizer': optimizer}
+    digests = [train_data.digest, val_data.digest]
+    described = {'model_config': asdict(net_config), 'images': seen, 'data': digests, 'optimizer': optimizer}
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'train_cnn', set_aside=rank_here == 0)
@@ -405,13 +347,14 @@ def main():
         best = best if elsewhere else state['best']
         del state
         say(f'resumed from {resume_path} at step {step}')
-    if not common.ranks_agree(step, train_data.digest, common.checksum(model.parameters())):
+    if not common.ranks_agree(step, *digests, common.checksum(model.parameters())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
     if rank_here == 0:
         try:
             os.makedirs(out_dir, exist_ok=True)
-            if not resume_path:                     # nothing of a run that is overwritten may be resumed or packed
-                for name in {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors'} & set(os.listdir(out_dir)):
+            if not resume_path or elsewhere:        # nothing of a run that is overwritten may be resumed or packed
+                stale = {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors', 'log.jsonl'}
+                for name in stale & set(os.listdir(out_dir)):
                     os.remove(os.path.join(out_dir, name))
             configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
                               'train_cnn.py: every constant of this run')
@@ -450,7 +393,8 @@ def main():
             rows = slice(min(i, n), min(i + eval_batch_size, n))           # none for some ranks in the last round
             if rows.start < rows.stop:
                 pixels = torch.from_numpy(np.array(val_data.pixels[rows])).to(dev)
-                x = network_input(pixels, *middle_boxes(len(pixels), eval_crop), image_size, seen['mean'], seen['std'])
+                boxes = crops.middle_boxes(len(pixels), eval_crop)
+                x = crops.network_input(pixels, *boxes, image_size, seen['mean'], seen['std'])
                 with amp:
                     logits = net(x).float().cpu()
                 total += F.cross_entropy(logits, torch.from_numpy(val_data.labels[rows]), reduction='sum').item()
@@ -476,7 +420,7 @@ def main():
             try:
                 common.save_checkpoint(path, {
                     'trainer': 'train_cnn', 'step': step, 'model_config': asdict(net_config), 'images': seen,
-                    'data': train_data.digest, 'model': raw_model.state_dict(), 'optimizer': opt.state_dict(), 'best': best,
+                    'data': digests, 'model': raw_model.state_dict(), 'optimizer': opt.state_dict(), 'best': best,
                     'config': config, 'wandb_id': wandb_id}, keep_previous)
                 return True
             except OSError as e:                    # a full disk must not cost the run; the file before this one stays
@@ -485,13 +429,17 @@ def main():
 
     input_speed = 0.0
     if step < total_iters:                          # what reading, cropping and scaling alone can do
-        reading, clock, n = batches(step * accumulation), time.perf_counter(), 0
-        while n < 8 and time.perf_counter() - clock < 2:
-            next(reading)
-            clock, n = (time.perf_counter(), 1) if n == 0 else (clock, n + 1)          # the first one warms up
-        if dev.type == 'cuda':
-            torch.cuda.synchronize()
-        input_speed = max(1, n - 1) * micro * world / (time.perf_counter() - clock)
+        reading, timed = batches(step * accumulation), 0
+        for _ in range(num_workers + 1):            # whatever is read ahead is not timed
+            next(reading)[1].cpu()
+        clock = time.perf_counter()
+        while timed < 2 * num_workers + 4 and time.perf_counter() - clock < 2:
+            next(reading)[1].cpu()                  # of CUDA's queue all is done
+            timed += 1
+        input_speed = timed * micro * world / (time.perf_counter() - clock)
+        for left in ahead if num_workers else ():
+            left.cancel()
+        ahead.clear()
         say(f'input alone: {input_speed:,.0f} images/s')
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
@@ -592,15 +540,17 @@ def main():
             if rank_here == 0 and not stop:
                 path = os.path.join(out_dir, 'packed.safetensors')
                 size = layers.save_packed(raw_model, path, meta | {'top1': found[1]})
-                log({'step': step, 'model_name': model_name, 'gpu_type': config['gpu_type'],
+                log({'step': step, 'model_name': model_name, 'gpu_type': gpu_type or common.device_name(dev),
                      'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'binary_share': shares['bin'],
                      'best_step': state['step'], 'best_top1': state['best'][0], 'packed_top1': found[1],
                      'packed_top5': found[2]})
                 pictures.report(out_dir, val_data, found[3][:, 0].numpy(), found[4].numpy())
                 say(f'best top-1 {state["best"][0]:.2%} at step {state["step"]}, chosen on the images it is judged on; packed '
                     f'into {path}: {size:,} bytes, top-1 {found[1]:.2%}; pictures and classes.csv in {out_dir}')
-        except (ValueError, OSError) as e:
+        except OSError as e:
             failure = f'{e}; make room and type the same command with --resume=auto'
+        except ValueError as e:                     # the best weights are lost, the last ones are not
+            failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
     common.close_processes()
     if run:
         run.finish(exit_code=1 if failure else 0)

@@ -377,8 +377,9 @@ def main():
     if rank == 0:
         try:
             os.makedirs(out_dir, exist_ok=True)
-            if not resume_path:                     # nothing of a run that is overwritten may be resumed or packed
-                for name in {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors'} & set(os.listdir(out_dir)):
+            if not resume_path or elsewhere:        # nothing of a run that is overwritten may be resumed or packed
+                stale = {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors', 'log.jsonl'}
+                for name in stale & set(os.listdir(out_dir)):
                     os.remove(os.path.join(out_dir, name))
             configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
                               'train_gpt.py: every constant of this run')

@@ -8,7 +8,6 @@ out_dir = 'out/digits_mixed'
 dataset = 'digits'
 image_size = 16
 crop_scale = (0.7, 1.0)
-flip = False                   # a mirrored 2 is no 2
 
 model_config = dict(conv1='binary', conv2='binary', fc1='binary', fc2='binary', final='binary')
 

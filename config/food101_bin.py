@@ -1,6 +1,6 @@
 # Food-101, every layer binary but for the 1x1 skips.
 # expected top-1: 68.6% for the paper's plain network of twice the width (arXiv 2509.07025, table 2; not measured here)
-# hardware: one GPU of 24 GB or more; --micro_batch_size=64 for less
+# hardware: a GPU; not measured here. A BatchNorm sees the images of one micro-batch: 32 with 8 GPUs, 256 with one
 # time: not measured here
 # torchrun --nproc_per_node=8 train_cnn.py config/food101_bin.py      (after python data/food101/prepare.py)
 out_dir = 'out/food101_bin'
@@ -8,6 +8,7 @@ model_name = 'bin'
 dataset = 'food101'            # 101,000 photographs of 256 pixels, 20 GB
 image_size = 224
 crop_scale = (0.25, 1.0)
+flip = True
 eval_crop = 0.875              # 224 of 256 pixels
 
 filter_dimension = 5           # the reference's

@@ -2,15 +2,13 @@
 # The reference's default layers are binary (conv1, conv2, fc1, fc2, final), the others real.
 # expected top-1: depends on the images; on ten classes of Food-101 in results/food10.md
 # hardware: 2 cores
-# time: 5 minutes for 3,750 images
+# time: 8 minutes for 3,750 images
 # python train_cnn.py config/images_mixed.py --dataset=images/mine
 out_dir = 'out/images_mixed'
 dataset = 'images/mine'        # data/images/prepare.py --dir ... --name=mine
 image_size = 48
+flip = True
 eval_crop = 0.9
 dtype = 'bfloat16'
 
 model_config = dict(conv1='binary', conv2='binary', fc1='binary', fc2='binary', final='binary')
-
-epochs = 30.0
-learning_rate = 1e-3

@@ -105,7 +105,8 @@ CLASSIFIED = {                                      # the same of finetune_cls.p
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
 REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
 BINARY = REAL.replace('real', 'binary')
-PHOTOGRAPHS = {                                     # the same of train_cnn.py; data/images/prepare.py --name=food10 first
+# the same of train_cnn.py; first: python data/images/prepare.py --dir ... --name=food10 --size=80
+PHOTOGRAPHS = {
     'food10': ('config/images_mixed.py --dataset=images/food10', 'real', {
         'real': ('all real', REAL),
         'mixed': ("the reference's five binary: conv1, conv2, fc1, fc2, final", ''),
