@@ -5,15 +5,15 @@ A data folder holds three files per split and images.json, which tells how they 
     data/digits/train_pixels.bin  val_pixels.bin    uint8, n x size x size x 3, one image after the other, RGB
     data/digits/train_labels.bin  val_labels.bin    int64, little endian: the position of each image's class in `classes`
     data/digits/train_names.txt   val_names.txt     where each image came from, a line each, escaped as JSON does it
-    data/digits/images.json                         {"version", "source", "revision", "size", "classes", "settings", "command",
+    data/digits/images.json                         {"version", "size", "classes", "settings": {"source", "revision", ...},
                                                      "rows", "skipped": [[name, why]], "bytes", "crc32": {split: ...},
-                                                     "mean", "std": of the training pixels in 0..1, "complete": true}
+                                                     "mean", "std": of the training pixels in 0..1, "command", "complete"}
 
 Read:   data = images.load(tokens.dataset_dir('digits'), 'train'); data.pixels[7], data.labels[7], data.classes
 Write:  see data/{digits,food101,images}/prepare.py
 
 Pixels are stored at the size that training uses, once and for all: a step then reads what it needs through a memory map,
-and no epoch decodes a JPEG again. 256 x 256 takes 197 kB an image, ten times its JPEG.
+and no epoch decodes a JPEG again. Food-101 at 256 x 256 takes 19.9 GB, 4 times its download.
 """
 import collections
 import concurrent.futures
@@ -27,7 +27,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -49,9 +48,7 @@ from configurator import fail
 
 VERSION = 1
 FILES = ('pixels.bin', 'labels.bin', 'names.txt')
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm')
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')     # Pillow would try others too, EPS by starting Ghostscript
-VAL_NAMES = ('val', 'validation', 'valid', 'test')      # the first of these beside train/ is the validation split
 BATCH = 16              # images per message between processes; fewer where they are large
 SAVE_S = 5              # seconds between two notes of the place; a killed run repeats at most that much
 REPORTED = 20           # damaged images per split that are printed; images.json lists all
@@ -64,8 +61,8 @@ CHECKED_BYTES = 1 << 30  # load() compares the checksum of up to so many bytes o
 def read_image(source):
     """Path or bytes of a JPEG, PNG, BMP, GIF, WebP, TIFF or PPM -> PIL image, RGB, turned upright as its EXIF says.
 
-    Transparent pixels show white; of several frames the first counts. 16-bit grey is scaled to 8 bits, floats from the
-    smallest of 0..1, 0..255 and 0..65535 that holds them. Raises ValueError, one line: no image, cut short, too large.
+    Transparent pixels show white; of several frames the first counts. 16-bit grey is scaled to 8 bits. Raises ValueError, one
+    line: no image, cut short, too large, of floats.
     """
     try:
         raw = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -78,27 +75,23 @@ def read_image(source):
             warnings.simplefilter('ignore')             # odd EXIF, odd palettes; a size that Pillow refuses is an error
             with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
                 image.load()
-                return _rgb(image)
+                if image.mode != 'F':
+                    return _rgb(image)
     except Image.UnidentifiedImageError:
         raise ValueError(f'is no image: none of {", ".join(FORMATS)}') from None
     except MemoryError:
         raise
     except Exception as e:                              # noqa: BLE001  damaged files raise many kinds, from every decoder
         raise ValueError(f'cannot be decoded ({" ".join(str(e).split())[:120] or type(e).__name__})') from None
+    raise ValueError('float image, of which nothing tells the range; convert it to 8 bits, or to 16-bit grey')
 
 
 def _rgb(image):
-    if not image.width or not image.height:
-        raise ValueError(f'{image.width} x {image.height} pixels')
     with contextlib.suppress(Exception):                # damaged EXIF is no reason to lose the picture
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I'):                      # I;16 and its byte orders, I: Pillow's own conversion would clip
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode == 'F':
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0)
-        top = next((top for top in (1, 255) if values.max() <= top), 65535)
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255 + 0.5).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -154,47 +147,47 @@ def load(folder, split):
                   tuple(record['mean']), tuple(record['std']), hashlib.sha256(what.encode()).hexdigest())
 
 
-def _damage(folder, split, sizes, crcs=(None, None, None), checked_bytes=0):
+def _damage(folder, split, sizes, crcs=None, checked_bytes=math.inf):
     """What is wrong with the files of a split, '' where nothing is. crcs: as written, compared in files of up to
     checked_bytes; without them a file may be longer, which is what an interrupted run leaves."""
-    for name, size, crc in zip(FILES, sizes, crcs, strict=True):
-        path = folder / f'{split}_{name}'
+    for i, size in enumerate(sizes):
+        path = folder / f'{split}_{FILES[i]}'
         found = path.stat().st_size if path.is_file() else 0
-        if found < size or found > size and crc is not None:
+        if found < size or found > size and crcs:
             return f'{path} has {found:,} bytes, {size:,} were written'
-        if crc is not None and size <= checked_bytes:
+        if crcs and size <= checked_bytes:
             with open(path, 'rb') as file:
-                if functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: file.read(1 << 20), b''), 0) != crc:
-                    return f'{path} does not match its checksum'
+                crc = 0
+                while block := file.read(1 << 20):
+                    crc = zlib.crc32(block, crc)
+            if crc != crcs[i]:
+                return f'{path} does not match its checksum'
     return ''
 
 
 def _read_record(folder):
     """images.json as a dict, None where there is none. Raises ValueError for a file that is not ours."""
-    path = Path(folder) / 'images.json'
     try:
-        record = json.loads(path.read_bytes())
-        needed = {'rows', 'bytes', 'crc32', 'mean', 'std'} if record['complete'] else {'progress'}
-        if {'size', 'classes', 'command'} | (needed if record['version'] == VERSION else set()) <= record.keys():
+        record = json.loads((folder / 'images.json').read_bytes())
+        if {'version', 'settings', 'command', 'complete'} <= set(record):
             return record
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError):
         pass
-    raise ValueError(f'{path} is not what a prepare.py wrote; remove it and type: {_command(Path(folder), None)}')
+    raise ValueError(f'{folder / "images.json"} is not what a prepare.py wrote; remove it and type: {_command(folder)}')
 
 
-def _command(folder, record):
+def _command(folder, record=None):
     """What to type to make a folder: the command that began it, else the prepare.py that writes there."""
+    data, folder = tokens.ROOT / 'data', folder.absolute()
     if record:
         return record['command']
-    above, names = folder.absolute().parent, sorted(path.parent.name for path in tokens.ROOT.glob('data/*/prepare.py')
-                                                    if 'images.build(' in path.read_text(encoding='utf-8'))
-    if above == tokens.ROOT / 'data' / 'images':
-        return f'python data/images/prepare.py --dir PATH --name={shlex.quote(folder.name)}'
-    if above == tokens.ROOT / 'data' and folder.name in names:
+    if folder in (data / 'digits', data / 'food101'):
         return f'python data/{folder.name}/prepare.py'
-    return f'python data/<name>/prepare.py --out_dir {shlex.quote(str(folder))}, where <name> is one of: {", ".join(names)}'
+    if folder.parent == data / 'images':
+        return f'python data/images/prepare.py --dir PATH --name={shlex.quote(folder.name)}'
+    return 'python data/NAME/prepare.py, where NAME is digits, food101 or images'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,10 +202,8 @@ def build(folder, settings, splits, classes, size, workers=0, argv=None, expecte
     place -> iterable of (place behind it, name, class index, source), where a place is what JSON can hold, None at first.
     A source is an image's bytes, its path, or (path of a zip, member). workers: processes that decode, 0: as many as
     cores. argv: the command line, for messages. expected: {split: images of the published set}; another count is a
-    ValueError. So is a full disk, a split in which no image can be read, and a class without a training image.
-
-    The files are the same whatever the number of workers and however often the run was killed in between. A damaged
-    image is reported and left out.
+    ValueError. So is a split in which no image can be read, and a class without a training image; a full disk, OSError.
+    A damaged image is reported and left out. The files are the same whatever the number of workers and of kills.
     """
     folder, expected = Path(folder), expected or {}
     if size < 1 or workers < 0:
@@ -224,9 +215,12 @@ def build(folder, settings, splits, classes, size, workers=0, argv=None, expecte
         if record['complete']:
             print(f'{folder} is complete with the same settings; left as it is')
             return
-        _check_space(folder, record, totals)
+        if None not in totals.values():
+            _check_space(folder, record, sum(totals.values()))
         for split, entries in splits.items():
-            _build_split(folder, split, entries, record, totals[split], expected.get(split), workers)
+            _build_split(folder, split, entries, record, totals[split], workers)
+            if not record['progress'][split]['done']:
+                _check_split(folder, split, record, expected.get(split))
         states = record['progress']
         n, sums, squares = states['train']['bytes'][0] // 3, states['train']['sum'], states['train']['squares']
         record |= {key: {split: state[key] for split, state in states.items()} for key in ('rows', 'skipped', 'bytes', 'crc32')}
@@ -245,11 +239,13 @@ def _locked(folder):
     """Nobody else builds in `folder` meanwhile; the lock goes with its process, killed or not."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):              # a network drive without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f'another prepare.py is writing to {folder}; wait for it to end') from None
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f'another prepare.py is writing to {folder}; wait for it to end') from None
+    except OSError:                                     # a network drive without locks
+        pass
+    try:
         yield
     finally:
         os.close(handle)
@@ -257,13 +253,12 @@ def _locked(folder):
 
 def _open(folder, settings, splits, classes, size, argv):
     """Starts, continues or recognises a data folder; returns its record."""
-    wanted = {'version': VERSION, 'source': settings['source'], 'revision': settings['revision'], 'size': size,
-              'classes': list(classes), 'settings': settings}
-    wanted, old = json.loads(json.dumps(wanted)), _read_record(folder)
+    wanted = json.loads(json.dumps({'version': VERSION, 'size': size, 'classes': list(classes), 'settings': settings}))
+    old = _read_record(folder)
     if old:
         why = 'has other settings'
         if all(old.get(key) == value for key, value in wanted.items()):
-            damage = [_damage(folder, split, old['bytes'][split], old['crc32'][split], math.inf) if old['complete'] else
+            damage = [_damage(folder, split, old['bytes'][split], old['crc32'][split]) if old['complete'] else
                       _damage(folder, split, old['progress'][split]['bytes']) for split in splits]
             if not any(damage):
                 return old
@@ -272,9 +267,8 @@ def _open(folder, settings, splits, classes, size, argv):
     files = [path for split in tokens.SPLITS for name in FILES if (path := folder / f'{split}_{name}').exists()]
     if files and not old:
         raise ValueError(f'{files[0]} is there and no prepare.py wrote it; move it, or give another --out_dir')
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(tokens.ROOT) if script.is_relative_to(tokens.ROOT) else script
-    record = {**wanted, 'command': shlex.join(['python', str(script), *map(str, argv)]), 'complete': False, 'progress': {
+    script = tokens._show(Path(sys.argv[0]).resolve())
+    record = wanted | {'command': shlex.join(['python', script, *map(str, argv)]), 'complete': False, 'progress': {
         split: {'place': None, 'seen': 0, 'rows': 0, 'bytes': [0] * 3, 'crc32': [0] * 3, 'sum': [0] * 3, 'squares': [0] * 3,
                 'skipped': [], 'done': False} for split in splits}}
     _save(folder, record)                               # before a file goes, so that after a kill they are known as ours
@@ -283,47 +277,31 @@ def _open(folder, settings, splits, classes, size, argv):
     return record
 
 
-def _check_space(folder, record, totals):
-    """Says how much will be written in all, where that is known; ValueError where the disk has no room for it."""
-    if None in totals.values():
-        return
-    each, free = 3 * record['size'] ** 2, shutil.disk_usage(folder).free
-    done = sum(state['bytes'][0] + each * len(state['skipped']) for state in record['progress'].values())
-    total = each * sum(totals.values())
-    text = lambda n: f'{n / 1e9:,.1f} GB' if n >= 1e9 else f'{n / 1e6:,.1f} MB'
-    print(f'{sum(totals.values()):,} images of {record["size"]} x {record["size"]} pixels: {text(total)}', flush=True)
-    if total - done > free:
-        raise ValueError(f'{folder} needs {text(total - done)} more and its disk has {text(free)}; make room, or choose a '
-                         'smaller --size, or another disk with --out_dir')
-
-
-@contextlib.contextmanager
-def _writing(folder):
-    """A full disk, or one that cannot be written, is a ValueError. What images.json tells of is still there then."""
-    try:
-        yield
-    except OSError as e:
-        raise ValueError(f'could not write to {folder} ({e.strerror or e}); put that right and run the same command again '
-                         'to continue') from None
+def _check_space(folder, record, n):
+    """Says how much n images are; ValueError where the disk has no room for what is still to be written."""
+    total, free = 3 * record['size'] ** 2 * n, shutil.disk_usage(folder).free
+    print(f'{n:,} images of {record["size"]} x {record["size"]} pixels: {total / 1e6:,.1f} MB', flush=True)
+    missing = total - sum(state['bytes'][0] for state in record['progress'].values())
+    if missing > free:
+        raise ValueError(f'{folder} needs {missing / 1e6:,.0f} MB more and its disk has {free / 1e6:,.0f} MB; make room, or '
+                         'choose a smaller --size, or another disk with --out_dir')
 
 
 def _save(folder, record, files=()):
     """Replace images.json in one step, when what it tells of is on the disk."""
-    with _writing(folder):
-        for file in files:
-            os.fsync(file.fileno())
-        # common.atomic_write would import torch, which takes longer than to make data/digits
-        tokens._write_whole(folder / 'images.json', json.dumps(record, indent=1).encode())
+    for file in files:
+        os.fsync(file.fileno())
+    # common.atomic_write would import torch, which takes longer than to make data/digits
+    tokens._write_whole(folder / 'images.json', json.dumps(record, indent=1).encode())
 
 
-def _build_split(folder, split, entries, record, total, expected, workers):
+def _build_split(folder, split, entries, record, total, workers):
     """Writes, or continues, one split. record['progress'][split] is where it stands and what the files hold up to there."""
-    state, classes, size, source = record['progress'][split], record['classes'], record['size'], record['source']
+    state = record['progress'][split]
     with contextlib.ExitStack() as stack:
-        with _writing(folder):
-            files = [stack.enter_context(open(folder / f'{split}_{name}', 'ab', buffering=0)) for name in FILES]
-            for file, size_bytes in zip(files, state['bytes'], strict=True):
-                file.truncate(size_bytes)               # without what a killed run wrote after it last saved
+        files = [stack.enter_context(open(folder / f'{split}_{name}', 'ab', buffering=0)) for name in FILES]
+        for file, size in zip(files, state['bytes'], strict=True):
+            file.truncate(size)                         # without what a killed run wrote after it last saved
         if state['done']:
             return
         if state['seen']:
@@ -331,17 +309,19 @@ def _build_split(folder, split, entries, record, total, expected, workers):
         elif total:
             print(f'{split}: expected {total:,} images', flush=True)
         bar = stack.enter_context(tqdm(total=total, initial=state['seen'], desc=split, unit='img', disable=None))
-        decoded = _decoded(_placed(entries, state['place'], classes), size, workers, total)
-        stack.enter_context(contextlib.closing(decoded))
-        saved, added = time.monotonic(), lambda key, parts: [a + b for a, b in zip(state[key], parts, strict=True)]
+        if hasattr(entries, '__len__'):
+            rest = ((i + 1, *entries[i]) for i in range(state['place'] or 0, len(entries)))
+        else:
+            rest = entries(state['place'])
+        decoded = stack.enter_context(contextlib.closing(_decoded(rest, record['size'], workers, total)))
+        saved, plus = time.monotonic(), lambda key, more: [a + b for a, b in zip(state[key], more, strict=True)]
         for batch, (pixels, sums, squares, errors) in decoded:
             kept = [(name, label) for (_, name, label, _), error in zip(batch, errors, strict=True) if not error]
             parts = (pixels, np.array([label for _, label in kept], '<i8').tobytes(),
                      ''.join(json.dumps(name)[1:-1] + '\n' for name, _ in kept).encode())
-            with _writing(folder):
-                for file, rest in zip(files, map(memoryview, parts), strict=True):
-                    while rest:
-                        rest = rest[file.write(rest):]
+            for file, part in zip(files, map(memoryview, parts), strict=True):
+                while part:                             # unbuffered, it may write less than all
+                    part = part[file.write(part):]
             for (_, name, _, _), error in zip(batch, errors, strict=True):
                 if error:
                     state['skipped'].append([name, error])
@@ -349,40 +329,33 @@ def _build_split(folder, split, entries, record, total, expected, workers):
                         tqdm.write(f'{split}: left out {json.dumps(name)[1:-1]}: {error}')
             state |= {'place': batch[-1][0], 'seen': state['seen'] + len(batch), 'rows': state['rows'] + len(kept),
                       'crc32': [zlib.crc32(part, crc) for crc, part in zip(state['crc32'], parts, strict=True)],
-                      'bytes': added('bytes', map(len, parts)), 'sum': added('sum', sums), 'squares': added('squares', squares)}
+                      'bytes': plus('bytes', map(len, parts)), 'sum': plus('sum', sums), 'squares': plus('squares', squares)}
             bar.update(len(batch))
             if time.monotonic() - saved >= SAVE_S:
                 _save(folder, record, files)
                 saved = time.monotonic()
         _save(folder, record, files)
-        if expected not in (None, state['seen']):
-            raise ValueError(f'{split} of {source} has {state["seen"]:,} images, expected {expected:,}; get the source again')
-        if not state['rows']:
-            raise ValueError(f'{split}: of the {state["seen"]:,} images of {source} none can be read; why is in '
-                             f'{folder / "images.json"} under "skipped"')
-        counts = np.bincount(np.fromfile(folder / f'{split}_labels.bin', '<i8'), minlength=len(classes))
-        low, high = int(counts.argmin()), int(counts.argmax())
-        if split == 'train' and not counts[low]:
-            raise ValueError(f'class {classes[low]!r} of {source} has no training image that can be read; repair its images, '
-                             'or remove the class')
-        each = (f'{counts[low]:,}' if counts[low] == counts[high] else
-                f'{counts[low]:,} ({classes[low]!r}) to {counts[high]:,} ({classes[high]!r})')
-        print(f'{split}: got {state["rows"]:,} images, {each} of each of {len(classes)} classes'
-              + f'; left out {len(state["skipped"]):,} damaged' * bool(state['skipped']), flush=True)
-        state['done'] = True
-        _save(folder, record)
 
 
-def _placed(entries, place, classes):
-    """Yields (place behind it, name, class index, source) from a place on; see build()."""
-    if hasattr(entries, '__len__'):
-        rest = ((number + 1, *entries[number]) for number in range(place or 0, len(entries)))
-    else:
-        rest = entries(place)
-    for place, name, label, source in rest:
-        if not 0 <= label < len(classes):
-            raise ValueError(f'{name} is of class {label}, and there are {len(classes)} classes, 0 to {len(classes) - 1}')
-        yield place, name, int(label), source
+def _check_split(folder, split, record, expected):
+    """Says what a split holds. ValueError: not as many images as published, none that can be read, or none of a class."""
+    state, classes, source = record['progress'][split], record['classes'], record['settings']['source']
+    if expected not in (None, state['seen']):
+        raise ValueError(f'{split} of {source} has {state["seen"]:,} images, expected {expected:,}; get the source again')
+    if not state['rows']:
+        raise ValueError(f'{split}: of the {state["seen"]:,} images of {source} none can be read; why is in '
+                         f'{folder / "images.json"} under "skipped"')
+    counts = np.bincount(np.fromfile(folder / f'{split}_labels.bin', '<i8'), minlength=len(classes))
+    low, high = int(counts.argmin()), int(counts.argmax())
+    if split == 'train' and not counts[low]:
+        raise ValueError(f'class {classes[low]!r} of {source} has no training image that can be read; repair its images, '
+                         'or remove the class')
+    each = (f'{counts[low]:,}' if counts[low] == counts[high] else
+            f'{counts[low]:,} ({classes[low]!r}) to {counts[high]:,} ({classes[high]!r})')
+    print(f'{split}: got {state["rows"]:,} images, {each} of each of {len(classes)} classes'
+          + f'; left out {len(state["skipped"]):,} damaged' * bool(state['skipped']), flush=True)
+    state['done'] = True
+    _save(folder, record)
 
 
 def _decoded(entries, size, workers, total):
@@ -440,8 +413,8 @@ def _decode(sources, size):
 
 
 def _raw(source):
-    """The bytes of a source. OSError, where a disk or a permission fails, is the user's to put right and ends the run;
-    ValueError for a damaged member of a zip, which is like a damaged image."""
+    """The bytes of a source. ValueError for a damaged member of a zip, which is left out as a damaged image is; OSError,
+    where a disk or a permission fails, ends the run."""
     if isinstance(source, bytes):
         return source
     if isinstance(source, str | Path):
@@ -465,139 +438,3 @@ def run(main):
         tokens.run(main)
     except ValueError as e:
         fail(e)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# class folders
-
-
-def class_folders(path, val_share=0.1):
-    """(classes, {'train': [(name, class index, source)], 'val': ...}) of a folder, or a .zip, with a folder per class.
-
-    With train/ and val/ (or validation/, valid/, test/) on top these are the splits; else val_share of each class, at
-    least one image, goes to val by a hash of its name. Hidden files, and those that are no images by their suffix, are
-    ignored. Raises ValueError in one line.
-    """
-    path = Path(path).expanduser()
-    if not 0 < val_share < 1:
-        raise ValueError(f'a validation share of {val_share} is impossible; type for example --val_share=0.1')
-    if not path.exists():
-        raise ValueError(f'there is no {path}; give a folder of class folders, or a .zip of one')
-    files, folders = _in_zip(path) if path.is_file() else _in_folder(path)
-    below = lambda names, head: {name[1:] for name in names if name[0] == head and len(name) > 1}
-    tops, prefix = sorted({name[0] for name in folders}), ()
-    # a folder around everything, as archives have, or a train/ alone
-    while len(tops) == 1 and below(folders, tops[0]) and not any(_is_image(name) for name in files if len(name) < 3):
-        prefix += (tops[0],)
-        files, folders = {name[1:]: source for name, source in files.items() if len(name) > 1}, below(folders, tops[0])
-        tops = sorted({name[0] for name in folders})
-    find = lambda names: next((top for name in names for top in tops if top.lower() == name), None)
-    heads = {'train': find(['train']), 'val': find(VAL_NAMES)}
-    if all(heads.values()):
-        if others := [top for top in tops if top not in heads.values()]:
-            print(f'{path}: {" and ".join(heads.values())} are used, not {", ".join(others)}')
-        found = {split: _classes({name[1:]: source for name, source in files.items() if name[0] == head and len(name) > 1},
-                                 below(folders, head), '/'.join((str(path), *prefix, head))) for split, head in heads.items()}
-        for name in sorted(found['train'].keys() ^ found['val'].keys()):
-            here, there = list(heads.values())[::1 if name in found['train'] else -1]
-            raise ValueError(f'{path} has a class {name!r} in {here} and not in {there}; both need the same class folders')
-    else:
-        heads, found = {}, {'train': {}, 'val': {}}
-        for name, images in _classes(files, folders, '/'.join((str(path), *prefix))).items():
-            if len(images) < 2:
-                raise ValueError(f'class {name!r} of {path} has one image; two or more can be split, add some')
-            order = sorted(images, key=lambda image: hashlib.sha256(json.dumps([name, image]).encode()).digest())     # noqa: B023
-            n_val = min(max(1, round(val_share * len(order))), len(order) - 1)
-            found['val'][name] = {image: images[image] for image in order[:n_val]}
-            found['train'][name] = {image: images[image] for image in order[n_val:]}
-    classes = sorted(found['train'])
-    above = {split: (*prefix, heads[split]) if heads else prefix for split in found}
-    return classes, {split: [('/'.join((*above[split], name, image)), label, source) for label, name in enumerate(classes)
-                             for image, source in sorted(found[split][name].items())] for split in found}
-
-
-def _classes(files, folders, where):
-    """{class: {name in its folder: source}} of what lies below the folder `where`."""
-    found, ignored = {name[0]: {} for name in folders}, collections.Counter()
-    for name, source in files.items():
-        if _is_image(name) and len(name) > 1:
-            found[name[0]]['/'.join(name[1:])] = source
-        else:
-            ignored['outside of a class folder' if _is_image(name) else os.path.splitext(name[-1])[1] or 'without suffix'] += 1
-    if ignored:
-        kinds = ', '.join(f'{n:,} {what}' for what, n in ignored.most_common(5))
-        print(f'{where}: ignored {ignored.total():,} file{"s" * (ignored.total() > 1)}: {kinds}')
-    if not found:
-        raise ValueError(f'{where} has no class folders; put the images of each class into a folder of its name')
-    for name in sorted(found):
-        if not found[name]:
-            raise ValueError(f'{where}/{name} has no images ({", ".join(SUFFIXES)}); add some, or remove it')
-    if len(found) < 2:
-        raise ValueError(f'{where} has only one class, {min(found)!r}; a classifier needs two or more, add class folders')
-    return found
-
-
-def _is_image(name):
-    return os.path.splitext(name[-1])[1].lower() in SUFFIXES
-
-
-def _is_hidden(name):
-    return name.startswith('.') or name == '__MACOSX'
-
-
-def _in_folder(path):
-    """({name of a file, as a tuple of its parts: path}, {name of a folder}); links are followed, but not in circles."""
-    files, folders = {}, set()
-
-    def walk(folder, parts, above):
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            name = (*parts, entry.name)
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_file():
-                files[name] = entry.path
-            elif entry.is_dir() and (real := os.path.realpath(entry.path)) not in above:
-                folders.add(name)
-                walk(entry.path, name, above | {real})
-    walk(str(path), (), {os.path.realpath(path)})
-    return files, folders
-
-
-def _in_zip(path):
-    """_in_folder() of a .zip; a file's value is (path, member)."""
-    files, folders = {}, set()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as e:
-        raise ValueError(f'{path} is no .zip, or a damaged one ({e}); give a folder of class folders, or its .zip') from None
-    for member in members:
-        whole = member.filename.replace('\\', '/')
-        name = tuple(part for part in whole.split('/') if part not in ('', '.'))
-        if whole.startswith('/') or '..' in name or re.match('[A-Za-z]:', whole):
-            raise ValueError(f'{path} has a member {member.filename!r}, which points outside of it; make the .zip again')
-        if member.flag_bits & 1:
-            raise ValueError(f'{path} is encrypted; unpack it, and give the folder')
-        if not name or any(map(_is_hidden, name)) or member.external_attr >> 28 == 0xA:         # a link
-            continue
-        if not member.is_dir():
-            files[name] = (str(path), member.filename)
-        folders |= {name[:n] for n in range(1, len(name) + member.is_dir())}
-    return files, folders
-
-
-def revision(splits):
-    """'sha256:...' of what splits (see class_folders) are made from: each file's name, size and time of change; in a zip,
-    name, size and checksum."""
-    zips, digest = {}, hashlib.sha256()
-    for split, entries in splits.items():
-        for name, label, source in entries:
-            if isinstance(source, tuple):
-                if source[0] not in zips:
-                    with zipfile.ZipFile(source[0]) as archive:
-                        zips[source[0]] = {member.filename: [member.file_size, member.CRC] for member in archive.infolist()}
-                mark = zips[source[0]][source[1]]
-            else:
-                mark = [os.stat(source).st_size, os.stat(source).st_mtime_ns]
-            digest.update(json.dumps([split, name, label, *mark]).encode())
-    return f'sha256:{digest.hexdigest()}'

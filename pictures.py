@@ -1,6 +1,7 @@
 """What a classifier of images leaves to look at: a table of its classes, their confusion, its surest mistakes."""
 import csv
 import os
+import warnings
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -8,56 +9,71 @@ from PIL import Image, ImageDraw, ImageFont
 from common import atomic_write
 
 MISTAKES = 40           # the surest ones, in mistakes.png
+INCHES = 25             # of a side of confusion.png at most: 3,000 pixels
+LABELLED = 150          # classes that still have their names beside confusion.png; more would not fit
 
 
 def report(out_dir, data, guesses, surety):
-    """Write classes.csv, confusion.png and mistakes.png into out_dir. data: images.Images; for each of them guesses, int (n,),
-    the predicted class and surety, float (n,), its probability. Raises OSError."""
-    c = len(data.classes)
+    """Write classes.csv, mistakes.csv, confusion.png and mistakes.png into out_dir. data: images.Images; for each of them
+    guesses, int (n,), the predicted class and surety, float (n,), its probability. Raises OSError."""
+    classes, c = data.classes, len(data.classes)
     counts = np.zeros((c, c), dtype=np.int64)
     np.add.at(counts, (data.labels, guesses), 1)
-
-    def table(tmp):
-        with open(tmp, 'w', newline='', encoding='utf-8') as f:
-            writer = csv.writer(f)
-            writer.writerow(['class', 'images', 'right', 'share', 'most often taken for', 'times'])
-            for i, name in enumerate(data.classes):
-                wrong = counts[i] * (np.arange(c) != i)
-                n, right, most = counts[i].sum(), counts[i, i], wrong.argmax()
-                writer.writerow([name, n, right, f'{right / n:.4f}' if n else '', data.classes[most] if wrong[most] else '',
-                                 wrong[most]])
-    atomic_write(os.path.join(out_dir, 'classes.csv'), table)
-    confusion_png(os.path.join(out_dir, 'confusion.png'), counts, data.classes)
+    rows = [('class', 'images', 'right', 'share', 'most often taken for', 'times')]
+    for i, name in enumerate(classes):
+        wrong = counts[i] * (np.arange(c) != i)
+        n, right, most = counts[i].sum(), counts[i, i], wrong.argmax()
+        rows.append((name, n, right, f'{right / n:.4f}' if n else '', classes[most] if wrong[most] else '', wrong[most]))
+    _write_csv(os.path.join(out_dir, 'classes.csv'), rows)
     wrong = np.flatnonzero(guesses != data.labels)
-    wrong = wrong[np.argsort(-surety[wrong], kind='stable')][:MISTAKES]
-    captions = [f'{data.classes[data.labels[i]]}, taken for {data.classes[guesses[i]]} {surety[i]:.0%}' for i in wrong]
+    wrong = wrong[np.argsort(-surety[wrong], kind='stable')]
+    _write_csv(os.path.join(out_dir, 'mistakes.csv'), [('image', 'class', 'taken for', 'probability')] + [
+        (data.names[i], classes[data.labels[i]], classes[guesses[i]], f'{surety[i]:.4f}') for i in wrong])
+    confusion_png(os.path.join(out_dir, 'confusion.png'), counts, classes)
+    wrong = wrong[:MISTAKES]
+    captions = [f'{classes[data.labels[i]]}, taken for {classes[guesses[i]]} {surety[i]:.0%}' for i in wrong]
     mistakes_png(os.path.join(out_dir, 'mistakes.png'), data.pixels[wrong], captions)
+
+
+def _write_csv(path, rows):
+    def write(tmp):                                     # a file's name need not be UTF-8
+        with open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
+            csv.writer(f).writerows(rows)
+    atomic_write(path, write)
+
+
+def escaped(text):
+    """A text with its control characters escaped, a newline as \\n."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 def confusion_png(path, counts, classes):
     """Write a picture of counts, ints (c, c): rows the true class, columns the predicted one; colours are shares of the row.
 
-    Up to 20 classes have their counts in the cells. Raises OSError."""
+    Up to 20 classes have their counts in the cells, up to LABELLED their names at the sides. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     counts, c = np.asarray(counts), len(classes)
     if counts.shape != (c, c):
         raise ValueError(f'counts {counts.shape} are not those of {c} classes')
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    inches = 3 + c * (0.45 if c <= 20 else 0.18)        # 0.18: a line of text of 8 points, and some air
+    shares = np.float32(counts / np.maximum(counts.sum(1, keepdims=True), 1))
+    inches = min(3 + c * (0.45 if c <= 20 else 0.18), INCHES)      # 0.18: a line of text of 8 points, and some air
     fig = FigureCanvasAgg(Figure((inches + 0.5, inches), dpi=120, layout='constrained')).figure
     ax = fig.subplots()
-    image = ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    # of 1,000 classes, colours that are interpolated as such would take 600 MB
+    image = ax.imshow(shares, cmap='Blues', vmin=0, vmax=1, interpolation='nearest', interpolation_stage='data')
     fig.colorbar(image, ax=ax, fraction=0.03, label='share of the true class')
-    names = [name if len(name) <= 24 else f'{name[:23]}…' for name in classes]
-    ax.set_xticks(range(c), names, rotation=90, fontsize=8, parse_math=False)
-    ax.set_yticks(range(c), names, fontsize=8, parse_math=False)
+    names = [name if len(name) <= 24 else f'{name[:23]}…' for name in map(escaped, classes)] if c <= LABELLED else []
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
+    ax.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     ax.set(xlabel='predicted', ylabel='true')
     ax.set_title(f'top-1 {np.trace(counts) / max(1, counts.sum()):.2%} of {counts.sum():,} images')
     for (row, column), n in np.ndenumerate(counts) if c <= 20 else ():
         color = 'white' if shares[row, column] > 0.5 else '0.2'
         ax.text(column, row, f'{n:,}', ha='center', va='center', fontsize=7, color=color)
-    atomic_write(path, lambda tmp: fig.savefig(tmp, format='png'))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')      # a box stands for a letter that the font lacks
+        atomic_write(path, lambda tmp: fig.savefig(tmp, format='png'))
 
 
 def mistakes_png(path, pixels, captions, columns=8):
@@ -71,7 +87,7 @@ def mistakes_png(path, pixels, captions, columns=8):
     else:
         scale = -(-96 // pixels.shape[1])
         side, gap, line = scale * pixels.shape[1], 8, 14
-        lines = [_wrapped(caption, font, side) for caption in captions]
+        lines = [_wrapped(escaped(caption), font, side) for caption in captions]
         width, height = side + gap, side + gap + line * max(map(len, lines))
         columns = min(columns, len(captions))
         page = Image.new('RGB', (columns * width + gap, -(-len(captions) // columns) * height + gap), 'white')

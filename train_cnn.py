@@ -233,7 +233,8 @@ def main():
     micro = micro_batch_size or batch_size // world
     if micro < 1 or batch_size % (micro * world):
         fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes')
-    if micro == 1 and image_size < 32 and (residual or set(model_config.values()) - {'binary'}):
+    has_norm = {model_config['conv9'], model_config['conv10']} != {'binary'} or residual and channels[3] != channels[4]
+    if micro == 1 and image_size < 32 and has_norm:             # the fifth block, of which one pixel is left
         fail(f'micro_batch_size=1 at image_size={image_size} leaves a BatchNorm one number to normalise; type a larger one')
     accumulation = batch_size // (micro * world)
     last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')

@@ -1,6 +1,6 @@
 # Food-101, the reference's default layers binary (conv1, conv2, fc1, fc2, final), the others real.
-# These are 5% of the parameters. The reference prints 73.6% against 74.0% for a mix of 70% that is 70% smaller, which these five
-# cannot be; conv9, conv10, fc1, fc2 and final are (71%, 69% smaller).
+# These are 5% of the parameters. The reference prints 73.6% against 74.0% for a mix of 70% that is 70% smaller, which these
+# five cannot be; conv9, conv10, fc1, fc2 and final are (71%, 69% smaller).
 # expected top-1: not measured here
 # hardware: a GPU; not measured here. A BatchNorm sees the images of one micro-batch: 32 with 8 GPUs, 256 with one
 # time: not measured here

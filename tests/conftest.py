@@ -154,6 +154,20 @@ def start(tmp_path_factory):
         os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
+@pytest.fixture(scope='module')
+def train(request, start):
+    """train(*options, cwd=..., code=0, patch='', ...) -> Result of one run of the module's SCRIPT: tiny.py *options. Its PATCH,
+    if it has one, is run before."""
+    script, before = request.module.SCRIPT, getattr(request.module, 'PATCH', '')
+
+    def run(*options, cwd, code=0, patch='', **how):
+        done = start(script, 'tiny.py', *options, cwd=cwd, patch=before + patch, **how).wait()
+        assert done.code == code, (done.code, done.out, done.err)
+        assert 'Traceback' not in done.err
+        return done
+    return run
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

@@ -142,17 +142,6 @@ def folder(tmp_path_factory, data, base):
 
 
 @pytest.fixture(scope='module')
-def train(start):
-    """train(*options, cwd=..., code=0, patch='') -> Result of one run of finetune_cls.py tiny.py *options."""
-    def run(*options, cwd, code=0, **how):
-        done = start(SCRIPT, 'tiny.py', *options, cwd=cwd, **how).wait()
-        assert done.code == code, (done.code, done.out, done.err)
-        assert 'Traceback' not in done.err
-        return done
-    return run
-
-
-@pytest.fixture(scope='module')
 def unbroken(train, folder):
     """unbroken(name of METHODS or RESUMED, *options) -> the folder of such a run, made once."""
     made = {}
@@ -391,6 +380,18 @@ def test_a_run_is_not_overwritten_by_accident(train, folder, scratch):
     assert 'another method (full, not lora)' in one_error(train('--resume=auto', '--method=lora', cwd=cwd, code=2))
     train('--overwrite=True', '--epochs=1', cwd=cwd)
     assert result(cwd)['steps'] == 6 and len(log(cwd, 'train_loss')) == 1
+
+
+def test_resume_from_elsewhere_over_a_run(train, folder, unbroken):
+    """With --overwrite=True nothing of the run that was here is left, in the folder or in the log."""
+    cwd, other = folder(), unbroken('lora', '--save_interval=5')
+    shutil.copytree(unbroken('lora') / 'out', cwd / 'out')
+    shutil.copy(cwd / 'out' / 'last.pt', cwd / 'out' / 'last.prev.pt')
+    options = ('--method=lora', f'--resume={other}/out/last.prev.pt', '--overwrite=True')
+    train(*options, cwd=cwd, patch=kill_at(15, 'SIGKILL'), code=-9)
+    assert not {'last.prev.pt', 'best.pt'} & set(os.listdir(cwd / 'out')) and log(cwd, 'loss') == []
+    train(*options, cwd=cwd)
+    assert log(cwd, 'loss') == log(other, 'loss')[15:] != []
 
 
 OTHERS = [('lora', '--rank=8', 'rank (4, not 8)'), ('lora', '--lora_alpha=8', 'lora_alpha (0.0, not 8.0)'),

@@ -60,17 +60,6 @@ def folder(tmp_path_factory, tiny_data):
 
 
 @pytest.fixture(scope='module')
-def train(start, folder):
-    """train(*options, cwd=..., code=0, patch='', ...) -> Result of one run of train_gpt.py tiny.py *options."""
-    def run(*options, cwd, code=0, **how):
-        done = start(SCRIPT, 'tiny.py', *options, cwd=cwd, **how).wait()
-        assert done.code == code, (done.code, done.out, done.err)
-        assert 'Traceback' not in done.err
-        return done
-    return run
-
-
-@pytest.fixture(scope='module')
 def unbroken(train, folder):
     """unbroken(*options) -> the folder of a run of 20 steps with these options, made once."""
     made = {}
@@ -177,7 +166,7 @@ def test_stopped_and_resumed_equals_unbroken(train, folder, unbroken, options):
     whole, cwd = unbroken(*options), folder()
     for step in (2, 9, 16):                         # the signal arrives in this step, which is still finished
         done = train(*options, '--resume=auto', cwd=cwd, patch=kill_at(step))
-        assert f'stopped at step {step + 1}' in done.out and checkpoint(cwd)['step'] == step + 1
+        assert f'stopped at step {step + 1};' in done.out and checkpoint(cwd)['step'] == step + 1
     assert 'resumed from out/last.pt at step 17' in train(*options, '--resume=auto', cwd=cwd).out
     assert_same_state(checkpoint(cwd), checkpoint(whole))
     assert_same_state(checkpoint(cwd, 'best.pt'), checkpoint(whole, 'best.pt'))
@@ -408,20 +397,20 @@ def test_nan_on_one_rank_stops_both(start, folder):
 
 @pytest.mark.parametrize('number, real', [('SIGTERM', False), ('SIGINT', True)])
 def test_a_signal_ends_in_a_checkpoint_and_a_command_that_works(start, folder, unbroken, number, real):
-    """Sent from outside in the middle of training: exit status 0, a checkpoint, and the printed command, typed where
-    the first one was typed, ends as the unbroken run. SIGINT with real command lines."""
+    """Sent from outside in the middle of training: exit status 0, a checkpoint of the step that it says, and the printed
+    command, typed where the first one was typed, ends as the unbroken run. SIGINT with real command lines."""
     cwd = folder()
-    job = start(SCRIPT, 'tiny.py', cwd=cwd, real=real, patch='' if real else SLOW, PYTHONUNBUFFERED='1')
+    (cwd / 'slow.py').write_text(SLOW.replace('0.03', '0.5 * (step > 0)') + DRIVER)
+    job = start('slow.py', SCRIPT, 'tiny.py', cwd=cwd, real=real, PYTHONUNBUFFERED='1')
     deadline = time.monotonic() + 60
     while 'step 1:' not in job.output() and time.monotonic() < deadline:
         time.sleep(0.002)
     job.signal(getattr(signal, number))
     done = job.wait()
     assert done.code == 0 and done.err == '', done.err
-    assert 1 <= checkpoint(cwd)['step'] <= 20
-    if 'stopped at' in done.out:                    # unless 20 steps were over first
-        again = start(*printed_command(done.out), cwd=cwd, real=real).wait()
-        assert again.code == 0 and again.err == '', again.err
+    assert checkpoint(cwd)['step'] == int(re.search(r'stopped at step (\d+);', done.out)[1]) in range(1, 20)
+    again = start(*printed_command(done.out), cwd=cwd, real=real).wait()
+    assert again.code == 0 and again.err == '', again.err
     assert_same_state(checkpoint(cwd), checkpoint(unbroken()))
     assert log(cwd) == log(unbroken())
 
@@ -477,13 +466,16 @@ def test_signals_under_torchrun(start, folder, unbroken, number, everyone):
 
 
 def test_a_signal_on_one_rank_stops_both(start, folder):
-    """Only rank 1 gets the signal, in the middle of step 6 or of an evaluation: both save at the same step and end."""
-    for patch, step in ((kill_at(6, rank=1), 7), (kill_at(9, rank=1), 10)):
+    """Only rank 1 gets the signal, in the middle of step 6, before an evaluation or in one: both save at one step, end."""
+    only = "if os.environ.get('RANK') == '1':\n    torch.nn"
+    in_evaluation = IN_EVALUATION.format(call=4 + 2, signal='SIGTERM').replace('\ntorch.nn', f'\n{only}')
+    for patch, step in ((kill_at(6, rank=1), 7), (kill_at(9, rank=1), 10), (in_evaluation, 10)):
         cwd = folder()
         jobs = [start(SCRIPT, 'tiny.py', cwd=cwd, patch=patch, **r) for r in ranks(2)]
         done = wait_all(jobs)
         assert [d.code for d in done] == [0, 0], [d.err for d in done]
-        assert checkpoint(cwd)['step'] == step and f'stopped at step {step}' in done[0].out
+        assert checkpoint(cwd)['step'] == step and f'stopped at step {step};' in done[0].out and done[1].out == ''
+        assert 10 not in [r['step'] for r in log(cwd) if 'val_loss' in r]
 
 
 # ----------------------------------------------------------------------------------------------- starting and refusing
@@ -515,6 +507,19 @@ def test_init_from_resume_and_path(train, folder, unbroken):
     train(f'--resume={whole / "out" / "last.prev.pt"}', '--out_dir=branch', cwd=cwd)
     branch = common.read_checkpoint(str(cwd / 'branch' / 'last.pt'))
     assert_same_state(branch | {'best_val_loss': checkpoint(whole)['best_val_loss']}, checkpoint(whole))   # best of its own
+
+
+def test_resume_from_elsewhere_over_a_run(train, folder, unbroken):
+    """With --overwrite=True nothing of the run that was here is left, in the folder or in the log."""
+    cwd, other = folder(), unbroken()
+    shutil.copytree(unbroken('--seed=2') / 'out', cwd / 'out')
+    shutil.copy(cwd / 'out' / 'best.pt', cwd / 'out' / 'packed.safetensors')
+    options = (f'--resume={other}/out/last.prev.pt', '--overwrite=True')
+    train(*options, cwd=cwd, patch=kill_at(15, 'SIGKILL'), code=-9)
+    assert not {'last.prev.pt', 'packed.safetensors'} & set(os.listdir(cwd / 'out'))
+    assert checkpoint(cwd)['step'] == 15 and log(cwd, 'loss') == []
+    train(*options, cwd=cwd)
+    assert [r for r in log(cwd) if 'loss' in r] == [r for r in log(other) if 'loss' in r][15:]
 
 
 def test_a_run_is_not_overwritten_by_accident(train, folder, unbroken):

@@ -3,9 +3,10 @@
     python data/digits/prepare.py                  -> data/digits, enlarged to 16 x 16
 
 Every fifth image of each class is validation: 1,442 images to train on and 355 to validate, 140 to 147 and 34 to 36 of each
-digit. Grey becomes RGB with three equal channels, so that what trains on photographs trains on this as well. A linear model
-on the pixels gets 97% right. Source: the test part of UCI's Optical Recognition of Handwritten Digits, E. Alpaydin and
-C. Kaynak, 1998. Terms: CC BY 4.0. Train with --dataset=digits.
+digit. Grey becomes RGB with three equal channels, so that what trains on photographs trains on this as well. On these two
+splits scikit-learn's LogisticRegression(max_iter=5000), of pixels 0 to 1, gets 343 of the 355 right, 96.6%. Source: the test
+part of UCI's Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998. Terms: CC BY 4.0. Train with
+--dataset=digits.
 """
 import argparse
 import sys
@@ -18,7 +19,7 @@ import images  # noqa: E402
 from configurator import fail  # noqa: E402
 
 EXPECTED = {'train': 1442, 'val': 355}
-VAL_EVERY = 5  # the images come from one writer after the other, and a fifth of each class spreads over all of them
+VAL_EVERY = 5  # of each class, so that both splits have all of them in the same shares
 
 
 def entries():
