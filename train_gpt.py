@@ -292,7 +292,7 @@ def main():
     has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
     resume_path = (last_path if init_from == 'resume' or (resume == 'auto' and has_run)
                    else '' if resume == 'auto' else resume)
-    elsewhere = resume_path and os.path.abspath(os.path.dirname(resume_path)) != os.path.abspath(out_dir)
+    elsewhere = resume_path and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
     if has_run and (elsewhere or not resume_path) and not overwrite:
         configurator.fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another '
                           'folder, or --overwrite=True to lose it', rank0_only=True)
