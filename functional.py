@@ -174,11 +174,11 @@ class _QuantizedConv(torch.autograd.Function):
         if alpha is not None:
             alpha = _away_from_zero(alpha)
             z, ndim = _by_norm(y, norm), 2 if norm == 'sample' else 1
-            rows, scale = torch.empty_like(z), alpha if norm == 'channel' else alpha[:, None]
+            scale = alpha if norm == 'channel' else alpha[:, None]
             rstd = torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=wide(z[:0]).dtype, device=z.device)
             for i in _blocks(z):
-                rows[i], rstd[i] = _normalize(z[i], scale, ndim, eps)
-            y = _from_norm(rows, y.shape, norm)
+                z[i], rstd[i] = _normalize(z[i], scale, ndim, eps)             # in place of the product
+            y = _from_norm(z, y.shape, norm)
         keep_x = ctx.needs_input_grad[1] or act is not None and ctx.needs_input_grad[0]
         ctx.save_for_backward(x if keep_x else None, w, b, alpha, rstd, None if alpha is None else y)
         ctx.quantize, ctx.act, ctx.round_input, ctx.norm, ctx.eps, ctx.conv = quantize, act, round_input, norm, eps, conv
