@@ -119,8 +119,35 @@ PHOTOGRAPHS = {
         'int4': ('all 4-bit', REAL.replace('real', 'int4')),
     }),
 }
+PHOTOGRAPHS |= {                                    # what was tried on the way, one seed, a third of the steps
+    'food10_recipe': (PHOTOGRAPHS['food10'][0] + ' --epochs=10', 'real', {
+        'real': ('all real', REAL),
+        'real_lr3': ('... 3 x the learning rate', REAL + ' --learning_rate=3e-3'),
+        'mixed_a1': ('conv1, conv2, fc1, fc2, final binary, scales at the rate of the rest', "--lr_scale={'alpha':1.0}"),
+        'mixed': ('... scales at 10 x the rate', ''),
+        'mixed_b3': ('... and latent weights at 3 x', "--lr_scale={'bin':3.0}"),
+        'mixed_b10': ('... at 10 x', "--lr_scale={'bin':10.0}"),
+        'mixed_b3_spatial': ('... at 3 x, normalised over the pixels of each channel', "--lr_scale={'bin':3.0} --norm=spatial"),
+        'mixed_b3_sample': ('... over the whole image', "--lr_scale={'bin':3.0} --norm=sample"),
+        'convs_a1': ('only conv1, conv2 binary, scales at the rate of the rest',
+                     REAL.replace("'conv1':'real','conv2':'real'", "'conv1':'binary','conv2':'binary'")
+                     + " --lr_scale={'alpha':1.0}"),
+        'fcs_a1': ('only fc1, fc2, final binary, the same',
+                   REAL.replace("'fc1':'real','fc2':'real','final':'real'", "'fc1':'binary','fc2':'binary','final':'binary'")
+                   + " --lr_scale={'alpha':1.0}"),
+        'bin_a1': ('all binary, the same', BINARY + " --lr_scale={'alpha':1.0}"),
+        'bin_a1_b025': ('... latent weights at a quarter', BINARY + " --lr_scale={'alpha':1.0,'bin':0.25}"),
+        'bin_a1_lr3': ('... 3 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=3e-3"),
+        'bin_a1_lr3_start1': ('... and scales starting at 1',
+                              BINARY + " --lr_scale={'alpha':1.0} --learning_rate=3e-3 --binary_alpha=1.0"),
+        'bin_a1_lr3_wd0': ('... or no weight decay',
+                           BINARY + " --lr_scale={'alpha':1.0} --learning_rate=3e-3 --weight_decay=0"),
+        'bin_a1_lr10': ('... 10 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=1e-2"),
+    }),
+}
 EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS
-DEFAULT_SEEDS = {'sst2': '1,2,3', 'food10': '1,2,3', 'quality': '1,2,3', 'depth': '1', 'recipe': '1337', 'scales': '1'}
+DEFAULT_SEEDS = dict.fromkeys(('quality', 'sst2', 'food10'), '1,2,3') | dict.fromkeys(('recipe', 'food10_recipe'), '1337')
+DEFAULT_SEEDS |= dict.fromkeys(('depth', 'scales'), '1')
 
 
 def train(name, variant, seed, threads):
@@ -276,8 +303,8 @@ def table_by_step(name):
         for path in logs(name, variant):
             rows[label, path.stem] = {r['step']: r['val_loss'] for r in map(json.loads, open(path)) if 'val_loss' in r}
     steps = sorted({s for row in rows.values() for s in row if s})
-    return [f'`{EXPERIMENTS[name][0]}{" --batch_size=16" if name == "recipe" else ""}`: validation loss, nats per byte, one '
-            'seed.', '',
+    unit = 'nats' if name in PHOTOGRAPHS else 'nats per byte'
+    return [f'`{EXPERIMENTS[name][0]}{" --batch_size=16" if name == "recipe" else ""}`: validation loss, {unit}, one seed.', '',
             '| variant | ' + ' | '.join(f'step {s:,}' for s in steps) + ' |', '|---' * (len(steps) + 1) + '|',
             *(f'| {label} | ' + ' | '.join(f'{row[s]:.4f}' if s in row else '' for s in steps) + ' |'
               for (label, _), row in rows.items())]
@@ -394,9 +421,9 @@ def write_tables(name):
         return publish(name, bench_table(name))
     if name in CLASSIFIED:
         return publish(name, accuracy_table(name))
-    if name in PHOTOGRAPHS:
+    if name == 'food10':
         return publish(name, photograph_table(name))
-    if name in ('recipe', 'scales'):
+    if name in ('recipe', 'scales', 'food10_recipe'):
         return publish(name, table_by_step(name))
     found = summary(name)
     if EXPERIMENTS[name][1] not in found:
