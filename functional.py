@@ -55,7 +55,7 @@ def _normalize(z, alpha, ndim, eps):
     if z.device.type != 'cpu':
         u, _, rstd = torch.native_layer_norm(wide(z), z.shape[-ndim:], None, None, TINY_VAR)
         return u.mul_(alpha / (1 + eps * rstd)), rstd                       # 1/(std + eps) = rstd / (1 + eps rstd)
-    dims = tuple(range(-ndim, 0))                   # there layer_norm takes twice the time, of short rows three times
+    dims = tuple(range(-ndim, 0))                   # there layer_norm is slower, most of all for short rows
     u = wide(z)
     u = u - u[(..., *[slice(1)] * ndim)]            # else the mean of equal numbers is off by a rounding, and std far below eps
     u -= u.mean(dims, keepdim=True)
