@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from functional import ACTIVATIONS, compute_dtype, quantized_conv
-from lowbit import Binary, LowBit
-from quant import FORMATS4, SCALES4, decode4, half_bits, levels4, pack4, pack_bits, quantize4, scales4, ternarize, unpack_bits
+from lowbit import Binary, FourBit, LowBit
+from quant import half_bits, pack_bits, ternarize, unpack_bits
 
 
 class _Conv:
@@ -125,40 +125,15 @@ class TernaryConv2d(_Conv, LowBit, nn.Module):
         return weight / weight.ne(0).float().mean().clamp_(min=1e-9), None
 
 
-class Conv4bit(_Conv, LowBit, nn.Module):
+class Conv4bit(_Conv, FourBit, nn.Module):
     """Convolution with 4-bit weights; format, group and scales as in Linear4bit, over the weight flattened as (out, in, h, w).
     Raises ValueError as Linear4bit and BinaryConv2d."""
-    bits = 4
-
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, *,
                  format='uniform', group=0, scales='', act=None):
         super().__init__()
-        if format not in FORMATS4 or group < 0 or group % 2:
-            raise ValueError(f'Conv4bit: format={format!r} must be in {list(FORMATS4)}, group={group} even')
-        scales = scales or FORMATS4[format].scales
-        if scales not in SCALES4 or (scales == 'log8') != (format == 'fit4'):
-            raise ValueError(f"Conv4bit: scales={scales!r} must be in {SCALES4}; 'log8' is fit4's, and fit4's only")
+        self._set_format(format, group, scales)
         self._geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
-        self.format, self.group, self.scales = format, group or FORMATS4[format].group, scales
-        self.kind = 'int4' if format == 'uniform' else format
         nn.init.kaiming_normal_(self.weight, nonlinearity='relu')
-
-    def _quantize(self, weight, bias, dtype):
-        if self.packed:
-            flat = decode4(self.code, {n: t for n, t in self.named_buffers(recurse=False) if n != 'code'}, self.format)
-        else:
-            codes, held = quantize4(weight, self.format, self.group, self.scales)
-            flat = levels4(codes, self.format).mul_(scales4(held)[:, None]).view(-1)
-        return flat[:math.prod(self.shape)].view(self.shape).to(dtype), None if bias is None else bias.to(dtype)
-
-    def encode(self):
-        codes, held = quantize4(self.weight, self.format, self.group, self.scales)
-        if not torch.isfinite(scales4(held)).all():
-            raise ValueError(f'Conv4bit: weights must be at most 65504 in size for scales={self.scales!r}')
-        return {'code': pack4(codes, self.format), **held}
-
-    def decode(self):
-        return self._quantize(None, None, torch.float32)[0], None
 
 
 def conv2d(kind, *shape, act=None, **options):

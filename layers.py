@@ -41,9 +41,8 @@ from common import atomic_write, checksum
 from conv import BinaryConv2d, Conv4bit, TernaryConv2d, conv2d  # noqa: F401  one place to import layers from
 from functional import (ACTIVATIONS, compute_dtype, frozen_linear, has_fast_int8, normalize, quantized_linear,
                         straight_through, ternary_linear)
-from lowbit import Binary, LowBit
-from quant import (FORMATS4, SCALES4, decode4, half_bits, levels4, pack4, pack_bits, product4, quantize4,
-                   quantize_rows, scales4, ternarize, unpack_bits, wide)
+from lowbit import Binary, FourBit, LowBit
+from quant import decode4, half_bits, pack_bits, product4, quantize_rows, scales4, ternarize, unpack_bits, wide
 
 # ---------------------------------------------------------------------------------------------------------------------
 # modules
@@ -207,7 +206,7 @@ class TernaryLinear(LowBit, nn.Module):
                 f'act={self.act}, packed={self.packed}')
 
 
-class Linear4bit(LowBit, nn.Module):
+class Linear4bit(FourBit, nn.Module):
     """Linear layer with 4-bit weights, trained through the rounding or, after pack_(), frozen; (..., in) -> (..., out).
 
     format: 'uniform' (the course's BigNet: levels u / 15 * 2n - n), 'nf4' (arXiv 2305.14314), 'fit4' (quant.py; the least
@@ -217,39 +216,15 @@ class Linear4bit(LowBit, nn.Module):
     code uint8, absmax, absmax_top. Raises ValueError for an unknown format or scales, a group that is not even, an
     unknown act, and in pack_() for weights that are not finite or beyond the scale's range.
     """
-    bits = 4
-
     def __init__(self, in_features, out_features, bias=True, *, format='uniform', group=0, scales='', act=None):
         super().__init__()
-        if format not in FORMATS4 or act not in ACTIVATIONS or group < 0 or group % 2:
-            raise ValueError(f'Linear4bit: format={format!r} must be in {list(FORMATS4)}, act={act!r} in {list(ACTIVATIONS)}, '
-                             f'group={group} even')
-        scales = scales or FORMATS4[format].scales
-        if scales not in SCALES4 or (scales == 'log8') != (format == 'fit4'):
-            raise ValueError(f"Linear4bit: scales={scales!r} must be in {SCALES4}; 'log8' is fit4's, and fit4's only")
+        if act not in ACTIVATIONS:
+            raise ValueError(f'Linear4bit: act={act!r} must be in {list(ACTIVATIONS)}')
+        self._set_format(format, group, scales)
         self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
-        self.format, self.group, self.scales, self.act = format, group or FORMATS4[format].group, scales, act
-        self.kind = 'int4' if format == 'uniform' else format
+        self.act = act
         self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-
-    def encode(self):
-        codes, held = quantize4(self.weight, self.format, self.group, self.scales)
-        if not torch.isfinite(scales4(held)).all():
-            raise ValueError(f'Linear4bit: weights must be at most 65504 in size for scales={self.scales!r}')
-        return {'code': pack4(codes, self.format), **held}
-
-    def _held(self):
-        return {name: t for name, t in self.named_buffers(recurse=False) if name != 'code'}
-
-    def decode(self):
-        weight = decode4(self.code, self._held(), self.format)
-        return weight[:math.prod(self.shape)].view(self.shape), None
-
-    def _quantize(self, weight, bias, dtype):
-        codes, held = quantize4(weight, self.format, self.group, self.scales)
-        weight = levels4(codes, self.format).mul_(scales4(held)[:, None]).view(-1)[:weight.numel()].view(weight.shape)
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def forward(self, x):
         if not self.packed:

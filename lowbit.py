@@ -7,8 +7,8 @@ import math
 import torch
 import torch.nn as nn
 
-from functional import ACTIVATIONS, compute_dtype, straight_through
-from quant import binarize, pack_bits, unpack_bits
+from functional import ACTIVATIONS, compute_dtype
+from quant import FORMATS4, SCALES4, binarize, decode4, levels4, pack4, pack_bits, quantize4, scales4, unpack_bits
 
 
 class LowBit:
@@ -103,18 +103,47 @@ class Binary(LowBit):
         return held
 
     def decode(self):
-        weight = self._bits('code', math.prod(self.shape[1:]), torch.float32, 0.5).view(self.shape)
-        bias = self._bits('packed_bias', self.shape[0], torch.float32, 0.5) if hasattr(self, 'packed_bias') else None
-        return weight, bias
+        return self._weights(torch.float32)
 
     def _bits(self, name, n, dtype, offset):
         return unpack_bits(getattr(self, name), 1, n).to(dtype).sub_(offset)
 
     def _weights(self, dtype, offset=0.5):
-        """Quantized (weight, bias) minus `offset`, differentiable straight through when not packed."""
+        """(weight, bias or None) of a packed layer: bits minus `offset`."""
+        weight = self._bits('code', math.prod(self.shape[1:]), dtype, offset).view(self.shape)
+        return weight, self._bits('packed_bias', self.shape[0], dtype, offset) if hasattr(self, 'packed_bias') else None
+
+
+class FourBit(LowBit):
+    """What Linear4bit and Conv4bit share: codes and scales of the flattened weight, see quantize4()."""
+    bits = 4
+
+    def _set_format(self, format, group, scales):
+        name = type(self).__name__
+        if format not in FORMATS4 or group < 0 or group % 2:
+            raise ValueError(f'{name}: format={format!r} must be in {list(FORMATS4)}, group={group} even')
+        scales = scales or FORMATS4[format].scales
+        if scales not in SCALES4 or (scales == 'log8') != (format == 'fit4'):
+            raise ValueError(f"{name}: scales={scales!r} must be in {SCALES4}; 'log8' is fit4's, and fit4's only")
+        self.format, self.group, self.scales = format, group or FORMATS4[format].group, scales
+        self.kind = 'int4' if format == 'uniform' else format
+
+    def encode(self):
+        codes, held = quantize4(self.weight, self.format, self.group, self.scales)
+        if not torch.isfinite(scales4(held)).all():
+            raise ValueError(f'{type(self).__name__}: weights must be at most 65504 in size for scales={self.scales!r}')
+        return {'code': pack4(codes, self.format), **held}
+
+    def _held(self):
+        return {name: t for name, t in self.named_buffers(recurse=False) if name != 'code'}
+
+    def decode(self):
+        return decode4(self.code, self._held(), self.format)[:math.prod(self.shape)].view(self.shape), None
+
+    def _quantize(self, weight, bias, dtype):
         if self.packed:
-            weight = self._bits('code', math.prod(self.shape[1:]), dtype, offset).view(self.shape)
-            return weight, self._bits('packed_bias', self.shape[0], dtype, offset) if hasattr(self, 'packed_bias') else None
-        pair = [None if p is None else straight_through(p, binarize(p, self.chunks).to(dtype).sub_(offset))
-                for p in (self.weight, self.bias)]
-        return pair
+            weight, _ = self.decode()
+        else:
+            codes, held = quantize4(weight, self.format, self.group, self.scales)
+            weight = levels4(codes, self.format).mul_(scales4(held)[:, None]).view(-1)[:weight.numel()].view(weight.shape)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
