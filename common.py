@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import fail
+from configurator import fail, save
 
 CHECKPOINT_VERSION = 1
 
@@ -332,6 +332,22 @@ def read_log(out_dir):
             if isinstance(record, dict) and isinstance(record.get('step'), int):
                 records.append(record)
     return records
+
+
+STALE = {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors', 'log.jsonl'}
+
+
+def open_run(out_dir, trainer, config, step, fresh):
+    """Make the run folder and write config.py. fresh: nothing of a run that is overwritten may be resumed or packed; else
+    its log is cut back to `step`. A folder that cannot be written is a user's mistake."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        for name in STALE & set(os.listdir(out_dir)) if fresh else ():
+            os.remove(os.path.join(out_dir, name))
+        save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'), f'{trainer}.py: every constant of this run')
+        cut_log(out_dir, step)
+    except OSError as e:
+        fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
 
 
 def cut_log(out_dir, step):

@@ -368,19 +368,15 @@ def main():
     if not common.ranks_agree(step, len(samples), described['vocabulary'], common.checksum(kept_state(net).values())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
     if rank_here == 0:
+        if not eval_only:
+            common.open_run(out_dir, 'finetune_cls', config, step, not resume_path or elsewhere)
         try:
             os.makedirs(out_dir, exist_ok=True)
-            if not resume_path or elsewhere and not eval_only:
-                for name in {'last.pt', 'last.prev.pt', 'best.pt', 'log.jsonl'} & set(os.listdir(out_dir)):
-                    os.remove(os.path.join(out_dir, name))
             if whole:
                 hf.save(whole, tokenizer, os.path.join(out_dir, 'base'))   # adapters are nothing without it
             if not eval_only:
                 with contextlib.suppress(FileNotFoundError):           # its figures are of an end that is not reached yet
                     os.remove(os.path.join(out_dir, 'results.yaml'))
-                configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
-                                  'finetune_cls.py: every constant of this run')
-                common.cut_log(out_dir, step)
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
     if wandb_log and rank_here == 0 and not eval_only:

@@ -375,17 +375,7 @@ def main():
     if not common.ranks_agree(step, best_val_loss, len(train_data), common.checksum(model.parameters())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
     if rank == 0:
-        try:
-            os.makedirs(out_dir, exist_ok=True)
-            if not resume_path or elsewhere:        # nothing of a run that is overwritten may be resumed or packed
-                stale = {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors', 'log.jsonl'}
-                for name in stale & set(os.listdir(out_dir)):
-                    os.remove(os.path.join(out_dir, name))
-            configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
-                              'train_gpt.py: every constant of this run')
-            common.cut_log(out_dir, step)
-        except OSError as e:
-            configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
+        common.open_run(out_dir, 'train_gpt', config, step, not resume_path or elsewhere)
     run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id) if wandb_log and rank == 0 else None
     wandb_id = run.id if run else wandb_id
 
