@@ -292,7 +292,7 @@ def _save(folder, record, files=()):
     for file in files:
         os.fsync(file.fileno())
     # common.atomic_write would import torch, which takes longer than to make data/digits
-    tokens._write_whole(folder / 'images.json', json.dumps(record, indent=1).encode())
+    tokens.write_whole(folder / 'images.json', json.dumps(record, indent=1).encode())
 
 
 def _build_split(folder, split, entries, record, total, workers):

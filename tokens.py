@@ -330,7 +330,7 @@ class Writer:
         self._width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
         self.folder.mkdir(parents=True, exist_ok=True)
         if TOKENIZER_FILE[tokenizer.name]:
-            _write_whole(self.folder / TOKENIZER_FILE[tokenizer.name], tokenizer.text.encode())
+            write_whole(self.folder / TOKENIZER_FILE[tokenizer.name], tokenizer.text.encode())
 
     def write(self, ids):
         """ids: ints (tokens,) in [0, vocab_size); goes on into further shards where it does not fit."""
@@ -405,7 +405,7 @@ def open_folder(folder, settings, argv):
 
 def save_record(folder, record):
     """Replaces progress.json in one step."""
-    _write_whole(Path(folder) / 'progress.json', json.dumps(record, indent=1).encode())
+    write_whole(Path(folder) / 'progress.json', json.dumps(record, indent=1).encode())
 
 
 def finish(folder, record):
@@ -457,7 +457,8 @@ def _temporary(path):
     return path.with_name(path.name + '.tmp')
 
 
-def _write_whole(path, content):
+def write_whole(path, content):
+    """bytes into a file that is whole or, after a crash, the one before it; without torch, unlike common.atomic_write."""
     file = open(_temporary(path), 'wb')
     file.write(content)
     _commit(file, path)

@@ -332,9 +332,10 @@ def main():
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'train_cnn', set_aside=rank_here == 0)
+            was = {**state, 'optimizer': state['config']['optimizer']}
             for key, value in described.items():
-                if state[key] != value if key != 'optimizer' else state['config']['optimizer'] != value:
-                    changed = [k for k in value if state[key].get(k) != value[k]][0] if isinstance(value, dict) else key
+                if was[key] != value:
+                    changed = [k for k in value if was[key].get(k) != value[k]][0] if isinstance(value, dict) else key
                     raise ValueError(f'{resume_path} has another {changed}; resume with {out_dir}/config.py, or start from its '
                                      f'weights alone with --init_from={resume_path}')
             common.load_model_state(model, state['model'], resume_path)
@@ -351,17 +352,7 @@ def main():
     if not common.ranks_agree(step, *digests, common.checksum(model.parameters())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
     if rank_here == 0:
-        try:
-            os.makedirs(out_dir, exist_ok=True)
-            if not resume_path or elsewhere:        # nothing of a run that is overwritten may be resumed or packed
-                stale = {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors', 'log.jsonl'}
-                for name in stale & set(os.listdir(out_dir)):
-                    os.remove(os.path.join(out_dir, name))
-            configurator.save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'),
-                              'train_cnn.py: every constant of this run')
-            common.cut_log(out_dir, step)
-        except OSError as e:
-            configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
+        common.open_run(out_dir, 'train_cnn', config, step, not resume_path or elsewhere)
     run = None
     if wandb_log and rank_here == 0:
         run = common.start_wandb(wandb_project, wandb_run_name or model_name, out_dir, config, wandb_id)
@@ -377,6 +368,7 @@ def main():
     # A BatchNorm normalises by the images of one micro-batch on one rank. Its running statistics, which evaluation uses and
     # checkpoints hold, are the mean over micro-batches and ranks: 2 processes equal 1 with 2 micro-steps.
     statistics = [b for n, b in raw_model.named_buffers() if n.endswith(('running_mean', 'running_var'))]
+    shared = bool(statistics) and world * accumulation > 1
     if world > 1 and statistics:
         say(f'BatchNorm: each process normalises by its own {micro} images; what is saved is the mean over {world} processes')
 
@@ -482,7 +474,7 @@ def main():
             group['lr'] = lr * group['lr_scale']
         common.seed_step(seed, step, rank_here)
         loss_sum = torch.zeros((), device=dev)
-        before, sums = [b.clone() for b in statistics], [torch.zeros_like(b) for b in statistics]
+        sums, before = ([torch.zeros_like(b) for b in statistics], [b.clone() for b in statistics]) if shared else ([], [])
         for i in range(accumulation):
             x, y = next(reading)
             if world > 1:                           # DDP reads this flag in the forward pass
@@ -491,10 +483,10 @@ def main():
                 loss = F.cross_entropy(model(x).float(), y)
             loss_sum += loss.detach()
             (loss / accumulation).backward()
-            if statistics and world * accumulation > 1:
+            if shared:
                 torch._foreach_add_(sums, statistics)
                 torch._foreach_copy_(statistics, before)
-        if statistics and world * accumulation > 1:
+        if shared:
             flat = torch.cat(sums)
             if world > 1:
                 dist.all_reduce(flat)
