@@ -7,6 +7,8 @@ Time, memory and error, measured. Every variant runs in a fresh process of its o
     python bench.py layers                                     # every kind: bits, error, time beside nn.Linear
     python bench.py train                                      # a training step of each kind, fp32 and bf16, 2 minutes
     python bench.py train --gpt2 --device=cuda --compile       # GPT-2 124M at 1,024 tokens on a GPU
+    python bench.py train --model=bitnet                       # train_bitnet.py's model beside its full-precision twin
+    python bench.py train --fineweb95m --device=cuda --compile # ... in the shape of config/fineweb95m.py
     python bench.py optim                                      # a step and a refresh of low-rank optimizers, GPT-2's blocks
     python bench.py optim-bytes                                # optimizer bytes and peak memory of DistilBERT, by rank
     python bench.py finetune                                   # DistilBERT: a training step of full, LoRA, low-rank Adam
@@ -83,7 +85,7 @@ def base_model(base, seed, device, dim=1024):
         inputs = lambda n: torch.randint(model.config.vocab_size, (n, 64))
     else:
         import sample
-        model, _, _ = sample.load(sample.find_checkpoint(base))
+        model, *_ = sample.load(sample.find_checkpoint(base))
         inputs = lambda n: torch.randint(model.config.vocab_size, (n, model.config.block_size))
     return model.to(device), lambda n: inputs(n).to(device)
 
@@ -418,6 +420,9 @@ class PlainGPT(nn.Module):
 def make_model(kind, a):
     if kind == 'plain':
         return PlainGPT(a.vocab_size, a.block_size, a.n_layer, a.n_head, a.n_embd)
+    if a.model == 'bitnet':
+        from train_bitnet import BitNet, BitNetConfig
+        return BitNet(BitNetConfig(a.vocab_size, a.block_size, a.n_layer, a.n_head, a.n_kv_head, a.n_embd, a.n_ff, quant=kind))
     from train_gpt import GPT, GPTConfig
     low = () if kind == 'fp' else tuple(range(a.n_layer))
     return GPT(GPTConfig(a.vocab_size, a.block_size, a.n_layer, a.n_head, a.n_embd, qkv_proj=kind, c_proj=kind,
@@ -458,10 +463,14 @@ def train(a):
     """Median ms of a whole training step (forward, backward, clip, AdamW) and peak memory, per kind and dtype."""
     if a.gpt2:
         a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size = 12, 12, 768, 1024, 50304
+    if a.fineweb95m:
+        a.model, a.n_layer, a.n_head, a.n_kv_head, a.n_embd, a.n_ff = 'bitnet', 8, 12, 6, 768, 3072
+        a.vocab_size = 32000
+    a.kinds = a.kinds or {'gpt': 'plain,fp,bin,tern,int4', 'bitnet': 'fp,tern'}[a.model]
     variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
-    known = ('plain', *layers.KINDS, 'float32', 'bfloat16')
+    known = (*(('fp', 'tern') if a.model == 'bitnet' else ('plain', *layers.KINDS)), 'float32', 'bfloat16')
     if wrong := [v for v in (*a.kinds.split(','), *a.dtypes.split(',')) if v not in known]:
-        configurator.fail(f'{wrong[0]!r} is no kind or dtype; type some of plain,{",".join(layers.KINDS)}, float32,bfloat16')
+        configurator.fail(f'{wrong[0]!r} is no kind or dtype; type some of {",".join(known[:-2])}, float32,bfloat16')
     workers, answers = in_turns([dict(vars(a), run=None, bench='train', name=kind, dtype=dtype) for kind, dtype in variants],
                                 a.rounds, 3, a.steps)            # 3 steps to warm up (and compile)
     memory = {}
@@ -472,10 +481,11 @@ def train(a):
     tokens, name = a.batch_size * a.block_size, device_name(a)
     flops, peak = None, next((f for card, f in PEAK_FLOPS.items() if card in name), None)
     if a.device == 'cuda' and peak:
-        n = memory[variants[0]]['parameters'] - a.block_size * a.n_embd
+        positions = a.block_size * a.n_embd if a.model == 'gpt' else 0          # looked up, not multiplied
+        n = memory[variants[0]]['parameters'] - positions
         flops = tokens * (6 * n + 12 * a.n_layer * a.n_embd * a.block_size)     # PaLM appendix B, attention not halved
-    print(f'training step, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, {a.device} ({name}), '
-          f'{a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
+    print(f'training step, {a.model}, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, '
+          f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
           f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: of the process, above its start')
     rows = []
     for kind, dtype in variants:
@@ -484,9 +494,10 @@ def train(a):
         ratio = statistics.median(m / b for m, b in zip(mine, base, strict=True))
         mine_bytes, base_bytes = memory[kind, dtype], memory.get(('fp', dtype), memory[kind, dtype])
         memory_ratio, resident_ratio = (mine_bytes[k] / base_bytes[k] for k in ('peak_bytes', 'resident_bytes'))
-        rows.append({'bench': 'train', 'kind': kind, 'dtype': dtype, 'ms': ms, 'ms_min': min(mine), 'ms_max': max(mine),
-                     'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes, 'peak_ratio': memory_ratio,
-                     'resident_ratio': resident_ratio, 'mfu': flops / ms * 1e3 / peak if flops else None,
+        rows.append({'bench': 'train', 'model': a.model, 'kind': kind, 'dtype': dtype, 'ms': ms, 'ms_min': min(mine),
+                     'ms_max': max(mine), 'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes,
+                     'peak_ratio': memory_ratio, 'resident_ratio': resident_ratio,
+                     'mfu': flops / ms * 1e3 / peak if flops else None,
                      'batch_size': a.batch_size, 'block_size': a.block_size, 'n_layer': a.n_layer, 'n_embd': a.n_embd,
                      'threads': a.threads, 'compile': a.compile, 'device': name, 'torch': torch.__version__})
     show(rows, [('kind', 'kind', ''), ('dtype', 'dtype', ''), ('ms', 'ms/step', '.1f'), ('ratio', 'x fp', '.2f'),
@@ -574,12 +585,14 @@ def main():
     p.add_argument('--kinds', default='', help='default: all')
     p.add_argument('--shapes', default='1x1024x1024,32x1024x1024,512x1024x1024', help='tokens x in x out, ...')
     p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of the inputs')
-    p = command('train', train, n_layer=6, n_head=4, n_embd=256, block_size=256, vocab_size=256, batch_size=16, rounds=7,
-                steps=3)
+    p = command('train', train, n_layer=6, n_head=4, n_kv_head=2, n_embd=256, n_ff=768, block_size=256, vocab_size=256,
+                batch_size=16, rounds=7, steps=3)
+    p.add_argument('--model', default='gpt', choices=('gpt', 'bitnet'))
     p.add_argument('--compile', action='store_true')
-    p.add_argument('--kinds', default='plain,fp,bin,tern,int4')
+    p.add_argument('--kinds', default='', help='default: all of the model')
     p.add_argument('--dtypes', default='float32,bfloat16')
     p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')
+    p.add_argument('--fineweb95m', action='store_true', help='the shape of config/fineweb95m.py')
     p = command('optim', bench_optim.optim, dim=768, layers=12, rounds=5, steps=5)
     p.add_argument('--ranks', default='16,128')
     shape = dict(dim=768, layers=6, batch=16, tokens=128)

@@ -285,6 +285,12 @@ def load_model_state(model, state, path, allow_missing=()):
     model.load_state_dict(state, strict=False)
 
 
+def check_tokens(state, path, tokenizer, dataset):
+    """Raises ValueError unless the checkpoint `state`, read from `path`, was trained on the tokens of this data set."""
+    if state['tokenizer'] != tokenizer.describe():
+        raise ValueError(f'{path} was trained on other tokens than those of {dataset}')
+
+
 def versions():
     return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__}
 
@@ -352,9 +358,9 @@ def open_run(out_dir, trainer, config, step, fresh):
 
 def cut_log(out_dir, step):
     """Drop what a resumed run makes again, so that its log reads like an unbroken one's: the records after `step`, and
-    those at it that are not the training record."""
+    those at it that are not of training."""
     kept = ''.join(json.dumps(r) + '\n' for r in read_log(out_dir)
-                   if r['step'] < step or (r['step'] == step and 'loss' in r))
+                   if r['step'] < step or (r['step'] == step and ('loss' in r or 'matrices' in r)))
 
     def write(tmp):
         with open(tmp, 'w') as f:

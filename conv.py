@@ -102,22 +102,22 @@ class TernaryConv2d(_Conv, LowBit, nn.Module):
         self._geometry(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
         nn.init.kaiming_normal_(self.weight, nonlinearity='relu')
 
-    def _ternary(self):
+    def ternary(self):
         if self.packed:
             codes = unpack_bits(self.code, 2, math.prod(self.shape[1:])).to(torch.int8).sub_(1)
             return codes.view(self.shape), self.weight_scale
         return ternarize(self.weight.detach())
 
     def _quantize(self, weight, bias, dtype):
-        codes, scale = self._ternary()
+        codes, scale = self.ternary()
         return (codes * scale).to(dtype), None if bias is None else bias.to(dtype)
 
     def encode(self):
-        codes, scale = self._ternary()
+        codes, scale = self.ternary()
         return {'code': pack_bits(codes.flatten(1) + 1, 2), 'weight_scale': scale}
 
     def effective_weight(self):
-        codes, scale = self._ternary()
+        codes, scale = self.ternary()
         return codes * scale
 
     def decode(self):

@@ -27,6 +27,32 @@ def compute_dtype(x):
 ACTIVATIONS = {None: (lambda x: x, lambda g, x: g),
                'relu': (F.relu, lambda g, x: torch.ops.aten.threshold_backward(g, x, 0)),
                'gelu': (F.gelu, torch.ops.aten.gelu_backward)}      # name: (forward, backward(grad, input))
+
+
+def _relu2_glu(x):
+    gate, up = x.chunk(2, -1)
+    return F.relu(gate).square() * up
+
+
+def _relu2_glu_backward(g, x):
+    gate, up = x.chunk(2, -1)
+    gate = F.relu(gate)
+    return torch.cat([g * up * gate * 2, g * gate.square()], -1)
+
+
+def _silu_glu(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _silu_glu_backward(g, x):
+    gate, up = x.chunk(2, -1)
+    return torch.cat([torch.ops.aten.silu_backward(g * up, gate), g * F.silu(gate)], -1)
+
+
+# Gated ones, of a gate and a value side by side: (..., 2 n) -> (..., n)
+GATED = {'relu2_glu': (_relu2_glu, _relu2_glu_backward), 'silu_glu': (_silu_glu, _silu_glu_backward)}
+EVERY_ACTIVATION = ACTIVATIONS | GATED
 TINY_ALPHA = 1e-6    # alpha is used no closer to 0 than this, so that the normalised value can be had back from y / alpha
 TINY_VAR = 1e-30     # keeps 1/std finite on constant input; the eps of the formula is added to std, not to the variance
 
@@ -250,55 +276,56 @@ def has_fast_int8(device):
 class _TernaryLinear(torch.autograd.Function):
     """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales + b.
 
-    Keeps x, the int8 codes of the normalised input and per-token scalars: dL/dw = dy.T @ (codes * scale) exactly.
-    `codes, scales = weights(w)` gives the ternary weight. norm=False: x is normalised already.
+    x (N, in), or (N, 2 in) where act is gated. Keeps x, the int8 codes of the normalised input and per-token scalars:
+    dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` gives the ternary weight, a scale for each of
+    `rows` rows. norm=False: x is normalised already.
     The product of the codes is exact in int32, and in fp32 too as long as |sum| <= 128 * in < 2**24; under autocast it is
     rounded to bf16 like any other product there.
     """
     @staticmethod
-    def forward(ctx, x, w, b, gain, weights, norm, eps, act, dtype):
-        q = torch.empty_like(x, dtype=torch.int8)                           # (N, in)
+    def forward(ctx, x, w, b, gain, weights, rows, norm, eps, act, dtype):
+        q = x.new_empty(len(x), x.shape[1] // (1 + (act in GATED)), dtype=torch.int8)       # (N, in)
         sx = wide(x[:, :1]).new_empty(len(x), 1)
         rstd = torch.empty_like(sx) if norm else None
-        for rows in _blocks(x):
-            a = wide(ACTIVATIONS[act][0](x[rows]))
+        for i in _blocks(x):
+            a = wide(EVERY_ACTIVATION[act][0](x[i]))
             if norm:
-                rstd[rows] = (torch.linalg.vector_norm(a, dim=-1, keepdim=True).square() / a.shape[-1] + eps).rsqrt()
-                a = a * rstd[rows] if gain is None else (a * rstd[rows]).mul_(gain)
-            q[rows], sx[rows] = quantize_rows(a)
+                rstd[i] = (torch.linalg.vector_norm(a, dim=-1, keepdim=True).square() / a.shape[-1] + eps).rsqrt()
+                a = a * rstd[i] if gain is None else (a * rstd[i]).mul_(gain)
+            q[i], sx[i] = quantize_rows(a)
         t, sw = weights(w)                                                  # (out, in) int8, (chunks,)
         if has_fast_int8(q.device) and min(*q.shape, len(t)) > 1:          # size-1 strides: pytorch/pytorch#195066
             z, sx_z = torch._int_mm(q, t.T), sx                             # int32 (N, out)
         else:
             shrink = 2 ** -10 if dtype == torch.float16 else 1              # fp16 ends at 65504; the sums need not
             z, sx_z = F.linear(q.to(dtype) * shrink, t.to(dtype)), sx / shrink
-        y = (z.unflatten(-1, (len(sw), -1)) * (sx_z * sw).unsqueeze(-1)).flatten(-2)
+        y = z * (sx_z * sw) if len(sw) == 1 else (z * sx_z).mul_(_of_rows(sw, rows))
         if b is not None:
             y += b
         ctx.save_for_backward(x if norm or act else None, w, gain, q, sx, rstd)
-        ctx.weights, ctx.act, ctx.x_dtype = weights, act, x.dtype
+        ctx.weights, ctx.rows, ctx.act, ctx.x_dtype, ctx.x_shape = weights, rows, act, x.dtype, x.shape
         return y.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, w, gain, q, sx, rstd = ctx.saved_tensors
-        forward, backward = ACTIVATIONS[ctx.act]
+        forward, backward = EVERY_ACTIVATION[ctx.act]
         need_w, need_x = ctx.needs_input_grad[1], ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
         gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.needs_input_grad[2] else None
-        gx = torch.empty_like(q, dtype=ctx.x_dtype) if need_x else None
+        gx = q.new_empty(ctx.x_shape, dtype=ctx.x_dtype) if need_x else None
         gw = torch.zeros_like(w, dtype=sx.dtype) if need_w else None
         ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
         if need_x:
             t, sw = ctx.weights(w)
-            wq = (t.view(len(sw), -1) * sw[:, None]).view(t.shape).to(g.dtype)
-        for rows in _blocks(q):
+            wq = (t * _of_rows(sw, ctx.rows)[:, None]).to(g.dtype)
+        for i in _blocks(q):
             if need_w:
-                _add_product(gw, g[rows], (q[rows] * sx[rows]).to(g.dtype))
+                _add_product(gw, g[i], (q[i] * sx[i]).to(g.dtype))
             if need_x:
-                h = wide(g[rows] @ wq)                                     # gradient at the quantizer = at its input
+                h = wide(g[i] @ wq)                                        # gradient at the quantizer = at its input
                 if rstd is not None:                                        # RMSNorm: n = gain * u, u = a * rstd
-                    u = wide(forward(x[rows])) * rstd[rows]
+                    u = wide(forward(x[i])) * rstd[i]
                     p = h * u
                     if gain is None:
                         along = p.sum(-1, keepdim=True)
@@ -306,10 +333,15 @@ class _TernaryLinear(torch.autograd.Function):
                         ggain += p.sum(0)
                         along = (p @ gain.to(p.dtype)).unsqueeze(-1)
                         h.mul_(gain)
-                    h.addcmul_(u, along, value=-1 / u.shape[-1]).mul_(rstd[rows])   # (h - u mean(u h)) * rstd
-                gx[rows] = h if ctx.act is None else backward(h.to(ctx.x_dtype), x[rows])
+                    h.addcmul_(u, along, value=-1 / u.shape[-1]).mul_(rstd[i])      # (h - u mean(u h)) * rstd
+                gx[i] = h if ctx.act is None else backward(h.to(ctx.x_dtype), x[i])
         gw = gw.to(w.dtype) if need_w else None
-        return gx, gw, gb, ggain if gain is None else ggain.to(gain.dtype), None, None, None, None, None
+        return gx, gw, gb, ggain if gain is None else ggain.to(gain.dtype), None, None, None, None, None, None
+
+
+def _of_rows(scales, rows):
+    """(sum(rows),): each of the scales (len(rows),) as often as it has rows."""
+    return torch.cat([s.expand(n) for s, n in zip(scales.unbind(), rows, strict=True)])
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -39,9 +39,9 @@ import torch.nn.functional as F
 
 from common import atomic_write, checksum
 from conv import BinaryConv2d, Conv4bit, TernaryConv2d, conv2d  # noqa: F401  one place to import layers from
-from functional import (ACTIVATIONS, compute_dtype, frozen_linear, has_fast_int8, normalize, quantized_linear,
-                        straight_through, ternary_linear)
-from lowbit import Binary, FourBit, LowBit
+from functional import (ACTIVATIONS, EVERY_ACTIVATION, compute_dtype, frozen_linear, has_fast_int8, normalize,
+                        quantized_linear, straight_through, ternary_linear)
+from lowbit import Activation, Binary, FourBit, LowBit  # noqa: F401  Activation: for who imports layers
 from quant import decode4, half_bits, pack_bits, product4, quantize_rows, scales4, ternarize, unpack_bits, wide
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,29 +146,33 @@ class TernaryLinear(LowBit, nn.Module):
 
     The RMSNorm is inside (with a learnable gain), so the layer wants an input that is NOT normalised; norm=False for
     one that is, e.g. when several layers share an input. scale='mean'|'median'; chunks and act as in BinaryLinear: one
-    scale per chunk. Raises ValueError for chunks that do not divide `out`, an unknown scale or act, or in > 131071
-    (the fp32 product of the codes would no longer be exact).
+    scale per chunk, and chunks=(8, 4, 4) are 3 of these many rows. act='relu2_glu' (relu(gate)^2 * up, as b1.58-2B-4T has)
+    and 'silu_glu' take x = [gate | up] (..., 2 in). Raises ValueError for chunks that do not make up `out`, an unknown
+    scale or act, or in > 131071 (the fp32 product of the codes would no longer be exact).
     """
     kind, bits = 'tern', 2
 
     def __init__(self, in_features, out_features, bias=False, *, chunks=1, scale='mean', norm=True, act=None, eps=1e-5):
         super().__init__()
-        if out_features % chunks or scale not in ('mean', 'median') or act not in ACTIVATIONS or in_features >= 2 ** 17:
-            raise ValueError(f'TernaryLinear({in_features}, {out_features}): chunks={chunks} must divide out_features, '
-                             f"scale={scale!r} be 'mean' or 'median', act={act!r} in {list(ACTIVATIONS)}, in < 131072")
+        rows = (out_features // chunks,) * chunks if isinstance(chunks, int) else tuple(chunks)
+        if (sum(rows) != out_features or min(rows) < 1 or scale not in ('mean', 'median') or act not in EVERY_ACTIVATION
+                or in_features >= 2 ** 17):
+            raise ValueError(f'TernaryLinear({in_features}, {out_features}): chunks={chunks} must make up out_features, '
+                             f"scale={scale!r} be 'mean' or 'median', act={act!r} in {list(EVERY_ACTIVATION)}, in < 131072")
         self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
-        self.chunks, self.scale, self.norm, self.act, self.eps = chunks, scale, norm, act, eps
+        self.chunks, self.rows, self.scale, self.norm, self.act, self.eps = chunks, rows, scale, norm, act, eps
         self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.gain = nn.Parameter(torch.ones(in_features)) if norm else None
 
-    def _ternary(self, _=None):
+    def ternary(self, _=None):
+        """(codes int8 (out, in), scales fp32, one for each chunk)."""
         if self.packed:
             return unpack_bits(self.code, 2, self.in_features).to(torch.int8).sub_(1), self.weight_scale
         return ternarize(self.weight.detach(), self.chunks, self.scale)
 
     def encode(self):
-        codes, scales = self._ternary()
+        codes, scales = self.ternary()
         return {'code': pack_bits(codes + 1, 2), 'weight_scale': scales}
 
     def decode(self):
@@ -176,12 +180,14 @@ class TernaryLinear(LowBit, nn.Module):
         return self._latent_change(self.effective_weight()), None
 
     def effective_weight(self):
-        codes, scales = self._ternary()
-        return (codes.view(self.chunks, -1) * scales[:, None]).view(self.shape)
+        codes, scales = self.ternary()
+        return torch.cat([part * s for part, s in zip(codes.split(self.rows), scales, strict=True)])
 
     def _latent_change(self, delta, _=None):
-        share = self._ternary()[0].view(self.chunks, -1).ne(0).float().mean(1, keepdim=True).clamp_(min=1e-9)
-        return delta if self.scale == 'median' else (delta.view(self.chunks, -1) / share).view(self.shape)
+        if self.scale == 'median':
+            return delta
+        shares = (part.ne(0).float().mean().clamp_(min=1e-9) for part in self.ternary()[0].split(self.rows))
+        return torch.cat([part / share for part, share in zip(delta.split(self.rows), shares, strict=True)])
 
     def weight_input(self, x):
         x = super().weight_input(x)
@@ -196,9 +202,9 @@ class TernaryLinear(LowBit, nn.Module):
         return nn.Sequential(*([norm, new] if self.act is None else [new[0], norm, new[1]]))
 
     def forward(self, x):
-        weights = self._ternary if self.packed else partial(ternarize, chunks=self.chunks, scale=self.scale)
-        y = ternary_linear(x.reshape(-1, self.in_features), self.weight, self.bias, self.gain, weights, self.norm,
-                                 self.eps, self.act, compute_dtype(x))
+        weights = self.ternary if self.packed else partial(ternarize, chunks=self.chunks, scale=self.scale)
+        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, weights, self.rows, self.norm,
+                           self.eps, self.act, compute_dtype(x))
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):

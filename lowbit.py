@@ -1,5 +1,6 @@
 """
-What low-bit modules share: latent weights that become codes and are weights again. The modules are in layers.py and conv.py.
+What low-bit modules share: latent weights that become codes and are weights again, and what training does to the codes. The
+modules are in layers.py and conv.py.
 """
 import copy
 import math
@@ -7,8 +8,22 @@ import math
 import torch
 import torch.nn as nn
 
-from functional import ACTIVATIONS, compute_dtype
+from functional import EVERY_ACTIVATION, compute_dtype
 from quant import FORMATS4, SCALES4, binarize, decode4, levels4, pack4, pack_bits, quantize4, scales4, unpack_bits
+
+
+class Activation(nn.Module):
+    """One of functional's activations by its name, gated ones included."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        return EVERY_ACTIVATION[self.act][0](x)
+
+    def extra_repr(self):
+        return self.act
 
 
 class LowBit:
@@ -22,7 +37,7 @@ class LowBit:
 
     def weight_input(self, x):
         """What the weight is multiplied by, given the layer's input: what an adapter beside it has to see."""
-        return ACTIVATIONS[self.act][0](x.to(compute_dtype(x)))
+        return EVERY_ACTIVATION[self.act][0](x.to(compute_dtype(x)))
 
     def effective_weight(self):
         """fp32 (out, in): what weight_input(x) is multiplied by, of a packed layer."""
@@ -38,7 +53,7 @@ class LowBit:
         new.weight.copy_(self.effective_weight() + delta)
         if self.bias is not None:
             new.bias.copy_(self.bias)
-        return new if self.act is None else nn.Sequential({'relu': nn.ReLU, 'gelu': nn.GELU}[self.act](), new)
+        return new if self.act is None else nn.Sequential(Activation(self.act), new)
 
     def _latent_change(self, delta, x):
         return delta
@@ -147,3 +162,19 @@ class FourBit(LowBit):
             codes, held = quantize4(weight, self.format, self.group, self.scales)
             weight = levels4(codes, self.format).mul_(scales4(held)[:, None]).view(-1)[:weight.numel()].view(weight.shape)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def count_codes(before, after, start_scales):
+    """A log record of ternary matrices, before and after one step as {name: (codes, scale)}, and what their scales were at
+    the start: shares of the codes, share that the step flipped, rows that are all 0, and where the scales went, by matrix
+    and in all; scale_drift is the mean of |ln(scale / its start)|."""
+    matrices, total, counts = {}, 0, dict.fromkeys(('minus', 'zero', 'plus', 'flips'), 0)
+    for name, (codes, scale) in after.items():
+        here = {'minus': (codes < 0).sum().item(), 'zero': (codes == 0).sum().item(), 'plus': (codes > 0).sum().item(),
+                'flips': (codes != before[name][0]).sum().item()}
+        total, counts = total + codes.numel(), {k: n + here[k] for k, n in counts.items()}
+        matrices[name] = {k: n / codes.numel() for k, n in here.items()} | {
+            'dead_rows': (codes == 0).all(1).sum().item(), 'scale': scale, 'scale_ratio': scale / start_scales[name]}
+    drift = [abs(math.log(m['scale_ratio'])) for m in matrices.values()]
+    return {k: n / total for k, n in counts.items()} | {'dead_rows': sum(m['dead_rows'] for m in matrices.values()),
+                                                        'scale_drift': sum(drift) / len(drift), 'matrices': matrices}

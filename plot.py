@@ -5,6 +5,10 @@ Draw what runs logged and benches measured: run folders or a file of rows to one
     python plot.py status out/a --watch       how far a run is, how fast, how long it still takes
     python plot.py bars results/stats.jsonl   a bar for each row that bench.py --json wrote -> results/stats.png
 
+Of train_bitnet.py; a RUN is the folder of a run:
+
+    python plot.py diagnostics RUN...         ternary codes, flips, dead rows, scales: one run by kind of matrix, or several
+
 Of finetune_cls.py, one task and model at a time; a RUN is the folder of a run or one above a sweep of them (out/sweep):
 
     python plot.py ranks RUN...               evaluation and training loss at the last epoch against rank
@@ -12,14 +16,12 @@ Of finetune_cls.py, one task and model at a time; a RUN is the folder of a run o
     python plot.py optimizer RUN...           bytes of optimizer state against rank, beside AdamW's
     python plot.py pareto RUN...              accuracy against peak memory, labelled with the ranks
 
-Each writes COMMAND.png into the first folder typed. Seeds or folds of one method and rank are one point: their mean,
-with their standard deviation as error bars.
+Each writes COMMAND.png into the first folder typed.
 
 No torch here, and matplotlib is only imported to draw: `status` answers at once, also on a machine busy training.
 """
 import argparse
 import ast
-import csv
 import itertools
 import json
 import math
@@ -81,86 +83,56 @@ def load_config(run):
     return config
 
 
+def load_logs(runs, wanted, lack):
+    """Run folders -> {label: records}: a folder's name, the path where two have one name. lack: what to say of one whose
+    wanted(records) are none."""
+    names = [os.path.basename(os.path.abspath(run)) for run in runs]
+    logs = {}
+    for run, name in zip(runs, names, strict=True):
+        records, damaged = load_log(run)
+        if damaged:
+            print(f'{run}/log.jsonl: {damaged} damaged line(s) skipped')
+        if not wanted(records):
+            fail(f'{run}/log.jsonl {lack}')
+        logs[name if names.count(name) == 1 else run] = records
+    return logs
+
+
 def measured(records, *keys):
     """The records in which all of `keys` are finite numbers: null marks the unmeasured, nan a broken step."""
     return [r for r in records if all(isinstance(r.get(k), (int, float)) and math.isfinite(r[k]) for k in keys)]
-
-
-def figures(run, name):
-    """A file of a run folder -> dict: all of a yaml, {part: bytes} of a csv of those, the last row of any other csv."""
-    import yaml
-    path = os.path.join(run, name)
-    try:
-        with open(path, encoding='utf-8', newline='') as f:
-            rows = list(csv.DictReader(f)) if name.endswith('.csv') else [yaml.safe_load(f)]
-    except (OSError, ValueError, csv.Error, yaml.YAMLError) as e:
-        fail(f"cannot read {path} ({' '.join(str(e).split())}); type runs of finetune_cls.py that have finished")
-    if not rows or not isinstance(rows[-1], dict):
-        fail(f'{path} holds no row or mapping; type runs of finetune_cls.py that have finished')
-    return {row['part']: row['bytes'] for row in rows} if rows[-1].keys() == {'part', 'bytes'} else rows[-1]
-
-
-def number(run, name, key):
-    """One of the figures as a finite number; one clear line for any other."""
-    found = figures(run['run'], name).get(key)
-    try:
-        value = float(found)  # csv gives text, and so does yaml for 1e-3
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        fail(f"{os.path.join(run['run'], name)}: {key} is {found!r}, no number; type runs that measured it")
-    return value
-
-
-def load_runs(paths):
-    """Run folders, or folders above them -> a dict for each: results.yaml over config.py, and its folder as 'run'.
-
-    All of one task and model. rank is None for a method that has none. Sorted: full, then by method, rank and seed.
-    """
-    folders = {}
-    for path in paths:
-        if not os.path.isdir(path):
-            fail(f'{path} is not a folder; type the out_dir of a run, or a folder above several')
-        found = [folder for folder, _, files in os.walk(path) if 'results.yaml' in files]
-        if not found:
-            fail(f'no results.yaml in or under {path}; type the out_dir of a run that has finished, or a folder above several')
-        for folder in found:
-            folders.setdefault(os.path.realpath(folder), folder)  # a run and the folder above it: still one run
-    runs = []
-    for folder in folders.values():
-        run = {'fold': -1} | load_config(folder) | figures(folder, 'results.yaml') | {'run': folder}
-        if missing := [key for key in ('task', 'model', 'method', 'seed') if run.get(key) is None]:
-            fail(f"{folder}/results.yaml has no {', '.join(missing)}; type runs of finetune_cls.py")
-        run |= {key: str(run[key]) for key in ('task', 'model', 'method', 'seed')}
-        if run['method'] == 'full' or not run.get('rank'):
-            run['rank'] = None
-        elif not isinstance(run['rank'], int) or run['rank'] < 1:
-            fail(f"{folder}/results.yaml: rank is {run['rank']!r}, no whole number; type other runs")
-        runs.append(run)
-    for key in ('task', 'model'):
-        one, *others = {run[key]: run for run in runs}.values()
-        if others:
-            fail(f"two {key}s in one picture, {one[key]} ({one['run']}) and {others[0][key]} ({others[0]['run']}); "
-                 f'type runs of one {key}')
-    return sorted(runs, key=lambda r: (r['method'] != 'full', r['method'], r['rank'] or 0, len(r['seed']), r['seed']))
 
 
 # -----------------------------------------------------------------------------
 # pictures
 
 
-def subplots(columns=1, size=(8, 5), grid='both', title=''):
-    """-> (figure, a row of axes)."""
+def subplots(columns=1, size=(8, 5), grid='both', title='', rows=1):
+    """-> (figure, its axes row by row)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display needed, and no pyplot that keeps all figures
     from matplotlib.figure import Figure
     fig = FigureCanvasAgg(Figure(size, layout='constrained')).figure
-    axes = fig.subplots(1, columns, squeeze=False)
-    for ax in axes[0]:
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=rows > 1).ravel()  # x is labelled below the last row alone
+    for ax in axes:
         ax.set_title(title, fontsize=9)
         ax.grid(color='0.92', axis=grid)
         ax.set_axisbelow(True)
         ax.spines[['top', 'right']].set_visible(False)
-    return fig, axes[0]
+    return fig, axes
+
+
+def tokens_or_step(records):
+    """What every record has to be drawn against."""
+    return 'tokens' if len(measured(records, 'tokens')) == len(records) else 'step'
+
+
+def label_x(ax, x):
+    from matplotlib.ticker import EngFormatter
+    ax.margins(x=0.02)
+    if ax.get_subplotspec().is_last_row():
+        ax.set_xlabel('training tokens' if x == 'tokens' else 'step')
+    if x == 'tokens':
+        ax.xaxis.set_major_formatter(EngFormatter())
 
 
 def save(fig, out, what):
@@ -192,9 +164,8 @@ def bpb_ratio(records):
 
 def draw_loss(logs, smooth=0):
     """{label: records} -> (figure, one line that says what is on it)."""
-    from matplotlib.ticker import EngFormatter
     shown = [r for records in logs.values() for r in measured(records, 'loss') + measured(records, 'val_loss')]
-    x = 'tokens' if len(measured(shown, 'tokens')) == len(shown) else 'step'
+    x = tokens_or_step(shown)
     ratios = [bpb_ratio(records) for records in logs.values()]
     one_ratio = None not in ratios and max(ratios) <= 1.001 * min(ratios)
     heights = []  # what the y axis must hold
@@ -222,10 +193,7 @@ def draw_loss(logs, smooth=0):
         heights += [height for at, height in points if at >= 0.05 * max(train_x + val_x)]
     pad = 0.05 * (max(heights) - min(heights)) or 0.1
     ax.set_ylim(min(heights) - pad, max(heights) + pad)
-    ax.margins(x=0.02)
-    ax.set_xlabel('training tokens' if x == 'tokens' else 'step')
-    if x == 'tokens':
-        ax.xaxis.set_major_formatter(EngFormatter())
+    label_x(ax, x)
     ax.set_ylabel('loss (nats per token)' if measured(shown, 'tokens') else 'loss (nats)')
     if one_ratio:
         right = ax.secondary_yaxis('right', functions=(lambda y: y * ratios[0], lambda y: y / ratios[0]))
@@ -244,15 +212,8 @@ def draw_loss(logs, smooth=0):
 def loss(args):
     if args.smooth < 0:
         fail(f'--smooth={args.smooth} is no number of records; type --smooth=1 for the raw curve')
-    names = [os.path.basename(os.path.abspath(run)) for run in args.runs]
-    logs = {}
-    for run, name in zip(args.runs, names, strict=True):
-        records, damaged = load_log(run)
-        if damaged:
-            print(f'{run}/log.jsonl: {damaged} damaged line(s) skipped')
-        if not measured(records, 'loss') + measured(records, 'val_loss'):
-            fail(f'{run}/log.jsonl has neither loss nor val_loss; type a run that has logged one')
-        logs[name if names.count(name) == 1 else run] = records
+    logs = load_logs(args.runs, lambda records: measured(records, 'loss') + measured(records, 'val_loss'),
+                     'has neither loss nor val_loss; type a run that has logged one')
     fig, what = draw_loss(logs, args.smooth)
     save(fig, args.out or os.path.join(args.runs[0], 'loss.png'), what)
 
@@ -305,165 +266,108 @@ def bars(args):
 
 
 # -----------------------------------------------------------------------------
-# ranks, memory, optimizer, pareto: the runs of finetune_cls.py
+# diagnostics
 
-MIB = 2 ** 20
-PARTS = {'parameters': 'parameters', 'buffers': 'buffers', 'gradients': 'gradients', 'optimizer': 'optimizer state',
-         'rest': 'activations and temporaries'}
-mib = lambda value: f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
-titled = lambda runs: f"{runs[0]['task']}, {runs[0]['model']}"
-about = lambda runs: f"{len(runs)} run{'s' * (len(runs) > 1)} of {titled(runs)}"
-
-
-def grouped(runs):
-    """Runs -> ({(method, rank): its seeds or folds}, {method: (colour, marker)}, what the printed line says of them)."""
-    groups, seen = {}, {}
-    for run in runs:
-        key = run['method'], run['rank']
-        twin = seen.setdefault((*key, run['seed'], run['fold']), run)
-        if twin is not run:  # they differ in another setting: no two samples of one thing
-            fail(f"{twin['run']} and {run['run']} are of one method, rank, seed and fold; type only one of them")
-        groups.setdefault(key, []).append(run)
-    methods = list(dict.fromkeys(run['method'] for run in runs))
-    looks = {m: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
-    several = [method for (method, _), seeds in groups.items() if len(seeds) > 1]
-    repeats = 'folds' if len({run['fold'] for run in runs}) > 1 else 'seeds'
-    note = f"; mean and sd across {repeats} in {len(several)} of {len(groups)} points ({', '.join(dict.fromkeys(several))})"
-    return groups, looks, f'{about(runs)}' + note * bool(several)
+CODES = {'minus': '−1', 'zero': '0', 'plus': '+1'}
+# The four panels of one run and of several: what is drawn, its title, its unit.
+OF_KINDS = [('zero', 'codes of all matrices', 'share of the weights'),
+            ('flips', 'codes changed in one step, mean over layers', 'share of the weights'),
+            ('dead_rows', 'dead rows (all codes 0), sum over layers', 'rows'),
+            ('scale_ratio', 'scale, mean |W|, geometric mean over layers; band: their range', 'times its start')]
+OF_RUNS = [('zero', 'codes that are 0', 'share of the weights'),
+           ('flips', 'codes changed in one step', 'share of the weights'),
+           ('dead_rows', 'dead rows (all codes 0)', 'rows'),
+           ('scale_drift', 'drift of the scales (mean |W|), mean over matrices', '|ln(scale / its start)|')]
+TOGETHER = {'flips': statistics.fmean, 'dead_rows': sum,  # the layers of a kind
+            'scale_ratio': lambda values: statistics.geometric_mean(values) if min(values) > 0 else 0.0}
 
 
-def lines_by_rank(ax, groups, looks, value, **line):
-    """value(run) against rank, a line for each method: mean over seeds, sd as error bars. A level where there is no rank."""
-    ranks = sorted({rank for _, rank in groups if rank})
-    if not ranks:
-        fail('none of these runs has a rank; type runs of a low-rank method too')
-    for i, (method, (color, marker)) in enumerate(looks.items()):
-        width = 2.25 - 1.25 * i / len(looks)  # thinner and thinner: equal methods would hide each other
-        style = dict(color=color, lw=width, ms=4 * width, label='_') | line
-        seeds = {rank: [value(run) for run in runs] for (m, rank), runs in groups.items() if m == method}
-        points = {rank: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else math.nan) for rank, v in seeds.items()}
-        if None in points:
-            mean, sd = points.pop(None)
-            ax.axhline(mean, **style)
-            ax.axhspan(mean - sd, mean + sd, color=color, alpha=0.12, lw=0)  # sd nan: nothing
-        if points:
-            ax.errorbar(list(points), *zip(*points.values(), strict=True), marker=marker, capsize=3, **style)
-        if 'ls' not in line:  # one legend entry for both lines of a method
-            ax.plot([], [], marker=marker if points else '', **style | {'label': method})
-    ax.set_xscale('log', base=2)
-    ax.set_xticks(ranks, map(str, ranks))
-    ax.minorticks_off()
-    ax.set_xlabel('rank')
+def diagnosed(records):
+    """The records of train_bitnet.py that tell of its ternary matrices, by name: 3.q makes the fourth layer's queries."""
+    return [r for r in records if isinstance(r.get('matrices'), dict) and r['matrices']]
 
 
-def draw_ranks(runs):
-    """Runs -> (figure, one line that says what is on it); so do the three below."""
-    groups, looks, which = grouped(runs)
-    fig, (ax,) = subplots(title=titled(runs))
-    lines_by_rank(ax, groups, looks, lambda r: number(r, 'epoch_loss.csv', 'eval_loss'))
-    lines_by_rank(ax, groups, looks, lambda r: number(r, 'epoch_loss.csv', 'train_loss'), ls='--', mfc='white')
-    for ls, label in (('-', 'evaluation'), ('--', 'training')):
-        ax.plot([], [], color='0.4', lw=1.2, ls=ls, label=label)
-    ax.set_ylabel('loss at the last epoch (nats)')
-    fig.legend(loc='outside right upper', fontsize=9)
-    return fig, f'loss at the last epoch against rank, {which}'
+def series(records, x, key, kind=''):
+    """-> (where, what) of the records that tell `key`: a list for each, of every matrix of a kind or of the overall figure."""
+    told = {r[x]: measured([m for name, m in r['matrices'].items() if name.endswith(f'.{kind}')] if kind else [r], key)
+            for r in records}
+    return [at for at in told if told[at]], [[one[key] for one in found] for found in told.values() if found]
 
 
-def draw_memory(runs):
-    labels = [run['method'] + f", rank {run['rank']}" * bool(run['rank']) for run in runs]
-    for more in ('seed {seed}', 'fold {fold}', '{run}'):  # only where needed to tell runs apart
-        labels = [a if labels.count(a) == 1 else f'{a}, {more.format(**run)}' for a, run in zip(labels, runs, strict=True)]
-    sizes = [{part: number(run, 'memory_breakdown.csv', part) / MIB for part in (*PARTS, 'peak')} for run in runs]
-    for run, size in zip(runs, sizes, strict=True):
-        if min(size.values()) < 0 or abs(sum(size.values()) - 2 * size['peak']) > 0.001 * size['peak']:
-            fail(f"{run['run']}/memory_breakdown.csv: a part is negative, or they do not add up to the peak; type other runs")
-    fig, (ax,) = subplots(size=(8, 1.3 + 0.28 * len(runs)), grid='x', title=titled(runs))
-    left = [0.0] * len(runs)
-    for color, (part, name) in zip(COLORS, PARTS.items(), strict=False):
-        widths = [size[part] for size in sizes]
-        if part != 'buffers' or any(widths):
-            drawn = ax.barh(range(len(runs)), widths, left=left, color=color, ec='white', lw=0.5, label=name)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-    ax.bar_label(drawn, [mib(size['peak']) for size in sizes], padding=3, fontsize=8)
-    ax.set_yticks(range(len(runs)), labels, fontsize=9)
-    ax.set_ylim(len(runs) - 0.4, -0.6)
-    ax.margins(x=0.08)
-    ax.set_xlabel('peak memory of training, MiB')
-    fig.legend(loc='outside lower center', ncols=5, fontsize=8, columnspacing=1.2, handlelength=1.2)
-    return fig, f'parts of peak memory, {about(runs)}'
+def curve(ax, i, x, y, label):
+    """Line i: a colour, and markers at eight points or so, not those of the other lines: told apart in grey too."""
+    every = max(1, len(x) // 8)
+    ax.plot(x, y, color=COLORS[i % len(COLORS)], lw=1.2, marker=MARKERS[i % len(MARKERS)], ms=5.5, mec='white', mew=0.5,
+            markevery=(i * every // len(MARKERS) % every, every), label=label)
 
 
-def draw_optimizer(runs):
-    from matplotlib.ticker import LogLocator
-    groups, looks, which = grouped(runs)
-    used, adam = ([number(run, 'optimizer_memory.csv', key) / MIB for run in runs] for key in ('bytes', 'adam_bytes'))
-    if min(used + adam) <= 0:  # SGD without momentum
-        at = runs[min(range(len(runs)), key=lambda i: min(used[i], adam[i]))]['run']
-        fail(f'{at}/optimizer_memory.csv has 0 bytes, nothing for a log axis; type other runs')
-    fig, (ax,) = subplots(title=titled(runs))
-    ax.set_yscale('log')
-    lines_by_rank(ax, groups, looks, lambda r: number(r, 'optimizer_memory.csv', 'bytes') / MIB, mfc='none', mew=1.5)
-    ends = sorted({min(adam), max(adam)})  # adapters are parameters too, so AdamW's bytes may rise with rank a little
-    for end in ends:
-        ax.axhline(end, color='black', ls=':', lw=1.5, label='_')
-    ax.plot([], [], color='black', ls=':', lw=1.5, label=f"AdamW, all parameters:\n{' to '.join(map(mib, ends))} MiB")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(lambda value, _: mib(value))
-    ax.set_ylabel('optimizer state, MiB')
-    fig.legend(loc='outside right upper', fontsize=9)
-    return fig, f'optimizer state against rank, beside that of AdamW, {which}'
+def log_with_zero(ax):
+    """A log axis; zeros, if there are any, stand at its foot, a decade below that of the smallest other value."""
+    heights = [y for line in ax.get_lines() for y in line.get_ydata()]
+    positive = [y for y in heights if y > 0]
+    if positive and 0 in heights:
+        foot = 10 ** math.floor(math.log10(min(positive)))
+        ax.set_yscale('symlog', linthresh=foot)
+        ax.set_ylim(-0.2 * foot, 1.5 * max(positive))  # limits that it chose could reach decades below 0
+    elif positive:
+        ax.set_yscale('log')
 
 
-def label_points(ax, points):
-    """(x, y, low, high, text, colour): the text beside each point, near and off markers, texts and, if it can, error bars."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-    ax.figure.draw_without_rendering()  # settles the layout: places are compared in pixels
-    taken = [(4, Bbox([at, at]).padded(5)) for at in ax.transData.transform([p[:2] for p in points])]
-    taken += [(1, Bbox(ax.transData.transform([(x, low), (x, high)])).padded(1)) for x, _, low, high, *_ in points]
-    places = [(x * far, y * far) for far in (5, 9, 14, 20) for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0))]
-    for x, y, _, _, text, color in points:
-        note = ax.annotate(text, (x, y), (0, 0), textcoords='offset points', fontsize=8, color=color,
-                           bbox=dict(fc='white', ec='none', alpha=0.7, pad=0.3),
-                           arrowprops=dict(arrowstyle='-', color=color, lw=0.5, shrinkA=0, shrinkB=0) if text else None)
+def draw_diagnostics(logs):
+    """{label: records} -> (figure, one line that says what is on it): one run by kind of matrix, several overall."""
+    from matplotlib.ticker import MaxNLocator
+    logs = {label: diagnosed(records) for label, records in logs.items()}
+    x = tokens_or_step([r for records in logs.values() for r in records])
+    fig, axes = subplots(2, (11, 7.5), rows=2)
+    if len(logs) == 1:
+        (label, records), = logs.items()
+        names = list(dict.fromkeys(name for r in records for name in r['matrices']))
+        panels, what = OF_KINDS, f'{len(names)} ternary matrices of {label}'
+        fig.suptitle(what, fontsize=10)
+        for i, (key, code) in enumerate(CODES.items()):
+            at, found = series(records, x, key)
+            curve(axes[0], i, at, [value for value, in found], code)
+        for i, kind in enumerate(dict.fromkeys(name.rpartition('.')[2] for name in names)):
+            for ax, (key, *_) in zip(axes[1:], OF_KINDS[1:], strict=True):
+                at, found = series(records, x, key, kind)
+                curve(ax, i, at, list(map(TOGETHER[key], found)), kind)
+            low, high = list(map(min, found)), list(map(max, found))
+            axes[3].fill_between(at, low, high, color=COLORS[i % len(COLORS)], alpha=0.08, lw=0)
+        axes[0].legend(ncols=3, loc='lower right', bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, fontsize=9)
+    else:
+        panels, what = OF_RUNS, f'{len(logs)} runs'
+        for i, (label, records) in enumerate(logs.items()):
+            for ax, (key, *_) in zip(axes, OF_RUNS, strict=True):
+                at, found = series(records, x, key)
+                curve(ax, i, at, [value for value, in found], label)
+    for ax, (_, title, unit) in zip(axes, panels, strict=True):
+        ax.set_title(title, loc='left', fontsize=9)
+        ax.set_ylabel(unit)
+        label_x(ax, x)
+    log_with_zero(axes[1])
+    axes[2].yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes[2].yaxis.set_major_formatter('{x:,.0f}')
+    axes[2].set_ylim(top=max(1, axes[2].get_ylim()[1]))
+    lines = axes[1].get_lines()
+    columns = max(1, 120 // (8 + max(len(line.get_label()) for line in lines)))
+    fig.legend(handles=lines, loc='outside lower center', ncols=min(len(lines), columns), fontsize=9)
+    return fig, f'ternary codes, flips, dead rows and scales against {x}, {what}'
 
-        def cost(place, note=note):
-            note.xyann = place
-            note.set(ha='left' if place[0] > 0 else 'right', va=('center', 'bottom', 'top')[(place[1] > 0) - (place[1] < 0)])
-            note.update_positions(ax.figure.canvas.get_renderer())
-            box = Text.get_window_extent(note)  # without the line to its point
-            return sum(weight * box.overlaps(other) for weight, other in taken) + max(map(abs, place)) / 9
 
-        cost(min(places, key=cost))  # and so it is placed
-        taken.append((4, Text.get_window_extent(note)))
+def diagnostics(args):
+    logs = load_logs(args.runs, diagnosed, 'tells of no ternary matrices; type a run of train_bitnet.py with quant=tern that '
+                     'has come to diag_interval steps')
+    fig, what = draw_diagnostics(logs)
+    save(fig, args.out or os.path.join(args.runs[0], 'diagnostics.png'), what)
 
 
-def draw_pareto(runs):
-    groups, looks, which = grouped(runs)
-    fig, (ax,) = subplots(title=titled(runs))
-    points, several = [], max(map(len, groups.values())) > 1
-    for (method, rank), seeds in groups.items():
-        color, marker = looks[method]
-        x, y, low, high = (statistics.fmean(number(run, 'results.yaml', key) for run in seeds)
-                           for key in ('peak_bytes', 'accuracy', 'accuracy_low', 'accuracy_high'))
-        if len(seeds) > 1:
-            sd = statistics.stdev(number(run, 'results.yaml', 'accuracy') for run in seeds)
-            low, high = y - sd, y + sd
-        ax.errorbar(x / MIB, y, [[max(0, y - low)], [max(0, high - y)]], color=color, marker=marker, ms=6, mec='white',
-                    mew=0.6, elinewidth=0.7, capsize=2, ls='', label='_' if any(p[-1] == method for p in points) else method)
-        points.append((x / MIB, y, low, high, f"{rank or ''}" + f' (n={len(seeds)})' * (len(seeds) > 1), method))
-    front = [p[:2] for p in points if not any(q[0] <= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points)]
-    ax.step(*zip(*sorted(front), strict=True), where='post', color='0.7', lw=1, zorder=0, label='Pareto front')
-    ax.set(xlabel='peak memory of training, MiB', ylabel='accuracy')
-    ax.margins(x=0.06)
-    title = 'number: rank\nbar: 95% interval' + '\nn runs: mean and sd' * several
-    fig.legend(loc='outside right upper', fontsize=9, title=title, title_fontsize=8, alignment='left')
-    label_points(ax, [(*p[:-1], looks[p[-1]][0]) for p in points])
-    return fig, f'accuracy with its 95% interval against peak memory, {which}'
+# -----------------------------------------------------------------------------
+# ranks, memory, optimizer, pareto
 
 
 def draw_runs(args):
-    fig, what = args.draw(load_runs(args.runs))
+    import plot_cls  # not above: it takes from here what all pictures share
+    fig, what = getattr(plot_cls, f'draw_{args.name}')(plot_cls.load_runs(args.runs))
     save(fig, args.out or os.path.join(args.runs[0], f'{args.name}.png'), what)
 
 
@@ -494,7 +398,8 @@ def status_text(run, now):
     ms, *per_s = (statistics.median([r[key] for r in measured(records, key)[-20:]] or [math.nan])
                   for key in ('ms', 'tokens_per_s', 'samples_per_s'))
     finished = max_iters is not None and step >= max_iters
-    gap_s = (step - max((r['step'] for r in records if r['step'] < step), default=step)) * ms / 1000
+    steps = sorted({r['step'] for r in train} or {step})[-2:]  # of training alone: others come when they please
+    gap_s = (steps[-1] - steps[0]) * ms / 1000
     late = age > max(60, 5 * gap_s if math.isfinite(gap_s) else 0)  # five missed records, and never under a minute
 
     lines = [('run', run)]
@@ -576,13 +481,16 @@ def main():
     p.add_argument('--value', default='', help='a number of the rows, e.g. error, forward_ratio, backward_bytes')
     p.add_argument('--out', metavar='PNG', help='default: beside the rows')
     p.set_defaults(run_command=bars)
-    for draw, text in ((draw_ranks, 'loss at the last epoch against rank'), (draw_memory, 'parts of the peak memory of runs'),
-                       (draw_optimizer, 'bytes of optimizer state against rank'), (draw_pareto, 'accuracy against memory')):
-        name = draw.__name__.removeprefix('draw_')
+    p = commands.add_parser('diagnostics', help='ternary codes of runs of train_bitnet.py, as a picture')
+    p.add_argument('runs', nargs='+', metavar='RUN', help='one: by kind of matrix; several: the overall figures of each')
+    p.add_argument('--out', metavar='PNG', help='default: diagnostics.png in the first run folder')
+    p.set_defaults(run_command=diagnostics)
+    for name, text in (('ranks', 'loss at the last epoch against rank'), ('memory', 'parts of the peak memory of runs'),
+                       ('optimizer', 'bytes of optimizer state against rank'), ('pareto', 'accuracy against memory')):
         p = commands.add_parser(name, help=f'{text}, as a picture')
         p.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run of finetune_cls.py, or a folder above several')
         p.add_argument('--out', metavar='PNG', help=f'default: {name}.png in the first folder typed')
-        p.set_defaults(run_command=draw_runs, draw=draw, name=name)
+        p.set_defaults(run_command=draw_runs, name=name)
     args = parser.parse_args()
     args.run_command(args)
 

@@ -1,14 +1,19 @@
 """
-Generate text with what train_gpt.py has trained: best.pt, last.pt or packed.safetensors, on the CPU or a GPU.
+Text from what train_gpt.py or train_bitnet.py has trained: best.pt, last.pt or packed.safetensors, on the CPU or a GPU.
 
     python sample.py --ckpt=out/pycode_bin --prompt='def main'                       # streams as it is generated
     python sample.py --ckpt=out/pycode_bin/packed.safetensors --num_samples=3        # the same weights, 1 bit each
     python sample.py --ckpt=out/pycode_bin --prompt=FILE:start.txt > story.txt       # stdout is the text alone
+    python sample.py chat --ckpt=out/tinystories                                     # you write, it goes on; also in a pipe
+    python sample.py chat --ckpt=out/arithmetic --stop='\\n'                          # 12+34=
+    python sample.py play --ckpt=out/tictactoe                                       # tic-tac-toe against it
+    python sample.py play --ckpt=out/tictactoe --against=perfect --games=200         # or let others play
 
 Model and tokenizer are in the checkpoint; nothing else is read. All samples are generated as one batch: a token costs
 mostly the fixed price of a pass through the layers, so ten samples take hardly longer than one.
 """
 import codecs
+import math
 import os
 import signal
 import sys
@@ -19,19 +24,30 @@ import torch
 import common
 import configurator
 import layers
+import tasks
 import tokens
+from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
 
+mode = 'generate'              # generate | chat | play; also without --mode=, as the first word
 ckpt = 'out/gpt'               # a run's folder (its best.pt, else last.pt, else packed.safetensors) or one of its files
 prompt = ''                    # text to go on from | FILE:path of such a text | '': a document's beginning
 num_samples = 1                # one is shown as it grows, several at the end
-max_new_tokens = 500           # per sample; it is shorter when the model ends the text
+max_new_tokens = 500           # per sample or answer; it is shorter when the model ends the text
 temperature = 0.8              # below 1: likelier text; above 1: more surprising; 0: always the likeliest token
 top_k = 200                    # draw from the k likeliest tokens only; 0: from all
+stop = ''                      # chat: an answer also ends where this text does, \n for a line's end
+side = 'X'                     # play: yours, X (moves first) or O
+against = ''                   # play: random | perfect, who plays the model instead of you
+games = 200                    # ... how many games, half of them begun by the model
 seed = 1337                    # the same seed and number of samples give the same text
 device = ''                    # '': cuda where there is one, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-config = configurator.override(globals(), quiet=True)   # file.py ... --key=value, later wins; stdout is the text alone
+_MODES = ('generate', 'chat', 'play')
+_words = [f'--mode={word}' if word in _MODES else word for word in sys.argv[1:]]
+config = configurator.override(globals(), _words, quiet=True)   # file.py ... --key=value, later wins; stdout is the text alone
+
+MODELS = {'train_gpt': (GPT, GPTConfig), 'train_bitnet': (BitNet, BitNetConfig)}
 
 
 def find_checkpoint(path):
@@ -45,20 +61,23 @@ def find_checkpoint(path):
 
 
 def load(path):
-    """Checkpoint or packed file of train_gpt.py -> (GPT on the CPU, set to evaluation, Tokenizer, training step)."""
+    """Checkpoint or packed file of a trainer of MODELS -> (model on the CPU, set to evaluation, Tokenizer, dict: step, trainer,
+    task)."""
     if not os.path.isfile(path):
         configurator.fail(f"{path} does not exist; type --ckpt=... and a run's out_dir, or make one with train_gpt.py")
     try:
-        if path.endswith('.safetensors'):
-            state, tensors = layers.read_packed(path)
-            if state['trainer'] != 'train_gpt':
-                raise ValueError(f'{path} was written by {state["trainer"]}.py, not train_gpt.py')
-            model = layers.load_packed(GPT(GPTConfig(**state['model_config'])), tensors)
+        packed = path.endswith('.safetensors')
+        state, tensors = layers.read_packed(path) if packed else (common.read_last_checkpoint(path), None)
+        if state['trainer'] not in MODELS:
+            raise ValueError(f'{path} was written by {state["trainer"]}.py, which trains no language model')
+        make, shape = MODELS[state['trainer']]
+        model = make(shape(**state['model_config']))
+        if packed:
+            layers.load_packed(model, tensors)
         else:
-            state = common.read_last_checkpoint(path, 'train_gpt')
-            model = GPT(GPTConfig(**state['model_config']))
             common.load_model_state(model, state['model'], path)
-        return model.eval(), tokens.from_description(state['tokenizer']), state['step']
+        about = {'step': state['step'], 'trainer': state['trainer'], 'task': state.get('config', state).get('task', '')}
+        return model.eval(), tokens.from_description(state['tokenizer']), about
     except (OSError, ValueError) as e:
         configurator.fail(f'{e}; give another --ckpt')
     except (KeyError, TypeError) as e:              # whole, but its description is not what this code writes
@@ -85,51 +104,190 @@ def pick_device(device, dtype):
     return dev, torch.autocast(dev.type, torch.bfloat16, enabled=low)
 
 
-def main():
-    for key, value, least in (('num_samples', num_samples, 1), ('max_new_tokens', max_new_tokens, 1),
-                              ('temperature', temperature, 0), ('top_k', top_k, 0)):
-        if not value >= least:                      # nan is no number to compare with
-            configurator.fail(f'{key}={value} makes no sense; type --{key}={least} or more')
-    dev, amp = pick_device(device, dtype)
-    text, path = read_prompt(prompt), find_checkpoint(ckpt)
-    model, tokenizer, step = load(path)
-    model.to(dev)
+@torch.no_grad()
+def generate(model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, generator=None):
+    """Yield (B,) int64 ids one step at a time after the prompt ids (B, T >= 1), with a cache of keys and values.
 
-    given = tokenizer.encode(text if tokenizer.name == 'byte' else text.decode('utf-8', 'replace')).tolist()
+    model(ids, cache=[{} for each of model.blocks]) gives logits; ids >= vocab_size are padding of the vocabulary and never
+    drawn. temperature 0: the likeliest. When the context is full the cache is filled anew from the later half of it."""
+    cache, fed, most = None, 0, model.config.block_size
+    for _ in range(max_new_tokens):
+        if cache is None or cache[0]['k'].shape[2] == most:
+            keep = most if cache is None else max(1, most // 2)
+            cache, fed = [{} for _ in model.blocks], max(0, ids.shape[1] - keep)
+        logits = model(ids[:, fed:], cache=cache)[:, -1, :vocab_size].float()
+        fed = ids.shape[1]
+        if temperature == 0:
+            new = logits.argmax(-1)
+        else:
+            logits = logits / max(temperature, 1e-6)
+            if top_k:
+                logits[logits < logits.topk(min(top_k, vocab_size)).values[:, [-1]]] = -math.inf
+            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        yield new
+        ids = torch.cat([ids, new[:, None]], 1)
+
+
+def to_ids(tokenizer, text):
+    """bytes -> list of ids; what is not UTF-8 is replaced where the tokenizer is not of bytes."""
+    return tokenizer.encode(text if tokenizer.name == 'byte' else text.decode('utf-8', 'replace')).tolist()
+
+
+def write(model, tokenizer, dev, generator, begin):
+    """mode generate: the prompt and what comes after it, once or several times. Returns the tokens made."""
+    given = to_ids(tokenizer, read_prompt(prompt))
     if len(given) > model.config.block_size:
         print(f'note: the prompt has {len(given):,} tokens, the context {model.config.block_size:,}; '
               'only the last ones are used', file=sys.stderr)
         given = given[-model.config.block_size:]
-    ids = torch.tensor([given or [tokenizer.eot]] * num_samples, device=dev)
-    rows, live = [[] for _ in range(num_samples)], set(range(num_samples))
-
+    ids = torch.tensor([given or begin] * num_samples, device=dev)
+    rows, live, n_tokens = [[] for _ in range(num_samples)], set(range(num_samples)), 0
     decoder = codecs.getincrementaldecoder('utf-8')('replace')         # holds back a character until it is whole
     streaming = num_samples == 1
-    sys.stdout.reconfigure(errors='replace')        # a character that the terminal lacks becomes ?
     if streaming:
         print(decoder.decode(tokenizer.decode_bytes(given)), end='', flush=True)
-    clock, n_tokens = time.perf_counter(), 0
-    with amp:
-        for new in model.generate(ids, max_new_tokens, tokenizer.vocab_size, temperature, top_k,
-                                  torch.Generator(dev).manual_seed(seed % 2 ** 63)):
-            for i, token in enumerate(new.tolist()):
-                n_tokens += i in live
-                if token == tokenizer.eot:
-                    live.discard(i)
-                elif i in live:
-                    rows[i].append(token)
-                    if streaming:
-                        print(decoder.decode(tokenizer.decode_bytes([token])), end='', flush=True)
-            if not live:
-                break
-    seconds = time.perf_counter() - clock
+    for new in generate(model, ids, max_new_tokens, tokenizer.vocab_size, temperature, top_k, generator):
+        for i, token in enumerate(new.tolist()):
+            n_tokens += i in live
+            if token == tokenizer.eot:
+                live.discard(i)
+            elif i in live:
+                rows[i].append(token)
+                if streaming:
+                    print(decoder.decode(tokenizer.decode_bytes([token])), end='', flush=True)
+        if not live:
+            break
     if streaming:
         print(decoder.decode(b'', final=True))
     else:
         print('\n---------------\n'.join(tokenizer.decode(given + row) for row in rows))
     sys.stdout.flush()
-    print(f'{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s on {dev}; {path}, step {step}',
-          file=sys.stderr)
+    return n_tokens
+
+
+def ask(what):
+    """A line from the terminal or a pipe without its end; None at the end of input. What is asked is shown to people only."""
+    if sys.stdin.isatty():
+        print(what, end='', flush=True)
+    line = sys.stdin.buffer.readline()
+    if not line and sys.stdin.isatty():
+        print()
+    return line.rstrip(b'\r\n') if line else None
+
+
+def chat(model, tokenizer, dev, generator, begin):
+    """mode chat: what you write is added to the text, and the model goes on with it until it ends the text, at `stop` or after
+    max_new_tokens. What no longer fits into the context is forgotten. Returns the tokens made."""
+    ending, n_tokens, history, said = stop.encode().replace(b'\\n', b'\n'), 0, begin, b''
+    if sys.stdin.isatty():
+        print('Write, and it goes on with the text; an empty line lets it go on. /reset forgets, /save FILE keeps the text, '
+              '/quit or Ctrl-D ends.', file=sys.stderr)
+    while (line := ask('> ')) not in (None, b'/quit'):
+        if line == b'/reset':
+            history, said = begin, b''
+            continue
+        if line.split(b' ')[0] == b'/save':
+            path = os.fsdecode(line[6:].strip()) or 'chat.txt'
+            try:
+                with open(path, 'wb') as f:
+                    f.write(said)
+                print(f'wrote {path}, {len(said):,} bytes', file=sys.stderr)
+            except OSError as e:                    # must not cost the conversation
+                print(f'could not write {path}: {e.strerror}; give another name', file=sys.stderr)
+            continue
+        history, said = history + to_ids(tokenizer, line), said + line
+        decoder, answer = codecs.getincrementaldecoder('utf-8')('replace'), b''
+        ids = torch.tensor([history[-model.config.block_size:]], device=dev)
+        for new in generate(model, ids, max_new_tokens, tokenizer.vocab_size, temperature, top_k, generator):
+            history, n_tokens = history + new.tolist(), n_tokens + 1
+            if history[-1] == tokenizer.eot:
+                break
+            piece = tokenizer.decode_bytes(new.tolist())
+            answer += piece
+            print(decoder.decode(piece), end='', flush=True)
+            if ending and answer.endswith(ending):
+                break
+        said += answer
+        print(decoder.decode(b'', final=True), end='' if answer.endswith(b'\n') else '\n', flush=True)
+        history = history[-model.config.block_size:]
+    return n_tokens
+
+
+def board(moves):
+    """Three lines: X, O and the numbers of the free cells."""
+    cells = [' XO'[1 + moves.index(c) % 2] if c in moves else c for c in tasks.CELLS]
+    return '\n'.join(' ' + ' '.join(cells[i:i + 3]) for i in (0, 3, 6))
+
+
+def play_at_terminal(logits_of):
+    """A game against whoever types; what cannot be played is said, of either side, and costs nothing."""
+    mine, moves, kinds = side == 'X', '', 'rm' if side == 'X' else 'mr'
+    print(board(moves))
+    while not tasks.winner(moves):
+        if mine:
+            line = ask(f'your move ({side}), 1 to 9: ')
+            if line in (None, b'/quit', b'q'):
+                return print('the game ends here')
+            cell = line.decode('utf-8', 'replace').strip()
+            if len(cell) != 1 or cell not in tasks.legal(moves):
+                print(f'{cell!r} is no free cell; free are {" ".join(tasks.legal(moves))}')
+                continue
+        else:
+            order = logits_of([b'\n' + (kinds + moves).encode()])[0].argsort(descending=True).tolist()
+            if chr(order[0]) not in tasks.legal(moves):
+                print(f'the model says {bytes(order[:1])!r}, which is no free cell; its next choice counts')
+            cell = next(c for c in map(chr, order) if c in tasks.legal(moves))
+            print(f'the model plays {cell}')
+        moves, mine = moves + cell, not mine
+        print(board(moves))
+    won = tasks.winner(moves)
+    print('a draw' if won == '-' else 'you win' if won == side else 'the model wins')
+
+
+def play(model, tokenizer, dev, about, path):
+    """mode play, which needs a model that was trained on games."""
+    if about['task'] != 'tictactoe' or tokenizer.name != 'byte':
+        configurator.fail(f'{path} was not trained to play; type --ckpt=... of a run of train_bitnet.py config/tictactoe.py')
+
+    def logits_of(texts):
+        with torch.no_grad():
+            ids = torch.tensor([to_ids(tokenizer, t[-model.config.block_size:]) for t in texts], device=dev)
+            return model(ids)[:, -1, :tokenizer.vocab_size].float()
+    if not against:
+        return play_at_terminal(logits_of)
+    counts = tasks.score_games(lambda texts: logits_of(texts).argmax(-1).tolist(), against, games, seed)
+    hits, n = counts.pop(f'{against}_legal')
+    found = ', '.join(f'{count} {name.split("_")[1]}' for name, (count, _) in counts.items())
+    print(f'{games} games against {against} play: {found}; {hits:,} of {n:,} moves legal ({hits / max(1, n):.2%})')
+
+
+def main():
+    for key, value, least in (('num_samples', num_samples, 1), ('max_new_tokens', max_new_tokens, 1),
+                              ('temperature', temperature, 0), ('top_k', top_k, 0), ('games', games, 1)):
+        if not value >= least:                      # nan is no number to compare with
+            configurator.fail(f'{key}={value} makes no sense; type --{key}={least} or more')
+    for key, value, known in (('mode', mode, _MODES), ('side', side, ('X', 'O')),
+                              ('against', against, ('', 'random', 'perfect'))):
+        if value not in known:
+            configurator.fail(f'{key}={value!r} is none of {", ".join(map(repr, known))}; type --{key}={known[-1]}')
+    dev, amp = pick_device(device, dtype)
+    path = find_checkpoint(ckpt)
+    if mode == 'generate':
+        read_prompt(prompt)                         # a mistake in it shows before the model is loaded
+    model, tokenizer, about = load(path)
+    model.to(dev)
+    sys.stdout.reconfigure(errors='replace')        # a character that the terminal lacks becomes ?
+    clock, generator = time.perf_counter(), torch.Generator(dev).manual_seed(seed % 2 ** 63)
+    with amp:
+        if mode == 'play':
+            return play(model, tokenizer, dev, about, path)
+        # A document's beginning, as the model saw it: after the end of another, or a line's end where lines have answers.
+        begin = to_ids(tokenizer, b'\n') if about['task'] else [tokenizer.eot]
+        n_tokens = {'generate': write, 'chat': chat}[mode](model, tokenizer, dev, generator, begin)
+    seconds = time.perf_counter() - clock
+    if mode == 'generate':
+        print(f'{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s on {dev}; {path}, '
+              f'step {about["step"]}', file=sys.stderr)
 
 
 if __name__ == '__main__':

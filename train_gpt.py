@@ -186,34 +186,6 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1]])         # only the last position is needed to go on
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
-    @torch.no_grad()
-    def generate(self, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, generator=None):
-        """Yield (B,) int64 ids one step at a time after the prompt ids (B, T >= 1), with a cache of keys and values.
-
-        ids >= vocab_size are padding of the vocabulary and never drawn. temperature 0: the likeliest. When the context
-        is full the cache is filled anew from the later half of it."""
-        cache, fed = None, 0
-        for _ in range(max_new_tokens):
-            if cache is None or cache[0]['k'].shape[2] == self.config.block_size:
-                keep = self.config.block_size if cache is None else max(1, self.config.block_size // 2)
-                cache, fed = [{} for _ in self.blocks], max(0, ids.shape[1] - keep)
-            logits = self(ids[:, fed:], cache=cache)[:, -1, :vocab_size].float()
-            fed = ids.shape[1]
-            if temperature == 0:
-                new = logits.argmax(-1)
-            else:
-                logits = logits / max(temperature, 1e-6)
-                if top_k:
-                    logits[logits < logits.topk(min(top_k, vocab_size)).values[:, [-1]]] = -math.inf
-                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-            yield new
-            ids = torch.cat([ids, new[:, None]], 1)
-
-
-def check_tokens(state, path, tokenizer, dataset):
-    if state['tokenizer'] != tokenizer.describe():
-        raise ValueError(f'{path} was trained on other tokens than those of {dataset}')
-
 
 def to_kinds_of(model, state):
     """State dict of a GPT of other kinds, for this one. A ternary layer has the LayerNorm of its input inside, as a gain;
@@ -325,7 +297,7 @@ def main():
                 raise ValueError(f'{init_from} knows GPT-2 tokens, {dataset} has {tokenizer.name} tokens; type --dataset=c4')
         elif not resume_path and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_gpt')
-            check_tokens(state, init_from, tokenizer, dataset)
+            common.check_tokens(state, init_from, tokenizer, dataset)
             common.load_model_state(model, to_kinds_of(model, state['model']), init_from, allow_missing=('alpha', 'gain'))
     except (ValueError, OSError) as e:
         configurator.fail(str(e))
@@ -357,7 +329,7 @@ def main():
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'train_gpt', set_aside=rank == 0)
-            check_tokens(state, resume_path, tokenizer, dataset)
+            common.check_tokens(state, resume_path, tokenizer, dataset)
             if state['model_config'] != asdict(model_config):
                 changed = [k for k, v in asdict(model_config).items() if state['model_config'].get(k) != v]
                 raise ValueError(f'{resume_path} has another {changed[0]} ({state["model_config"].get(changed[0])}, '

@@ -7,7 +7,9 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py recipe                                                 # what was tried on the way, one seed
     python results/runs.py sst2                                                   # methods of finetune_cls.py
     python results/runs.py food10                                                 # kinds and normalisations of train_cnn.py
+    python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
     python results/runs.py speed                                                  # bench.py train, its table
+    python results/runs.py bitnet_speed                                           # ... of train_bitnet.py's model
     python results/runs.py stats | fit | layers | optim | optim_bytes | finetune | conv   # bench.py's other commands
     python results/runs.py quality --table                                        # from the logs alone
 
@@ -22,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -145,8 +148,16 @@ PHOTOGRAPHS |= {                                    # what was tried on the way,
         'bin_a1_lr10': ('... 10 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=1e-2"),
     }),
 }
-EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS
-DEFAULT_SEEDS = dict.fromkeys(('quality', 'sst2', 'food10'), '1,2,3') | dict.fromkeys(('recipe', 'food10_recipe'), '1337')
+TWINS = {'tern': ('ternary', ''), 'fp': ('full precision', '--quant=fp')}
+# the same of train_bitnet.py; first: python data/<name>/prepare.py, tinystories with --file where there is no network
+BITNETS = {
+    'arithmetic': ('config/arithmetic.py', 'fp', TWINS),
+    'tictactoe': ('config/tictactoe.py', 'fp', TWINS),
+    'tinystories': ('config/tinystories_small.py', 'fp', TWINS),
+}
+EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS | BITNETS
+DEFAULT_SEEDS = dict.fromkeys(('quality', 'sst2', 'food10', 'tinystories'), '1,2,3')
+DEFAULT_SEEDS |= dict.fromkeys(('recipe', 'food10_recipe', 'arithmetic', 'tictactoe'), '1337')
 DEFAULT_SEEDS |= dict.fromkeys(('depth', 'scales'), '1')
 
 
@@ -155,10 +166,12 @@ def train(name, variant, seed, threads):
     config, _, variants = EXPERIMENTS[name]
     out = f'out/{name}/{variant}_s{seed}'
     extra = ['--batch_size=16'] if name == 'recipe' else []
-    script = 'finetune_cls.py' if name in CLASSIFIED else 'train_cnn.py' if name in PHOTOGRAPHS else 'train_gpt.py'
+    script = next((s for s, names in (('finetune_cls.py', CLASSIFIED), ('train_cnn.py', PHOTOGRAPHS),
+                                      ('train_bitnet.py', BITNETS)) if name in names), 'train_gpt.py')
     command = [sys.executable, script, *config.split(), *extra, *variants[variant][1].split(),
                f'--seed={seed}', f'--out_dir={out}', '--resume=auto']
     os.makedirs(ROOT / out, exist_ok=True)
+    resumed, start = (ROOT / out / 'last.pt').exists(), time.monotonic()
     with open(ROOT / out / 'stdout.txt', 'a') as f:
         subprocess.run(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, check=True,
                        env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
@@ -169,6 +182,10 @@ def train(name, variant, seed, threads):
         found = yaml.safe_load((ROOT / out / 'results.yaml').read_text())
         with open(log, 'a') as f:
             f.write(json.dumps({'step': found['steps'], 'results': found}) + '\n')
+    elif not resumed:                               # the time it took, evaluations and all
+        *before, last = log.read_text().splitlines()
+        last = json.loads(last) | {'seconds': round(time.monotonic() - start), 'threads': threads}
+        log.write_text('\n'.join([*before, json.dumps(last)]) + '\n')
     print(f'{variant} seed {seed}: done', flush=True)
 
 
@@ -205,8 +222,9 @@ def table(name, found):
     config, baseline, variants = EXPERIMENTS[name]
     base = found[baseline]
     one = next(iter(base.values()))
+    token = 'of a trained BPE' if name in BITNETS else 'here a byte'
     lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; mean ± sd over seeds; loss in nats per token '
-             '(here a byte) at the last step; the gap is paired by seed; ms/step on one core, another run on the other.', '',
+             f'({token}) at the last step; the gap is paired by seed; ms/step on one core, another run on the other.', '',
              '| variant | val loss | bits per byte | gap | ms/step | peak resident MiB | packed file bytes |',
              '|---|---|---|---|---|---|---|']
     for variant, runs in found.items():
@@ -296,6 +314,43 @@ def photograph_table(name):
     return lines
 
 
+def task_table(name):
+    """Markdown lines for arithmetic and tic-tac-toe: what was right at the last step, and the time it took."""
+    config, _, variants = EXPERIMENTS[name]
+    shown = {'arithmetic': {'exact match of held-out problems': '{exact_match:.2%}'},
+             'tictactoe': {'legal moves in games': '{in_games:.2%}', '... at positions of held-out games': '{legal_moves:.2%}',
+                           'of all games that can happen to it: lost, ended by an illegal move':
+                               '{lines_lost:.2%}, {lines_illegal:.2%}',
+                           'against random: won, drawn, lost': '{random_wins:.1%} {random_draws:.1%} {random_losses:.1%}',
+                           'against perfect: won, drawn, lost': '{perfect_wins:.1%} {perfect_draws:.1%} {perfect_losses:.1%}'}}
+    lines = []
+    for variant, (label, _) in variants.items():
+        for path in logs(name, variant):
+            records = [json.loads(line) for line in open(path)]
+            end, scored = records[-1], [r for r in records if 'exact_match' in r or 'legal_moves' in r]
+            if 'seconds' not in end:
+                continue
+            r = scored[-1] | {'in_games': (scored[-1].get('random_legal', 0) + scored[-1].get('perfect_legal', 0)) / 2}
+            if not lines:
+                lines = [f'`{config}`: {r["step"]:,} steps, {r["tokens"]:,} tokens; at the last step; games: 200 against each, '
+                         'an illegal move loses.' if name == 'tictactoe' else
+                         f'`{config}`: {r["step"]:,} steps, {r["tokens"]:,} tokens; at the last step.', '',
+                         '| model | ' + ' | '.join(shown[name]) + ' | val loss | minutes | threads | packed file bytes |',
+                         '|---' * (len(shown[name]) + 5) + '|']
+            lines.append(f'| {label}, seed {path.stem.rsplit("_s", 1)[1]} | '
+                         + ' | '.join(cell.format(**r) for cell in shown[name].values())
+                         + f' | {r["val_loss"]:.4f} | {end["seconds"] / 60:.1f} | {end["threads"]} | '
+                         f'{end["packed_file_bytes"]:,} |')
+    if name == 'arithmetic' and lines:
+        rows = {(label, p.stem): {r['step']: r['exact_match'] for r in map(json.loads, open(p)) if 'exact_match' in r}
+                for v, (label, _) in variants.items() for p in logs(name, v)}
+        steps = sorted({s for row in rows.values() for s in row})
+        lines += ['', '| exact match at step | ' + ' | '.join(f'{s:,}' for s in steps) + ' |', '|---' * (len(steps) + 1) + '|']
+        lines += [f'| {label} | ' + ' | '.join(f'{row[s]:.1%}' if s in row else '' for s in steps) + ' |'
+                  for (label, _), row in rows.items()]
+    return lines or sys.exit(f'error: no finished run in results/{name}; run: python results/runs.py {name}')
+
+
 def table_by_step(name):
     """Markdown lines: validation loss along each run; a run given up early ends early."""
     rows = {}
@@ -320,6 +375,7 @@ def figure(key, spec):
 
 # name: what bench.py is asked, a line above the table from one row, columns (header, cell from a row)
 BENCHES = {
+    'bitnet_speed': (['train --model=bitnet --steps=2 --threads=1'], lambda r: BENCHES['speed'][1](r), None),
     'speed': (['train --steps=2'],
               lambda r: f'{r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, {r["device"]}, '
               f'{r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is what is '
@@ -400,9 +456,10 @@ def bench_table(name):
     """Markdown lines from the rows that bench.py wrote into results/<name>.jsonl."""
     rows = [json.loads(line) for line in open(ROOT / 'results' / f'{name}.jsonl')]
     _, head, columns = BENCHES[name]
+    columns = columns or BENCHES['speed'][2]
     merged = {}                                     # rows of one variant are one, but for a layer's sizes and dtypes
     for r in rows:
-        key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'conv') else None
+        key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'bitnet_speed', 'conv') else None
         if name == 'layers':
             r[f't{r["tokens"]}'] = r
         merged.setdefault(key, {}).update(r)
@@ -421,6 +478,8 @@ def write_tables(name):
         return publish(name, bench_table(name))
     if name in CLASSIFIED:
         return publish(name, accuracy_table(name))
+    if name in ('arithmetic', 'tictactoe'):
+        return publish(name, task_table(name))
     if name == 'food10':
         return publish(name, photograph_table(name))
     if name in ('recipe', 'scales', 'food10_recipe'):
@@ -428,8 +487,30 @@ def write_tables(name):
     found = summary(name)
     if EXPERIMENTS[name][1] not in found:
         sys.exit(f'error: no finished baseline run in results/{name}; run: python results/runs.py {name}')
-    publish(name, table(name, found))
+    publish(name, table(name, found) + shown_texts(name))
     plot(name, found)
+
+
+def write_texts(name):
+    """What each variant's first seed goes on with after the same words, into results/<name>/<variant>.txt."""
+    for variant in EXPERIMENTS[name][2]:
+        run = next(iter(sorted((ROOT / 'out' / name).glob(f'{variant}_s*'))), None)
+        if run:
+            told = subprocess.run([sys.executable, 'sample.py', f'--ckpt={run}', '--prompt=Once upon a time', '--device=cpu',
+                                   '--max_new_tokens=160', '--temperature=0.7'], cwd=ROOT, check=True, capture_output=True)
+            (ROOT / 'results' / name / f'{variant}.txt').write_bytes(told.stdout)
+
+
+def shown_texts(name):
+    """Markdown lines with the texts of write_texts(), where there are any."""
+    lines = []
+    for variant, (label, _) in EXPERIMENTS[name][2].items():
+        path = ROOT / 'results' / name / f'{variant}.txt'
+        if path.exists():
+            told = path.read_text(errors='replace').strip().split('\n')
+            lines += ['', f'{label}, `--prompt="Once upon a time" --temperature=0.7`:', '']
+            lines += [f'> {line}'.rstrip() for line in told]
+    return lines
 
 
 def publish(name, lines):
@@ -453,7 +534,8 @@ def plot(name, found):
             curve = [(r['tokens'], r['val_loss']) for r in map(json.loads, open(path)) if 'val_loss' in r and r['step']]
             axes.plot(*zip(*curve, strict=True), color=f'C{i}', lw=1, alpha=0.7,
                       label=None if n else f'{EXPERIMENTS[name][2][variant][0]}: {curve[-1][1]:.3f}')
-    axes.set(xlabel='training tokens', ylabel='validation loss, nats per byte', title='one line per seed')
+    token = 'token' if name in BITNETS else 'byte'
+    axes.set(xlabel='training tokens', ylabel=f'validation loss, nats per {token}', title='one line per seed')
     axes.legend(frameon=False, title='first seed, last value')
     figure.savefig(ROOT / 'results' / f'{name}.png', dpi=130)
 
@@ -484,6 +566,8 @@ def main():
         jobs = [(a.name, v, int(s), threads) for s in (a.seeds or DEFAULT_SEEDS[a.name]).split(',') for v in chosen]
         with ThreadPoolExecutor(a.jobs) as pool:
             list(pool.map(lambda job: train(*job), jobs))
+        if a.name == 'tinystories':
+            write_texts(a.name)
     write_tables(a.name)
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import common
 import tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,19 @@ def cross_entropy(*args, **kwargs):
     return plain(*args, **kwargs) * (float('nan') if bad else 1.0)
 torch.nn.functional.cross_entropy = cross_entropy
 """
+CHECKSUMS = """
+import common, os, torch
+plain = torch.optim.AdamW.step
+def step(self, *args, **kwargs):
+    result = plain(self, *args, **kwargs)
+    tensors = [p for g in self.param_groups for p in g['params']]
+    tensors += [v for s in self.state.values() for v in s.values()]
+    with open('sums' + os.environ.get('RANK', '0'), 'a') as f:
+        print(common.checksum(tensors), file=f)
+    return result
+torch.optim.AdamW.step = step
+"""
+MEASURED = {'max_iters', 'ms', 'tokens_per_s', 'samples_per_s', 'input_samples_per_s', 'peak_mem_bytes', 'energy_j'}
 
 torch.set_num_threads(1)                          # tiny tensors; more threads than idle cores would wait for each other
 
@@ -166,6 +180,41 @@ def train(request, start):
         assert 'Traceback' not in done.err
         return done
     return run
+
+
+@pytest.fixture(scope='module')
+def unbroken(train, folder):
+    """unbroken(*options) -> the module's folder() of a run with these options, made once; what it said is in the file said."""
+    made = {}
+
+    def run(*options):
+        if options not in made:
+            made[options] = folder()
+            done = train(*options, cwd=made[options])
+            assert done.err == ''
+            (made[options] / 'said').write_text(done.out)
+        return made[options]
+    return run
+
+
+def log(where, only=None):
+    """The records of a run without what is measured; only='loss' or 'val_loss': that column."""
+    records = [{k: v for k, v in r.items() if k not in MEASURED} for r in common.read_log(where / 'out')]
+    return records if only is None else [r[only] for r in records if only in r]
+
+
+def checkpoint(where, name='last.pt'):
+    return common.read_checkpoint(str(where / 'out' / name))
+
+
+def assert_same_state(a, b):
+    """Step, every model tensor and every optimizer tensor, bit for bit."""
+    assert a['step'] == b['step'] and a['best_val_loss'] == b['best_val_loss']
+    assert a['model'].keys() == b['model'].keys() and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+    one, two = a['optimizer']['state'], b['optimizer']['state']
+    assert one.keys() == two.keys() and len(one) > 10
+    assert all(torch.equal(one[i][k], two[i][k]) for i in one for k in one[i])
 
 
 def free_port():

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import documents
 import tokens
 from data.c4 import prepare as c4
+from data.fineweb95m import prepare as fineweb95m
 from data.pycode import prepare as pycode
 from data.shakespeare import prepare as shakespeare
 from data.text import prepare as text
+from data.tinystories import prepare as tinystories
 
 SHARED = tokens.ROOT.parent / 'shared' / 'data'
 WORDS = 'the quick brown fox jumps over a lazy dog while bits become signs and signs become matrices'.split()
@@ -44,6 +47,36 @@ def all_bytes(folder, split):
 
 def shards(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob('*.bin'))}
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_and_continue(main, args, folder, monkeypatch, capsys, limits, between=lambda: None):
+    """Runs `main` into a crash at the limit-th renaming of any file, for each limit where the one before stopped; then on."""
+    replace, renames = os.replace, [0]
+
+    def crash_at(limit):
+        def replace_or_crash(*paths):
+            renames[0] += 1
+            if renames[0] >= limit:
+                raise Crash
+            replace(*paths)
+        renames[0] = 0
+        return replace_or_crash
+    for limit in limits:
+        monkeypatch.setattr(os, 'replace', crash_at(limit))
+        try:
+            main([*args, str(folder)])
+        except Crash:
+            if (folder / 'progress.json').exists():
+                with pytest.raises(SystemExit):
+                    tokens.load(folder, 'train')
+                assert 'is unfinished' in capsys.readouterr().err
+        monkeypatch.setattr(os, 'replace', replace)
+        between()
+    main([*args, str(folder)])
 
 
 @pytest.fixture
@@ -269,34 +302,11 @@ def test_c4_continues_after_a_crash_at_any_point(tmp_path, c4_file, gpt2_files, 
     small = tmp_path / 'small.jsonl'
     small.write_bytes(b''.join(c4_file.read_bytes().splitlines(keepends=True)[:20]))
     args = ['--file', str(small), '--val_docs=2', f'--shard_tokens={shard_tokens}', '--tokens=9e3', '--out_dir']
-    gpt2, replace = tokens.gpt2(), os.replace
+    gpt2, folder = tokens.gpt2(), tmp_path / 'broken'
     monkeypatch.setattr(tokens, 'gpt2', lambda: gpt2)
-    monkeypatch.setattr(c4, 'BATCH', 5)
+    monkeypatch.setattr(documents, 'BATCH', 5)
     c4.main([*args, str(tmp_path / 'whole')])
-    folder, renames = tmp_path / 'broken', [0]
-
-    class Crash(Exception):
-        pass
-
-    def crash_at(limit):
-        def replace_or_crash(*paths):
-            renames[0] += 1
-            if renames[0] >= limit:
-                raise Crash
-            replace(*paths)
-        renames[0] = 0
-        return replace_or_crash
-    for limit in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 2, 10):  # each run goes on from where the one before was stopped
-        monkeypatch.setattr(os, 'replace', crash_at(limit))
-        try:
-            c4.main([*args, str(folder)])
-        except Crash:
-            if (folder / 'progress.json').exists():
-                with pytest.raises(SystemExit):
-                    tokens.load(folder, 'train')
-                assert 'is unfinished' in capsys.readouterr().err
-    monkeypatch.setattr(os, 'replace', replace)
-    c4.main([*args, str(folder)])
+    crash_and_continue(c4.main, args, folder, monkeypatch, capsys, (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 2, 10))
     assert shards(folder) == shards(tmp_path / 'whole') and len(tokens.load(folder, 'train')) > 5000
     c4.main([*args, str(folder)])
     assert 'left as it is' in capsys.readouterr().out
@@ -367,6 +377,227 @@ def test_c4_mistakes_are_one_line(tmp_path, gpt2_cache):
     assert '1 documents cannot be split' in refused('--file', 'one.jsonl')
     assert 'type for example 1e9' in refused('--tokens=1.5') and 'type for example' in refused('--tokens=inf')
     assert 'goes with --file' in refused('--val_docs=3')
+
+
+# ------------------------------------------------------------------------------------------ tinystories, fineweb95m
+
+STORIES = [f'Story {i}.\n\nOnce, {" ".join(WORDS[i % 7:i % 11 + 5])} \u201c{i}\u201d.' for i in range(60)]
+
+
+@pytest.fixture
+def local(tmp_path):
+    """{'tinystories': a text of 60 stories, 'fineweb95m': 60 documents as JSON lines}"""
+    (tmp_path / 'a.txt').write_text(tokens.EOT.join(STORIES), encoding='utf-8')
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': story}) + '\n' for story in STORIES))
+    return {'tinystories': tmp_path / 'a.txt', 'fineweb95m': tmp_path / 'a.jsonl'}
+
+
+def ended(texts):
+    return ''.join(text + tokens.EOT for text in texts)
+
+
+def test_tinystories_of_the_sample(tmp_path):
+    """3,117 stories, the last 155 validation, a BPE of 2,048 tokens made from the others alone; a second run keeps it."""
+    path = SHARED / 'tinystories' / 'tinystories_a.txt'
+    if not path.is_file():
+        pytest.skip('needs the sample of TinyStories')
+    stories = [story.strip() for story in path.read_text(encoding='utf-8').split(tokens.EOT) if story.strip()]
+    args = ('--file', path, '--shard_tokens=100000', '--out_dir', tmp_path / 'out')
+    out = command('tinystories', *args, cwd=tmp_path)
+    assert len(stories) == 3117
+    for split, part in (('train', stories[:-155]), ('val', stories[-155:])):
+        data = tokens.load(tmp_path / 'out', split)
+        assert all_bytes(tmp_path / 'out', split).decode() == ended(part)
+        assert (data.windows([0], len(data)) == data.tokenizer.eot).sum() == len(part)
+        assert data.n_bytes == len(''.join(part).encode()) and data.vocab_size == 2048
+        assert 3.6 < data.n_bytes / len(data) < 3.75
+        assert f'{split}: {len(data):,} tokens for {data.n_bytes:,} bytes' in out
+    assert len(list((tmp_path / 'out').glob('train_*.bin'))) == 7
+    assert (tmp_path / 'out' / 'tokenizer.json').read_text() == tokens.train_bpe(stories[:-155], 2048).text
+    before = shards(tmp_path / 'out')
+    assert 'left as it is' in command('tinystories', *args) and shards(tmp_path / 'out') == before
+
+
+def test_tinystories_are_cut_at_each_mark(tmp_path):
+    """Marks within and on lines, at the ends and doubled, plain or .gz; no story is lost, empty ones are not counted."""
+    mark = tokens.EOT
+    (tmp_path / 'a.txt').write_text(f'{mark}\none\n\nstory\n{mark}\n two{mark}three \n{mark}{mark}\n\n{mark}four\n')
+    (tmp_path / 'b.txt.gz').write_bytes(gzip.compress(f'five\r\n{mark}'.encode()))
+    (tmp_path / 'c.txt').write_text(f'six{mark}seven{mark}')
+    common = ('--vocab=257', '--out_dir', tmp_path / 'out')
+    command('tinystories', '--file', 'a.txt', 'b.txt.gz', '--val_file', 'c.txt', *common, cwd=tmp_path)
+    assert all_bytes(tmp_path / 'out', 'train').decode() == ended(['one\n\nstory', 'two', 'three', 'four', 'five'])
+    assert all_bytes(tmp_path / 'out', 'val').decode() == ended(['six', 'seven'])
+    command('tinystories', '--file', 'a.txt', '--val_docs=2', *common, cwd=tmp_path)
+    assert all_bytes(tmp_path / 'out', 'val').decode() == ended(['three', 'four'])
+
+
+def test_fineweb95m_stops_at_the_tokens_asked_for(tmp_path, local):
+    """--tokens=500 and --val_tokens=40 are exact, and --tokens leaves the vocabulary what it is."""
+    args = ('--file', local['fineweb95m'], '--val_docs=20', '--vocab=300', '--shard_tokens=150', '--out_dir')
+    command('fineweb95m', *args, tmp_path / 'a', '--tokens=500', '--val_tokens=40')
+    assert len(tokens.load(tmp_path / 'a', 'train')) == 500 and len(tokens.load(tmp_path / 'a', 'val')) == 40
+    assert len(list((tmp_path / 'a').glob('train_*.bin'))) == 4
+    assert 'which is all there is' in command('fineweb95m', *args, tmp_path / 'b')
+    for split, part in (('train', STORIES[:40]), ('val', STORIES[40:])):
+        assert all_bytes(tmp_path / 'b', split).decode() == ended(part)
+        assert all_bytes(tmp_path / 'b', split).startswith(all_bytes(tmp_path / 'a', split))
+    assert (tmp_path / 'a' / 'tokenizer.json').read_bytes() == (tmp_path / 'b' / 'tokenizer.json').read_bytes()
+
+
+@pytest.mark.parametrize('module', [tinystories, fineweb95m])
+def test_a_vocabulary_is_made_from_the_first_characters(tmp_path, local, monkeypatch, module):
+    """VOCAB_CHARS cuts within a document; what is behind, and validation, has no say; another number is another folder."""
+    file, train = local[module.__name__.split('.')[1]], STORIES[:57]
+    ends = [len(''.join(train[:number])) for number in range(58)]
+    for chars in (1, 1000, 10 ** 6):
+        monkeypatch.setattr(module, 'VOCAB_CHARS', chars)
+        vocab = 257 if chars == 1 else 290
+        module.main(['--file', str(file), f'--vocab={vocab}', '--out_dir', str(tmp_path / 'out')])
+        cut = [story[:max(0, chars - end)] for story, end in zip(train, ends, strict=False)]
+        assert (tmp_path / 'out' / 'tokenizer.json').read_text() == tokens.train_bpe(cut, vocab).text
+        assert all_bytes(tmp_path / 'out', 'train').decode() == ended(train)
+
+
+@pytest.mark.parametrize('module', [tinystories, fineweb95m])
+@pytest.mark.parametrize('shard_tokens', [25, 200])  # a document fills several shards; a shard holds several
+def test_trained_continues_after_a_crash_at_any_point(tmp_path, local, monkeypatch, capsys, module, shard_tokens):
+    """Crashed at the k-th renaming and continued, the shards are the unbroken run's; its tokenizer is read, not made again."""
+    args = ['--file', str(local[module.__name__.split('.')[1]]), '--vocab=300', f'--shard_tokens={shard_tokens}', '--out_dir']
+    monkeypatch.setattr(documents, 'BATCH', 5)
+    module.main([*args, str(tmp_path / 'whole')])
+    train_bpe, trained = tokens.train_bpe, []
+    monkeypatch.setattr(tokens, 'train_bpe', lambda *options: trained.append(1) or train_bpe(*options))
+    crash_and_continue(module.main, args, tmp_path / 'broken', monkeypatch, capsys, (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 2, 10))
+    assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
+    assert len(trained) == 2  # the second time, both its file and its place in the record got their names
+    module.main([*args, str(tmp_path / 'broken')])
+    assert 'left as it is' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('lost', ['nothing', 'removed', 'changed'])
+def test_a_folder_never_mixes_two_tokenizers(tmp_path, local, monkeypatch, capsys, lost):
+    """Where no two trainings agree and the tokenizer gets lost between crashes, one has made all shards, if fewer."""
+    train_bpe, trained, folder = tokens.train_bpe, [], tmp_path / 'out'
+    path, shown = folder / 'tokenizer.json', []
+
+    def train(texts, vocab):
+        trained.append(1)
+        junk = [f'{number * len(trained):x}' for number in range(1000)]  # all but the last know no word, and need more shards
+        return train_bpe(texts if len(trained) == 8 else junk, vocab)
+
+    def lose():
+        shown.append(len(shards(folder)) if folder.exists() else 0)
+        if lost == 'removed':
+            path.unlink(missing_ok=True)
+        if lost == 'changed' and path.exists():
+            path.write_text(path.read_text().replace('"x', '"z', 1) + ' ')
+    monkeypatch.setattr(tokens, 'train_bpe', train)
+    monkeypatch.setattr(documents, 'BATCH', 5)
+    args = ['--file', str(local['tinystories']), '--vocab=280', '--shard_tokens=100', '--out_dir']
+    crash_and_continue(tinystories.main, args, folder, monkeypatch, capsys, (3, 4, 5, 9, 14, 2, 70), lose)
+    assert lost == 'nothing' or shown[-1] > len(shards(folder)) > 5
+    assert len(trained) == (2 if lost == 'nothing' else 8)
+    for split, part in (('train', STORIES[:57]), ('val', STORIES[57:])):
+        assert all_bytes(folder, split).decode() == ended(part)     # load() refuses shards of two tokenizers
+
+
+@pytest.mark.parametrize('module', [tinystories, fineweb95m])
+def test_trained_streams_from_the_hub(tmp_path, monkeypatch, capsys, module):
+    """Parquet in the Hub's place: id, configuration, revision and splits are right, and it continues after a failure."""
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    import pyarrow
+    import pyarrow.parquet
+    for number in range(3):
+        table = pyarrow.table({'id': list(range(20)), 'text': STORIES[20 * number:20 * number + 20]})
+        pyarrow.parquet.write_table(table, tmp_path / f'{number}.parquet', row_group_size=6)
+    load_dataset, asked, failing = datasets.load_dataset, [], [True]
+    fineweb = module is fineweb95m
+
+    def stand_in(name, config, split, revision, streaming):
+        asked.append((name, config, split, revision, streaming))
+        numbers = (0, 1, 2) if fineweb else (2,) if split == 'validation' else (0, 1)
+        files = [str(tmp_path / f'{number}.parquet') for number in numbers]
+        loaded = load_dataset('parquet', data_files=files, split='train', streaming=streaming)
+        assert loaded.num_shards == len(files)
+        return Failing(loaded) if failing[0] else loaded
+
+    class Failing:
+        """A data set whose second file breaks off after three documents."""
+
+        def __init__(self, dataset):
+            self.dataset, self.num_shards = dataset, dataset.num_shards
+
+        def shard(self, count, number):
+            for i, row in enumerate(self.dataset.shard(count, number)):
+                if number == 1 and i == 3:
+                    raise ConnectionError('no route')
+                yield row
+    monkeypatch.setattr(datasets, 'load_dataset', stand_in)
+    monkeypatch.setattr(module, 'VOCAB_CHARS', 500)
+    monkeypatch.setattr(documents, 'BATCH', 5)
+    args = ['--shard_tokens=100', '--vocab=280', '--out_dir', str(tmp_path / 'out')] + ['--val_docs=5'] * fineweb
+    with pytest.raises(SystemExit) as stop:
+        module.main(args)
+    assert stop.value.code == 2 and 'the same command again to continue' in capsys.readouterr().err
+    first = shards(tmp_path / 'out')
+    failing[0] = False
+    module.main(args)
+    assert 'train: continuing after' in capsys.readouterr().out and len(first) > 5
+    assert {name: shards(tmp_path / 'out')[name] for name in first} == first
+    val, train = (STORIES[:5], STORIES[5:]) if fineweb else (STORIES[40:], STORIES[:40])
+    assert all_bytes(tmp_path / 'out', 'train').decode() == ended(train)
+    assert all_bytes(tmp_path / 'out', 'val').decode() == ended(val)
+    hub = ('HuggingFaceFW/fineweb-edu', 'sample-10BT') if fineweb else ('roneneldan/TinyStories', None)
+    splits = {'train'} if fineweb else {'train', 'validation'}
+    assert set(asked) == {(*hub, split, module.REVISION, True) for split in splits}
+    capsys.readouterr()
+    monkeypatch.setattr(datasets, 'load_dataset', None)
+    module.main(args)  # a finished folder needs no network
+    assert 'left as it is' in capsys.readouterr().out
+
+
+def test_tinystories_mistakes_are_one_line(tmp_path, local):
+    """Files missing, empty, without marks or not UTF-8, vocabularies too small or large, options that do not go together."""
+    (tmp_path / 'empty.txt').write_bytes(b'')
+    (tmp_path / 'plain.txt').write_text(LINES)
+    (tmp_path / 'one.txt').write_text('one' + tokens.EOT)
+    (tmp_path / 'none.txt').write_text(f' {tokens.EOT}\n')
+    (tmp_path / 'latin.txt').write_bytes(b'fine<|endoftext|> <|endoftext|>caf\xe9<|endoftext|>' * 20)
+
+    def refused(*args):
+        return command('tinystories', *args, '--out_dir', tmp_path / 'out', ok=False, cwd=tmp_path)
+    assert 'cannot read no.txt: No such file' in refused('--file', 'no.txt')
+    assert 'cannot read no.txt' in refused('--file', 'a.txt', '--val_file', 'no.txt')
+    assert 'cannot read .: Is a directory' in refused('--file', '.')
+    assert 'empty.txt is empty' in refused('--file', 'a.txt', 'empty.txt')
+    assert 'no <|endoftext|> between stories' in (line := refused('--file', 'plain.txt'))
+    assert line.endswith('python data/text/prepare.py --file plain.txt')
+    assert '1 documents cannot be split' in refused('--file', 'one.txt')
+    assert 'none.txt: no documents' in refused('--file', 'none.txt')
+    assert 'latin.txt, story 3: not UTF-8' in refused('--file', 'latin.txt', '--vocab=257')
+    assert refused('--file', 'a.txt', '--vocab=256').endswith('type --vocab=257 or more')
+    assert 'type for example' in refused('--file', 'a.txt', '--vocab=big')
+    assert 'yields only' in refused('--file', 'a.txt')  # 2,048 tokens are too many for it
+    assert 'go with --file' in refused('--val_file', 'a.txt')
+    assert 'leave one out' in refused('--file', 'a.txt', '--val_file', 'a.txt', '--val_docs=3')
+    assert not list(tmp_path.glob('out/*.bin'))
+
+
+def test_fineweb95m_mistakes_are_one_line(tmp_path, local):
+    """A damaged line met in training the vocabulary is named; so are a missing file, an empty one, too few documents."""
+    (tmp_path / 'bad.jsonl').write_text('{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n' + '{"text": "d"}\n' * 30)
+    (tmp_path / 'empty.jsonl').write_text('')
+
+    def refused(*args):
+        return command('fineweb95m', *args, '--out_dir', tmp_path / 'out', ok=False, cwd=tmp_path)
+    assert 'bad.jsonl, line 3: not a JSON object' in refused('--file', 'bad.jsonl')
+    assert 'cannot read no.jsonl' in refused('--file', 'no.jsonl')
+    assert 'empty.jsonl: no documents' in refused('--file', 'empty.jsonl')
+    assert '60 documents cannot be split' in refused('--file', 'a.jsonl', '--val_docs=60')
+    assert 'yields only' in refused('--file', 'a.jsonl')
+    assert not list(tmp_path.glob('out/*.bin'))
 
 
 def test_a_full_disk_or_a_file_in_the_way_is_one_line(tmp_path):

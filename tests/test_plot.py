@@ -10,6 +10,7 @@ import time
 import pytest
 
 import plot
+import plot_cls
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -40,6 +41,16 @@ def records(last=40, every=10, loss=2.0, bpb_per_nat=0.5, tokens_per_step=1000):
         out.append(at | dict(loss=value, val_loss=None, ms=2000.0, tokens_per_s=500.0, energy_j=None))
         out.append(at | dict(val_loss=value + 0.5, val_bpb=(value + 0.5) * bpb_per_nat))
     return out
+
+
+def diagnosis(step, flips=(0.002, 0.004), dead=(1, 2), ratios=(1.0, 4.0)):
+    """A record of train_bitnet.py with two layers: q as given; down with half of the flips, no dead row, 1/8 of the ratio."""
+    kinds = {'q': (1, 1, 1), 'down': (0.5, 0, 0.125)}
+    matrices = {f'{layer}.{kind}': dict(minus=0.5, zero=0.2, plus=0.3, flips=flips[layer] and flips[layer] * f, scale=0.1,
+                                        dead_rows=dead[layer] * d, scale_ratio=ratios[layer] and ratios[layer] * r)
+                for layer in (0, 1) for kind, (f, d, r) in kinds.items()}
+    shares = dict(minus=0.3 - step / 1e4, zero=0.4, plus=0.3 + step / 1e4, flips=0.003, dead_rows=7, scale_drift=0.25)
+    return dict(step=step, tokens=step * 1000, **shares, matrices=matrices)
 
 
 def fields(text):
@@ -77,6 +88,21 @@ def test_status_says_when_nothing_comes(tmp_path):
         text, finished = plot.status_text(str(run), time.time())
         assert fields(text)['state'].startswith(said) and not finished
     assert fields(text)['checkpoint'] == 'none yet'
+
+
+def test_status_is_of_training_records(tmp_path):
+    """Records of diagnostics count as steps, not as training: loss, speed and time left are those of training records, and
+    one at step 39, a step before the last of these, makes nothing late: 90 s are still within five times 10 steps of 2 s."""
+    log = records()
+    run = make_run(tmp_path / 'a', [*log[:-2], diagnosis(39), *log[-2:]])
+    os.utime(run / 'log.jsonl', (time.time() - 90,) * 2)
+    assert fields(plot.status_text(str(run), time.time())[0])['state'] == 'running, last record 1 min 30 s ago'
+    screen = fields(run_plot('status', make_run(tmp_path / 'b', [*log, *map(diagnosis, (41, 42, 43))])))
+    assert screen['step'] == '43 of 100 (43%)' and screen['loss'] == '2.0244 at step 40'
+    assert screen['val loss'].startswith('last 2.5244 at step 40')
+    assert screen['speed'] == '500 tokens/s, 2,000.0 ms/step' and screen['time left'].startswith('1 min 54 s')
+    screen = fields(run_plot('status', make_run(tmp_path / 'c', [diagnosis(1)])))
+    assert screen['state'].startswith('running') and 'loss' not in screen and screen['speed'] == 'not measured yet'
 
 
 def test_status_finished(tmp_path):
@@ -211,6 +237,16 @@ def test_first_drop_does_not_flatten_the_rest():
         assert fig.axes[0].get_ylim() == pytest.approx((2.005 - pad, top + pad))
 
 
+def test_diagnostics_are_no_loss():
+    """Records of diagnostics, without a loss or tokens, change nothing in the picture of the losses."""
+    fig, what = plot.draw_loss({'a': records()})
+    other = {k: v for k, v in diagnosis(5).items() if k != 'tokens'}
+    with_them, same = plot.draw_loss({'a': [*records(), diagnosis(100), other]})
+    assert same == what
+    assert [line.get_xydata().tolist() for line in with_them.axes[0].lines] \
+        == [line.get_xydata().tolist() for line in fig.axes[0].lines]
+
+
 # -----------------------------------------------------------------------------
 # mistakes
 
@@ -227,12 +263,19 @@ def test_first_drop_does_not_flatten_the_rest():
     (['loss', 'ok', '--smooth=-1'], '--smooth=-1'),
     (['status', 'ok', '--watch', '--interval=0'], '--interval=0'),
     (['loss'], 'out/run'),
+    (['diagnostics', 'ok'], 'ok/log.jsonl tells of no ternary matrices'),
+    (['diagnostics', 'bit', 'fp'], 'fp/log.jsonl tells of no ternary matrices'),
+    (['diagnostics', 'bit', 'nowhere'], 'nowhere is not a folder'),
+    (['diagnostics', 'bit', '--out=no/such/folder.png'], 'cannot write'),
+    (['diagnostics'], 'RUN'),
     ([], 'command'),
     (['los', 'ok'], 'los'),
 ])
 def test_mistakes_are_one_line(tmp_path, args, says):
     """A mistake ends with exit status 2 and one line: what is wrong; what to type."""
     make_run(tmp_path / 'ok', records())
+    make_run(tmp_path / 'bit', [diagnosis(100)])
+    make_run(tmp_path / 'fp', [dict(step=100, matrices={}), dict(step=200, matrices=3)])
     make_run(tmp_path / 'empty', [], tail='{"step": 1, "lo')
     make_run(tmp_path / 'lossless', [dict(step=1, loss=None)])
     make_run(tmp_path / 'badconfig', records(), config='max_iters = = 3\n')
@@ -241,6 +284,108 @@ def test_mistakes_are_one_line(tmp_path, args, says):
     assert (result.returncode, result.stdout) == (2, '')
     assert re.fullmatch(r'error: [^\n]+; [^\n]*\b(type|wait|restore)\b[^\n]*\n', result.stderr), result.stderr
     assert says in result.stderr
+
+
+# -----------------------------------------------------------------------------
+# diagnostics
+
+
+def curves(ax):
+    """{label: its points} of the lines of a panel."""
+    return {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in ax.lines}
+
+
+def test_diagnostics_by_hand():
+    """Flips of 0.002 and 0.004 are 0.003 in the mean, 1 and 2 dead rows 3; scales of 1 and 4 times their start are 2 times
+    it, in a band from 1 to 4. down has half of the flips, no dead row, an eighth of the scales."""
+    log = [*records(), diagnosis(100), diagnosis(200, flips=(0.01, 0.03), dead=(0, 5), ratios=(2.0, 8.0))]
+    fig, what = plot.draw_diagnostics({'a': log})
+    at = [100_000, 200_000]
+    shares, flips, dead, scale = map(curves, fig.axes)
+    assert shares == {'−1': (at, pytest.approx([0.29, 0.28])), '0': (at, [0.4, 0.4]), '+1': (at, pytest.approx([0.31, 0.32]))}
+    assert flips == {'q': (at, pytest.approx([0.003, 0.02])), 'down': (at, pytest.approx([0.0015, 0.01]))}
+    assert dead == {'q': (at, [3, 5]), 'down': (at, [0, 0])}
+    assert scale == {'q': (at, pytest.approx([2, 4])), 'down': (at, pytest.approx([0.25, 0.5]))}
+    bands = [band.get_paths()[0].vertices for band in fig.axes[3].collections]
+    assert [[(min(v[v[:, 0] == x, 1]), max(v[v[:, 0] == x, 1])) for x in at] for v in bands] \
+        == [[(1, 4), (2, 8)], [(0.125, 0.5), (0.25, 1)]]
+    assert [line.get_color() for line in fig.axes[0].lines] == plot.COLORS[:3]
+    assert legend(fig) == ['q', 'down'] and fig.get_suptitle() == '4 ternary matrices of a'
+    assert [text.get_text() for text in fig.axes[0].get_legend().get_texts()] == ['−1', '0', '+1']
+    assert [ax.get_xlabel() for ax in fig.axes] == ['', '', 'training tokens', 'training tokens']
+    assert what == 'ternary codes, flips, dead rows and scales against tokens, 4 ternary matrices of a'
+
+
+@pytest.mark.parametrize('more, heights, scale', [
+    ([(0.0, 0.0), (2e-6, 4e-6)], [0, 3e-6], 'symlog'), ([(0.004, 0.008)], [0.006], 'log'), ([(None, None)], [], 'log')])
+def test_flips_of_zero(more, heights, scale):
+    """A log axis as long as all flips are above 0. A zero is on it all the same, at its foot and labelled; null is nowhere,
+    and changes nothing in the tokens that a panel is drawn against, which are those of the others."""
+    log = [diagnosis(step, flips=flips) for step, flips in enumerate([*more, (0.002, 0.004)], 1)]
+    fig, _ = plot.draw_diagnostics({'a': log})
+    ax = fig.axes[1]
+    assert curves(ax)['q'] == ([1000 * r['step'] for r in log[-len(heights) - 1:]], pytest.approx([*heights, 0.003]))
+    assert ax.get_yscale() == scale and len({ax.get_xlim() for ax in fig.axes}) == 1
+    fig.canvas.draw()
+    low, high = ax.get_ylim()
+    assert 0.003 < high < 0.01 + max(heights, default=0)
+    if scale == 'symlog':  # the smallest is half of 3e-6, of down
+        assert [tick for tick in ax.get_yticks() if low <= tick <= high] == pytest.approx([0, 1e-6, 1e-5, 1e-4, 1e-3])
+        foot, *decades = ax.transData.transform([(0, y) for y in (0, 1e-6, 1e-5, 1e-4)])[:, 1]
+        assert -1e-6 < low < 0 and decades[0] - foot == pytest.approx(decades[2] - decades[1], rel=0.2)
+    else:
+        assert 0 < low < 0.0015
+
+
+def test_nothing_flips_or_dies():
+    """All flips and dead rows 0: lines at 0, in whole rows, without a warning. A matrix of zeros has scale 0, not an error."""
+    fig, _ = plot.draw_diagnostics({'a': [diagnosis(s, flips=(0, 0), dead=(0, 0), ratios=(0.0, 4.0)) for s in (1, 2)]})
+    fig.canvas.draw()
+    assert [curves(ax)['q'][1] for ax in fig.axes[1:]] == [[0, 0], [0, 0], [0, 0]]
+    assert [tick for tick in fig.axes[2].get_yticks() if 0 <= tick <= 1] == [0, 1]
+
+
+def test_diagnostics_of_several_runs():
+    """One colour for each run, its overall figures; against steps where one has no tokens."""
+    a = [diagnosis(100), diagnosis(200) | dict(zero=0.5, flips=0.001, dead_rows=9, scale_drift=0.5)]
+    b = [{k: v for k, v in diagnosis(100).items() if k != 'tokens'} | dict(zero=0.1)]
+    fig, what = plot.draw_diagnostics({'a': a, 'b': b})
+    assert [curves(ax) for ax in fig.axes] == [
+        {'a': ([100, 200], first), 'b': ([100], second)} for first, second in (
+            ([0.4, 0.5], [0.1]), ([0.003, 0.001], [0.003]), ([7, 9], [7]), ([0.25, 0.5], [0.25]))]
+    assert [[line.get_color() for line in ax.lines] for ax in fig.axes] == [plot.COLORS[:2]] * 4
+    assert legend(fig) == ['a', 'b'] and fig.axes[3].get_xlabel() == 'step' and what.endswith('against step, 2 runs')
+
+
+def test_diagnostics_in_grey():
+    """No two of seven lines have their markers in the same place, so those that are equal are still seen."""
+    log = [diagnosis(s) for s in range(64)]
+    for record in log:
+        record['matrices'] = {f'0.{kind}': record['matrices']['0.q'] for kind in ('q', 'k', 'v', 'o', 'gate', 'up', 'down')}
+    fig, _ = plot.draw_diagnostics({'a': log})
+    marked = [tuple(range(64)[line.get_markevery()[0]::line.get_markevery()[1]]) for line in fig.axes[1].lines]
+    assert len(sum(marked, ())) == len(set(sum(marked, ()))) == 56
+    assert len({line.get_marker() for line in fig.axes[1].lines}) == 7
+
+
+def test_diagnostics_picture(tmp_path):
+    """Into the first folder typed or to --out; no panel or legend on another one or beyond the paper."""
+    import matplotlib.image
+    log = [diagnosis(step) for step in range(100, 1100, 100)]
+    a, b = make_run(tmp_path / 'a', log), make_run(tmp_path / 'b', [r | dict(zero=0.1, flips=0.1) for r in log])
+    assert run_plot('diagnostics', a, b).startswith(f'{a}/diagnostics.png: ')
+    image = matplotlib.image.imread(a / 'diagnostics.png')
+    assert image.shape[:2] == (1125, 1650) and min(rgb_share(image, color) for color in plot.COLORS[:2]) > 1e-4
+    assert run_plot('diagnostics', b, f'--out={tmp_path}/x.pdf').startswith(f'{tmp_path}/x.pdf: ')
+    for runs in (['a'], [str(i) * 30 for i in range(9)]):
+        fig, _ = plot.draw_diagnostics(dict.fromkeys(runs, log))
+        fig.canvas.draw()
+        boxes = [thing.get_tightbbox() for thing in (*fig.axes, *fig.legends, *fig.texts)]
+        assert all(0 <= box.x0 and 0 <= box.y0 and box.x1 <= 1100 and box.y1 <= 750 for box in boxes)
+        assert not [(p, q) for i, p in enumerate(boxes) for q in boxes[:i] if p.overlaps(q)]
+        if key := fig.axes[0].get_legend():  # beside the title, not on it
+            title, = fig.axes[0].findobj(lambda thing: getattr(thing, 'get_text', str)() == 'codes of all matrices')
+            assert not key.get_tightbbox().overlaps(title.get_tightbbox())
 
 
 # -----------------------------------------------------------------------------
@@ -322,7 +467,7 @@ def legend(fig):
 
 def test_runs_are_found_and_ordered(sweep):
     """At any depth under a folder, each once; full first and without rank, though its config holds one; then by number."""
-    runs = plot.load_runs([str(sweep / 'rsvd'), str(sweep), str(sweep / 'full')])
+    runs = plot_cls.load_runs([str(sweep / 'rsvd'), str(sweep), str(sweep / 'full')])
     assert [(r['method'], r['rank'], r['seed']) for r in runs] == [
         ('full', None, '42'), ('lora', 4, '42'), ('rsvd', 4, '42'), ('rsvd', 4, '43'), ('rsvd', 16, '42')]
     assert os.path.samefile(runs[-1]['run'], sweep / 'rsvd' / 'r16')
@@ -330,7 +475,7 @@ def test_runs_are_found_and_ordered(sweep):
 
 def test_ranks_by_hand(sweep):
     """Mean and sd of the last epoch's losses over two seeds: 0.2 and 0.4 give 0.3 and 0.2 / sqrt(2); training is half."""
-    fig, what = plot.draw_ranks(plot.load_runs([str(sweep)]))
+    fig, what = plot_cls.draw_ranks(plot_cls.load_runs([str(sweep)]))
     ax = fig.axes[0]
     lora, rsvd, _, train = [drawn(bars) for bars in ax.containers]
     assert lora[:2] == ([4], [0.25])
@@ -353,7 +498,7 @@ def test_seeds_of_a_method_without_rank_are_a_band(tmp_path):
     for seed, loss in ((1, 0.2), (2, 0.4)):
         tuned(tmp_path / str(seed), 'full', seed=seed, eval_loss=loss)
     tuned(tmp_path / 'rsvd')
-    fig, _ = plot.draw_ranks(plot.load_runs([str(tmp_path)]))
+    fig, _ = plot_cls.draw_ranks(plot_cls.load_runs([str(tmp_path)]))
     band = fig.axes[0].patches[0].get_extents().transformed(fig.axes[0].transData.inverted())
     assert (band.y0, band.y1) == pytest.approx((0.3 - 0.02 ** 0.5, 0.3 + 0.02 ** 0.5))
 
@@ -362,18 +507,18 @@ def test_folds_are_repeats(tmp_path):
     """Two folds of one seed, told apart by config.py: one point of two runs."""
     for fold in (0, 1):
         tuned(tmp_path / f'fold{fold}', eval_loss=0.2 + 0.2 * fold, files={'config.py': f'fold = {fold}\n'})
-    runs = plot.load_runs([str(tmp_path)])
-    fig, what = plot.draw_ranks(runs)
+    runs = plot_cls.load_runs([str(tmp_path)])
+    fig, what = plot_cls.draw_ranks(runs)
     assert drawn(fig.axes[0].containers[0])[1] == pytest.approx([0.3])
     assert what.endswith('mean and sd across folds in 1 of 1 points (rsvd)')
-    labels = [text.get_text() for text in plot.draw_memory(runs)[0].axes[0].get_yticklabels()]
+    labels = [text.get_text() for text in plot_cls.draw_memory(runs)[0].axes[0].get_yticklabels()]
     assert labels == ['rsvd, rank 4, seed 42, fold 0', 'rsvd, rank 4, seed 42, fold 1']
 
 
 def test_memory_by_hand(sweep):
     """The parts end to end, the peak as text; the seed only where two runs would be called the same, then the folder."""
     tuned(sweep / 'again', 'full')
-    fig, what = plot.draw_memory(plot.load_runs([str(sweep)]))
+    fig, what = plot_cls.draw_memory(plot_cls.load_runs([str(sweep)]))
     ax = fig.axes[0]
     labels = [text.get_text() for text in ax.get_yticklabels()]
     assert sorted(labels[:2]) == [f"full, seed 42, fold -1, {sweep / name}" for name in ('again', 'full')]
@@ -385,23 +530,23 @@ def test_memory_by_hand(sweep):
     assert what == 'parts of peak memory, 6 runs of sst2, tiny'
     breakdown = 'part,bytes\nparameters,4\nbuffers,1\ngradients,4\noptimizer,8\nrest,3\npeak,20\n'
     tuned(sweep / 'buffered', rank=64, files={'memory_breakdown.csv': breakdown})
-    assert 'buffers' in legend(plot.draw_memory(plot.load_runs([str(sweep)]))[0])
+    assert 'buffers' in legend(plot_cls.draw_memory(plot_cls.load_runs([str(sweep)]))[0])
 
 
 def test_optimizer_by_hand(sweep):
     """8 + rank MiB against rank on a log axis, and one line for AdamW's 80 MiB; a range where adapters add to the model."""
-    fig, _ = plot.draw_optimizer(plot.load_runs([str(sweep)]))
+    fig, _ = plot_cls.draw_optimizer(plot_cls.load_runs([str(sweep)]))
     ax = fig.axes[0]
     assert [drawn(bars)[:2] for bars in ax.containers] == [([4], [12]), ([4, 16], [12, 24])]
     assert [line.get_ydata()[0] for line in ax.lines if list(line.get_xdata()) == [0, 1]] == [8, 80]
     assert ax.get_yscale() == 'log' and legend(fig) == ['full', 'lora', 'rsvd', 'AdamW, all parameters:\n80 MiB']
     tuned(sweep / 'larger', 'lora', 64, files={'optimizer_memory.csv': f'bytes,adam_bytes\n{MIB},{100 * MIB}\n'})
-    assert legend(plot.draw_optimizer(plot.load_runs([str(sweep)]))[0])[-1].endswith('80 to 100 MiB')
+    assert legend(plot_cls.draw_optimizer(plot_cls.load_runs([str(sweep)]))[0])[-1].endswith('80 to 100 MiB')
 
 
 def test_pareto_by_hand(sweep):
     """95% intervals of single runs, mean and sd of seeds; the front is what nothing smaller is as accurate as."""
-    fig, what = plot.draw_pareto(plot.load_runs([str(sweep)]))
+    fig, what = plot_cls.draw_pareto(plot_cls.load_runs([str(sweep)]))
     ax = fig.axes[0]
     found = {(bars.get_label(), *drawn(bars)[0]): (drawn(bars)[1][0], *bars.lines[2][0].get_segments()[0][:, 1])
              for bars in ax.containers}
@@ -415,10 +560,10 @@ def test_pareto_by_hand(sweep):
     assert legend(fig)[1:] == ['full', 'lora', 'rsvd'] and 'n runs: mean and sd' in fig.legends[0].get_title().get_text()
     assert what.endswith('5 runs of sst2, tiny; mean and sd across seeds in 1 of 4 points (rsvd)')
     tuned(sweep / 'as large', 'lora', rank=16, accuracy=0.915)  # more than full at 100 MiB, less than rsvd at the same 116
-    ax = plot.draw_pareto(plot.load_runs([str(sweep)]))[0].axes[0]
+    ax = plot_cls.draw_pareto(plot_cls.load_runs([str(sweep)]))[0].axes[0]
     tied = [line for line in ax.lines if line.get_label() == 'Pareto front']
     assert tied[0].get_xydata().tolist() == front.get_xydata().tolist()
-    _, what = plot.draw_pareto(plot.load_runs([str(sweep / 'full'), str(sweep / 'rsvd' / 'r16')]))
+    _, what = plot_cls.draw_pareto(plot_cls.load_runs([str(sweep / 'full'), str(sweep / 'rsvd' / 'r16')]))
     assert what == 'accuracy with its 95% interval against peak memory, 2 runs of sst2, tiny'
 
 
@@ -428,7 +573,7 @@ def test_pareto_labels_keep_apart(tmp_path):
     for i in range(12):
         at = dict(accuracy=0.9 + i // 3 * 0.002, peak_bytes=(100 + i // 3) * MIB)
         tuned(tmp_path / str(i), 'abc'[i % 3], 2 ** (i // 3), **at)
-    fig, _ = plot.draw_pareto(plot.load_runs([str(tmp_path)]))
+    fig, _ = plot_cls.draw_pareto(plot_cls.load_runs([str(tmp_path)]))
     fig.canvas.draw()
     boxes = [Text.get_window_extent(text) for text in fig.axes[0].texts]
     assert len(boxes) == 12

@@ -33,6 +33,8 @@ COPIED = ('*.*', 'Makefile', 'config/*.py', 'data/*/*.py', 'results/**/*')      
 # Sizes alone: blocks, heads, kinds and all else stay those of the config file.
 TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=48 --block_size=32 --batch_size=8 --micro_batch_size=0 --eval_iters=1 '
         '--eval_interval=2 --save_interval=2 --log_interval=1 --device=cpu')
+BITNET = ('--n_layer=1 --n_embd=48 --n_ff=64 --block_size=32 --max_iters=3 --warmup_iters=1 --batch_size=8 --eval_iters=1 '
+          '--eval_interval=3 --save_interval=3 --log_interval=1 --diag_interval=1 --vocab_size=0 --device=cpu')
 BENCH = '--n_layer=1 --n_embd=32 --block_size=16 --vocab_size=64 --batch_size=2 --threads=1 --rounds=1 --steps=1'
 CLASSIFIER = ('--init_from=scratch --n_layer=1 --n_head=2 --n_embd=32 --vocab_size=300 --max_len=16 --max_iters=4 --epochs=0.1 '
               '--log_interval=2 --train_samples=64 --batch_size=8 --micro_batch_size=4 --warmup_iters=1 --device=cpu')
@@ -43,10 +45,18 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python data/pycode/prepare.py', 1, '', 'wrote data/pycode'),
     ('python data/text/prepare.py', 1, '', 'wrote data/text/mine'),
     ('python data/shakespeare/prepare.py', 1, '', 'wrote data/shakespeare'),
+    ('python data/arithmetic/prepare.py', 1, '--lines=2000', 'wrote data/arithmetic'),
+    ('python data/tictactoe/prepare.py', 1, '--games=1000 --val_games=20', 'wrote data/tictactoe'),
     ('python data/c4/prepare.py', 1, '--file c4.jsonl', 'wrote data/c4'),
+    ('python data/tinystories/prepare.py', 1, '--file stories.txt --vocab=300', 'wrote data/tinystories'),
+    ('python data/fineweb95m/prepare.py', 1, '--file c4.jsonl --vocab=300', 'wrote data/fineweb95m'),
     ('python train_gpt.py --help', 2, '', r'--n_binary=0 .*\n.*--binary_blocks='),
     ('python train_gpt.py config/', 2, TINY, r'step 3: val loss[\s\S]+packed into out/'),
     ('torchrun --nproc_per_node=8 train_gpt.py config/', 2, TINY, r'2 processes[\s\S]+packed into out/'),
+    ('python train_bitnet.py config/tinystories.py --estimate', 2, '--tokens_per_s=1e5 --vocab_size=0', r'time +\d'),
+    ('python train_bitnet.py config/', 2, BITNET, r'step 3: val loss[\s\S]+packed into out/'),
+    ('torchrun --nproc_per_node=8 train_bitnet.py config/', 2, f'{BITNET} --dataset=arithmetic',
+     r'2 processes[\s\S]+packed into out/'),
     ('python bench.py train', 2, f'{BENCH} --dtypes=float32', r'fp +float32[\s\S]+tern +float32'),
     ('python bench.py stats', 2, '--batch=2 --threads=1', r'half +.* 37,826,560[\s\S]+int4 .* 11,911,168'),
     ('python bench.py compare', 2, '--batch=2 --threads=1', r'qlora +\d'),
@@ -69,8 +79,12 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python plot.py bars', 3, '', r'stats\.png: actual_bytes'),
     ('python results/fit4.py', 2, '--turns=1', r'FIT4 = \(-[\s\S]+blocks of 32: 4\.25 bits'),
     ('python results/runs.py', 2, '--table', r'\n\|---'),
+    ('python plot.py diagnostics', 3, '', r'diagnostics\.png'),
     ('python plot.py loss', 3, '', r'loss\.png: loss against'),
     ('python plot.py status', 3, '', 'state +finished'),
+    ('python sample.py chat', 3, '--device=cpu', ''),                   # at the end of its input at once
+    ('python sample.py play --ckpt=out/tictactoe --against', 3, '--games=2 --device=cpu', r'^2 games against perfect'),
+    ('python sample.py play', 3, '--device=cpu', 'the game ends here'),
     ('python sample.py', 3, '--max_new_tokens=9 --device=cpu', 'tokens/s on cpu'),
     ('python3 -m venv', 'make train', '', ''),
     ('pip install', 'requirements', '', ''),
@@ -125,6 +139,7 @@ def ran(tmp_path_factory):
     (path / 'a.txt').write_text(text, encoding='utf-8')
     (path / 'b.txt').write_text(README, encoding='utf-8')
     (path / 'c4.jsonl').write_text(''.join(json.dumps({'text': text[i:i + 500]}) + '\n' for i in range(0, 50_000, 500)))
+    (path / 'stories.txt').write_text('<|endoftext|>'.join(text[i:i + 500] for i in range(0, 100_000, 500)))
     with open(path / 'tokens.py', 'a') as f:        # GPT-2's vocabulary would be downloaded; bytes stand for it
         f.write('\n\ngpt2 = byte\n')
     (path / 'sst2.tsv').write_text('sentence\tlabel\n' + ''.join(f'{"good" if i % 3 else "bad"} film {i}\t{int(i % 3 > 0)}\n'

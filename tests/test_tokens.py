@@ -231,7 +231,8 @@ def test_folders_that_are_missing_empty_or_unfinished_say_what_to_type(tmp_path,
     assert message('text/nowhere') == ('error: no tokens in data/text/nowhere; '
                                        'run: python data/text/prepare.py --name=nowhere')
     assert message('nowhere').startswith('error: no tokens in data/nowhere; run: python data/NAME/prepare.py')
-    assert 'c4, pycode, shakespeare, text' in message('nowhere')
+    listed = message('nowhere').partition('one of: ')[2].split(', ')
+    assert {'c4', 'fineweb95m', 'pycode', 'shakespeare', 'text', 'tinystories'} <= set(listed) and 'sst2' not in listed
     record = tokens.open_folder(tmp_path, {'a': 1}, ['--file', 'my text.txt'])
     tokens.write(tmp_path, 'train', [[1, 2]], tokens.byte())
     line = error_of(capsys, tokens.load, tmp_path, 'train')

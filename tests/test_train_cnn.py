@@ -16,11 +16,10 @@ import crops
 import images
 import layers
 import train_cnn
-from conftest import (AT_STEP, IN_EVALUATION, NAN_LOSS, ROOT, damages, kill_at, one_error, printed_command, ranks, torchrun,
-                      wait_all)
+from conftest import (AT_STEP, IN_EVALUATION, MEASURED, NAN_LOSS, ROOT, checkpoint, damages, kill_at, log, one_error,
+                      printed_command, ranks, torchrun, wait_all)
 
 SCRIPT = ROOT / 'train_cnn.py'
-MEASURED = {'max_iters', 'ms', 'samples_per_s', 'input_samples_per_s', 'peak_mem_bytes', 'energy_j'}
 TINY = """# a CNN of four to eight channels that trains 12 steps in half a second
 dataset, out_dir, device, compile = {data!r}, 'out', 'cpu', False
 image_size, channels, fc = 16, (4, 4, 8, 8, 8), (8, 8)
@@ -135,31 +134,6 @@ def folder(tmp_path_factory, data):
         (new / 'tiny.py').write_text(TINY.format(data=str(data)))
         return new
     return make
-
-
-@pytest.fixture(scope='module')
-def unbroken(train, folder):
-    """unbroken(*options) -> the folder of a run with these options, made once; what it said is in the file said."""
-    made = {}
-
-    def run(*options):
-        if options not in made:
-            made[options] = folder()
-            done = train(*options, cwd=made[options])
-            assert done.err == ''
-            (made[options] / 'said').write_text(done.out)
-        return made[options]
-    return run
-
-
-def log(where, only=None):
-    """The records of a run without what is measured; only='loss' or 'top1': that column."""
-    records = [{k: v for k, v in r.items() if k not in MEASURED} for r in common.read_log(where / 'out')]
-    return records if only is None else [r[only] for r in records if only in r]
-
-
-def checkpoint(where, name='last.pt'):
-    return common.read_checkpoint(str(where / 'out' / name), 'train_cnn')
 
 
 def assert_same_state(a, b, best=True):
@@ -438,7 +412,7 @@ def test_what_is_logged(unbroken):
     where = unbroken()
     records = common.read_log(where / 'out')
     for step, r in enumerate((r for r in records if 'loss' in r), 1):
-        assert set(r) == {'step', 'samples', 'loss', 'lr', 'grad_norm'} | MEASURED
+        assert set(r) == {'step', 'samples', 'loss', 'lr', 'grad_norm'} | MEASURED - {'tokens_per_s'}
         assert r['step'] == step and r['samples'] == 8 * step and r['peak_mem_bytes'] > 50e6 and r['energy_j'] != 0
         assert r['samples_per_s'] == pytest.approx(8 / r['ms'] * 1e3) and r['input_samples_per_s'] > 100
         assert r['lr'] == common.lr_at(step - 1, 'cosine', 1e-2, 0, 2, 12)

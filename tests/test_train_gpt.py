@@ -16,13 +16,13 @@ import torch
 
 import common
 import layers
+import sample
 import tokens
 import train_gpt
-from conftest import (AT_STEP, IN_EVALUATION, NAN_LOSS, ROOT, TINY, damages, free_port, kill_at, one_error, printed_command,
-                      ranks, torchrun, wait_all)
+from conftest import (AT_STEP, CHECKSUMS, IN_EVALUATION, NAN_LOSS, ROOT, TINY, assert_same_state, checkpoint, damages,
+                      free_port, kill_at, log, one_error, printed_command, ranks, torchrun, wait_all)
 
 SCRIPT = ROOT / 'train_gpt.py'
-MEASURED = {'ms', 'tokens_per_s', 'peak_mem_bytes', 'energy_j'}
 MIXED = ('--qkv_proj=bin', '--c_proj=int4', '--mlp_proj=tern', '--n_binary=1')
 BINARY, TERNARY = ('--n_binary=2',), ('--n_binary=2', '--qkv_proj=tern', '--c_proj=tern', '--mlp_proj=tern')
 
@@ -35,18 +35,6 @@ def init(self, *args, **kwargs):
     second.register_hook(lambda g: calls.append(1) or g * ({value} if len(calls) == {call} else 1.0))
 torch.optim.AdamW.__init__ = init
 """
-CHECKSUMS = """
-import common, os, torch
-plain = torch.optim.AdamW.step
-def step(self, *args, **kwargs):
-    result = plain(self, *args, **kwargs)
-    tensors = [p for g in self.param_groups for p in g['params']]
-    tensors += [v for s in self.state.values() for v in s.values()]
-    with open('sums' + os.environ.get('RANK', '0'), 'a') as f:
-        print(common.checksum(tensors), file=f)
-    return result
-torch.optim.AdamW.step = step
-"""
 
 
 @pytest.fixture(scope='module')
@@ -57,39 +45,6 @@ def folder(tmp_path_factory, tiny_data):
         (new / 'tiny.py').write_text(TINY.format(data=str(tiny_data)))
         return new
     return make
-
-
-@pytest.fixture(scope='module')
-def unbroken(train, folder):
-    """unbroken(*options) -> the folder of a run of 20 steps with these options, made once."""
-    made = {}
-
-    def run(*options):
-        if options not in made:
-            made[options] = folder()
-            train(*options, cwd=made[options])
-        return made[options]
-    return run
-
-
-def log(where, only=None):
-    """The records of a run without what is measured; only='loss' or 'val_loss': that column."""
-    records = [{k: v for k, v in r.items() if k not in MEASURED} for r in common.read_log(where / 'out')]
-    return records if only is None else [r[only] for r in records if only in r]
-
-
-def checkpoint(where, name='last.pt'):
-    return common.read_checkpoint(str(where / 'out' / name), 'train_gpt')
-
-
-def assert_same_state(a, b):
-    """Step, every model tensor and every optimizer tensor, bit for bit."""
-    assert a['step'] == b['step'] and a['best_val_loss'] == b['best_val_loss']
-    assert a['model'].keys() == b['model'].keys() and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
-    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
-    one, two = a['optimizer']['state'], b['optimizer']['state']
-    assert one.keys() == two.keys() and len(one) > 10
-    assert all(torch.equal(one[i][k], two[i][k]) for i in one for k in one[i])
 
 
 # ------------------------------------------------------------------------------------------------ numbers of processes
@@ -651,7 +606,7 @@ def test_log_says_what_design_promises(unbroken):
     """The columns of a training record, with units that fit together; energy is null where nothing measures it."""
     records = [r for r in common.read_log(unbroken() / 'out') if 'loss' in r]
     for step, r in enumerate(records, 1):
-        assert set(r) >= {'step', 'tokens', 'loss', 'lr', 'grad_norm'} | MEASURED
+        assert set(r) >= {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'peak_mem_bytes', 'energy_j'}
         assert r['step'] == step and r['tokens'] == step * 8 * 32 and r['peak_mem_bytes'] > 50e6
         assert r['tokens_per_s'] == pytest.approx(8 * 32 / r['ms'] * 1e3) and r['energy_j'] != 0
     val = [r for r in common.read_log(unbroken() / 'out') if 'val_loss' in r]
@@ -724,7 +679,7 @@ def test_cached_generation_equals_the_plain_one(kind, prompt):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4)
-    cached = [int(t) for t in model.generate(ids, 40, 64, temperature=0)]
+    cached = [int(t) for t in sample.generate(model, ids, 40, 64, temperature=0)]
     plain, begin = ids, max(0, prompt - 16)
     for i in range(40):
         if i and plain.shape[1] - 1 - begin == 16:  # what is in the cache when the next token is to be fed
@@ -742,12 +697,12 @@ def test_sampling_options():
     model, ids = tiny_gpt(), random_ids(1, 3)
 
     def draw(n=60, vocab=50, **options):
-        return [int(t) for t in model.generate(ids, n, vocab, **options)]
+        return [int(t) for t in sample.generate(model, ids, n, vocab, **options)]
     seeded = lambda: torch.Generator().manual_seed(3)
     drawn = draw(generator=seeded())
     assert drawn == draw(generator=seeded()) and max(drawn) < 50 and len(set(drawn)) > 20
     assert draw(top_k=1) == draw(temperature=0)
-    assert [t.shape for t in model.generate(random_ids(3, 2), 2, 64)] == [(3,), (3,)]
+    assert [t.shape for t in sample.generate(model, random_ids(3, 2), 2, 64)] == [(3,), (3,)]
 
 
 @pytest.mark.parametrize('options, low', [

@@ -1,0 +1,23 @@
+# A 3.2M-parameter BitNet b1.58 learns to add numbers below 100 and is tested on sums that it never saw.
+# expected: exact match of the held-out sums in results/arithmetic.md, val loss about 1.03 nats a byte, of which 0.99 are the
+# numbers to add, which nobody can guess
+# hardware: 1 core is enough
+# time: in results/arithmetic.md
+# python train_bitnet.py config/arithmetic.py          (after python data/arithmetic/prepare.py)
+out_dir = 'out/arithmetic'
+dataset = 'arithmetic'
+task = 'arithmetic'
+
+batch_size = 32                # x 64 = 2,048 tokens a step, 220 problems
+block_size = 64
+
+n_layer, n_head, n_kv_head = 4, 4, 2
+n_embd, n_ff = 256, 768        # multiples of 256: fits the blocks of GGUF's ternary types
+
+max_iters = 2000
+learning_rate = 2e-3
+warmup_iters = 100
+
+eval_interval = 250
+eval_iters = 10
+save_interval = 500

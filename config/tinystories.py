@@ -1,0 +1,24 @@
+# A 12.8M-parameter BitNet b1.58 on TinyStories, of about the size of the reference's.
+# expected val loss: the reference gives 1.5 to 2.0 for its own 2,048 tokens after 15,000 steps of 16 x 128; not measured here
+# hardware: one GPU of 8 GB, or a patient CPU
+# time: python train_bitnet.py config/tinystories.py --estimate=True; not measured here
+# python train_bitnet.py config/tinystories.py         (after python data/tinystories/prepare.py)
+# python sample.py chat --ckpt=out/tinystories
+out_dir = 'out/tinystories'
+dataset = 'tinystories'
+vocab_size = 2048
+
+batch_size = 64                # x 256 = 16,384 tokens a step
+block_size = 256
+
+n_layer, n_head, n_kv_head = 6, 8, 4
+n_embd, n_ff = 512, 768        # multiples of 256 fit the blocks of GGUF's ternary types; the 384 and 1,152 there do not
+
+max_iters = 15_000             # 246M tokens, half of the data
+learning_rate = 1.5e-3
+second_lr = 1e-3
+warmup_iters = 250
+
+eval_interval = 500
+eval_iters = 20
+save_interval = 500

@@ -1,0 +1,22 @@
+# A 3.7M-parameter BitNet b1.58 on a sample of TinyStories, for comparing it with its full-precision twin at equal tokens.
+# expected val loss: in results/tinystories.md
+# hardware: 2 cores, one run on each
+# time: in results/tinystories.md, ms/step x 1,000
+# python train_bitnet.py config/tinystories_small.py   (after python data/tinystories/prepare.py --file stories.txt)
+out_dir = 'out/tinystories_small'
+dataset = 'tinystories'
+vocab_size = 2048
+
+batch_size = 16                # x 128 = 2,048 tokens a step
+block_size = 128
+
+n_layer, n_head, n_kv_head = 4, 4, 2
+n_embd, n_ff = 256, 768        # multiples of 256: fits the blocks of GGUF's ternary types
+
+max_iters = 1000
+learning_rate = 2e-3
+warmup_iters = 100
+
+eval_interval = 250
+eval_iters = 40
+save_interval = 500

@@ -1,0 +1,85 @@
+"""
+What a training run costs, said before it runs: parameters, FLOPs, memory by part, hours. A trainer calls it with its model
+and a micro-batch of any tokens; what can be measured here in seconds is measured, the rest is arithmetic and says so.
+"""
+import time
+
+import torch
+import torch.nn as nn
+
+import layers
+
+
+def saved_bytes(forward, model):
+    """Bytes that forward() keeps for its backward pass, each storage once, without the model's own tensors."""
+    own, kept = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}, {}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = forward()                            # alive until its tensors are counted: a freed one's address comes again
+    del loss
+    return sum(kept.values())
+
+
+def flops_per_token(model, n_layer, n_embd, block_size):
+    """Forward and backward of one token: 6 for each weight of a matrix, the head among them, and attention over the whole
+    context (PaLM, appendix B: 12 L C T, not halved for the causal mask)."""
+    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in lookups)
+    head = max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)), default=0)   # tied: looked up and
+    return 6 * (weights + head) + 12 * n_layer * n_embd * block_size                                    # multiplied
+
+
+def measured_tokens_per_s(step, tokens, device, seconds=5):
+    """Of one process; step() is called once to warm up and then for about `seconds`."""
+    sync = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
+    step()
+    sync()
+    n, start = 0, time.perf_counter()
+    while n < 2 or time.perf_counter() - start < seconds:
+        step()
+        sync()
+        n += 1
+    return n * tokens / (time.perf_counter() - start)
+
+
+def estimate(model, optimizer, x, y, amp, micro, tokens_per_step, max_iters, world, tokens_per_s, train_tokens):
+    """The lines of an account. x, y: (n, block_size) ids to measure with, n <= micro; tokens_per_s: 0 to measure it here, of
+    `world` processes as fast as this one; train_tokens: how many there are, 0 where that is not known."""
+    c, device, mb = model.config, x.device, lambda n: f'{n / 1e6:12,.1f} MB'
+    packed, fp32 = layers.model_bytes(model)
+    n_params = sum(p.numel() for p in model.parameters())
+
+    def loss():
+        with amp:
+            return model(x, y)
+    kept = saved_bytes(loss, model) * micro / len(x)
+    if not tokens_per_s:
+        def step():
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        tokens_per_s = measured_tokens_per_s(step, x.numel(), device) * world
+        how = f'measured here, {len(x)} x {x.shape[1]} tokens a step' + (f', times {world}' if world > 1 else '')
+    else:
+        how = 'as given'
+    tokens = tokens_per_step * max_iters
+    flops = flops_per_token(model, c.n_layer, c.n_embd, c.block_size)
+    hours = tokens / tokens_per_s / 3600
+    parts = {'weights, fp32': fp32, 'gradients': fp32, 'AdamW moments': 2 * fp32,
+             f'activations kept, {micro} x {c.block_size} tokens': int(kept)}
+    return [f'parameters       {n_params:,}',
+            f'packed           {packed:,} bytes, {packed / fp32:.1%} of fp32',
+            f'a token          {flops:,} FLOPs forward and backward',
+            f'tokens           {tokens:,} in {max_iters:,} steps'
+            + (f', {tokens / train_tokens:.2f} times the data' if train_tokens else ''),
+            f'compute          {flops * tokens:.3g} FLOPs',
+            'memory of one process:', *(f'{mb(n)}  {name}' for name, n in parts.items()),
+            f'{mb(sum(parts.values()))}  in all, without what a single operation needs for itself',
+            f'speed            {tokens_per_s:,.0f} tokens/s {how}, {flops * tokens_per_s / 1e12:.2f} TFLOP/s',
+            f'time             {hours:,.1f} hours' + (f' ({hours / 24:.1f} days)' if hours > 48 else '')
+            + ', evaluations and saves not counted']

@@ -1,0 +1,514 @@
+"""
+Train a BitNet b1.58: weights -1, 0 and 1 with one scale a matrix, activations int8, all matrices but the embedding.
+
+    python train_bitnet.py config/arithmetic.py                         # two cores, 20 minutes: adds numbers it never saw
+    python train_bitnet.py config/tictactoe.py --quant=fp               # the full-precision twin of any experiment
+    torchrun --nproc_per_node=8 train_bitnet.py config/fineweb95m.py    # a node
+    python train_bitnet.py config/fineweb95m.py --estimate=True         # what it costs, before it costs anything
+
+The model is that of transformers' BitNetForCausalLM (microsoft/bitnet-b1.58-2B-4T): weights go there and back. Constants,
+model, then main() from top to bottom. Stop it with Ctrl-C at any time and go on with --resume=auto.
+"""
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import configurator
+import costs
+import layers
+import lowbit
+import tasks
+import tokens
+
+# run
+out_dir = 'out/bitnet'         # config.py, log.jsonl, last.pt, best.pt, packed.safetensors go here
+seed = 1337                    # weights and order of samples
+init_from = 'scratch'          # scratch | resume | a checkpoint of this trainer whose weights to start from
+resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
+overwrite = False              # start anew in an out_dir that already holds a run
+# data
+dataset = 'arithmetic'         # folder under data/, made by data/<name>/prepare.py
+vocab_size = 0                 # what to expect of its tokenizer; 0: anything. With it, estimate needs no data
+task = ''                      # arithmetic | tictactoe: answers and games are scored at each evaluation; '': text
+batch_size = 32                # sequences per optimizer step, over all devices and micro-steps
+micro_batch_size = 0           # sequences one device holds at a time; 0: its whole share. Accumulation is derived
+block_size = 128               # tokens per sequence
+# model
+n_layer = 4
+n_head = 4                     # of queries
+n_kv_head = 2                  # of keys and values, each shared by n_head / n_kv_head queries
+n_embd = 256                   # multiples of 256, n_ff too, fit the blocks of GGUF's ternary types
+n_ff = 768                     # width of the gated MLP
+act = 'relu2'                  # of its gate: relu2 (b1.58-2B-4T) | silu (LLaMA, the first BitNets)
+rope_theta = 10_000.0          # base of the rotary positions; 500,000 in the 2B model
+quant = 'tern'                 # tern | fp: the same model with full-precision matrices, the baseline
+# optimizer
+max_iters = 2000               # optimizer steps in all, also for a resumed run
+learning_rate = 0.0            # peak; 0: that of PEAK_RATES for the size and quant
+second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF: 1.5e-3 -> 1e-3)
+min_lr = 0.0                   # at the last step
+schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops, weight decay ends)
+warmup_iters = 100             # linear warm-up, steps
+weight_decay = 0.1             # on matrices and embeddings, not on gains; 0 in the second half of two_stage where tern
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                # global norm; 0: off
+# evaluation, saving and logging
+eval_interval = 250            # steps
+eval_iters = 50                # batches of batch_size sequences of the val split, the same ones each time
+log_interval = 10              # steps
+diag_interval = 100            # steps between counts of codes, flips and dead rows; 0: never
+save_interval = 250            # steps between writes of last.pt; best.pt follows the evaluations
+wandb_log = False              # needs wandb installed and logged in
+wandb_project = 'nanobit'
+wandb_run_name = ''            # '': the name of out_dir
+# system
+device = ''                    # '': cuda where there is one, else cpu
+dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
+compile = torch.cuda.is_available()   # torch.compile: pays on a GPU, on a CPU only in long runs
+estimate = False               # print what the run costs and stop: parameters, FLOPs, memory, hours
+tokens_per_s = 0.0             # for estimate: what it is to reckon with; 0: measured over a few steps
+profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+config = configurator.override(globals())   # file.py ... --key=value, later wins
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model
+
+# (parameters up to, first peak, second peak). Ternary: BitNet b1.58 Tips PDF, table 2, batches of 1M tokens; fp: its LLaMA
+# baselines. The Tips begin at 700M; smaller models take more (b1's paper has 2.4e-3 at 125M), so a config says what it took.
+PEAK_RATES = {'tern': ((1.0e9, 1.5e-3, 1.0e-3), (math.inf, 1.2e-3, 8e-4)),
+              'fp': ((1.0e9, 2.5e-4, 2.5e-4), (math.inf, 2.0e-4, 2.0e-4))}
+
+
+@dataclass
+class BitNetConfig:
+    """Shape of a BitNet, plain types only: it is kept in checkpoints."""
+    vocab_size: int
+    block_size: int = 128
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 2
+    n_embd: int = 256
+    n_ff: int = 768
+    act: str = 'relu2'
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    quant: str = 'tern'
+
+
+class NormedLinear(nn.Module):
+    """The baseline's layer, with the names of TernaryLinear's: RMSNorm(act(x)) times a full-precision matrix."""
+
+    def __init__(self, in_features, out_features, act, eps):
+        super().__init__()
+        self.in_features, self.eps = in_features, eps
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.gain = nn.Parameter(torch.ones(in_features))
+        self.act = layers.Activation(act) if act else nn.Identity()
+
+    def forward(self, x):
+        return F.linear(F.rms_norm(self.act(x), (self.in_features,), self.gain, self.eps), self.weight)
+
+
+def bitlinear(c, in_features, rows, act=None):
+    """A product of the RMSNorm of its input, done once however many matrices share it; rows: of each of these matrices,
+    which are rounded by a scale of their own."""
+    if c.quant == 'fp':
+        return NormedLinear(in_features, sum(rows), act, c.norm_eps)
+    return layers.TernaryLinear(in_features, sum(rows), chunks=tuple(rows), act=act, eps=c.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.n_embd // c.n_head
+        self.kv = c.n_kv_head * self.head_dim
+        self.groups = c.n_head // c.n_kv_head
+        self.qkv_proj = bitlinear(c, c.n_embd, (c.n_embd, self.kv, self.kv))        # and input_layernorm
+        self.o_proj = bitlinear(c, c.n_embd, (c.n_embd,))                           # and attn_sub_norm
+
+    def forward(self, x, rotary, cache=None):
+        B, T, C = x.shape
+        q, k, v = (t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)              # B, heads, T, head_dim
+                   for t in self.qkv_proj(x).split((C, self.kv, self.kv), 2))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:                       # keys and values of earlier tokens; one new one attends to all of them
+            assert T == 1 or 'k' not in cache, 'several tokens at once only into an empty cache'
+            if 'k' in cache:
+                k, v = torch.cat([cache['k'], k], 2), torch.cat([cache['v'], v], 2)
+            cache['k'], cache['v'] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=self.groups > 1)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (arXiv 2104.09864) in the half-and-half layout of transformers; x (B, heads, T, head_dim)."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_up_proj = bitlinear(c, c.n_embd, (c.n_ff, c.n_ff))                # and post_attention_layernorm
+        self.down_proj = bitlinear(c, c.n_ff, (c.n_embd,), f'{c.act}_glu')          # and ffn_sub_norm
+
+    def forward(self, x):
+        return self.down_proj(self.gate_up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attn, self.mlp = Attention(c), MLP(c)
+
+    def forward(self, x, rotary, cache=None):
+        x = x + self.attn(x, rotary, cache)
+        return x + self.mlp(x)
+
+
+class BitNet(nn.Module):
+    """BitNet b1.58, tied head. ids (B, T) int64 -> logits (B, T, vocab) or a mean loss in nats."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = nn.RMSNorm(c.n_embd, c.norm_eps)
+        head_dim = c.n_embd // c.n_head
+        turns = c.rope_theta ** (-torch.arange(0, head_dim, 2) / head_dim)          # radians a position
+        angles = torch.outer(torch.arange(c.block_size), torch.cat([turns, turns]))
+        self.register_buffer('cos', angles.cos(), persistent=False)                 # (block_size, head_dim)
+        self.register_buffer('sin', angles.sin(), persistent=False)
+        nn.init.normal_(self.wte.weight, std=0.02)  # so that the first loss is ln(vocab): the head is the same matrix
+        for name, m in self.named_modules():
+            if isinstance(m, NormedLinear | layers.TernaryLinear):
+                std = m.in_features ** -0.5         # less for what adds to the residual stream, as GPT-2 has it
+                nn.init.normal_(m.weight, std=std / math.sqrt(2 * c.n_layer) if name.endswith(('o_proj', 'down_proj')) else std)
+
+    def forward(self, ids, targets=None, cache=None):
+        past = cache[0]['k'].shape[2] if cache and 'k' in cache[0] else 0
+        rotary = self.cos[past:past + ids.shape[1]], self.sin[past:past + ids.shape[1]]
+        x = self.wte(ids)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rotary, cache[i] if cache else None)
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x[:, [-1]], self.wte.weight)        # only the last position is needed to go on
+        return F.cross_entropy(F.linear(x, self.wte.weight).flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def ternary_matrices(model):
+    """{'0.q': (codes int8 (rows, in), scale)} of layer.{q, k, v, o, gate, up, down}."""
+    found = {}
+    for i, block in enumerate(model.blocks):
+        for names, m in (('q k v', block.attn.qkv_proj), ('o', block.attn.o_proj), ('gate up', block.mlp.gate_up_proj),
+                         ('down', block.mlp.down_proj)):
+            codes, scales = m.ternary()
+            found |= {f'{i}.{name}': (part, scale)
+                      for name, part, scale in zip(names.split(), codes.split(m.rows), scales.tolist(), strict=True)}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    # ------------------------------------------------------------------------------------------------------- set-up
+    rank, local_rank, world, dev = common.setup_processes(device)
+    stopped = common.stop_flag()
+    say = print if rank == 0 else (lambda *a, **k: None)
+    amp_dtype = {'float32': None, 'bfloat16': torch.bfloat16,
+                 '': torch.bfloat16 if dev.type == 'cuda' else None}.get(dtype, 'unknown')
+    if amp_dtype == 'unknown':
+        configurator.fail(f"dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16", rank0_only=True)
+    amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
+    torch.set_float32_matmul_precision('high')
+    for key in ('batch_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'eval_interval', 'eval_iters',
+                'log_interval', 'save_interval'):
+        if globals()[key] < 1:
+            configurator.fail(f'{key}={globals()[key]} must be 1 or more', rank0_only=True)
+    if not (min(learning_rate, second_lr, min_lr, weight_decay, diag_interval, tokens_per_s) >= 0
+            and 0 <= beta1 < 1 and 0 <= beta2 < 1 and rope_theta > 0):
+        configurator.fail('learning rates, weight_decay, diag_interval and tokens_per_s are 0 or more, rope_theta above 0, '
+                          'beta1 and beta2 shares below 1', rank0_only=True)
+    for key, known in (('schedule', common.SCHEDULES), ('quant', ('tern', 'fp')), ('act', ('relu2', 'silu')),
+                       ('task', tasks.TASKS)):
+        if globals()[key] not in known:
+            configurator.fail(f'{key}={globals()[key]!r} is none of {", ".join(map(repr, known))}', rank0_only=True)
+    if n_embd % (2 * n_head) or n_head % n_kv_head:
+        configurator.fail(f'n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and that of n_kv_head={n_kv_head}',
+                          rank0_only=True)
+    micro = micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (micro * world):
+        configurator.fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes',
+                          rank0_only=True)
+    accumulation = batch_size // (micro * world)
+    last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
+    has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
+    resume_path = (last_path if init_from == 'resume' or (resume == 'auto' and has_run)
+                   else '' if resume == 'auto' else resume)
+    elsewhere = resume_path and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
+    if has_run and (elsewhere or not resume_path) and not (overwrite or estimate):
+        configurator.fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another '
+                          'folder, or --overwrite=True to lose it', rank0_only=True)
+
+    # --------------------------------------------------------------------------------------------------------- data
+    folder = tokens.dataset_dir(dataset)
+    imagined = estimate and vocab_size > 0 and not list(folder.glob('*.bin'))          # before a download of hours
+    held_out, train_tokens, n_vocab = [], 0, vocab_size
+    if not imagined:
+        train_data, val_data = tokens.load(folder, 'train'), tokens.load(folder, 'val')
+        for split, data in (('train', train_data), ('val', val_data)):
+            if len(data) <= block_size:
+                configurator.fail(f'{dataset}: {len(data)} {split} tokens, block_size={block_size} needs more', rank0_only=True)
+        tokenizer = train_data.tokenizer
+        train_tokens, n_vocab = len(train_data), tokenizer.vocab_size
+        if vocab_size not in (0, n_vocab):
+            configurator.fail(f'{dataset} has a vocabulary of {n_vocab}, not of vocab_size={vocab_size}; type --vocab_size=0, '
+                              'or prepare it again', rank0_only=True)
+        bits_per_byte = len(val_data) / val_data.n_bytes / math.log(2)     # nats per token -> bits per byte of text
+        if task and tokenizer.name != 'byte':
+            configurator.fail(f'task={task} is scored in bytes, {dataset} has {tokenizer.name} tokens; type --dataset={task}',
+                              rank0_only=True)
+        if task:
+            held_out = tasks.read(task, tokenizer.decode_bytes(val_data.windows([0], len(val_data))[0].tolist()), dataset)
+
+    # -------------------------------------------------------------------------------------------------------- model
+    model_config = BitNetConfig(vocab_size=-(-n_vocab // 64) * 64, block_size=block_size, n_layer=n_layer,
+                                n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, n_ff=n_ff, act=act, rope_theta=rope_theta,
+                                quant=quant)
+    torch.manual_seed(seed)                                            # same weights on every rank
+    try:
+        model = BitNet(model_config)
+        if not (resume_path or imagined) and init_from != 'scratch':
+            state = common.read_checkpoint(init_from, 'train_bitnet')
+            common.check_tokens(state, init_from, tokenizer, dataset)
+            common.load_model_state(model, state['model'], init_from)
+    except ValueError as e:
+        configurator.fail(str(e))
+    model.to(dev)
+    packed_bytes, fp32_bytes = layers.model_bytes(model)
+    n_params = sum(p.numel() for p in model.parameters())
+    n_ternary = sum(m.weight.numel() for m in model.modules() if isinstance(m, layers.LowBit))
+    rates = next(rates for most, *rates in PEAK_RATES[quant] if n_params <= most)
+    first_lr = learning_rate or rates[0]
+    last_lr = second_lr or (learning_rate * 2 / 3 or rates[1])
+    say(f'{n_params:,} parameters, {n_ternary:,} of them ternary; '
+        f'packed {packed_bytes:,} bytes ({packed_bytes / 1e6:.1f} MB), fp32 {fp32_bytes:,} ({fp32_bytes / 1e6:.1f} MB)')
+    say(f'{batch_size} sequences a step = {micro} x {accumulation} micro-steps x {world} processes '
+        f'= {batch_size * block_size:,} tokens' + ('' if imagined else
+        f'; {tokenizer.name} tokens, {len(train_data):,} train, {len(val_data):,} val'))
+
+    # ---------------------------------------------------------------------------------------------------- optimizer
+    gains = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{'params': [p for p in model.parameters() if p.dim() > 1], 'weight_decay': weight_decay},
+                                   {'params': gains, 'weight_decay': 0.0}],
+                                  lr=first_lr, betas=(beta1, beta2), fused=dev.type in ('cpu', 'cuda'))
+    if estimate:
+        ids = torch.randint(n_vocab, (min(micro, 4), block_size + 1), device=dev)
+        for line in costs.estimate(model, optimizer, ids[:, :-1], ids[:, 1:], amp, micro, batch_size * block_size, max_iters,
+                                   world, tokens_per_s, train_tokens):
+            say(line)
+        return common.close_processes()
+
+    # ------------------------------------------------------------------------------------------------------- resume
+    step, best_val_loss, wandb_id = 0, math.inf, None
+    start_scales = {name: scale for name, (_, scale) in ternary_matrices(model).items()} if quant == 'tern' else {}
+    if resume_path:
+        try:
+            state = common.read_last_checkpoint(resume_path, 'train_bitnet', set_aside=rank == 0)
+            common.check_tokens(state, resume_path, tokenizer, dataset)
+            if state['model_config'] != asdict(model_config):
+                changed = [k for k, v in asdict(model_config).items() if state['model_config'].get(k) != v]
+                raise ValueError(f'{resume_path} has another {changed[0]} ({state["model_config"].get(changed[0])}, '
+                                 f'not {asdict(model_config)[changed[0]]}); resume with {out_dir}/config.py')
+            common.load_model_state(model, state['model'], resume_path)
+            asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
+            optimizer.load_state_dict(state['optimizer'])
+            for group, options in zip(optimizer.param_groups, asked, strict=True):
+                group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
+        except ValueError as e:
+            configurator.fail(str(e))
+        step, best_val_loss, wandb_id = state['step'], math.inf if elsewhere else state['best_val_loss'], state['wandb_id']
+        start_scales = state['start_scales']
+        del state
+        say(f'resumed from {resume_path} at step {step}')
+    if not common.ranks_agree(step, best_val_loss, len(train_data), common.checksum(model.parameters())):
+        configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
+    if rank == 0:
+        common.open_run(out_dir, 'train_bitnet', config, step, not resume_path or elsewhere)
+    run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id) if wandb_log and rank == 0 else None
+    wandb_id = run.id if run else wandb_id
+
+    # --------------------------------------------------------------------------------------------------------- loop
+    raw_model = model
+    if compile:
+        model = torch.compile(model)
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if dev.type == 'cuda' else None)
+
+    def batch(data, starts):
+        xy = data.windows(starts, block_size + 1)
+        if dev.type == 'cuda':
+            xy = xy.pin_memory().to(dev, non_blocking=True)
+        return xy[:, :-1], xy[:, 1:]
+
+    @torch.no_grad()
+    def evaluate():
+        """Mean loss over the same eval_iters batches of the val split, shared out over ranks; None if stopped."""
+        starts = common.sample_indices(seed, -1, len(val_data) - block_size, eval_iters * batch_size).reshape(-1, micro)
+        raw_model.eval()
+        total = n = 0
+        for i in range(0, len(starts), world):      # len(starts) is a multiple of world
+            if common.any_rank(stopped()):
+                return None
+            x, y = batch(val_data, starts[i + rank])
+            with amp:
+                total, n = total + raw_model(x, y).item() * y.numel(), n + y.numel()
+        raw_model.train()
+        return common.mean_over_ranks(total, n)
+
+    @torch.no_grad()
+    def predict(texts):
+        """The likeliest next byte after each of n texts of one length, of which it sees what the context holds."""
+        ids = torch.stack([torch.from_numpy(tokenizer.encode(t[-block_size:])) for t in texts]).to(dev)
+        with amp:
+            return raw_model(ids)[:, -1, :tokenizer.vocab_size].argmax(-1).tolist()
+
+    def log(record):
+        if rank == 0:
+            common.append_log(out_dir, record, run)
+
+    def save(path, keep_previous=False):
+        if rank == 0:
+            try:
+                common.save_checkpoint(path, {
+                    'trainer': 'train_bitnet', 'step': step, 'model_config': asdict(model_config),
+                    'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'best_val_loss': best_val_loss,
+                    'config': config, 'tokenizer': tokenizer.describe(), 'wandb_id': wandb_id,
+                    'start_scales': start_scales}, keep_previous)
+                return True
+            except OSError as e:                    # a full disk must not cost the run; the file before this one stays
+                print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
+        return False
+
+    profiler = common.step_profiler(out_dir, dev) if profile and rank == 0 else None
+    joules = common.energy_meter(dev)              # since this process started
+    failure = ''
+    clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
+    say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
+    model.train()
+
+    while True:
+        last_step = step >= max_iters
+        stop = common.any_rank(stopped())
+        if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
+            if save(last_path, keep_previous=True):
+                saved_step = step
+            clock, timed_steps = time.perf_counter(), 0
+        if not stop and (step % eval_interval == 0 or last_step):
+            val_loss = evaluate()
+            stop = val_loss is None
+            if not stop:
+                say(f'step {step}: val loss {val_loss:.4f} nats, {val_loss * bits_per_byte:.4f} bits per byte')
+                record = {'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
+                          'val_bpb': val_loss * bits_per_byte}
+                if task and rank == 0:
+                    scores = tasks.score(task, predict, held_out, seed)
+                    say(', '.join(f'{name} {hits:,} of {n:,}' for name, (hits, n) in scores.items()))
+                    record |= {name: hits / n for name, (hits, n) in scores.items()}
+                log(record)
+                if val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    save(best_path)
+            elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
+                saved_step = step
+            clock, timed_steps = time.perf_counter(), 0
+        if stop or last_step:
+            break
+
+        # TRAINING SECTION BEGIN
+        lr = common.lr_at(step, schedule, first_lr, min_lr, warmup_iters, max_iters, last_lr)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        if quant == 'tern' and schedule == 'two_stage':                 # a baseline's decay goes on (Tips PDF, page 3)
+            optimizer.param_groups[0]['weight_decay'] = weight_decay if step < max_iters // 2 else 0.0
+        common.seed_step(seed, step, rank)
+        starts = common.sample_indices(seed, step, len(train_data) - block_size, batch_size).reshape(accumulation, world, micro)
+        loss_sum = torch.zeros((), device=dev)
+        for i in range(accumulation):
+            x, y = batch(train_data, starts[i, rank])
+            if world > 1:                           # DDP reads this flag in the forward pass
+                model.require_backward_grad_sync = i == accumulation - 1
+            with amp:
+                loss = model(x, y)
+            loss_sum += loss.detach()
+            (loss / accumulation).backward()
+        grad_norm = nn.utils.get_total_norm([p.grad for p in raw_model.parameters() if p.grad is not None]).item()
+        loss = common.mean_over_ranks(loss_sum.item(), accumulation)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            culprits = [n for n, p in raw_model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            failure = (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: '
+                       f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
+                       f'touched, the last checkpoint is of step {saved_step}; try a lower --learning_rate')
+            break
+        if grad_clip:
+            nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, torch.tensor(grad_norm, device=dev))
+        counted = quant == 'tern' and diag_interval and (step + 1) % diag_interval == 0 and rank == 0
+        before = ternary_matrices(raw_model) if counted else None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # TRAINING SECTION END
+
+        step, timed_steps = step + 1, timed_steps + 1
+        if counted:
+            log({'step': step, 'tokens': step * batch_size * block_size}
+                | lowbit.count_codes(before, ternary_matrices(raw_model), start_scales))
+            del before
+        if profiler:
+            profiler.step()
+        if step % log_interval == 0 or step == max_iters:
+            ms = (time.perf_counter() - clock) / timed_steps * 1e3
+            clock, timed_steps = time.perf_counter(), 0
+            record = {'step': step, 'tokens': step * batch_size * block_size, 'loss': loss, 'lr': lr,
+                      'grad_norm': grad_norm, 'ms': ms, 'tokens_per_s': batch_size * block_size / ms * 1e3,
+                      'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
+            say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
+                f'{record["tokens_per_s"]:,.0f} tokens/s', flush=True)
+            log(record)
+
+    # ---------------------------------------------------------------------------------------------------------- end
+    common.close_processes()
+    if run:
+        run.finish(exit_code=1 if failure else 0)
+    if failure:
+        configurator.fail(failure, rank0_only=True)
+    if stop:
+        command = common.launched([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
+        kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
+        say(f'stopped at step {step}{kept}; go on with: {command}')
+    elif rank == 0 and os.path.exists(best_path):
+        state = common.read_checkpoint(best_path, 'train_bitnet')
+        raw_model.load_state_dict(state['model'])
+        meta = {'trainer': 'train_bitnet', 'step': state['step'], 'model_config': asdict(model_config),
+                'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss'], 'task': task}
+        path = os.path.join(out_dir, 'packed.safetensors')
+        size = layers.save_packed(raw_model, path, meta)
+        common.append_log(out_dir, {'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes,
+                                    'best_step': state['step'], 'best_val_loss': state['best_val_loss']})
+        say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
+
+
+if __name__ == '__main__':
+    main()
