@@ -48,16 +48,18 @@ def measured_tokens_per_s(step, tokens, device, seconds=5):
 
 
 def estimate(model, optimizer, x, y, amp, micro, tokens_per_step, max_iters, world, tokens_per_s, train_tokens):
-    """The lines of an account. x, y: (n, block_size) ids to measure with, n <= micro; tokens_per_s: 0 to measure it here, of
-    `world` processes as fast as this one; train_tokens: how many there are, 0 where that is not known."""
+    """The lines of an account. x, y: (n, block_size) ids to measure with, n = micro or 1 < n < micro; tokens_per_s: 0 to
+    measure it here, of `world` processes as fast as this one; train_tokens: how many there are, 0 where that is not known."""
     c, device, mb = model.config, x.device, lambda n: f'{n / 1e6:12,.1f} MB'
     packed, fp32 = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
 
-    def loss():
+    def loss(n=None):
         with amp:
-            return model(x, y)
-    kept = saved_bytes(loss, model) * micro / len(x)
+            return model(x[:n], y[:n])
+    kept = saved_bytes(loss, model)
+    if micro > len(x):                              # on a line through two points: autocast's copies of weights are kept once
+        kept += (kept - saved_bytes(lambda: loss(1), model)) / (len(x) - 1) * (micro - len(x))
     if not tokens_per_s:
         def step():
             loss().backward()

@@ -178,7 +178,7 @@ def ask(what):
 def chat(model, tokenizer, dev, generator, begin):
     """mode chat: what you write is added to the text, and the model goes on with it until it ends the text, at `stop` or after
     max_new_tokens. What no longer fits into the context is forgotten. Returns the tokens made."""
-    ending, n_tokens, history, said = stop.encode().replace(b'\\n', b'\n'), 0, begin, b''
+    ending, n_tokens, history, said = stop.encode('utf-8', 'surrogateescape').replace(b'\\n', b'\n'), 0, begin, b''
     if sys.stdin.isatty():
         print('Write, and it goes on with the text; an empty line lets it go on. /reset forgets, /save FILE keeps the text, '
               '/quit or Ctrl-D ends.', file=sys.stderr)
@@ -192,8 +192,8 @@ def chat(model, tokenizer, dev, generator, begin):
                 with open(path, 'wb') as f:
                     f.write(said)
                 print(f'wrote {path}, {len(said):,} bytes', file=sys.stderr)
-            except OSError as e:                    # must not cost the conversation
-                print(f'could not write {path}: {e.strerror}; give another name', file=sys.stderr)
+            except (OSError, ValueError) as e:      # must not cost the conversation
+                print(f'could not write {path!r}: {e}; give another name', file=sys.stderr)
             continue
         history, said = history + to_ids(tokenizer, line), said + line
         decoder, answer = codecs.getincrementaldecoder('utf-8')('replace'), b''

@@ -385,7 +385,10 @@ def open_folder(folder, settings, argv):
         try:
             for split in SPLITS:
                 for number in range(record[split].get('shards', 0)):
-                    read_header(folder / _shard_name(split, number))
+                    header = read_header(folder / _shard_name(split, number))
+                    file = record['complete'] and TOKENIZER_FILE.get(header['name'])
+                    if file and not (folder / file).is_file():
+                        raise ValueError(f'{file} is missing')
             damage = None
         except (ValueError, OSError) as error:
             damage = str(error)

@@ -115,7 +115,8 @@ class NormedLinear(nn.Module):
         self.act = layers.Activation(act) if act else nn.Identity()
 
     def forward(self, x):
-        return F.linear(F.rms_norm(self.act(x), (self.in_features,), self.gain, self.eps), self.weight)
+        x = self.act(x)                             # rms_norm sums in fp32 whatever this is
+        return F.linear(F.rms_norm(x, (self.in_features,), self.gain.to(x.dtype), self.eps), self.weight)
 
 
 def bitlinear(c, in_features, rows, act=None):
@@ -294,6 +295,9 @@ def main():
         if not (resume_path or imagined) and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_bitnet')
             common.check_tokens(state, init_from, tokenizer, dataset)
+            for key in ('n_head', 'n_kv_head', 'act', 'rope_theta'):     # tensors of one shape, another function
+                if state['model_config'][key] != globals()[key]:
+                    raise ValueError(f'{init_from} has {key}={state["model_config"][key]}; type --{key}=... as it has')
             common.load_model_state(model, state['model'], init_from)
     except ValueError as e:
         configurator.fail(str(e))

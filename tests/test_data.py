@@ -13,12 +13,15 @@ import pytest
 import torch
 
 import documents
+import tasks
 import tokens
+from data.arithmetic import prepare as arithmetic
 from data.c4 import prepare as c4
 from data.fineweb95m import prepare as fineweb95m
 from data.pycode import prepare as pycode
 from data.shakespeare import prepare as shakespeare
 from data.text import prepare as text
+from data.tictactoe import prepare as tictactoe
 from data.tinystories import prepare as tinystories
 
 SHARED = tokens.ROOT.parent / 'shared' / 'data'
@@ -605,3 +608,118 @@ def test_a_full_disk_or_a_file_in_the_way_is_one_line(tmp_path):
     (tmp_path / 'a.txt').write_text(LINES)
     assert 'Not a directory' in command('text', '--file', tmp_path / 'a.txt', '--out_dir', tmp_path / 'a.txt' / 'x',
                                         ok=False)
+
+
+# ------------------------------------------------------------------------------------------- arithmetic, tictactoe
+
+
+def lines_of(folder, split):
+    found = all_bytes(folder, split)
+    assert found.endswith(b'\n') and b'\n\n' not in found and b' ' not in found
+    return found.decode().split('\n')[:-1]
+
+
+def test_arithmetic_holds_problems_out_with_their_twins(tmp_path):
+    """All 10,000 sums of numbers below 100: 889 held out, each there once, none in training, nor with its numbers exchanged;
+    the others in one random order after another, the last one cut where 30,000 lines are full."""
+    out = command('arithmetic', '--lines=30000', '--out_dir', tmp_path / 'a', cwd=tmp_path)
+    train, val = (lines_of(tmp_path / 'a', split) for split in tokens.SPLITS)
+    assert '9,111 problems to train on, 889 held out' in out and len(train) == 30000 and len(val) == len(set(val)) == 889
+    assert set(train) | set(val) == {f'{a}+{b}={a + b}' for a in range(100) for b in range(100)} and not set(train) & set(val)
+    twins = {f'{b}+{a}={c}' for a, b, c in (line.replace('=', '+').split('+') for line in val)}
+    assert twins == set(val)
+    orders = [train[i:i + 9111] for i in range(0, 30000, 9111)]
+    assert [len(order) for order in orders] == [9111, 9111, 9111, 2667]
+    assert all(len(set(order)) == len(order) for order in orders) and orders[0] != orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0]) and val != sorted(val)
+    assert tokens.load(tmp_path / 'a', 'train').tokenizer.name == 'byte'
+
+
+def test_arithmetic_of_several_operations(tmp_path, capsys):
+    """Sums, differences and products of digits: every one right, negative answers among them, a tenth of each held out with
+    its twin where there is one; the same settings make the same bytes, others other ones."""
+    args = ['--operations=*+-', '--digits=1', '--lines=1000', '--out_dir']
+    for name in 'ab':
+        arithmetic.main([*args, str(tmp_path / name)])
+    train, val = (lines_of(tmp_path / 'a', split) for split in tokens.SPLITS)
+    both = tasks.read_problems('\n'.join(train + val).encode())
+    assert len(train) == 1000 and len(set(both)) == 300 and len(set(train)) + len(val) == 300 and not set(train) & set(val)
+    assert {b'3-9=-6', b'9-3=6', b'7*8=56', b'0+0=0'} <= set(both)
+    for operation in '+*-':
+        held_out = {line.split('=')[0] for line in val if operation in line.split('=')[0]}
+        assert 5 <= len(held_out) <= 15
+        twins = {operation.join(line.split(operation)[::-1]) for line in held_out}
+        assert (twins == held_out) == (operation != '-')        # 3-9 does not say what 9-3 is, not to the letter
+    assert shards(tmp_path / 'a') == shards(tmp_path / 'b')
+    before = shards(tmp_path / 'a')
+    capsys.readouterr()
+    arithmetic.main([*args, str(tmp_path / 'a')])
+    assert 'left as it is' in capsys.readouterr().out and shards(tmp_path / 'a') == before
+    arithmetic.main(['--operations=-', *args[1:], str(tmp_path / 'a')])
+    assert 'has other settings' in capsys.readouterr().out
+    assert {line for line in lines_of(tmp_path / 'a', 'val')} == {line for line in val if '-' in line.split('=')[0]}
+
+
+def test_tictactoe_games(tmp_path):
+    """3,000 games to train on and 200 others, none of which is played in training by anybody; every one played to its end,
+    perfect sides with best moves only, sides at random not; a third each mr and rm, a sixth each mm and rr."""
+    out = command('tictactoe', '--games=3000', '--val_games=200', '--out_dir', tmp_path / 'a', cwd=tmp_path)
+    train, val = (lines_of(tmp_path / 'a', split) for split in tokens.SPLITS)
+    assert '3,000 games to train on, 200 held out' in out and len(train) == 3000 and len(val) == len(set(val)) == 200
+    assert tasks.read_games('\n'.join(train + val).encode()) == train + val
+    assert not {line[2:] for line in train} & {line[2:] for line in val}
+    for kinds, share in (('mr', 1 / 3), ('rm', 1 / 3), ('mm', 1 / 6), ('rr', 1 / 6)):
+        games = [line for line in train if line[:2] == kinds]
+        assert abs(len(games) / 3000 - share) < 0.02 and any(line[:2] == kinds for line in val)
+        for side, kind in enumerate(kinds):
+            best = [line[2 + i] in tasks.best_moves(line[2:2 + i]) for line in games for i in range(side, len(line) - 3, 2)]
+            assert all(best) if kind == 'm' else 0.3 < sum(best) / len(best) < 0.9
+        assert {'mr': 'O', 'rm': 'X'}.get(kinds, '') not in {line[-1] for line in games} and len(set(games)) > len(games) / 3
+    assert {line[-1] for line in train} == set('XO-')
+
+
+def test_tictactoe_is_repeatable_and_counts_exactly(tmp_path, capsys):
+    """The same settings make the same bytes; one game to train on leaves room for 300 held out; a game is held out by its
+    moves alone, whoever plays."""
+    for name in 'ab':
+        tictactoe.main(['--games=1', '--val_games=300', f'--out_dir={tmp_path / name}'])
+    assert shards(tmp_path / 'a') == shards(tmp_path / 'b')
+    train, val = (lines_of(tmp_path / 'a', split) for split in tokens.SPLITS)
+    assert len(train) == 1 and len(set(val)) == 300 and all(map(tictactoe.is_val, val)) and not tictactoe.is_val(train[0])
+    assert all(tictactoe.is_val(kinds + line[2:]) for line in val for kinds in ('mr', 'rm', 'mm', 'rr'))
+    capsys.readouterr()
+    tictactoe.main(['--games=1', '--val_games=300', f'--out_dir={tmp_path / "a"}'])
+    assert 'left as it is' in capsys.readouterr().out
+    tictactoe.main(['--games=1500', '--val_games=10', f'--out_dir={tmp_path / "a"}'])
+    assert 'has other settings' in capsys.readouterr().out
+    more = lines_of(tmp_path / 'a', 'train')
+    assert len(more) == 1500 and more[0] == train[0] and lines_of(tmp_path / 'a', 'val') == val[:10]
+
+
+@pytest.mark.parametrize('module, args', [
+    (arithmetic, ['--digits=1', '--lines=500', '--out_dir']), (tictactoe, ['--games=50', '--val_games=5', '--out_dir'])])
+def test_what_is_made_here_goes_on_after_a_crash(tmp_path, monkeypatch, capsys, module, args):
+    """Crashed at the k-th renaming of any file and started again: refused in between, in the end the unbroken run's bytes."""
+    module.main([*args, str(tmp_path / 'whole')])
+    crash_and_continue(module.main, args, tmp_path / 'broken', monkeypatch, capsys, (1, 2, 3, 4))
+    assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole') and len(shards(tmp_path / 'whole')) == 2
+
+
+def test_arithmetic_and_tictactoe_mistakes_are_one_line(tmp_path):
+    """Operations that there are not, numbers out of range, unknown options, a file in the way: status 2, nothing written."""
+    (tmp_path / 'file').write_text('')
+
+    def refused(script, *args, out='out'):
+        return command(script, *args, '--out_dir', tmp_path / out, ok=False, cwd=tmp_path)
+    for operations in ('/', '+/', '', 'plus'):
+        assert f'--operations={operations} are not some of + - *' in refused('arithmetic', f'--operations={operations}')
+    for option in ('--digits=0', '--digits=4', '--lines=0', '--lines=-5'):
+        assert option in refused('arithmetic', option)
+    assert 'unrecognized arguments: --digit=2' in refused('arithmetic', '--digit=2')
+    assert 'invalid int value' in refused('arithmetic', '--lines=many')
+    for option in ('--games=0', '--val_games=0', '--val_games=5001', '--games=-1'):
+        assert option in refused('tictactoe', option)
+    assert '--game=2' in refused('tictactoe', '--game=2')
+    for script in ('arithmetic', 'tictactoe'):
+        assert 'Not a directory' in refused(script, out='file/x')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['file']

@@ -256,6 +256,53 @@ def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path):
         assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('act', ['relu2', 'silu'])
+@pytest.mark.parametrize('quant', ['tern', 'fp'])
+def test_a_bitnet_of_ours_is_that_of_transformers(monkeypatch, quant, act):
+    """bitnet_state() of train_bitnet.py's weights in BitNetForCausalLM, its matrices AutoBitLinear or, for the baseline,
+    nn.Linear: the same logits, loss and gradients of every tensor; no tensor is left out."""
+    import transformers as t
+    from transformers.integrations import bitnet
+
+    from train_bitnet import BitNet, BitNetConfig
+    torch.manual_seed(0)
+    model = BitNet(BitNetConfig(96, 16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_ff=48, act=act, quant=quant)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.rand_like(p) + 0.5) if name.endswith('gain') else p.mul_(3 if name == 'wte.weight' else 1)
+    theirs = t.BitNetForCausalLM(t.BitNetConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        hidden_act=act, max_position_embeddings=16, rms_norm_eps=1e-5, rope_theta=10_000.0, tie_word_embeddings=True,
+        attn_implementation='eager')).eval()
+    if quant == 'tern':
+        for name, module in list(theirs.named_modules()):
+            if isinstance(module, torch.nn.Linear) and name != 'lm_head':
+                shape = module.in_features, module.out_features
+                theirs.set_submodule(name, bitnet.AutoBitLinear(*shape, bias=False, online_quant=True))
+        for kind in (bitnet.WeightQuant, bitnet.ActQuant):         # compiled there, which takes a minute here
+            if plain := getattr(kind.forward, '_torchdynamo_orig_callable', None):
+                monkeypatch.setattr(kind, 'forward', staticmethod(plain))
+    ours, tol = dict(model.named_parameters()), 1e-4 if quant == 'fp' else 1e-2     # somewhere a code may be rounded otherwise
+    theirs.load_state_dict(hf.bitnet_state(model.state_dict(), model.config))
+    ids = torch.randint(96, (2, 17))
+    with torch.no_grad():
+        for T in (1, 7, 16):
+            want = theirs(ids[:, :T]).logits[:, -1]
+            assert_close(model(ids[:, :T])[:, 0], want, rtol=0, atol=tol * want.abs().max().item())
+    loss = model(ids[:, :-1], ids[:, 1:])
+    same = torch.nn.functional.cross_entropy(theirs(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert_close(loss, same, rtol=tol, atol=0)
+    loss.backward()
+    same.backward()
+    got = hf.bitnet_state({name: p.grad for name, p in ours.items()}, model.config)
+    want = {name: p.grad for name, p in theirs.named_parameters()}
+    assert got.keys() - {'lm_head.weight'} == want.keys() and len(want) == 2 + 3 * 11
+    for name, g in want.items():
+        assert_close(got[name], g, rtol=0, atol=tol * g.abs().max().item(), msg=lambda m, name=name: f'{name}: {m}')
+        assert g.abs().max() > 1e-5
+    assert sum(t.numel() for t in got.values()) - got['lm_head.weight'].numel() == sum(p.numel() for p in ours.values())
+
+
 def test_a_saved_bitnet_says_that_it_is_one(tmp_path):
     """config.json has what makes other readers round its weights, though the config at hand does not."""
     net, tokenizer, names, _ = decoder(tmp_path / 'a', 'bitnet')

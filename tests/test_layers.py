@@ -1,6 +1,7 @@
 """Low-bit layers: values and every gradient against literal formulas, packing that changes no logit, bytes counted."""
 import copy
 import math
+import re
 import shutil
 
 import pytest
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import functional
-from layers import (BinaryConv2d, BinaryEmbedding, BinaryLinear, Linear4bit, TernaryLinear, convert, linear, load_packed,
-                    model_bytes, pack, read_packed, save_packed)
+from layers import (Activation, BinaryConv2d, BinaryEmbedding, BinaryLinear, Conv4bit, Int8Linear, Linear4bit, LoRALinear,
+                    TernaryConv2d, TernaryLinear, convert, linear, load_packed, model_bytes, pack, read_packed, save_packed)
 from quant import binarize, decode4, pack4, pack_bits, quantize4, quantize_rows, ternarize, unpack_bits
 
 
@@ -44,10 +45,14 @@ def normalize(z, alpha, dims, eps=1e-5):
 def matrices(layer):
     """(weight, bias or None) of each chunk."""
     n = getattr(layer, 'chunks', 1)
-    return zip(layer.weight.chunk(n), [None] * n if layer.bias is None else layer.bias.chunk(n), strict=True)
+    rows = [layer.out_features // n] * n if isinstance(n, int) else [*n]
+    return zip(layer.weight.split(rows), [None] * len(rows) if layer.bias is None else layer.bias.split(rows), strict=True)
 
 
 def activated(layer, x):
+    if layer.act in ('relu2_glu', 'silu_glu'):
+        gate, up = x[..., :layer.in_features], x[..., layer.in_features:]
+        return (gate * gate * (gate > 0) if layer.act == 'relu2_glu' else gate / (1 + (-gate).exp())) * up
     return {None: lambda x: x, 'gelu': F.gelu, 'relu': F.relu}[layer.act](x)
 
 
@@ -72,10 +77,9 @@ def reference_ternary(layer, x):
         a = a / (a.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.gain
     s = 127 / a.abs().amax(-1, keepdim=True).clamp(min=1e-5)
     a = straight_through(a, (a * s).round().clamp(-128, 127) / s)
-    scales = [(w.abs().mean() if layer.scale == 'mean' else w.abs().median()).clamp(min=1e-5) for w in
-              layer.weight.chunk(layer.chunks)]
+    scale = lambda w: (w.abs().mean() if layer.scale == 'mean' else w.abs().median()).clamp(min=1e-5)
     return torch.cat([F.linear(a, straight_through(w, (w / s).round().clamp(-1, 1) * s), b)
-                      for s, (w, b) in zip(scales, matrices(layer), strict=True)], -1)
+                      for w, b in matrices(layer) for s in [scale(w)]], -1)
 
 
 def reference_int4(layer, x):
@@ -130,7 +134,10 @@ CONV = [dict(norm=norm, **options) for norm in ('channel', 'spatial', 'sample') 
 TERNARY = [((5, 13), 6, dict(bias=True)), ((2, 3, 7), 9, dict(chunks=3, scale='median', act='gelu')),
            ((4, 1), 2, {}), ((4, 2), 1, {}), ((17,), 5, dict(norm=False)), ((2, 2, 33), 31, dict(act='gelu', eps=1e-3)),
            ((3, 8), 6, dict(norm=False, act='gelu', chunks=3, bias=True)),
-           ((3, 8), 6, dict(scale='median', norm=False, bias=True))]
+           ((3, 8), 6, dict(scale='median', norm=False, bias=True)), ((5, 13), 12, dict(chunks=(6, 2, 4), bias=True)),
+           ((3, 8), 9, dict(chunks=[1, 7, 1], scale='median', norm=False)), ((5, 26), 6, dict(act='relu2_glu')),
+           ((2, 3, 14), 12, dict(act='silu_glu', chunks=(6, 2, 4), bias=True)), ((34,), 5, dict(act='silu_glu', norm=False)),
+           ((4, 2), 3, dict(act='relu2_glu', scale='median', chunks=(2, 1), eps=1e-3))]     # gated: x is twice as wide
 INT4 = [((5, 13), 6, {}), ((2, 3, 7), 9, dict(act='gelu')), ((4, 1), 2, dict(bias=False)), ((17,), 5, dict(group=2)),
         ((3, 16), 4, dict(group=64, act='gelu', bias=False))]
 
@@ -157,8 +164,10 @@ def test_binary_embedding_is_its_formula(bias, ids):
 
 @pytest.mark.parametrize('shape, out, options', TERNARY)
 def test_ternary_linear_is_its_formula(shape, out, options):
-    """TernaryLinear, RMSNorm inside or not, scale mean or median: value and gradients of x, weight, bias and gain."""
-    check(filled(TernaryLinear(shape[-1], out, **options)), reference_ternary, torch.randn(shape).double(), 1e-12)
+    """TernaryLinear, RMSNorm inside or not, scale mean or median, chunks of any rows, gated or not: value and gradients of x,
+    weight, bias and gain."""
+    n = shape[-1] // (2 if 'glu' in options.get('act', '') else 1)
+    check(filled(TernaryLinear(n, out, **options)), reference_ternary, torch.randn(shape).double(), 1e-12)
 
 
 @pytest.mark.parametrize('shape, out, options', INT4)
@@ -173,6 +182,7 @@ FORMS = {'binary': (lambda: BinaryLinear(33, 12), reference_binary, (7, 33)),
          'conv sample': (lambda: BinaryConv2d(4, 8, 3, norm='sample'), reference_conv, (2, 4, 9, 8)),
          'embedding': (lambda: BinaryEmbedding(11, 12), reference_embedding, None),
          'ternary': (lambda: TernaryLinear(33, 12, True), reference_ternary, (7, 33)),
+         'gated': (lambda: TernaryLinear(33, 12, True, chunks=(7, 5), act='relu2_glu'), reference_ternary, (7, 66)),
          'int4': (lambda: Linear4bit(33, 12), reference_int4, (7, 33))}
 every_form = pytest.mark.parametrize('form', FORMS)
 
@@ -252,6 +262,46 @@ def test_three_chunks_are_three_layers(cls, options):
     assert_close(fused(x), torch.cat([part(x) for part in parts], -1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('options', [{}, dict(scale='median', norm=False, act='gelu'), dict(act='silu_glu')])
+def test_chunks_of_unequal_rows_are_so_many_layers(options):
+    """chunks=(6, 2, 4) gives what layers of 6, 2 and 4 rows on the same input give, and every gradient, each with a scale of
+    its own; chunks=(4, 4, 4) are chunks=3 to the bit."""
+    x = torch.randn(5, 14).double()
+    n = 7 if 'glu' in options.get('act', '') else 14
+    fused = TernaryLinear(n, 12, True, chunks=(6, 2, 4), **options)
+    with torch.no_grad():
+        filled(fused).weight.mul_(torch.tensor([1.0, 10.0, 0.1]).repeat_interleave(torch.tensor([6, 2, 4]))[:, None])
+    parts = nn.ModuleList(TernaryLinear(n, rows, True, **options).double() for rows in (6, 2, 4))
+    for i, part in enumerate(parts):
+        for name, p in part.named_parameters():
+            whole = fused.get_parameter(name).detach()
+            p.data = whole.clone() if name == 'gain' else whole.split((6, 2, 4))[i].clone()
+    v = torch.randn(5, 12).double()
+    got, want = gradients(fused, fused, x, v), gradients(parts, lambda x: torch.cat([part(x) for part in parts], -1), x, v)
+    for name, g in got.items():
+        mine = [t for key, t in want.items() if key.split('.')[-1] == name]
+        assert_close(g, sum(mine) if name == 'gain' else torch.cat(mine), rtol=1e-12, atol=1e-12)
+    assert len(got) == 5 - bool('norm' in options)
+    equal, three = TernaryLinear(n, 12, True, chunks=(4, 4, 4), **options), TernaryLinear(n, 12, True, chunks=3, **options)
+    equal.load_state_dict(three.state_dict())
+    assert torch.equal(equal(x.float()), three(x.float()))
+
+
+@pytest.mark.parametrize('act', ['relu2_glu', 'silu_glu'])
+def test_gated_activation_inside_equals_it_outside(act):
+    """Of x = [gate | up] the layer sees act(gate) * up, as Activation gives it, in value and gradients."""
+    inside, x = filled(TernaryLinear(9, 6, True, act=act)), torch.randn(2, 3, 18).double()
+    outside = TernaryLinear(9, 6, True).double()
+    outside.load_state_dict(inside.state_dict())
+    v = torch.randn(2, 3, 6).double()
+    got, want = gradients(inside, inside, x, v), gradients(outside, lambda x: outside(Activation(act)(x)), x, v)
+    for name in want:
+        assert_close(got[name], want[name], rtol=1e-12, atol=1e-12)
+    gate, up = torch.tensor([[-1.0, 0.0, 2.0]]), torch.tensor([[5.0, 5.0, 7.0]])
+    by_hand = [0, 0, 4 * 7] if act == 'relu2_glu' else [-5 / (1 + math.e), 0, 14 / (1 + math.exp(-2))]
+    assert Activation(act)(torch.cat([gate, up], -1)).tolist()[0] == pytest.approx(by_hand, rel=1e-6)
+
+
 @pytest.mark.parametrize('act', ['gelu', 'relu'])
 @pytest.mark.parametrize('cls', [BinaryLinear, TernaryLinear, Linear4bit])
 def test_activation_inside_equals_activation_outside(cls, act):
@@ -316,6 +366,8 @@ def test_ternarize_by_hand():
     assert codes.tolist() == [[1, -1], [0, 1]] and scale.tolist() == [1]
     assert ternarize(torch.zeros(2, 2))[1].tolist() == pytest.approx([1e-5])
     assert ternarize(torch.tensor([[1e-5, 1e-6]]))[0].tolist() == [[1, 0]]
+    codes, scale = ternarize(torch.tensor([[1, -2], [1, -2], [0.2, 4.8]]), chunks=(1, 2))   # means 1.5 and 2
+    assert codes.tolist() == [[1, -1], [0, -1], [0, 1]] and scale.tolist() == [1.5, 2]
 
 
 def test_quantize_rows_by_hand():
@@ -427,8 +479,20 @@ def test_what_each_layer_keeps():
     total, tensors = kept(TernaryLinear(16, 40, True, norm=False), x)
     assert total == 24 * 16 + 24 * 4 and (torch.int8, 24 * 16) in tensors
     assert kept(TernaryLinear(16, 40, True), x)[0] == 24 * 16 * (4 + 1) + 24 * 4 * 2
+    assert kept(TernaryLinear(16, 40, chunks=(8, 8, 24)), x)[0] == 24 * 16 * (4 + 1) + 24 * 4 * 2
     assert kept(BinaryLinear(16, 40), x)[0] == 4 * (24 * 16 + 24 * 40 + 24 + 1)             # 1: alpha
     assert kept(Linear4bit(16, 40), x)[0] == 4 * 24 * 16
+
+
+@pytest.mark.parametrize('act', ['relu2_glu', 'silu_glu'])
+def test_what_a_gated_layer_keeps(act):
+    """Gate and up, the int8 codes of what is made of them, two scalars per token: no product of the two, no square. Outside,
+    at least one (tokens, n_ff) fp32 tensor more is kept."""
+    x = torch.randn(24, 32)
+    layer, plain = TernaryLinear(16, 40, act=act), TernaryLinear(16, 40)
+    assert kept(layer, x)[0] == 24 * 32 * 4 + 24 * 16 + 24 * 4 * 2
+    outside = kept(nn.Sequential(Activation(act), plain), x.requires_grad_())[0]
+    assert outside >= kept(layer, x)[0] + 24 * 16 * 4
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -529,6 +593,8 @@ PACKABLE = {'binary': (lambda: BinaryLinear(13, 6), X, 12 + 1 + 4),         # ro
             'ternary': (lambda: TernaryLinear(13, 6, True), X, 6 * 4 + 4 + 24 + 52),    # codes, scale, bias, gain
             'ternary median': (lambda: TernaryLinear(13, 6, scale='median', norm=False, act='gelu'), X, 24 + 4),
             'ternary chunks': (lambda: TernaryLinear(13, 9, chunks=3), X, 9 * 4 + 12 + 52),
+            'ternary rows': (lambda: TernaryLinear(13, 12, True, chunks=(6, 2, 4)), X, 12 * 4 + 12 + 48 + 52),
+            'ternary gated': (lambda: TernaryLinear(13, 6, chunks=(1, 5), act='silu_glu'), (5, 26), 24 + 8 + 52),
             'int4': (lambda: Linear4bit(13, 6), X, 40 + 10 + 24),           # 78 weights: 5 groups of 8 bytes and fp16
             'int4 wide': (lambda: Linear4bit(13, 6, False, group=32, act='gelu'), X, 48 + 6)}
 every_packable = pytest.mark.parametrize('name', PACKABLE)
@@ -622,6 +688,57 @@ def test_a_bfloat16_layer_trains_and_packs(name):
         assert got.dtype == torch.bfloat16 and off(got, want) < 0.03, off(got, want)
 
 
+@pytest.mark.parametrize('scale', ['mean', 'median'])
+def test_weights_of_unequal_chunks_go_round(scale):
+    """effective_weight() of chunks (6, 2, 4) is codes times the scale of their chunk, latent, packed and unpacked again, where
+    the latent weights of each chunk have that scale; merged() adds to it, and requantizes each chunk by itself."""
+    layer, x = filled(TernaryLinear(7, 12, chunks=(6, 2, 4), scale=scale, norm=False), torch.float32), torch.randn(5, 7)
+    with torch.no_grad():
+        layer.weight.mul_(torch.tensor([1.0, 10.0, 0.1]).repeat_interleave(torch.tensor([6, 2, 4]))[:, None])
+    sizes = [(w.abs().mean() if scale == 'mean' else w.abs().median()).item() for w in layer.weight.split((6, 2, 4))]
+    want = torch.cat([(w / s).round().clamp(-1, 1) * s for w, s in zip(layer.weight.split((6, 2, 4)), sizes, strict=True)])
+    for step in (lambda: layer, layer.pack_, layer.unpack_, layer.pack_):
+        assert step() is layer
+        assert_close(layer.effective_weight(), want.detach(), rtol=1e-6, atol=0)
+        assert layer.ternary()[1].tolist() == pytest.approx(sizes, rel=1e-6) and layer.ternary()[0].dtype == torch.int8
+    delta = torch.randn(12, 7) * layer.effective_weight().abs().amax(1, keepdim=True)
+    with torch.no_grad():
+        plain, again = layer.merged(delta, False, x), layer.merged(delta, True, x)
+    assert type(plain) is nn.Linear and torch.equal(plain.weight, layer.effective_weight() + delta)
+    latent, _ = layer.decode()
+    moved = latent.split((6, 2, 4)), delta.split((6, 2, 4)), layer.ternary()[0].split((6, 2, 4))
+    for i, (w, d, codes) in enumerate(zip(*moved, strict=True)):
+        w = w + d / (codes.ne(0).float().mean() if scale == 'mean' else 1)      # what a scale of mean|w| takes from it
+        s = w.abs().mean() if scale == 'mean' else w.abs().median()
+        assert again.ternary()[1][i].item() == pytest.approx(s.item(), rel=1e-6)
+        assert torch.equal(again.ternary()[0].split((6, 2, 4))[i], (w / s).round().clamp(-1, 1).to(torch.int8))
+    assert again.packed and again.rows == (6, 2, 4)
+
+
+@pytest.mark.parametrize('act', ['relu2_glu', 'silu_glu'])
+def test_lora_over_a_gated_layer_by_hand(act):
+    """y = base(x) + alpha / r B A x', x' the RMSNorm of act(gate) * up: output, gradients of x, A and B, and merged."""
+    base, x = filled(TernaryLinear(9, 6, True, chunks=(2, 4), act=act), torch.float32), torch.randn(5, 18)
+    layer = LoRALinear(base, rank=3, alpha=6.0)
+    nn.init.normal_(layer.lora_B, std=0.1)
+
+    def reference(x):
+        a = activated(base, x)
+        a = a / (a.square().mean(-1, keepdim=True) + 1e-5).sqrt() * base.gain
+        return base(x) + 2 * (a @ layer.lora_A.T @ layer.lora_B.T)
+    wanted, v = [x.requires_grad_(), layer.lora_A, layer.lora_B], torch.randn(5, 6)
+    got, want = ([y, *torch.autograd.grad(y, wanted, v)] for y in (layer(x), reference(x)))
+    assert (layer.in_features, layer.out_features) == (9, 6) and base.packed
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, rtol=1e-5, atol=1e-5)
+    plain, damage = layer.merge(x.detach())
+    assert [type(m) for m in plain] == [Activation, nn.RMSNorm, nn.Linear]
+    assert off(plain(x), want[0]) < 0.02 and damage['max'] < 0.1 * want[0].abs().max()      # its input is not rounded
+    low, damage = layer.merge(x.detach(), requantize=True)
+    assert isinstance(low, TernaryLinear) and low.packed and low.act == act and off(low(x), want[0]) < 1
+    assert damage['mean'] == pytest.approx((low(x) - want[0]).abs().mean().item(), rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ autocast and compile
 
 
@@ -641,9 +758,9 @@ def test_autocast_computes_in_bfloat16(form):
 
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
 def test_compiled_equals_eager():
-    """torch.compile takes a ternary, binary and int4 MLP as one graph: outputs and gradients to 1e-5 of eager."""
-    model = nn.Sequential(TernaryLinear(12, 24, True), BinaryLinear(24, 24, act='gelu', chunks=3), Linear4bit(24, 8),
-                          TernaryLinear(8, 1))
+    """torch.compile takes a gated ternary, binary and int4 MLP as one graph: outputs and gradients to 1e-5 of eager."""
+    model = nn.Sequential(TernaryLinear(12, 48, True, chunks=(20, 28)), TernaryLinear(24, 24, act='relu2_glu'),
+                          BinaryLinear(24, 24, act='gelu', chunks=3), Linear4bit(24, 8), TernaryLinear(8, 1))
     x = torch.randn(5, 12)
     v = torch.randn_like(model(x))
     got, want = (gradients(model, f, x, v) for f in (torch.compile(model, fullgraph=True), model))
@@ -670,6 +787,11 @@ def test_compiled_equals_eager():
     (lambda: TernaryLinear(8, 6, scale='max'), "scale='max'"),
     (lambda: TernaryLinear(8, 6, act='tanh'), "act='tanh'"),
     (lambda: TernaryLinear(131072, 1), '131072'),
+    (lambda: TernaryLinear(8, 6, act='relu2'), "act='relu2'"),
+    *((lambda chunks=chunks: TernaryLinear(8, 6, chunks=chunks), re.escape(f'chunks={chunks}')) for chunks in (
+        (3, 2), (6, 0), (7, -1), (), (3, 3, 3), [5])),
+    *((lambda cls=cls, act=act: cls(8, 6, 3, act=act), f"act='{act}'") for act in ('relu2_glu', 'silu_glu') for cls in (
+        BinaryLinear, Linear4bit, Int8Linear, BinaryConv2d, TernaryConv2d, Conv4bit)),      # 3: kernel_size, or a bias
     (lambda: Linear4bit(8, 6, group=3), 'group=3'),
     (lambda: Linear4bit(8, 6, group=-2), 'group=-2'),
     (lambda: Linear4bit(8, 6, act='tanh'), "act='tanh'"),

@@ -1,5 +1,8 @@
-"""sample.py as a user runs it, on a run of seconds: a mixed binary, ternary and 4-bit GPT that knows two texts."""
+"""sample.py as a user runs it, on runs of seconds: a mixed binary, ternary and 4-bit GPT that knows two texts, and a
+BitNet that plays tic-tac-toe badly; where it matters what a model says, on one that says it."""
+import io
 import os
+import random
 import re
 import runpy
 import shutil
@@ -15,7 +18,10 @@ import torch
 import common
 import layers
 import sample
+import tasks
 import tokens
+from data.tictactoe import prepare as tictactoe
+from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
 
 CYCLE = 'aé€ü'                # goes on for ever, in characters of 1, 2, 3 and 2 bytes
@@ -46,12 +52,32 @@ def run(tmp_path_factory):
     return folder / 'run'
 
 
+@pytest.fixture(scope='module')
+def player(tmp_path_factory):
+    """The out_dir of a finished run of train_bitnet.py on games of tic-tac-toe."""
+    folder = tmp_path_factory.mktemp('player')
+    tictactoe.main(['--games=2000', '--val_games=20', f'--out_dir={folder / "data"}'])
+    done = subprocess.run(command(
+        f'--dataset={folder / "data"}', f'--out_dir={folder / "run"}', '--task=tictactoe', '--block_size=16', '--n_layer=2',
+        '--n_head=4', '--n_kv_head=2', '--n_embd=32', '--n_ff=64', '--batch_size=16', '--max_iters=100', '--eval_interval=100',
+        '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2', '--device=cpu', script='train_bitnet.py'),
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return folder / 'run'
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture
 def cli(run, monkeypatch, capsys):
     """cli('--key=value', ...) -> (exit status, stdout, stderr): sample.py's command line on the run, in this process,
-    which spares the seconds that importing torch takes."""
-    def call(*options, ckpt=run):
+    which spares the seconds that importing torch takes. typed: what stands on its standard input, a pipe or a terminal."""
+    def call(*options, ckpt=run, typed='', stdin=io.TextIOWrapper):
         monkeypatch.setattr(sys, 'argv', ['sample.py', f'--ckpt={ckpt}', '--device=cpu', *map(str, options)])
+        monkeypatch.setattr(sys, 'stdin', stdin(io.BytesIO(typed if isinstance(typed, bytes) else typed.encode())))
         on_pipe = signal.getsignal(signal.SIGPIPE)
         try:
             runpy.run_path(str(tokens.ROOT / 'sample.py'), run_name='__main__')
@@ -148,9 +174,10 @@ def test_help_lists_the_constants(cli):
 
 def test_packed_file_is_the_same_model(run, cli):
     """best.pt and packed.safetensors give equal logits, bit for bit, and so the same text for the same seed."""
-    best, tokenizer, step = sample.load(str(run / 'best.pt'))
-    packed, same_tokenizer, same_step = sample.load(str(run / 'packed.safetensors'))
-    assert step == same_step and tokenizer.describe() == same_tokenizer.describe()
+    best, tokenizer, about = sample.load(str(run / 'best.pt'))
+    packed, same_tokenizer, same_about = sample.load(str(run / 'packed.safetensors'))
+    assert about == same_about == {'step': 150, 'trainer': 'train_gpt', 'task': ''}
+    assert tokenizer.describe() == same_tokenizer.describe()
     assert not best.training and not packed.training
     assert sum(isinstance(m, layers.LowBit) and m.packed for m in packed.modules()) == 8
     ids = torch.randint(256, (5, CONTEXT), generator=torch.Generator().manual_seed(0))
@@ -168,7 +195,7 @@ def test_cache_is_the_full_forward(run):
     model, tokenizer, _ = sample.load(str(run / 'best.pt'))
     ids = torch.tensor([[1, 2, 3], [200, 100, 0]])
     with torch.no_grad():
-        for new in model.generate(ids, CONTEXT - 3, 256, temperature=0):
+        for new in sample.generate(model, ids, CONTEXT - 3, 256, temperature=0):
             assert torch.equal(new, model(ids)[:, -1].argmax(-1))
             ids = torch.cat([ids, new[:, None]], 1)
 
@@ -207,7 +234,9 @@ def test_bpe_checkpoint_needs_nothing_else(cli, tmp_path):
     ('--num_samples=0', 'num_samples=0'), ('--max_new_tokens=0', 'max_new_tokens=0'),
     ('--device=gpu', "device='gpu'"), ('--device=meta', "device='meta'"), ('--dtype=float8', "dtype='float8'"),
     ('--prompt=FILE:no.txt', "'no.txt': No such file"), ('--temprature=1', 'did you mean temperature?'),
-    ('--ckpt=no/best.pt', 'no/best.pt does not exist')])
+    ('--mode=talk', "mode='talk' is none of 'generate', 'chat', 'play'"), ('--side=x', "side='x' is none of 'X', 'O'"),
+    ('--against=me', "against='me' is none of '', 'random', 'perfect'"), ('--games=0', 'games=0'),
+    ('talk', "cannot read 'talk'")])
 def test_mistakes_are_one_line(cli, option, said):
     """A value that cannot be: one line that names it, exit status 2, nothing on stdout."""
     status, out, err = cli(option)
@@ -235,4 +264,278 @@ def test_unreadable_checkpoints_are_one_line(run, cli, tmp_path):
         status, out, err = cli(ckpt=tmp_path / name)
         assert (status, out) == (2, '') and err.startswith('error: ') and err.count('\n') == 1, (name, err)
         assert str(tmp_path / name) in err
-        assert not name.startswith('other') or 'train_cnn.py, not train_gpt.py' in err
+        assert not name.startswith('other') or 'was written by train_cnn.py, which trains no language model' in err
+
+
+def test_checkpoints_that_are_missing_are_one_line(cli):
+    for mode in ((), ('chat',), ('play',)):
+        status, out, err = cli(*mode, ckpt='no/best.pt', typed='a')
+        assert (status, out) == (2, '') and err.count('\n') == 1 and 'no/best.pt does not exist' in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chat
+
+GREEDY = ('--temperature=0', '--max_new_tokens=8')        # one cycle
+
+
+def test_chat_in_a_pipe(run, tmp_path):
+    """Real command line: an answer a line, nothing else on either stream; what was said before is remembered, and forgotten
+    with /reset; the last line needs no end; nothing is read behind /quit."""
+    for typed, answers in (('a\n\n/reset\n\nh', 'é€üa\né€üa\nhi.\ni.\n'), ('\n\na\n/quit\na\n', 'hi.\nhi.\né€üa\n')):
+        done = subprocess.run(command('chat', f'--ckpt={run}', *GREEDY), input=typed.encode(), capture_output=True,
+                              env=ENVIRONMENT, cwd=tmp_path, timeout=60)
+        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, answers, b'')
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_second_answer_depends_on_the_first_line(cli):
+    """The same second line after different first ones; after /reset they are the same."""
+    after = {first: cli('chat', *GREEDY, typed=f'{first}\n\n')[1].split('\n')[1] for first in ('a', 'aé', 'h')}
+    assert after == {'a': 'é€üa', 'aé': '€üaé', 'h': 'hi.'}
+    for first in ('a', 'aé', 'h'):
+        assert cli('chat', *GREEDY, typed=f'{first}\n/reset\n\n')[1].split('\n')[1] == 'hi.'
+
+
+def test_chat_ends_with_its_input(cli):
+    """Nothing typed: nothing said. Line ends of Windows, bytes that are no text, an end without a line's end."""
+    for typed, out in (('', ''), ('/quit', ''), ('/reset\n', ''), ('a\r\n', 'é€üa\n'), ('a', 'é€üa\n')):
+        assert cli('chat', *GREEDY, typed=typed) == (0, out, '')
+    status, out, err = cli('chat', *GREEDY, typed=b'\xff\xfe\na\n')
+    assert (status, err) == (0, '') and out.endswith('é€üa\n')
+
+
+def test_chat_saves_what_was_said(cli, tmp_path, monkeypatch):
+    """/save: both sides, byte for byte, from the last /reset; chat.txt where no name is given; a folder that is not there
+    costs one line and not the conversation, which does not contain the commands."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = cli('chat', *GREEDY, typed='a\n/save one two.txt\n\n/save no/file\n/save\nü\n/reset\n/save empty\n')
+    assert (status, out) == (0, 'é€üa\né€üa\naé€ü\n')
+    assert (tmp_path / 'one two.txt').read_text() == 'aé€üa' and (tmp_path / 'chat.txt').read_text() == 'aé€üaé€üa'
+    assert (tmp_path / 'empty').read_bytes() == b'' and len(list(tmp_path.iterdir())) == 3
+    assert err == ('wrote one two.txt, 9 bytes\ncould not write no/file: No such file or directory; give another name\n'
+                   'wrote chat.txt, 17 bytes\nwrote empty, 0 bytes\n')
+
+
+def test_chat_beyond_the_context(cli):
+    """A line of 80 tokens in a context of 16, and a conversation that grows past it: the last ones count, as in generate."""
+    assert cli('chat', *GREEDY, typed=CYCLE * 10 + '\n\na\n') == (0, f'{CYCLE}\n{CYCLE}\né€üa\n', '')
+    assert cli('chat', '--temperature=0', '--max_new_tokens=40', typed='a\n\n')[1] == ('é€üa' * 5 + '\n') * 2
+
+
+def test_chat_stops_at_a_text(cli):
+    """The answer ends with it, whatever comes after; the conversation goes on behind it."""
+    assert cli('chat', *GREEDY, '--stop=€', typed='a\n\na\n')[1] == 'é€\nüaé€\né€\n'
+    assert cli('chat', *GREEDY, '--stop=zzz', typed='a\n')[1] == 'é€üa\n'
+
+
+def test_chat_at_a_terminal(cli):
+    """People see what to type, on stderr, and where; Ctrl-D ends the line."""
+    status, out, err = cli('chat', *GREEDY, typed='a\n', stdin=Terminal)
+    assert (status, out) == (0, '> é€üa\n> \n') and err.startswith('Write, and it goes on') and err.count('\n') == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a BitNet
+
+
+def bitnet_file(path, task='tictactoe', **shape):
+    """A checkpoint of train_bitnet.py with random weights."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=256, block_size=16, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_ff=16) | shape
+    model = BitNet(BitNetConfig(**shape))
+    common.save_checkpoint(str(path), {
+        'trainer': 'train_bitnet', 'step': 3, 'model_config': asdict(model.config), 'model': model.state_dict(),
+        'tokenizer': tokens.byte().describe(), 'config': {'task': task}})
+    return path
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """scripted(say, task) -> a checkpoint whose model says say(text it saw so far, bytes), and next to that the lowest byte;
+    .seen: the texts."""
+    def make(say, task='tictactoe', **shape):
+        texts = []
+
+        def forward(self, ids, targets=None, cache=None):
+            if cache is None:
+                texts[:] = []
+            if cache and 'k' not in cache[0]:
+                texts[:] = [b''] * len(ids)
+            if cache:
+                cache[0]['k'] = torch.empty(1, 1, ids.shape[1] + (cache[0]['k'].shape[2] if 'k' in cache[0] else 0), 1)
+            before = texts if cache else [b''] * len(ids)
+            texts[:] = [text + bytes(row) for text, row in zip(before, ids.tolist(), strict=True)]
+            make.seen.extend(texts)
+            logits = -torch.arange(256.0).repeat(len(ids), 1, 1) / 256
+            for row, text in zip(logits, texts, strict=True):
+                row[0, say(text)] = 5.0
+            return logits
+        monkeypatch.setattr(BitNet, 'forward', forward)
+        make.seen = []
+        return bitnet_file(tmp_path / 'last.pt', task, **shape)
+    return make
+
+
+def test_a_bitnet_generates_from_both_files(player, cli):
+    """best.pt and packed.safetensors give equal logits and so the same text for the same seed; at temperature 0 as the whole
+    model says it anew for every byte."""
+    best, _, about = sample.load(str(player / 'best.pt'))
+    packed, _, same = sample.load(str(player / 'packed.safetensors'))
+    assert about == same == {'step': 100, 'trainer': 'train_bitnet', 'task': 'tictactoe'}
+    assert sum(isinstance(m, layers.LowBit) and m.packed for m in packed.modules()) == 8
+    texts = []
+    for name in ('best.pt', 'packed.safetensors', 'last.pt'):
+        status, out, err = cli('--prompt=mr5', '--temperature=1', '--max_new_tokens=60', ckpt=player / name)
+        assert status == 0 and out.startswith('mr5') and f'{name}, step 100' in err
+        texts.append(out)
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 64
+    ids = torch.tensor([[*b'mr5']])
+    with torch.no_grad():
+        for _ in range(13):
+            assert torch.equal(best(ids), packed(ids))
+            ids = torch.cat([ids, best(ids)[:, -1].argmax(-1)[:, None]], 1)
+    said = bytes(ids[0].tolist()).decode('utf-8', 'replace')
+    assert cli('--prompt=mr5', '--temperature=0', '--max_new_tokens=13', ckpt=player)[1] == said + '\n'
+
+
+@pytest.mark.parametrize('task, begin', [('tictactoe', b'\n'), ('arithmetic', b'\n'), ('', b'\0')])
+def test_a_document_begins_as_in_training(cli, scripted, task, begin):
+    """Without a prompt: behind a line's end where lines have answers, else behind end-of-text; also a conversation, again after
+    /reset. What was typed follows it, and is all that follows."""
+    ckpt = scripted(lambda text: ord('x'), task)
+    assert cli('--max_new_tokens=2', '--temperature=0', ckpt=ckpt)[1] == 'xx\n' and scripted.seen == [begin, begin + b'x']
+    scripted.seen.clear()
+    assert cli('chat', '--max_new_tokens=1', '--temperature=0', ckpt=ckpt, typed='1+1=\r\n\n/reset\n2\n')[1] == 'x\nx\nx\n'
+    assert scripted.seen == [begin + b'1+1=', begin + b'1+1=x', begin + b'2']
+
+
+def test_chat_about_sums(cli, scripted):
+    """--stop='\\n' as one types it: an answer ends with its line, which is not doubled; the next sum stands behind it."""
+    answers = {b'12+34=': b'46\n', b'1-2=': b'-1\n'}
+
+    def say(text):
+        prompt, _, answer = text.rpartition(b'=')
+        line = prompt.split(b'\n')[-1] + b'='
+        return answers[line][len(answer)]
+    ckpt = scripted(say, 'arithmetic', block_size=64)
+    assert cli('chat', '--stop=\\n', '--temperature=0', ckpt=ckpt, typed='12+34=\n1-2=\n') == (0, '46\n-1\n', '')
+    assert scripted.seen[-1] == b'\n12+34=46\n1-2=-1'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# play
+
+
+def best(text):
+    """What a perfect player does, told who plays what."""
+    assert text[:1] == b'\n' and text[1:3] == (b'mr', b'rm')[(len(text) - 3) % 2]
+    return ord(tasks.best_moves(text[3:].decode())[0])
+
+
+def test_play_at_a_pipe(cli, scripted):
+    """A whole game: the board after every move; what is no free cell, of whatever kind, is said and asked again."""
+    ckpt = scripted(best)
+    typed = ['5', '5', '1', '', 'x', '12', '0', '٣', b'\xff', '9']         # 1 and 5 are taken when they come again
+    typed = b'\n'.join(t if isinstance(t, bytes) else t.encode() for t in typed)
+    status, out, err = cli('play', ckpt=ckpt, typed=typed)
+    assert (status, err) == (0, '')
+    assert out.splitlines()[:12] == [' 1 2 3', ' 4 5 6', ' 7 8 9', ' 1 2 3', ' 4 X 6', ' 7 8 9', 'the model plays 1', ' O 2 3',
+                                     ' 4 X 6', ' 7 8 9', "'5' is no free cell; free are 2 3 4 6 7 8 9",
+                                     "'1' is no free cell; free are 2 3 4 6 7 8 9"]
+    assert [line.split(' is no')[0] for line in out.splitlines() if 'is no free' in line] == [
+        "'5'", "'1'", "''", "'x'", "'12'", "'0'", "'٣'", "'\ufffd'"]
+    assert out.splitlines()[-8:] == [' O 2 3', ' 4 X 6', ' 7 8 X', 'the model plays 3', ' O 2 O', ' 4 X 6', ' 7 8 X',
+                                     'the game ends here']
+    assert scripted.seen == [b'\nrm5', b'\nrm519']
+
+
+@pytest.mark.parametrize('side, typed, result', [
+    ('X', '1 2 7 6 9', 'a draw'), ('X', '1 2 4', 'the model wins'), ('O', '2 3', 'the model wins'), ('O', '5 3 4 8', 'a draw')])
+def test_play_to_the_end(cli, scripted, side, typed, result):
+    """As X, who begins, and as O, against a perfect model; the game is over when it is over, whatever is typed behind."""
+    typed = typed.split()
+    moves, mine = '', list(typed)
+    while not tasks.winner(moves):
+        moves += mine.pop(0) if 'XO'[len(moves) % 2] == side else tasks.best_moves(moves)[0]
+    assert not mine                                 # all that is typed is played
+    status, out, err = cli('play', f'--side={side}', ckpt=scripted(best), typed='\n'.join([*typed, '1', '2']))
+    assert (status, err) == (0, '') and out.splitlines()[-1] == result
+    cells = ['XO'[moves.index(c) % 2] if c in moves else c for c in '123456789']
+    assert out.splitlines()[-4:-1] == [' ' + ' '.join(cells[i:i + 3]) for i in (0, 3, 6)]
+    assert re.findall(r'the model plays (\d)', out) == list(moves[side == 'X'::2]) and 'no free cell' not in out
+    assert {text[:3] for text in scripted.seen} == {b'\nrm' if side == 'X' else b'\nmr'}
+
+
+def test_illegal_moves_of_the_model_are_said(cli, scripted):
+    """Its next choices are gone through, and it may lose; the game does not."""
+    status, out, err = cli('play', ckpt=scripted(lambda text: 0xe9), typed='4\n5\n6\n')
+    assert (status, err) == (0, '') and out.splitlines()[-1] == 'you win'
+    assert out.count("the model says b'\\xe9', which is no free cell; its next choice counts") == 2
+    assert re.findall(r'the model plays (\d)', out) == ['1', '2']
+    out = cli('play', '--side=O', ckpt=scripted(lambda text: ord('7')), typed='4\n5\n6\n')[1]
+    assert re.findall(r'the model plays (\d)', out) == ['7', '1', '2'] and out.splitlines()[-1] == 'you win'
+    assert out.count("the model says b'7', which is no free cell") == 2
+
+
+@pytest.mark.parametrize('typed', ['', '5\n', '5\n/quit\n1\n', '5\nq\n1\n'])
+def test_a_game_may_be_left(cli, scripted, typed):
+    status, out, err = cli('play', ckpt=scripted(best), typed=typed)
+    assert (status, err) == (0, '') and out.splitlines()[-1] == 'the game ends here'
+    assert out.count('the model plays') == len(typed[:1])
+
+
+def test_play_at_a_terminal(cli, scripted):
+    status, out, err = cli('play', ckpt=scripted(best), typed='5\n', stdin=Terminal)
+    assert (status, err) == (0, '') and out.count('your move (X), 1 to 9: ') == 2 and out.endswith('\nthe game ends here\n')
+
+
+@pytest.mark.parametrize('against', ['random', 'perfect'])
+def test_others_play_it(player, cli, against):
+    """What tasks.score_games counts for the model of the checkpoint with that seed, of best.pt as of the packed file."""
+    model, _, _ = sample.load(str(player / 'best.pt'))
+
+    def predict(texts):
+        with torch.no_grad():
+            return model(torch.tensor([list(t) for t in texts]))[:, -1].argmax(-1).tolist()
+    counts = tasks.score_games(predict, against, 25, 3)
+    wins, draws, losses, (legal, n) = (counts[f'{against}_{name}'] for name in ('wins', 'draws', 'losses', 'legal'))
+    assert 0 < legal < n and losses[0] > 0
+    line = (f'25 games against {against} play: {wins[0]} wins, {draws[0]} draws, {losses[0]} losses; '
+            f'{legal} of {n} moves legal ({legal / n:.2%})\n')
+    for name in ('', 'packed.safetensors'):
+        assert cli('play', f'--against={against}', '--games=25', '--seed=3', ckpt=player / name) == (0, line, '')
+
+
+def test_others_play_a_perfect_model(cli, scripted):
+    """No game lost, as X or as O; the 201st is one more as X."""
+    out = cli('play', '--against=random', '--games=201', ckpt=scripted(best))[1]
+    found = re.fullmatch(r'201 games against random play: (\d+) wins, (\d+) draws, 0 losses; (\d+) of (\d+) moves legal '
+                         r'\(100.00%\)\n', out)
+    assert int(found[1]) + int(found[2]) == 201 and int(found[1]) > 100 and found[3] == found[4]
+    assert sum(text == b'\nmr' for text in scripted.seen) == 101
+    assert cli('play', '--against=perfect', '--games=3', ckpt=scripted(best))[1].startswith(
+        '3 games against perfect play: 0 wins, 3 draws, 0 losses; ')
+
+
+def test_a_context_shorter_than_a_game(cli, tmp_path):
+    """The model sees the last moves; no crash."""
+    ckpt = bitnet_file(tmp_path / 'last.pt', block_size=4)
+    assert cli('play', '--against=random', '--games=4', ckpt=ckpt)[1].startswith('4 games against random play: ')
+    lines = [str(c) for c in random.Random(0).sample(range(1, 10), 9)] * 9
+    status, out, err = cli('play', ckpt=ckpt, typed='\n'.join(lines))
+    assert (status, err) == (0, '') and out.splitlines()[-1] in ('you win', 'a draw', 'the model wins')
+
+
+def test_who_was_not_trained_to_play_is_one_line(run, cli, tmp_path):
+    """A GPT, a BitNet of another task, and what is no language model at all, in every mode."""
+    for ckpt in (run / 'best.pt', bitnet_file(tmp_path / 'sums.pt', 'arithmetic'), bitnet_file(tmp_path / 'text.pt', '')):
+        for against in ((), ('--against=random',)):
+            status, out, err = cli('play', *against, ckpt=ckpt, typed='5\n')
+            assert (status, out) == (2, '') and err.count('\n') == 1
+            assert f'error: {ckpt} was not trained to play; type --ckpt=... of a run of train_bitnet.py' in err
+    other = common.read_checkpoint(str(run / 'best.pt')) | {'trainer': 'train_cnn', 'config': {'task': 'tictactoe'}}
+    common.save_checkpoint(str(tmp_path / 'other.pt'), other)
+    for mode in ('play', 'chat', 'generate'):
+        status, out, err = cli(mode, ckpt=tmp_path / 'other.pt', typed='5\n')
+        assert (status, out) == (2, '') and err.count('\n') == 1 and 'which trains no language model' in err

@@ -1,0 +1,747 @@
+"""train_bitnet.py as people run it: exact resumption, figures of codes and answers by hand, its twin, estimates, mistakes."""
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import common
+import costs
+import layers
+import sample
+import tasks
+import tokens
+import train_bitnet
+from conftest import (AT_STEP, CHECKSUMS, IN_EVALUATION, NAN_LOSS, ROOT, assert_same_state, checkpoint, kill_at, log, one_error,
+                      printed_command, ranks, wait_all)
+from data.tictactoe import prepare as tictactoe
+
+SCRIPT = ROOT / 'train_bitnet.py'
+TINY = """# a BitNet of two blocks that trains 20 steps in half a second
+dataset, task = {data!r}, 'arithmetic'
+out_dir, device, compile = 'out', 'cpu', False
+n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, batch_size, micro_batch_size = 2, 4, 2, 32, 64, 16, 4, 2
+max_iters, warmup_iters, eval_interval, eval_iters, log_interval, save_interval, diag_interval = 20, 2, 10, 2, 1, 5, 3
+learning_rate, second_lr, min_lr = 1e-2, 5e-3, 1e-3
+"""
+LEARNED = ('--n_layer=1', '--batch_size=16', '--micro_batch_size=0', '--max_iters=40', '--eval_interval=20',
+           '--schedule=constant', '--learning_rate=2e-2')
+FP = ('--quant=fp',)
+
+# What a test looks at in a running trainer, as source text run before it.
+BATCHES = """
+import os, tokens
+def windows(self, starts, length, plain=tokens.TokenData.windows):
+    if length == 17:
+        with open(self.paths[0].name[:5] + os.environ.get('RANK', '0'), 'a') as f:
+            print(*starts, file=f)
+    return plain(self, starts, length)
+tokens.TokenData.windows = windows
+"""
+GROUPS = """
+import common, json, sys
+def seed_step(seed, step, rank, plain=common.seed_step):
+    groups = sys._getframe(1).f_locals['optimizer'].param_groups
+    with open('groups', 'a') as f:
+        print(json.dumps([[g['lr'], g['weight_decay'], [p.dim() for p in g['params']]] for g in groups]), file=f)
+    plain(seed, step, rank)
+common.seed_step = seed_step
+"""
+NAN_GRADIENT = AT_STEP.format(step=7, rank=0, action="""
+        import sys
+        parameter = sys._getframe(1).f_locals['raw_model'].get_parameter('blocks.1.mlp.down_proj.gain')
+        parameter.register_hook(lambda g: g * float('nan'))""")
+
+
+@pytest.fixture(scope='session')
+def sums(tmp_path_factory):
+    """A data folder of problems like 34-34=0, of which a tiny model soon gets the answer; of the 13 held out two are others."""
+    folder, tokenizer = tmp_path_factory.mktemp('sums'), tokens.byte()
+    problems = [tasks.problem(a, '-', a) for a in range(1, 100) if a % 10]
+    held_out = [*problems[::9], '12-11=1', '3+4=7']
+    rest = [p for p in problems if p not in held_out]
+    for split, lines in (('train', np.random.default_rng(0).choice(rest, 1000)), ('val', held_out)):
+        tokens.write(folder, split, [tokenizer.encode(''.join(f'{line}\n' for line in lines))], tokenizer)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def games(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('games')
+    tictactoe.main(['--games=300', '--val_games=20', f'--out_dir={folder}'])
+    return folder
+
+
+@pytest.fixture(scope='session')
+def pairs(tmp_path_factory):
+    """A data folder of another tokenizer."""
+    folder, text = tmp_path_factory.mktemp('pairs'), 'the quick brown fox ' * 40
+    tokenizer = tokens.train_bpe([text], 265)
+    for split in tokens.SPLITS:
+        tokens.write(folder, split, [tokenizer.encode(text)], tokenizer)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, sums):
+    """folder() -> a new folder holding tiny.py, the config all runs start from."""
+    def make():
+        new = tmp_path_factory.mktemp('run')
+        (new / 'tiny.py').write_text(TINY.format(data=str(sums)))
+        return new
+    return make
+
+
+def text_of(folder, split='val'):
+    data = tokens.load(folder, split)
+    return bytes(data.windows([0], len(data))[0].tolist())
+
+
+def model_of(state, **changes):
+    model = train_bitnet.BitNet(train_bitnet.BitNetConfig(**state['model_config'] | changes))
+    model.load_state_dict(state['model'])
+    return model.eval()
+
+
+@torch.no_grad()
+def val_loss(model, data):
+    """The mean over eval_iters * batch_size = 8 windows drawn for step -1."""
+    data = tokens.load(data, 'val')
+    xy = data.windows(common.sample_indices(1337, -1, len(data) - 16, 8), 17)
+    return model(xy[:, :-1], xy[:, 1:]).item()
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize('options', [(), FP], ids=['tern', 'fp'])
+def test_stopped_and_resumed_equals_unbroken(start, train, folder, unbroken, options):
+    """Stopped after a step whose codes were counted, at a save, at one with both and an evaluation, each time going on with
+    the command that it printed: weights, optimizer, first scales and log are those of the run that was never stopped, bit
+    for bit."""
+    whole, cwd = unbroken(*options), folder()
+    done = train(*options, '--resume=auto', cwd=cwd, patch=kill_at(2))
+    for step in (3, 10, 15):
+        assert f'stopped at step {step};' in done.out and checkpoint(cwd)['step'] == step
+        words = printed_command(done.out)
+        assert words[1:] == ['out/config.py', '--resume=auto']
+        done = start(*words, cwd=cwd, patch=kill_at({3: 9, 10: 14}.get(step, 99))).wait()
+        assert done.code == 0 and f'resumed from out/last.pt at step {step}' in done.out, done.err
+    for name in ('last.pt', 'best.pt'):
+        assert_same_state(checkpoint(cwd, name), checkpoint(whole, name))
+        assert checkpoint(cwd, name)['start_scales'] == checkpoint(whole, name)['start_scales']
+    assert log(cwd) == log(whole)
+
+
+def test_killed_without_warning(train, folder, unbroken):
+    """SIGKILL in step 13: the run goes on from the save at step 10, behind the drop of two_stage."""
+    cwd = folder()
+    train(cwd=cwd, patch=kill_at(13, 'SIGKILL'), code=-9)
+    assert 'at step 10' in train('--resume=auto', cwd=cwd).out
+    assert_same_state(checkpoint(cwd), checkpoint(unbroken()))
+    assert log(cwd) == log(unbroken())
+
+
+def test_stopped_in_an_evaluation(train, folder, unbroken):
+    """Where nothing is saved otherwise: it is cut short, neither loss nor answers are recorded, the checkpoint is of that step,
+    and the resumed run makes the whole evaluation."""
+    cwd, options = folder(), ('--save_interval=1000',)
+    done = train(*options, cwd=cwd, patch=IN_EVALUATION.format(signal='SIGTERM', call=4 + 2))
+    assert printed_command(done.out)[1:] == ['out/config.py', '--resume=auto'] and checkpoint(cwd)['step'] == 10
+    assert [r['step'] for r in log(cwd) if 'val_loss' in r or 'exact_match' in r] == [0]
+    train(*options, '--resume=auto', cwd=cwd)
+    assert_same_state(checkpoint(cwd), checkpoint(unbroken(*options)))
+    assert log(cwd) == log(unbroken(*options))
+
+
+def test_full_disk_costs_a_warning_not_the_run(train, folder, unbroken):
+    """From step 9 on no file may grow over 100 kB: the checkpoint of step 5 stays whole, every failed save is one warning, the
+    run goes on and, resumed with room on the disk, ends as one that always had it."""
+    cwd, limit = folder(), 100_000
+    action = (f'import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
+              f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))')
+    done = train(cwd=cwd, patch=AT_STEP.format(step=8, rank=0, action=action) + kill_at(12))
+    assert (unbroken() / 'out' / 'last.pt').stat().st_size > 2 * limit
+    warned = re.findall(r'warning: could not write out/(\w+)\.pt: .*; the last good checkpoint stays', done.out)
+    assert warned == ['last', 'best', 'last'] and 'saved only up to step 5; go on with' in done.out
+    assert checkpoint(cwd)['step'] == 5 and log(cwd, 'loss') == log(unbroken(), 'loss')[:13]
+    train('--resume=auto', cwd=cwd)
+    assert_same_state(checkpoint(cwd), checkpoint(unbroken()))
+    assert log(cwd) == log(unbroken())
+
+
+def test_profile_writes_a_trace_and_prints_a_table(train, folder, unbroken):
+    """The weights are those of a run that was not watched."""
+    cwd = folder()
+    done = train('--profile=True', cwd=cwd)
+    assert 'Self CPU time total' in done.out and 'aten::' in done.out
+    assert len(json.loads((cwd / 'out' / 'trace.json').read_text())['traceEvents']) > 100
+    assert_same_state(checkpoint(cwd), checkpoint(unbroken()))
+
+
+def test_a_finished_run_is_not_overwritten(train, folder, unbroken):
+    """Started again without a word about it: one line, every file as it was. overwrite starts anew."""
+    cwd = folder()
+    shutil.copytree(unbroken() / 'out', cwd / 'out')
+    before = {p.name: p.read_bytes() for p in (cwd / 'out').iterdir()}
+    assert 'out holds a run; type --resume=auto' in one_error(train(cwd=cwd, code=2))
+    assert {p.name: p.read_bytes() for p in (cwd / 'out').iterdir()} == before
+    assert 'nothing to do: step 20 of 20 is reached' in train('--resume=auto', cwd=cwd).out
+    train('--overwrite=True', '--max_iters=2', cwd=cwd)
+    assert log(cwd, 'loss') == log(unbroken(), 'loss')[:2] and checkpoint(cwd)['step'] == 2
+
+
+# ------------------------------------------------------------------------------------------------ numbers of processes
+
+
+@pytest.mark.parametrize('options, tol', [((), 1e-4), (FP, 2e-6)], ids=['tern', 'fp'])  # where a sum decides a code it is more
+def test_two_processes_equal_one(start, train, folder, options, tol):
+    """Training and evaluation take the same samples in the same order, the ranks hold the same weights after every step, and
+    the losses agree to rounding. Codes are counted once."""
+    options = (*options, '--max_iters=4', '--eval_interval=2', '--diag_interval=2')
+    one, two = folder(), folder()
+    train(*options, cwd=one, patch=BATCHES)
+    done = wait_all([start(SCRIPT, 'tiny.py', *options, cwd=two, patch=BATCHES + CHECKSUMS, **r) for r in ranks(2)])
+    assert [d.code for d in done] == [0, 0] and done[1].out == '', [d.err for d in done]
+    assert '4 sequences a step = 2 x 1 micro-steps x 2 processes = 64 tokens' in done[0].out
+    for split, n in (('train', 8), ('val_0', 12)):
+        seen = [(two / f'{split}{rank}').read_text().splitlines() for rank in (0, 1)]
+        taken = [line for both in zip(*seen, strict=True) for line in both]
+        assert taken == (one / f'{split}0').read_text().splitlines() and len(taken) == n
+    sums = [(two / f'sums{rank}').read_text().split() for rank in (0, 1)]
+    assert sums[0] == sums[1] and len(set(sums[0])) == 4
+    for column in ('loss', 'val_loss'):
+        assert log(two, column) == pytest.approx(log(one, column), abs=tol, rel=0)
+    assert log(two, 'grad_norm') == pytest.approx(log(one, 'grad_norm'), rel=100 * tol)
+    assert [r['step'] for r in log(two) if 'flips' in r] == [r['step'] for r in log(one) if 'flips' in r]
+
+
+# ------------------------------------------------------------------------------------------------- numbers going wrong
+
+
+@pytest.mark.parametrize('patch, name', [(NAN_LOSS.format(call=7 * 2 + 2, rank=0), 'wte.weight'),
+                                         (NAN_GRADIENT, 'blocks.1.mlp.down_proj.gain')])
+def test_numbers_that_are_not_finite_stop_before_the_update(train, folder, unbroken, patch, name):
+    """A NaN loss in the second micro-batch of step 7, or a NaN gradient of one gain: exit status 2, step and parameter named,
+    last.pt is that of step 5 and resumes to the weights of an undisturbed run."""
+    cwd = folder()
+    line = one_error(train(cwd=cwd, patch=patch, code=2))
+    assert f'at step 7; first non-finite gradient: {name}; the weights of step 7 were not touched' in line
+    assert 'the last checkpoint is of step 5;' in line and checkpoint(cwd)['step'] == 5
+    assert [r['step'] for r in log(cwd) if 'loss' in r] == [*range(1, 8)]
+    train('--resume=auto', cwd=cwd)
+    assert_same_state(checkpoint(cwd), checkpoint(unbroken()))
+    assert log(cwd) == log(unbroken())
+
+
+# -------------------------------------------------------------------------------------------------- rates and decay
+
+
+def groups(cwd):
+    """([(lr, decay of matrices, decay of gains) of each step])"""
+    found = [json.loads(line) for line in (cwd / 'groups').read_text().splitlines()]
+    for (lr, _, matrices), (same, _, gains) in found:
+        assert lr == same and set(matrices) == {2} and len(matrices) == 9 and set(gains) == {1} and len(gains) == 9
+    return [(lr, decay, other) for (lr, decay, _), (_, other, _) in found]
+
+
+@pytest.mark.parametrize('options, decays', [
+    ((), [0.1] * 10 + [0.0] * 10), (FP, [0.1] * 20), (('--schedule=cosine', '--weight_decay=0.3'), [0.3] * 20),
+    (('--max_iters=13',), [0.1] * 6 + [0.0] * 7)], ids=['tern', 'fp', 'cosine', 'odd'])
+def test_two_stage_lets_the_decay_end_where_the_rate_drops(train, folder, options, decays):
+    """Weight decay of matrices and of the embedding, step by step: 0 from the middle on for ternary weights, as before for
+    the baseline and for other schedules. Gains have none. The rate is that of lr_at with this decay's middle."""
+    cwd = folder()
+    train(*options, cwd=cwd, patch=GROUPS)
+    found, schedule = groups(cwd), 'cosine' if '--schedule=cosine' in options else 'two_stage'
+    assert [decay for _, decay, _ in found] == decays and {other for *_, other in found} == {0.0}
+    rates = [common.lr_at(step, schedule, 1e-2, 1e-3, 2, len(decays), 5e-3) for step in range(len(decays))]
+    assert [lr for lr, *_ in found] == rates == log(cwd, 'lr')
+    middle = len(decays) // 2
+    assert (rates[middle] < 0.7 * rates[middle - 1]) == (schedule == 'two_stage')
+    last = checkpoint(cwd)['optimizer']['param_groups']
+    assert [g['weight_decay'] for g in last] == [decays[-1], 0.0]
+
+
+@pytest.mark.parametrize('options, first, second', [
+    (('--learning_rate=0', '--second_lr=0'), 1.5e-3, 1e-3), ((*FP, '--learning_rate=0', '--second_lr=0'), 2.5e-4, 2.5e-4),
+    (('--learning_rate=0', '--second_lr=7e-4'), 1.5e-3, 7e-4), (('--learning_rate=6e-3', '--second_lr=0'), 6e-3, 4e-3)])
+def test_rates_that_are_not_given_are_the_published_ones(train, folder, options, first, second):
+    """Peaks of the first and of the second half: those of the Tips PDF, or what was given; 2/3 of a first one that was."""
+    cwd = folder()
+    train(*options, '--max_iters=4', '--warmup_iters=0', '--min_lr=0', '--eval_interval=9', cwd=cwd)
+    assert log(cwd, 'lr') == pytest.approx([first, first * 2 / 3, second / 3, 0], rel=1e-6)
+
+
+def test_resumed_hyperparameters_are_the_ones_asked_for(train, folder):
+    """Constants changed on the command line of a resumed run are what the optimizer uses."""
+    cwd = folder()
+    train(cwd=cwd, patch=kill_at(4))
+    train('--resume=auto', '--weight_decay=0.25', '--beta2=0.9', '--max_iters=8', '--schedule=constant', cwd=cwd)
+    found = checkpoint(cwd)['optimizer']['param_groups']
+    assert [(g['weight_decay'], g['betas'], g['lr']) for g in found] == [(d, (0.9, 0.9), 1e-2) for d in (0.25, 0.0)]
+
+
+# ------------------------------------------------------------------------------------------------------ counts of codes
+
+
+def matrices(state):
+    """{'0.q': (codes, scale), ...} of the weights of a checkpoint, literally."""
+    found, kv = {}, 16
+    for i in range(state['model_config']['n_layer']):
+        for layer, rows in (('attn.qkv_proj', {'q': 32, 'k': kv, 'v': kv}), ('attn.o_proj', {'o': 32}),
+                            ('mlp.gate_up_proj', {'gate': 64, 'up': 64}), ('mlp.down_proj', {'down': 32})):
+            parts = state['model'][f'blocks.{i}.{layer}.weight'].split([*rows.values()])
+            found |= {f'{i}.{name}': ((w / w.abs().mean()).round().clamp(-1, 1), w.abs().mean().item())
+                      for name, w in zip(rows, parts, strict=True)}
+    return found
+
+
+def test_counts_of_codes_by_hand(train, folder, unbroken):
+    """Shares of -1, 0 and 1, the codes that step 6 flipped, rows of zeros, scales and how far they went from the start: those
+    of the checkpoints of steps 5 and 6 and of the weights begun with, for each matrix and for all of them; a run that goes on
+    counts from the same start."""
+    cwd = folder()
+    begun = checkpoint(unbroken(*FP), 'best.pt')
+    begun['model']['blocks.1.mlp.gate_up_proj.weight'][[3, 5]] = 0
+    begun['model']['blocks.0.attn.qkv_proj.weight'][40] = 0                 # of k
+    common.save_checkpoint(str(cwd / 'begun.pt'), begun)
+    train('--init_from=begun.pt', '--max_iters=6', '--save_interval=1', '--learning_rate=5e-3', cwd=cwd)
+    records = [r for r in log(cwd) if 'matrices' in r]
+    assert [(r['step'], r['tokens']) for r in records] == [(3, 192), (6, 384)]
+    first, before, after = (matrices(s) for s in (begun, checkpoint(cwd, 'last.prev.pt'), checkpoint(cwd)))
+    assert checkpoint(cwd, 'last.prev.pt')['step'] == 5
+    assert records[1]['matrices'].keys() == after.keys() and len(after) == 14
+    sums = dict.fromkeys(('minus', 'zero', 'plus', 'flips', 'n', 'dead'), 0)
+    for name, (codes, scale) in after.items():
+        found, n = records[1]['matrices'][name], codes.numel()
+        here = {'minus': (codes == -1).sum().item(), 'zero': (codes == 0).sum().item(), 'plus': (codes == 1).sum().item(),
+                'flips': (codes != before[name][0]).sum().item()}
+        assert {k: found[k] for k in here} == {k: count / n for k, count in here.items()}
+        assert found['dead_rows'] == {'1.gate': 2, '0.k': 1}.get(name, 0) == (codes.abs().amax(1) == 0).sum()
+        assert found['scale'] == pytest.approx(scale, rel=1e-6)
+        assert found['scale_ratio'] == pytest.approx(scale / first[name][1], rel=1e-5)
+        for key, count in (here | {'n': n, 'dead': found['dead_rows']}).items():
+            sums[key] += count
+    assert sums['n'] == 18432 and sums['flips'] > 10
+    assert {k: records[1][k] for k in here} == pytest.approx({k: sums[k] / sums['n'] for k in here}, rel=1e-12)
+    assert records[1]['dead_rows'] == sums['dead'] == 3
+    drift = [abs(math.log(after[name][1] / first[name][1])) for name in after]
+    assert records[1]['scale_drift'] == pytest.approx(sum(drift) / 14, rel=1e-3) and min(drift) > 1e-5
+    start = checkpoint(cwd)['start_scales']
+    assert start == pytest.approx({name: scale for name, (_, scale) in first.items()}, rel=1e-6)
+    train('--init_from=begun.pt', '--max_iters=9', '--resume=auto', cwd=cwd)            # goes on counting from there
+    record, after = [r for r in log(cwd) if 'matrices' in r][-1], matrices(checkpoint(cwd))
+    assert record['step'] == 9 and checkpoint(cwd)['start_scales'] == start
+    assert {name: m['scale_ratio'] for name, m in record['matrices'].items()} == pytest.approx(
+        {name: scale / first[name][1] for name, (_, scale) in after.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize('options', [('--diag_interval=0',), FP, (*FP, '--diag_interval=0')])
+def test_codes_are_counted_where_asked_for_and_there_are_some(train, folder, unbroken, options):
+    """None with diag_interval=0 or full-precision weights; counting changes nothing in what is trained."""
+    cwd = folder()
+    train(*options, '--eval_interval=7', '--save_interval=9', cwd=cwd)
+    assert not [r for r in log(cwd) if {'matrices', 'flips', 'scale_drift'} & r.keys()]
+    whole = unbroken(*[o for o in options if 'diag' not in o])
+    assert [r['step'] for r in log(whole) if 'flips' in r] == ([] if options[0] in FP else [3, 6, 9, 12, 15, 18])
+    a, b = checkpoint(cwd), checkpoint(whole)
+    assert_same_state(a, b | {'best_val_loss': a['best_val_loss']})
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def predictor(model):
+    def predict(texts):
+        with torch.no_grad():
+            return model(torch.tensor([list(t) for t in texts]))[:, -1].argmax(-1).tolist()
+    return predict
+
+
+def test_logged_answers_are_those_of_the_saved_weights(unbroken, sums):
+    """The record of an evaluation, and what was printed, is what tasks.score gives for best.pt: most of the 11 differences
+    of the validation split, and not the sum, which no training problem was like."""
+    cwd = unbroken(*LEARNED)
+    best = checkpoint(cwd, 'best.pt')
+    record = next(r for r in log(cwd) if r['step'] == best['step'] and 'val_loss' in r)
+    scores = tasks.score('arithmetic', predictor(model_of(best)), text_of(sums).split(), 1337)
+    assert {k: v for k, v in record.items() if 'match' in k} == {name: hits / n for name, (hits, n) in scores.items()}
+    hits = scores['exact_match'][0]
+    assert scores == {'exact_match': (hits, 12), 'exact_match-': (hits, 11), 'exact_match+': (0, 1)} and 3 < hits < 11
+    assert f'exact_match {hits} of 12, exact_match- {hits} of 11, exact_match+ 0 of 1' in (cwd / 'said').read_text()
+    assert [r['exact_match'] for r in log(cwd) if 'val_loss' in r][0] == 0
+
+
+def test_logged_games_are_those_of_the_saved_weights(unbroken, games):
+    """Legal moves on the held-out games and 200 games against each kind of player, of best.pt as of its record."""
+    cwd = unbroken('--task=tictactoe', f'--dataset={games}')
+    best = checkpoint(cwd, 'best.pt')
+    record = next(r for r in log(cwd) if r['step'] == best['step'] and 'val_loss' in r)
+    scores = tasks.score('tictactoe', predictor(model_of(best)), text_of(games).decode().split(), 1337)
+    assert {name: record[name] for name in scores} == {name: hits / n for name, (hits, n) in scores.items()}
+    assert len(scores) == 13 and 0.2 < record['legal_moves'] < 1 and 0 < record['random_legal'] < 1
+    assert 'legal_moves {:,} of {:,}, lines_won'.format(*scores['legal_moves']) in (cwd / 'said').read_text()
+
+
+def test_a_context_shorter_than_the_problems(train, folder):
+    """The model answers from what it can see of a problem; no crash at the first evaluation."""
+    cwd = folder()
+    train('--block_size=4', '--max_iters=2', cwd=cwd)
+    assert log(cwd, 'exact_match') == [0.0, 0.0]
+
+
+def test_a_text_without_answers_has_none(train, folder, tiny_data):
+    cwd = folder()
+    train('--task=', f'--dataset={tiny_data}', '--max_iters=2', cwd=cwd)
+    assert {frozenset(r) for r in log(cwd) if 'val_loss' in r} == {frozenset(('step', 'tokens', 'val_loss', 'val_bpb'))}
+
+
+# ---------------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_log_and_validation_loss_by_hand(unbroken, sums):
+    """The columns of a training record, with units that fit together; the validation loss of best.pt, also in bits a byte."""
+    cwd = unbroken()
+    records = [r for r in common.read_log(cwd / 'out') if 'loss' in r]
+    for step, r in enumerate(records, 1):
+        assert set(r) == {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'peak_mem_bytes', 'energy_j'}
+        assert r['step'] == step and r['tokens'] == step * 64 and r['tokens_per_s'] == pytest.approx(64 / r['ms'] * 1e3)
+    assert len(records) == 20 and records[-1]['loss'] < records[0]['loss'] - 1
+    best = checkpoint(cwd, 'best.pt')
+    assert val_loss(model_of(best), sums) == pytest.approx(best['best_val_loss'], abs=1e-5)
+    assert min(log(cwd, 'val_loss')) == best['best_val_loss']
+    assert log(cwd, 'val_bpb') == pytest.approx([v / math.log(2) for v in log(cwd, 'val_loss')])
+
+
+@pytest.mark.parametrize('options', [(), FP, ('--act=silu', '--n_kv_head=4'), ('--learning_rate=1', '--schedule=constant')],
+                         ids=['tern', 'fp', 'silu', 'worse'])
+def test_packed_file_is_the_same_model(unbroken, options):
+    """best.pt and packed.safetensors give equal logits at every position, bit for bit; eight ternary layers take 2 bits a
+    weight and 14 scales, the rest fp32, and the log says so. Also where training ends with worse weights."""
+    cwd = unbroken(*options)
+    best = checkpoint(cwd, 'best.pt')
+    model, path = model_of(best), cwd / 'out' / 'packed.safetensors'
+    meta, tensors = layers.read_packed(path)
+    packed = layers.load_packed(train_bitnet.BitNet(train_bitnet.BitNetConfig(**meta['model_config'])), tensors).eval()
+    ids = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(all_logits(model, ids), all_logits(packed, ids))
+    assert (best['step'] < 20) == ('--learning_rate=1' in options)
+    assert meta['step'] == best['step'] and meta['val_loss'] == best['best_val_loss'] and meta['task'] == 'arithmetic'
+    assert sum(isinstance(m, layers.LowBit) and m.packed for m in packed.modules()) == (0 if options == FP else 8)
+    qkv = 32 + 2 * (32 if '--n_kv_head=4' in options else 16)
+    bare, weights = 4 * (256 * 32 + 2 * 160 + 32), 2 * 32 * (qkv + 32 + 128 + 64)
+    foretold = bare + (weights * 4 if options == FP else weights // 4 + 14 * 4)
+    assert sum(t.nbytes for t in tensors.values()) == layers.model_bytes(model)[0] == foretold
+    last = log(cwd)[-1]
+    assert last['packed_file_bytes'] == path.stat().st_size == pytest.approx(foretold, abs=4000)
+    assert last['fp32_bytes'] == bare + weights * 4 and last['best_step'] == best['step']
+    assert last['best_val_loss'] == best['best_val_loss']
+
+
+def test_the_twin_sees_the_same_batches(train, folder):
+    """The same command line with --quant=fp: the same samples, parameters of the same names and sizes, none of them ternary,
+    and it learns. Another seed takes other samples."""
+    seen, states, options = [], [], ('--max_iters=8', '--eval_interval=8')
+    for more in ((), FP, ('--seed=5',)):
+        cwd = folder()
+        done = train(*options, *more, cwd=cwd, patch=BATCHES)
+        assert f'26,976 parameters, {0 if more == FP else "18,432"} of them ternary' in done.out
+        seen.append([(cwd / f'{split}0').read_text() for split in ('train', 'val_0')])
+        states.append(checkpoint(cwd)['model'])
+        assert log(cwd, 'loss')[-1] < log(cwd, 'loss')[0] - 0.5
+    assert seen[0] == seen[1] and seen[0][0] != seen[2][0]
+    assert {k: t.shape for k, t in states[0].items()} == {k: t.shape for k, t in states[1].items()} and len(states[0]) == 18
+
+
+@pytest.mark.parametrize('first, then', [(FP, ()), ((), FP)], ids=['fp to tern', 'tern to fp'])
+def test_twins_start_from_each_other(train, folder, unbroken, sums, first, then):
+    """--init_from takes the weights of the twin, nothing else: step 0, its validation loss that of the other kind's product
+    with the same numbers, a new optimizer, scales counted from here."""
+    cwd, given = folder(), checkpoint(unbroken(*first), 'best.pt')
+    train(*then, f'--init_from={unbroken(*first) / "out" / "best.pt"}', '--max_iters=1', cwd=cwd)
+    model = model_of(given, quant='fp' if then == FP else 'tern')
+    assert log(cwd, 'val_loss')[0] == pytest.approx(val_loss(model, sums), abs=1e-5)
+    assert abs(log(cwd, 'val_loss')[0] - given['best_val_loss']) > 1e-3                 # not the other's
+    last = checkpoint(cwd)
+    assert last['step'] == 1 and {s['step'].item() for s in last['optimizer']['state'].values()} == {1}
+    want = {} if then == FP else {name: scale for name, (_, scale) in matrices(given).items()}
+    assert last['start_scales'] == pytest.approx(want, rel=1e-6)
+
+
+def test_bfloat16_trains_like_float32(unbroken):
+    """Autocast changes the losses a little, not the course; weights stay float32."""
+    a, b = log(unbroken('--dtype=bfloat16'), 'loss'), log(unbroken(), 'loss')
+    assert a != b and a == pytest.approx(b, abs=0.2)
+    assert {t.dtype for t in checkpoint(unbroken('--dtype=bfloat16'))['model'].values()} == {torch.float32}
+
+
+# -------------------------------------------------------------------------------------------------- what it would cost
+
+
+def estimated(done):
+    """{'parameters': [26976.0], ...}: the numbers of each line by what stands before or, for memory, behind them."""
+    number, found = r'\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?', {}
+    for line in re.findall(r'^(?:(?:parameters|packed|a token|tokens|compute|speed|time) |\s).*', done.out, re.MULTILINE):
+        name = line.split(' MB  ')[1] if ' MB  ' in line else re.match(r'[a-z ]+?(?=  |$)', line)[0]
+        found[name] = [float(n.replace(',', '')) for n in re.findall(number, line.split(' MB  ')[0])]
+    return found
+
+
+def test_estimate_by_hand(train, folder, unbroken):
+    """Parameters, bytes, tokens, FLOPs and hours of the tiny shape, worked out here; nothing is written, though out_dir holds
+    a run, and that run stays as it is."""
+    cwd = folder()
+    options = ('--estimate=True', '--max_iters=1_000_000', '--tokens_per_s=100')
+    found = estimated(train(*options, cwd=cwd))
+    assert [p.name for p in cwd.iterdir()] == ['tiny.py']
+    matrices = 2 * (32 * 64 + 32 * 32 + 32 * 128 + 64 * 32)                 # qkv, o, gate and up, down
+    n_params = matrices + 256 * 32 + 2 * (3 * 32 + 64) + 32
+    packed = matrices // 4 + 14 * 4 + (256 * 32 + 2 * (3 * 32 + 64) + 32) * 4
+    flops = 6 * (matrices + 256 * 32) + 12 * 2 * 32 * 16
+    assert found['parameters'] == [n_params]
+    assert found['packed'] == [packed, pytest.approx(100 * packed / (4 * n_params), abs=0.05), 32]    # bytes, %, of fp32
+    assert found['a token'] == [flops]
+    train_tokens = len(tokens.load(checkpoint(unbroken())['config']['dataset'], 'train'))
+    assert found['tokens'] == [64e6, 1e6, pytest.approx(64e6 / train_tokens, abs=0.01)]
+    assert found['compute'] == [pytest.approx(64e6 * flops, rel=5e-3)]
+    assert found['speed'] == [100, pytest.approx(flops * 100 / 1e12, abs=0.01)]
+    assert found['time'] == [177.8, 7.4]                                    # hours, days
+    assert found['weights, fp32'] == found['gradients'] == [0.1] and found['AdamW moments'] == [0.2]
+    shutil.copytree(unbroken() / 'out', cwd / 'out')
+    before = {p.name: p.read_bytes() for p in (cwd / 'out').iterdir()}
+    for more in ((), ('--resume=auto',)):
+        assert estimated(train(*options, *more, cwd=cwd)) == found
+    assert {p.name: p.read_bytes() for p in (cwd / 'out').iterdir()} == before
+
+
+def test_estimate_of_memory(train, folder):
+    """Activations are those that the model keeps for all sequences that a process holds at once, in either precision, though
+    four are measured; the parts add up."""
+    ids = torch.zeros(1024, 17, dtype=torch.int64)
+    for quant, batch, micro, dtype in (('tern', 1024, 0, 'float32'), ('tern', 2048, 1024, 'float32'),
+                                       ('fp', 1024, 0, 'float32'), ('tern', 1024, 0, 'bfloat16')):
+        options = (f'--quant={quant}', f'--batch_size={batch}', f'--micro_batch_size={micro}', f'--dtype={dtype}')
+        found = estimated(train(*options, '--estimate=True', '--tokens_per_s=1', cwd=folder()))
+        model = tiny_bitnet(quant, vocab_size=256)
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+            kept = costs.saved_bytes(lambda model=model: model(ids[:, :-1], ids[:, 1:]), model)
+        activations = found['activations kept, 1024 x 16 tokens'][0]
+        assert activations == pytest.approx(kept / 1e6, rel=2e-3) and activations > 50
+        parts = [v[0] for name, v in found.items() if name in ('weights, fp32', 'gradients', 'AdamW moments')]
+        total = found['in all, without what a single operation needs for itself'][0]
+        assert total == pytest.approx(sum(parts) + activations, abs=0.3) and len(parts) == 3
+
+
+def test_estimate_needs_no_data_where_the_vocabulary_is_known(train, folder):
+    """The head is rounded up to a multiple of 64; without vocab_size, or with another than the data have, one line."""
+    cwd = folder()
+    options = ('--estimate=True', '--tokens_per_s=1000')
+    found = estimated(train(*options, '--dataset=./nosuch', '--vocab_size=1000', cwd=cwd))
+    assert found['parameters'] == [26976 + (1024 - 256) * 32] and found['tokens'] == [1280, 20]
+    assert 'no tokens in' in one_error(train(*options, '--dataset=./nosuch', cwd=cwd, code=2))
+    assert 'has a vocabulary of 256, not of vocab_size=1000' in one_error(train(*options, '--vocab_size=1000', cwd=cwd, code=2))
+    assert 'no tokens in' in one_error(train('--dataset=./nosuch', '--vocab_size=1000', cwd=cwd, code=2))
+    assert [p.name for p in cwd.iterdir()] == ['tiny.py']
+
+
+def test_estimate_measures_the_speed(start, train, folder):
+    """Of one process, and of two as fast as this one; hours are those of the tokens of all steps at that speed."""
+    options = ('--estimate=True', '--max_iters=1_000_000')
+    fast = 'import costs; costs.measured_tokens_per_s.__defaults__ = (0.05,)'           # seconds
+    done = train(*options, cwd=folder(), patch=fast)
+    found = estimated(done)
+    assert 'tokens/s measured here, 2 x 16 tokens a step,' in done.out and found['speed'][0] > 10
+    assert found['time'][0] == pytest.approx(64e6 / found['speed'][0] / 3600, abs=0.051, rel=1e-3)
+    known = 'import costs; costs.measured_tokens_per_s = lambda step, tokens, device: 1000.0 + tokens'
+    both = wait_all([start(SCRIPT, 'tiny.py', *options, cwd=folder(), patch=known, **r) for r in ranks(2)])
+    assert [d.code for d in both] == [0, 0] and both[1].out == ''
+    assert 'measured here, 2 x 16 tokens a step, times 2,' in both[0].out
+    two = estimated(both[0])
+    assert two['speed'][0] == 2064 and two['tokens'] == found['tokens'] and two['time'] == [8.6]
+
+
+def test_measured_speed_by_hand(monkeypatch):
+    """A step of 2 seconds and 10 tokens, after one that is not counted: 3 of them fill 5 seconds; never fewer than 2."""
+    clock, calls = [0.0], []
+
+    def step():
+        clock[0] += 2.0 if calls else 100.0
+        calls.append(1)
+    monkeypatch.setattr(costs.time, 'perf_counter', lambda: clock[0])
+    assert costs.measured_tokens_per_s(step, 10, torch.device('cpu')) == 5.0 and len(calls) == 4
+    assert costs.measured_tokens_per_s(step, 10, torch.device('cpu'), seconds=0) == 5.0 and len(calls) == 7
+
+
+def test_saved_bytes_by_hand():
+    """What a small module keeps: its input for one product, the exponential once though it is used twice, the whole storage
+    of what is seen through a slice; no weights and buffers. A freed tensor of the forward pass is not counted."""
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6, 6))
+            self.register_buffer('mask', torch.ones(6))
+
+        def forward(self, x):
+            e = (x @ self.a).exp()              # keeps x (5, 8) and e (5, 6)
+            e = e * e.view(5, 6) * self.mask    # keeps e, under two names, and the mask, which is the module's
+            e = (e + 1) * 2                     # nothing
+            return (e @ self.b).sum()           # keeps e (5, 6) anew
+    model, x = Small(), torch.randn(5, 8)
+    assert costs.saved_bytes(lambda: model(x), model) == 4 * (5 * 8 + 5 * 6 + 5 * 6)
+    wide = torch.randn(5, 20)
+    assert costs.saved_bytes(lambda: model(wide[:, :8]), model) == 4 * (5 * 20 + 5 * 6 + 5 * 6)
+    with torch.no_grad():
+        assert costs.saved_bytes(lambda: model(x), model) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- refusing
+
+
+MISTAKES = [
+    (('--quant=ternary',), "quant='ternary' is none of 'tern', 'fp'"),
+    (('--act=gelu',), "act='gelu' is none of 'relu2', 'silu'"),
+    (('--task=chess',), "task='chess' is none of '', 'arithmetic', 'tictactoe'"),
+    (('--schedule=two',), "schedule='two' is none of"), (('--dtype=float16',), "dtype='float16'; type"),
+    (('--device=gpu',), "device='gpu'"), (('--n_embd=36',), 'n_embd=36 must be a multiple of 2 x n_head=4'),
+    (('--n_embd=12',), 'n_embd=12 must be a multiple of 2 x n_head=4'),                 # an odd head_dim, 3
+    (('--n_kv_head=3',), 'n_head=4, and that of n_kv_head=3'), (('--n_kv_head=8',), 'and that of n_kv_head=8'),
+    *(((f'--{key}=0',), f'{key}=0 must be 1 or more') for key in (
+        'batch_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'eval_interval', 'eval_iters',
+        'log_interval', 'save_interval')),
+    *(((f'--{key}=-1',), 'are 0 or more') for key in (
+        'learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'diag_interval', 'tokens_per_s', 'beta1')),
+    (('--beta2=1',), 'beta1 and beta2 shares below 1'), (('--rope_theta=0',), 'rope_theta above 0'),
+    (('--batch_size=9',), 'batch_size=9 is no multiple of micro_batch_size=2 x 1 processes'),
+    (('--micro_batch_size=-2',), 'batch_size=4 is no multiple of micro_batch_size=-2'),
+    (('--block_size=100',), 'val tokens, block_size=100 needs more'), (('--dataset=nosuch',), 'data/nosuch'),
+    (('--vocab_size=512',), 'has a vocabulary of 256, not of vocab_size=512; type --vocab_size=0'),
+    (('--task=tictactoe',), 'is no game that was played to its end; type --dataset=tictactoe'),
+    (('--dataset={tiny_data}',), 'is no solved problem; type --dataset=arithmetic, or --task='),
+    (('--dataset={games}',), 'is no solved problem; type --dataset=arithmetic'),
+    (('--dataset={pairs}',), 'task=arithmetic is scored in bytes'),
+    (('--init_from=nosuch.pt',), 'nosuch.pt does not exist'), (('--resume=nosuch.pt',), 'nosuch.pt does not exist'),
+    (('--learning_rat=1',), 'did you mean learning_rate?'), (('--out_dir=/proc/nosuch',), '/proc/nosuch')]
+
+
+@pytest.mark.parametrize('group', range(3))
+def test_mistakes_are_one_line(start, folder, tiny_data, games, pairs, group):
+    """Each ends with exit status 2 and one line that says what is wrong, no traceback, and no out_dir."""
+    cwd, names = folder(), {'tiny_data': tiny_data, 'games': games, 'pairs': pairs}
+    jobs = [(start(SCRIPT, 'tiny.py', *[o.format(**names) for o in options], cwd=cwd), said, options)
+            for options, said in MISTAKES[group::3]]
+    wrong = []
+    for job, said, options in jobs:
+        done = job.wait()
+        lines = done.err.split('\n')
+        if done.code != 2 or len(lines) != 2 or not lines[0].startswith('error: ') or said not in lines[0]:
+            wrong.append((options, done.code, done.err[-400:]))
+    assert not wrong and not (cwd / 'out').exists(), wrong
+
+
+def test_other_checkpoints_are_refused_in_one_line(train, folder, unbroken, pairs):
+    """Of train_gpt.py, of other tokens, of another shape, or of the twin where a run is to go on: one line with the file."""
+    good, cwd = checkpoint(unbroken()), folder()
+    bad = str(cwd / 'bad.pt')
+    other = tokens.load(pairs, 'train').tokenizer.describe()
+
+    def line(state, *options, mode):
+        common.save_checkpoint(bad, state)
+        said = one_error(train(f'--{mode}={bad}', *options, cwd=cwd, code=2))
+        assert bad in said
+        return said
+    for mode in ('init_from', 'resume'):
+        assert 'was written by train_gpt.py, not train_bitnet.py' in line(good | {'trainer': 'train_gpt'}, mode=mode)
+        assert 'was trained on other tokens than those of' in line(good | {'tokenizer': other}, mode=mode)
+        said = line(good, '--n_embd=64', mode=mode)
+        assert ('another n_embd (32, not 64)' if mode == 'resume' else 'has other shapes: wte.weight') in said
+        less = {k: v for k, v in good['model'].items() if k != 'blocks.1.attn.o_proj.gain'}
+        assert 'lacks blocks.1.attn.o_proj.gain' in line(good | {'model': less}, mode=mode)
+    for option, has in (('n_kv_head=4', 2), ('act=silu', 'relu2'), ('rope_theta=5e5', 10000.0)):        # no tensor tells
+        assert f'has {option.split("=")[0]}={has}; type' in line(good, f'--{option}', mode='init_from')
+    for option, said in (('--quant=fp', 'another quant (tern, not fp)'), ('--n_head=8', 'another n_head (4, not 8)'),
+                         ('--act=silu', 'another act (relu2, not silu)'), ('--rope_theta=5e5', 'another rope_theta')):
+        assert said in line(good, option, mode='resume')
+    assert not (cwd / 'out').exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def tiny_bitnet(quant='tern', **options):
+    torch.manual_seed(0)
+    options = dict(vocab_size=64, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_ff=64, quant=quant) | options
+    return train_bitnet.BitNet(train_bitnet.BitNetConfig(**options)).eval()
+
+
+@torch.no_grad()
+def all_logits(model, ids):
+    """(B, T, vocab): forward without targets gives the last position only, so the norm before the head is listened to."""
+    seen = []
+    handle = model.norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(ids)
+    handle.remove()
+    return seen[0] @ model.wte.weight.T
+
+
+def random_ids(*shape, seed=1):
+    return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+every_quant = pytest.mark.parametrize('quant', ['tern', 'fp'])
+
+
+@every_quant
+@pytest.mark.parametrize('n_layer', [1, 8])
+def test_first_loss_is_that_of_guessing(quant, n_layer):
+    """ln(vocab) within 0.1 before any step, however deep."""
+    model, ids = tiny_bitnet(quant, vocab_size=256, n_layer=n_layer), random_ids(8, 17)
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(256), abs=0.1)
+
+
+@every_quant
+def test_loss_is_the_mean_cross_entropy_of_the_logits(quant):
+    """Against the formula: mean over positions of log sum exp z - z[target]; the last position's logits agree."""
+    model, ids = tiny_bitnet(quant), random_ids(3, 17)
+    z = all_logits(model, ids[:, :-1]).double()
+    by_hand = (z.exp().sum(-1).log() - z.gather(-1, ids[:, 1:, None])[..., 0]).mean()
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(by_hand.item(), abs=1e-5)
+    assert torch.allclose(model(ids[:, :-1])[:, 0], z[:, -1].float(), atol=1e-6)
+
+
+@every_quant
+def test_a_later_token_changes_no_earlier_logit(quant):
+    model, ids = tiny_bitnet(quant), random_ids(2, 16)
+    before = all_logits(model, ids)
+    for at in (0, 5, 15):
+        changed = ids.clone()
+        changed[:, at] = (ids[:, at] + 7) % 64
+        after = all_logits(model, changed)
+        assert torch.allclose(after[:, :at], before[:, :at], atol=1e-6, rtol=0)
+        assert ((after[:, at:] - before[:, at:]).abs().amax(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize('n_kv_head', [1, 2, 4])
+@every_quant
+@pytest.mark.parametrize('prompt', [1, 5, 16, 40])
+def test_cached_generation_equals_the_plain_one(quant, prompt, n_kv_head):
+    """Temperature 0, 40 tokens, far across block_size 16, from prompts shorter and longer than it, with fewer heads of keys
+    than of queries. The window by hand: it starts at the last 16 tokens and grows; when it holds 16, it starts again from
+    the later 8."""
+    model, ids = tiny_bitnet(quant, n_kv_head=n_kv_head), random_ids(1, prompt)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)                               # away from the small initial weights
+    cached = [int(t) for t in sample.generate(model, ids, 40, 64, temperature=0)]
+    plain, begin = ids, max(0, prompt - 16)
+    for i in range(40):
+        if i and plain.shape[1] - 1 - begin == 16:  # what is in the cache when the next token is to be fed
+            begin = plain.shape[1] - 8
+        logits = all_logits(model, plain[:, begin:])[0, -1]
+        assert int(logits.argmax()) == cached[i], i
+        plain = torch.cat([plain, logits.argmax()[None, None]], 1)
+    assert len(cached) == 40 and len(set(cached)) > 1
