@@ -193,7 +193,7 @@ def chat(model, tokenizer, dev, generator, begin):
                     f.write(said)
                 print(f'wrote {path}, {len(said):,} bytes', file=sys.stderr)
             except (OSError, ValueError) as e:      # must not cost the conversation
-                print(f'could not write {path!r}: {e}; give another name', file=sys.stderr)
+                print(f'could not write {path!r}: {getattr(e, "strerror", e)}; give another name', file=sys.stderr)
             continue
         history, said = history + to_ids(tokenizer, line), said + line
         decoder, answer = codecs.getincrementaldecoder('utf-8')('replace'), b''

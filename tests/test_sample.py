@@ -313,7 +313,7 @@ def test_chat_saves_what_was_said(cli, tmp_path, monkeypatch):
     assert (status, out) == (0, 'é€üa\né€üa\naé€ü\n')
     assert (tmp_path / 'one two.txt').read_text() == 'aé€üa' and (tmp_path / 'chat.txt').read_text() == 'aé€üaé€üa'
     assert (tmp_path / 'empty').read_bytes() == b'' and len(list(tmp_path.iterdir())) == 3
-    assert err == ('wrote one two.txt, 9 bytes\ncould not write no/file: No such file or directory; give another name\n'
+    assert err == ('wrote one two.txt, 9 bytes\ncould not write \'no/file\': No such file or directory; give another name\n'
                    'wrote chat.txt, 17 bytes\nwrote empty, 0 bytes\n')
 
 
