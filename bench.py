@@ -461,11 +461,13 @@ def train_worker(a):
 
 def train(a):
     """Median ms of a whole training step (forward, backward, clip, AdamW) and peak memory, per kind and dtype."""
+    if a.gpt2 and (a.fineweb95m or a.model == 'bitnet'):
+        configurator.fail('--gpt2 is the shape of another model; type one of --gpt2, --fineweb95m and --model=bitnet')
     if a.gpt2:
         a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size = 12, 12, 768, 1024, 50304
     if a.fineweb95m:
         a.model, a.n_layer, a.n_head, a.n_kv_head, a.n_embd, a.n_ff = 'bitnet', 8, 12, 6, 768, 3072
-        a.vocab_size = 32000
+        a.vocab_size, a.batch_size, a.block_size = 32000, 32, 256
     a.kinds = a.kinds or {'gpt': 'plain,fp,bin,tern,int4', 'bitnet': 'fp,tern'}[a.model]
     variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
     known = (*(('fp', 'tern') if a.model == 'bitnet' else ('plain', *layers.KINDS)), 'float32', 'bfloat16')

@@ -34,8 +34,8 @@ def flops_per_token(model, n_layer, n_embd, block_size):
     return 6 * (weights + head) + 12 * n_layer * n_embd * block_size                                    # multiplied
 
 
-def measured_tokens_per_s(step, tokens, device, seconds=5):
-    """Of one process; step() is called once to warm up and then for about `seconds`."""
+def mean_seconds(step, device, seconds=3):
+    """Of step(), called once to warm up (and compile) and then for about `seconds`, at least twice."""
     sync = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
     step()
     sync()
@@ -44,36 +44,37 @@ def measured_tokens_per_s(step, tokens, device, seconds=5):
         step()
         sync()
         n += 1
-    return n * tokens / (time.perf_counter() - start)
+    return (time.perf_counter() - start) / n
 
 
-def estimate(model, optimizer, x, y, amp, micro, tokens_per_step, max_iters, world, tokens_per_s, train_tokens):
-    """The lines of an account. x, y: (n, block_size) ids to measure with, n = micro or 1 < n < micro; tokens_per_s: 0 to
-    measure it here, of `world` processes as fast as this one; train_tokens: how many there are, 0 where that is not known."""
+def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_iters, world, tokens_per_s, train_tokens):
+    """The lines of an account. compiled: the model as it will run; x, y: (n, block_size) ids to measure with, n = micro or
+    1 < n < micro; tokens_per_s: 0 to measure it here, of `world` processes as fast as this one; train_tokens: how many there
+    are, 0 where that is not known."""
     c, device, mb = model.config, x.device, lambda n: f'{n / 1e6:12,.1f} MB'
     packed, fp32 = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
 
-    def loss(n=None):
+    def loss(n=None, model=model):
         with amp:
             return model(x[:n], y[:n])
     kept = saved_bytes(loss, model)
     if micro > len(x):                              # on a line through two points: autocast's copies of weights are kept once
         kept += (kept - saved_bytes(lambda: loss(1), model)) / (len(x) - 1) * (micro - len(x))
+    how = 'as given'
     if not tokens_per_s:
-        def step():
-            loss().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        tokens_per_s = measured_tokens_per_s(step, x.numel(), device) * world
-        how = f'measured here, {len(x)} x {x.shape[1]} tokens a step' + (f', times {world}' if world > 1 else '')
-    else:
-        how = 'as given'
+        one = mean_seconds(lambda: loss(model=compiled).backward(), device) * micro / len(x)
+        update = mean_seconds(optimizer.step, device)
+        tokens_per_s = tokens_per_step / (one * tokens_per_step / (micro * x.shape[1] * world) + update)
+        how = f'measured here on {len(x)} x {x.shape[1]} tokens' + (
+            f', for {world} processes as fast as this one that need no time to exchange gradients' if world > 1 else '')
     tokens = tokens_per_step * max_iters
     flops = flops_per_token(model, c.n_layer, c.n_embd, c.block_size)
     hours = tokens / tokens_per_s / 3600
     parts = {'weights, fp32': fp32, 'gradients': fp32, 'AdamW moments': 2 * fp32,
              f'activations kept, {micro} x {c.block_size} tokens': int(kept)}
+    if world > 1:
+        parts['gradients on their way to other processes'] = fp32
     return [f'parameters       {n_params:,}',
             f'packed           {packed:,} bytes, {packed / fp32:.1%} of fp32',
             f'a token          {flops:,} FLOPs forward and backward',

@@ -166,15 +166,16 @@ class FourBit(LowBit):
 
 def count_codes(before, after, start_scales):
     """A log record of ternary matrices, before and after one step as {name: (codes, scale)}, and what their scales were at
-    the start: shares of the codes, share that the step flipped, rows that are all 0, and where the scales went, by matrix
-    and in all; scale_drift is the mean of |ln(scale / its start)|."""
+    the start: shares of the codes, share that the step flipped (None without `before`), rows that are all 0, and where the
+    scales went, by matrix and in all; scale_drift is the mean of |ln(scale / its start)|."""
+    unknown = {} if before else {'flips': None}
     matrices, total, counts = {}, 0, dict.fromkeys(('minus', 'zero', 'plus', 'flips'), 0)
     for name, (codes, scale) in after.items():
         here = {'minus': (codes < 0).sum().item(), 'zero': (codes == 0).sum().item(), 'plus': (codes > 0).sum().item(),
-                'flips': (codes != before[name][0]).sum().item()}
+                'flips': (codes != before[name][0]).sum().item() if before else 0}
         total, counts = total + codes.numel(), {k: n + here[k] for k, n in counts.items()}
-        matrices[name] = {k: n / codes.numel() for k, n in here.items()} | {
+        matrices[name] = {k: n / codes.numel() for k, n in here.items()} | unknown | {
             'dead_rows': (codes == 0).all(1).sum().item(), 'scale': scale, 'scale_ratio': scale / start_scales[name]}
     drift = [abs(math.log(m['scale_ratio'])) for m in matrices.values()]
-    return {k: n / total for k, n in counts.items()} | {'dead_rows': sum(m['dead_rows'] for m in matrices.values()),
+    return {k: n / total for k, n in counts.items()} | unknown | {'dead_rows': sum(m['dead_rows'] for m in matrices.values()),
                                                         'scale_drift': sum(drift) / len(drift), 'matrices': matrices}

@@ -5,7 +5,7 @@ Text from what train_gpt.py or train_bitnet.py has trained: best.pt, last.pt or 
     python sample.py --ckpt=out/pycode_bin/packed.safetensors --num_samples=3        # the same weights, 1 bit each
     python sample.py --ckpt=out/pycode_bin --prompt=FILE:start.txt > story.txt       # stdout is the text alone
     python sample.py chat --ckpt=out/tinystories                                     # you write, it goes on; also in a pipe
-    python sample.py chat --ckpt=out/arithmetic --stop='\\n'                          # 12+34=
+    python sample.py chat --ckpt=out/arithmetic --stop='\\n' --temperature=0          # 12+34=
     python sample.py play --ckpt=out/tictactoe                                       # tic-tac-toe against it
     python sample.py play --ckpt=out/tictactoe --against=perfect --games=200         # or let others play
 
@@ -31,7 +31,7 @@ from train_gpt import GPT, GPTConfig
 
 mode = 'generate'              # generate | chat | play; also without --mode=, as the first word
 ckpt = 'out/gpt'               # a run's folder (its best.pt, else last.pt, else packed.safetensors) or one of its files
-prompt = ''                    # text to go on from | FILE:path of such a text | '': a document's beginning
+prompt = ''                    # text to go on from, in chat too | FILE:path of such a text | '': a document's beginning
 num_samples = 1                # one is shown as it grows, several at the end
 max_new_tokens = 500           # per sample or answer; it is shorter when the model ends the text
 temperature = 0.8              # below 1: likelier text; above 1: more surprising; 0: always the likeliest token
@@ -44,6 +44,7 @@ seed = 1337                    # the same seed and number of samples give the sa
 device = ''                    # '': cuda where there is one, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
 _MODES = ('generate', 'chat', 'play')
+_defaults = dict(globals())
 _words = [f'--mode={word}' if word in _MODES else word for word in sys.argv[1:]]
 config = configurator.override(globals(), _words, quiet=True)   # file.py ... --key=value, later wins; stdout is the text alone
 
@@ -178,13 +179,15 @@ def ask(what):
 def chat(model, tokenizer, dev, generator, begin):
     """mode chat: what you write is added to the text, and the model goes on with it until it ends the text, at `stop` or after
     max_new_tokens. What no longer fits into the context is forgotten. Returns the tokens made."""
-    ending, n_tokens, history, said = stop.encode('utf-8', 'surrogateescape').replace(b'\\n', b'\n'), 0, begin, b''
+    ending, n_tokens = stop.encode('utf-8', 'surrogateescape').replace(b'\\n', b'\n'), 0
+    said = read_prompt(prompt)
+    history = begin = begin + to_ids(tokenizer, said)
     if sys.stdin.isatty():
         print('Write, and it goes on with the text; an empty line lets it go on. /reset forgets, /save FILE keeps the text, '
               '/quit or Ctrl-D ends.', file=sys.stderr)
     while (line := ask('> ')) not in (None, b'/quit'):
         if line == b'/reset':
-            history, said = begin, b''
+            history, said = begin, read_prompt(prompt)
             continue
         if line.split(b' ')[0] == b'/save':
             path = os.fsdecode(line[6:].strip()) or 'chat.txt'
@@ -201,6 +204,8 @@ def chat(model, tokenizer, dev, generator, begin):
         for new in generate(model, ids, max_new_tokens, tokenizer.vocab_size, temperature, top_k, generator):
             history, n_tokens = history + new.tolist(), n_tokens + 1
             if history[-1] == tokenizer.eot:
+                answer += b'\n'                    # what comes next is another text
+                print()
                 break
             piece = tokenizer.decode_bytes(new.tolist())
             answer += piece
@@ -270,9 +275,14 @@ def main():
                               ('against', against, ('', 'random', 'perfect'))):
         if value not in known:
             configurator.fail(f'{key}={value!r} is none of {", ".join(map(repr, known))}; type --{key}={known[-1]}')
+    others = {'generate': ('stop', 'side', 'against', 'games'), 'chat': ('num_samples', 'side', 'against', 'games'),
+              'play': ('prompt', 'num_samples', 'max_new_tokens', 'temperature', 'top_k', 'stop')}[mode]
+    for key in (*others, 'side') if against else others:
+        if globals()[key] != _defaults[key]:
+            configurator.fail(f'{key} has no use in {mode}{" --against" * bool(against)}; leave --{key} out')
     dev, amp = pick_device(device, dtype)
     path = find_checkpoint(ckpt)
-    if mode == 'generate':
+    if mode != 'play':
         read_prompt(prompt)                         # a mistake in it shows before the model is loaded
     model, tokenizer, about = load(path)
     model.to(dev)

@@ -28,8 +28,8 @@ def problem(a, operation, b):
 
 
 def same_problem(a, operation, b):
-    """What is equal for problems of which one gives the other away: 12+34 and 34+12."""
-    return (operation, a, b) if operation == '-' else (operation, min(a, b), max(a, b))
+    """What is equal for problems of which one gives the other away: 12+34 and 34+12, 12-34 and 34-12."""
+    return operation, min(a, b), max(a, b)
 
 
 def read_problems(text):

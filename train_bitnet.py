@@ -1,12 +1,12 @@
 """
 Train a BitNet b1.58: weights -1, 0 and 1 with one scale a matrix, activations int8, all matrices but the embedding.
 
-    python train_bitnet.py config/arithmetic.py                         # two cores, 20 minutes: adds numbers it never saw
+    python train_bitnet.py config/arithmetic.py                         # one core, 20 minutes: sums that it never saw
     python train_bitnet.py config/tictactoe.py --quant=fp               # the full-precision twin of any experiment
     torchrun --nproc_per_node=8 train_bitnet.py config/fineweb95m.py    # a node
     python train_bitnet.py config/fineweb95m.py --estimate=True         # what it costs, before it costs anything
 
-The model is that of transformers' BitNetForCausalLM (microsoft/bitnet-b1.58-2B-4T): weights go there and back. Constants,
+The model is that of transformers' BitNetForCausalLM (microsoft/bitnet-b1.58-2B-4T), see hf.bitnet_state(). Constants,
 model, then main() from top to bottom. Stop it with Ctrl-C at any time and go on with --resume=auto.
 """
 import math
@@ -52,7 +52,7 @@ quant = 'tern'                 # tern | fp: the same model with full-precision m
 # optimizer
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 0.0            # peak; 0: that of PEAK_RATES for the size and quant
-second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF: 1.5e-3 -> 1e-3)
+second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF), all of it with fp
 min_lr = 0.0                   # at the last step
 schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops, weight decay ends)
 warmup_iters = 100             # linear warm-up, steps
@@ -110,7 +110,7 @@ class NormedLinear(nn.Module):
     def __init__(self, in_features, out_features, act, eps):
         super().__init__()
         self.in_features, self.eps = in_features, eps
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_())    # draws what TernaryLinear draws
         self.gain = nn.Parameter(torch.ones(in_features))
         self.act = layers.Activation(act) if act else nn.Identity()
 
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 def rotate(x, cos, sin):
     """Rotary positions (arXiv 2104.09864) in the half-and-half layout of transformers; x (B, heads, T, head_dim)."""
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)     # under autocast the products are fp32
 
 
 class MLP(nn.Module):
@@ -239,10 +239,10 @@ def main():
                 'log_interval', 'save_interval'):
         if globals()[key] < 1:
             configurator.fail(f'{key}={globals()[key]} must be 1 or more', rank0_only=True)
-    if not (min(learning_rate, second_lr, min_lr, weight_decay, diag_interval, tokens_per_s) >= 0
+    if not (min(learning_rate, second_lr, min_lr, weight_decay, grad_clip, warmup_iters, diag_interval, tokens_per_s) >= 0
             and 0 <= beta1 < 1 and 0 <= beta2 < 1 and rope_theta > 0):
-        configurator.fail('learning rates, weight_decay, diag_interval and tokens_per_s are 0 or more, rope_theta above 0, '
-                          'beta1 and beta2 shares below 1', rank0_only=True)
+        configurator.fail('learning rates, weight_decay, grad_clip, warmup_iters, diag_interval and tokens_per_s are 0 or '
+                          'more, rope_theta above 0, beta1 and beta2 shares below 1', rank0_only=True)
     for key, known in (('schedule', common.SCHEDULES), ('quant', ('tern', 'fp')), ('act', ('relu2', 'silu')),
                        ('task', tasks.TASKS)):
         if globals()[key] not in known:
@@ -298,6 +298,8 @@ def main():
             for key in ('n_head', 'n_kv_head', 'act', 'rope_theta'):     # tensors of one shape, another function
                 if state['model_config'][key] != globals()[key]:
                     raise ValueError(f'{init_from} has {key}={state["model_config"][key]}; type --{key}=... as it has')
+            if state['model_config']['quant'] != quant:
+                say(f'{init_from} has quant={state["model_config"]["quant"]}; its latent weights become those of quant={quant}')
             common.load_model_state(model, state['model'], init_from)
     except ValueError as e:
         configurator.fail(str(e))
@@ -307,7 +309,7 @@ def main():
     n_ternary = sum(m.weight.numel() for m in model.modules() if isinstance(m, layers.LowBit))
     rates = next(rates for most, *rates in PEAK_RATES[quant] if n_params <= most)
     first_lr = learning_rate or rates[0]
-    last_lr = second_lr or (learning_rate * 2 / 3 or rates[1])
+    last_lr = second_lr or (learning_rate * (2 / 3 if quant == 'tern' else 1) or rates[1])
     say(f'{n_params:,} parameters, {n_ternary:,} of them ternary; '
         f'packed {packed_bytes:,} bytes ({packed_bytes / 1e6:.1f} MB), fp32 {fp32_bytes:,} ({fp32_bytes / 1e6:.1f} MB)')
     say(f'{batch_size} sequences a step = {micro} x {accumulation} micro-steps x {world} processes '
@@ -320,9 +322,9 @@ def main():
                                    {'params': gains, 'weight_decay': 0.0}],
                                   lr=first_lr, betas=(beta1, beta2), fused=dev.type in ('cpu', 'cuda'))
     if estimate:
-        ids = torch.randint(n_vocab, (min(micro, 4), block_size + 1), device=dev)
-        for line in costs.estimate(model, optimizer, ids[:, :-1], ids[:, 1:], amp, micro, batch_size * block_size, max_iters,
-                                   world, tokens_per_s, train_tokens):
+        ids = torch.randint(n_vocab, (micro if dev.type == 'cuda' else min(micro, 4), block_size + 1), device=dev)
+        for line in costs.estimate(model, torch.compile(model) if compile else model, optimizer, ids[:, :-1], ids[:, 1:], amp,
+                                   micro, batch_size * block_size, max_iters, world, tokens_per_s, train_tokens):
             say(line)
         return common.close_processes()
 
@@ -446,7 +448,7 @@ def main():
         lr = common.lr_at(step, schedule, first_lr, min_lr, warmup_iters, max_iters, last_lr)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        if quant == 'tern' and schedule == 'two_stage':                 # a baseline's decay goes on (Tips PDF, page 3)
+        if quant == 'tern' and schedule == 'two_stage':                 # a baseline has no second stage (Tips PDF)
             optimizer.param_groups[0]['weight_decay'] = weight_decay if step < max_iters // 2 else 0.0
         common.seed_step(seed, step, rank)
         starts = common.sample_indices(seed, step, len(train_data) - block_size, batch_size).reshape(accumulation, world, micro)
@@ -470,7 +472,7 @@ def main():
         if grad_clip:
             nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, torch.tensor(grad_norm, device=dev))
         counted = quant == 'tern' and diag_interval and (step + 1) % diag_interval == 0 and rank == 0
-        before = ternary_matrices(raw_model) if counted else None
+        before = ternary_matrices(raw_model) if counted and lr else None        # a last step of rate 0 flips nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # TRAINING SECTION END

@@ -250,9 +250,9 @@ def main():
                 'save_interval'):
         if globals()[key] < 1:
             configurator.fail(f'{key}={globals()[key]} must be 1 or more', rank0_only=True)
-    if not (min(learning_rate, min_lr, weight_decay) >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
-        configurator.fail('learning_rate, min_lr and weight_decay are 0 or more, beta1 and beta2 shares below 1',
-                          rank0_only=True)
+    if not (min(learning_rate, min_lr, weight_decay, grad_clip, warmup_iters) >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
+        configurator.fail('learning_rate, min_lr, weight_decay, grad_clip and warmup_iters are 0 or more, beta1 and beta2 '
+                          'shares below 1', rank0_only=True)
     if schedule not in common.SCHEDULES:
         configurator.fail(f'schedule={schedule!r} is none of {", ".join(common.SCHEDULES)}', rank0_only=True)
     micro = micro_batch_size or batch_size // world

@@ -1,7 +1,6 @@
 # A 95M-parameter BitNet b1.58 on FineWeb-Edu, the largest of the reference's experiments, in its shape.
 # expected val loss: none published (its authors note that the text was not yet coherent); not measured here
-# hardware: one GPU of 24 GB or more
-# time: python train_bitnet.py config/fineweb95m.py --estimate=True, before any download; not measured here
+# hardware, time: python train_bitnet.py config/fineweb95m.py --estimate=True, before any download; not measured here
 # torchrun --nproc_per_node=8 train_bitnet.py config/fineweb95m.py       (after python data/fineweb95m/prepare.py)
 out_dir = 'out/fineweb95m'
 dataset = 'fineweb95m'

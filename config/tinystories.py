@@ -1,7 +1,6 @@
 # A 12.8M-parameter BitNet b1.58 on TinyStories, of about the size of the reference's.
-# expected val loss: the reference gives 1.5 to 2.0 for its own 2,048 tokens after 15,000 steps of 16 x 128; not measured here
-# hardware: one GPU of 8 GB, or a patient CPU
-# time: python train_bitnet.py config/tinystories.py --estimate=True; not measured here
+# expected: the reference says that its loss falls to 1.5 to 2.0, not which loss nor after how many steps; not measured here
+# hardware, time: python train_bitnet.py config/tinystories.py --estimate=True
 # python train_bitnet.py config/tinystories.py         (after python data/tinystories/prepare.py)
 # python sample.py chat --ckpt=out/tinystories
 out_dir = 'out/tinystories'

@@ -17,9 +17,11 @@ Runs the trainer once per variant and seed (interrupted: run again, it goes on),
 writes results/<name>.md (and .png), and puts the table into README.md. No number in them is typed by hand.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -171,10 +173,10 @@ def train(name, variant, seed, threads):
     command = [sys.executable, script, *config.split(), *extra, *variants[variant][1].split(),
                f'--seed={seed}', f'--out_dir={out}', '--resume=auto']
     os.makedirs(ROOT / out, exist_ok=True)
-    resumed, start = (ROOT / out / 'last.pt').exists(), time.monotonic()
-    with open(ROOT / out / 'stdout.txt', 'a') as f:
-        subprocess.run(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, check=True,
-                       env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+    if not finished(ROOT / out / 'log.jsonl') or name in CLASSIFIED:
+        with timed(ROOT / out), open(ROOT / out / 'stdout.txt', 'a') as f:
+            subprocess.run(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, check=True,
+                           env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
     log = ROOT / 'results' / name / f'{variant}_s{seed}.jsonl'
     shutil.copy(ROOT / out / 'log.jsonl', log)
     if name in CLASSIFIED:                          # what the run found at its end is one more line
@@ -182,11 +184,30 @@ def train(name, variant, seed, threads):
         found = yaml.safe_load((ROOT / out / 'results.yaml').read_text())
         with open(log, 'a') as f:
             f.write(json.dumps({'step': found['steps'], 'results': found}) + '\n')
-    elif not resumed:                               # the time it took, evaluations and all
+    else:                                           # the time it took, evaluations and all; None where a part was killed
         *before, last = log.read_text().splitlines()
-        last = json.loads(last) | {'seconds': round(time.monotonic() - start), 'threads': threads}
+        parts = json.loads((ROOT / out / 'seconds.json').read_text())
+        last = json.loads(last) | {'seconds': None if None in parts else round(sum(parts)), 'threads': threads}
         log.write_text('\n'.join([*before, json.dumps(last)]) + '\n')
     print(f'{variant} seed {seed}: done', flush=True)
+
+
+def finished(log):
+    return log.exists() and 'packed_file_bytes' in json.loads(log.read_text().splitlines()[-1])
+
+
+@contextlib.contextmanager
+def timed(out):
+    """Seconds of what stands in the with block, after those of earlier parts of the run, in out/seconds.json; a part that did
+    not come to its end in any way stays None."""
+    path = out / 'seconds.json'
+    parts = json.loads(path.read_text()) if path.exists() else [None] * (out / 'last.pt').exists()
+    path.write_text(json.dumps([*parts, None]))
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        path.write_text(json.dumps([*parts, time.monotonic() - start]))
 
 
 def logs(name, variant):
@@ -224,16 +245,19 @@ def table(name, found):
     one = next(iter(base.values()))
     token = 'of a trained BPE' if name in BITNETS else 'here a byte'
     lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; mean ± sd over seeds; loss in nats per token '
-             f'({token}) at the last step; the gap is paired by seed; ms/step on one core, another run on the other.', '',
+             f'({token}) at the last step; the gap is paired by seed; ms/step on one core, another run on the other'
+             + (', × of the twin beside it.' if name in BITNETS else '.'), '',
              '| variant | val loss | bits per byte | gap | ms/step | peak resident MiB | packed file bytes |',
              '|---|---|---|---|---|---|---|']
     for variant, runs in found.items():
         both = sorted(runs.keys() & base.keys())
         gap = '-' if variant == baseline or not both else mean_sd([runs[s]['loss'] - base[s]['loss'] for s in both])
         rows = list(runs.values())
+        ms = f'{statistics.median(r["ms"] for r in rows):.0f}'
+        if name in BITNETS and both:                # the load of the machine changes between pairs
+            ms += f' ({statistics.median(runs[s]["ms"] / base[s]["ms"] for s in both):.2f} ×)'
         lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {mean_sd([r["loss"] for r in rows])} | '
-                     f'{statistics.mean(r["bpb"] for r in rows):.4f} | {gap} | '
-                     f'{statistics.median(r["ms"] for r in rows):.0f} | '
+                     f'{statistics.mean(r["bpb"] for r in rows):.4f} | {gap} | {ms} | '
                      f'{statistics.median(r["peak"] for r in rows) / 2 ** 20:.0f} | {rows[0]["packed"]:,} |')
     return lines
 
@@ -317,38 +341,49 @@ def photograph_table(name):
 def task_table(name):
     """Markdown lines for arithmetic and tic-tac-toe: what was right at the last step, and the time it took."""
     config, _, variants = EXPERIMENTS[name]
-    shown = {'arithmetic': {'exact match of held-out problems': '{exact_match:.2%}'},
-             'tictactoe': {'legal moves in games': '{in_games:.2%}', '... at positions of held-out games': '{legal_moves:.2%}',
-                           'of all games that can happen to it: lost, ended by an illegal move':
-                               '{lines_lost:.2%}, {lines_illegal:.2%}',
-                           'against random: won, drawn, lost': '{random_wins:.1%} {random_draws:.1%} {random_losses:.1%}',
-                           'against perfect: won, drawn, lost': '{perfect_wins:.1%} {perfect_draws:.1%} {perfect_losses:.1%}'}}
-    lines = []
+    shown = {'arithmetic': {'exact match of held-out problems': ['exact_match']},
+             'tictactoe': {'legal moves in games': ['in_games'], '... in validation games': ['legal_moves'],
+                           'all games that can happen to it: lost, ended by an illegal move': ['lines_lost', 'lines_illegal'],
+                           'against random: won, drawn, lost': ['random_wins', 'random_draws', 'random_losses'],
+                           'against perfect: won, drawn, lost': ['perfect_wins', 'perfect_draws', 'perfect_losses']}}
+    found, curves = {}, {}
     for variant, (label, _) in variants.items():
         for path in logs(name, variant):
-            records = [json.loads(line) for line in open(path)]
-            end, scored = records[-1], [r for r in records if 'exact_match' in r or 'legal_moves' in r]
-            if 'seconds' not in end:
+            if not finished(path):
                 continue
-            r = scored[-1] | {'in_games': (scored[-1].get('random_legal', 0) + scored[-1].get('perfect_legal', 0)) / 2}
-            if not lines:
-                lines = [f'`{config}`: {r["step"]:,} steps, {r["tokens"]:,} tokens; at the last step; games: 200 against each, '
-                         'an illegal move loses.' if name == 'tictactoe' else
-                         f'`{config}`: {r["step"]:,} steps, {r["tokens"]:,} tokens; at the last step.', '',
-                         '| model | ' + ' | '.join(shown[name]) + ' | val loss | minutes | threads | packed file bytes |',
-                         '|---' * (len(shown[name]) + 5) + '|']
-            lines.append(f'| {label}, seed {path.stem.rsplit("_s", 1)[1]} | '
-                         + ' | '.join(cell.format(**r) for cell in shown[name].values())
-                         + f' | {r["val_loss"]:.4f} | {end["seconds"] / 60:.1f} | {end["threads"]} | '
-                         f'{end["packed_file_bytes"]:,} |')
-    if name == 'arithmetic' and lines:
-        rows = {(label, p.stem): {r['step']: r['exact_match'] for r in map(json.loads, open(p)) if 'exact_match' in r}
-                for v, (label, _) in variants.items() for p in logs(name, v)}
-        steps = sorted({s for row in rows.values() for s in row})
+            records = [json.loads(line) for line in open(path)]
+            scored = [r for r in records if 'exact_match' in r or 'legal_moves' in r]
+            r = records[-1] | scored[-1]
+            r['in_games'] = (r.get('random_legal', 0) + r.get('perfect_legal', 0)) / 2
+            r['minutes'] = None if r['seconds'] is None else r['seconds'] / 60
+            found.setdefault(label, []).append(r)
+            curves[f'{label}, seed {path.stem.rsplit("_s", 1)[1]}'] = {r['step']: r.get('exact_match') for r in scored}
+    if not found:
+        sys.exit(f'error: no finished run in results/{name}; run: python results/runs.py {name}')
+    one = next(iter(found.values()))[0]
+    lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; at the last step, mean ± sd over n seeds; minutes '
+             f'of a run with its evaluations on {one["threads"]} thread{"s" * (one["threads"] > 1)}.'
+             + (' Games: 200 against each, an illegal move loses.' if name == 'tictactoe' else ''), '',
+             '| model | ' + ' | '.join(shown[name]) + ' | val loss | minutes | packed file bytes |',
+             '|---' * (len(shown[name]) + 4) + '|']
+    for label, rows in found.items():
+        cells = [' '.join(spread([r[key] * 100 for r in rows], 2, '%') for key in keys) for keys in shown[name].values()]
+        lines.append(f'| {label} (n={len(rows)}) | ' + ' | '.join(cells) + f' | {mean_sd([r["val_loss"] for r in rows])} | '
+                     f'{spread([r["minutes"] for r in rows], 1)} | {rows[0]["packed_file_bytes"]:,} |')
+    if name == 'arithmetic':
+        steps = sorted({s for row in curves.values() for s in row})
         lines += ['', '| exact match at step | ' + ' | '.join(f'{s:,}' for s in steps) + ' |', '|---' * (len(steps) + 1) + '|']
         lines += [f'| {label} | ' + ' | '.join(f'{row[s]:.1%}' if s in row else '' for s in steps) + ' |'
-                  for (label, _), row in rows.items()]
-    return lines or sys.exit(f'error: no finished run in results/{name}; run: python results/runs.py {name}')
+                  for label, row in curves.items()]
+    return lines
+
+
+def spread(values, digits, unit=''):
+    """'99.66 ± 0.12%'; - where one was not measured."""
+    if None in values:
+        return '-'
+    sd = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{sd}{unit}'
 
 
 def table_by_step(name):
@@ -373,16 +408,21 @@ def figure(key, spec):
     return lambda r: '-' if r.get(key) is None else format(r[key] / MIB if key.endswith('_bytes') else r[key], spec)
 
 
+def step_caption(r):
+    model = 'train_bitnet.py' if r.get('model') == 'bitnet' else 'train_gpt.py'
+    return (f'The model of {model}, {r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, '
+            f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is '
+            'what is alive in tensors at once, resident what the process grew by.')
+
+
+STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×': '{ratio:.2f}',
+                'tokens/s': '{tokens_per_s:,.0f}', 'peak MiB': lambda r: mib(r, 'peak', 0), '× ': '{peak_ratio:.2f}',
+                'resident MiB': lambda r: mib(r, 'resident', 0), '×  ': '{resident_ratio:.2f}'}
+
 # name: what bench.py is asked, a line above the table from one row, columns (header, cell from a row)
 BENCHES = {
-    'bitnet_speed': (['train --model=bitnet --steps=2 --threads=1'], lambda r: BENCHES['speed'][1](r), None),
-    'speed': (['train --steps=2'],
-              lambda r: f'{r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, {r["device"]}, '
-              f'{r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is what is '
-              'alive in tensors at once, resident what the process grew by.',
-              {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×': '{ratio:.2f}',
-               'tokens/s': '{tokens_per_s:,.0f}', 'peak MiB': lambda r: mib(r, 'peak', 0), '× ': '{peak_ratio:.2f}',
-               'resident MiB': lambda r: mib(r, 'resident', 0), '×  ': '{resident_ratio:.2f}'}),
+    'bitnet_speed': (['train --model=bitnet --steps=2'], step_caption, STEP_COLUMNS),
+    'speed': (['train --steps=2'], step_caption, STEP_COLUMNS),
     'stats': (['stats bignet half lora int4 qlora nf4 fit4 int8 ternary binary',
                'compare half lora int4 qlora nf4 fit4 int8 ternary binary'],
               lambda r: f'BigNet, {r["device"]}, torch {r["torch"]}, batch 32; MiB but for bytes; forward and backward: most '
@@ -456,7 +496,6 @@ def bench_table(name):
     """Markdown lines from the rows that bench.py wrote into results/<name>.jsonl."""
     rows = [json.loads(line) for line in open(ROOT / 'results' / f'{name}.jsonl')]
     _, head, columns = BENCHES[name]
-    columns = columns or BENCHES['speed'][2]
     merged = {}                                     # rows of one variant are one, but for a layer's sizes and dtypes
     for r in rows:
         key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'bitnet_speed', 'conv') else None
@@ -491,13 +530,16 @@ def write_tables(name):
     plot(name, found)
 
 
+STORY = ['--prompt=Once upon a time', '--max_new_tokens=160', '--temperature=0.7']
+
+
 def write_texts(name):
     """What each variant's first seed goes on with after the same words, into results/<name>/<variant>.txt."""
     for variant in EXPERIMENTS[name][2]:
         run = next(iter(sorted((ROOT / 'out' / name).glob(f'{variant}_s*'))), None)
         if run:
-            told = subprocess.run([sys.executable, 'sample.py', f'--ckpt={run}', '--prompt=Once upon a time', '--device=cpu',
-                                   '--max_new_tokens=160', '--temperature=0.7'], cwd=ROOT, check=True, capture_output=True)
+            words = ['sample.py', f'--ckpt={run.relative_to(ROOT)}', *STORY]
+            told = subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
             (ROOT / 'results' / name / f'{variant}.txt').write_bytes(told.stdout)
 
 
@@ -508,7 +550,7 @@ def shown_texts(name):
         path = ROOT / 'results' / name / f'{variant}.txt'
         if path.exists():
             told = path.read_text(errors='replace').strip().split('\n')
-            lines += ['', f'{label}, `--prompt="Once upon a time" --temperature=0.7`:', '']
+            lines += ['', f'{label}, first seed, `{shlex.join(STORY)}`:', '']
             lines += [f'> {line}'.rstrip() for line in told]
     return lines
 

@@ -637,7 +637,7 @@ def test_arithmetic_holds_problems_out_with_their_twins(tmp_path):
 
 def test_arithmetic_of_several_operations(tmp_path, capsys):
     """Sums, differences and products of digits: every one right, negative answers among them, a tenth of each held out with
-    its twin where there is one; the same settings make the same bytes, others other ones."""
+    its numbers exchanged as well; the same settings make the same bytes, others other ones."""
     args = ['--operations=*+-', '--digits=1', '--lines=1000', '--out_dir']
     for name in 'ab':
         arithmetic.main([*args, str(tmp_path / name)])
@@ -647,9 +647,9 @@ def test_arithmetic_of_several_operations(tmp_path, capsys):
     assert {b'3-9=-6', b'9-3=6', b'7*8=56', b'0+0=0'} <= set(both)
     for operation in '+*-':
         held_out = {line.split('=')[0] for line in val if operation in line.split('=')[0]}
-        assert 5 <= len(held_out) <= 15
+        assert 4 <= len(held_out) <= 20
         twins = {operation.join(line.split(operation)[::-1]) for line in held_out}
-        assert (twins == held_out) == (operation != '-')        # 3-9 does not say what 9-3 is, not to the letter
+        assert twins == held_out
     assert shards(tmp_path / 'a') == shards(tmp_path / 'b')
     before = shards(tmp_path / 'a')
     capsys.readouterr()
@@ -661,16 +661,17 @@ def test_arithmetic_of_several_operations(tmp_path, capsys):
 
 
 def test_tictactoe_games(tmp_path):
-    """3,000 games to train on and 200 others, none of which is played in training by anybody; every one played to its end,
+    """3,000 games to train on and 198 others, none of which is played in training by anybody; every one played to its end,
     perfect sides with best moves only, sides at random not; a third each mr and rm, a sixth each mm and rr."""
-    out = command('tictactoe', '--games=3000', '--val_games=200', '--out_dir', tmp_path / 'a', cwd=tmp_path)
+    out = command('tictactoe', '--games=3000', '--val_games=198', '--out_dir', tmp_path / 'a', cwd=tmp_path)
     train, val = (lines_of(tmp_path / 'a', split) for split in tokens.SPLITS)
-    assert '3,000 games to train on, 200 held out' in out and len(train) == 3000 and len(val) == len(set(val)) == 200
+    assert '3,000 games to train on, 198 held out: 66 mr, 66 rm, 33 mm, 33 rr' in out
+    assert len(train) == 3000 and len(val) == len(set(val)) == 198
     assert tasks.read_games('\n'.join(train + val).encode()) == train + val
     assert not {line[2:] for line in train} & {line[2:] for line in val}
     for kinds, share in (('mr', 1 / 3), ('rm', 1 / 3), ('mm', 1 / 6), ('rr', 1 / 6)):
         games = [line for line in train if line[:2] == kinds]
-        assert abs(len(games) / 3000 - share) < 0.02 and any(line[:2] == kinds for line in val)
+        assert abs(len(games) / 3000 - share) < 0.02 and sum(line[:2] == kinds for line in val) == 198 * share
         for side, kind in enumerate(kinds):
             best = [line[2 + i] in tasks.best_moves(line[2:2 + i]) for line in games for i in range(side, len(line) - 3, 2)]
             assert all(best) if kind == 'm' else 0.3 < sum(best) / len(best) < 0.9
@@ -679,13 +680,15 @@ def test_tictactoe_games(tmp_path):
 
 
 def test_tictactoe_is_repeatable_and_counts_exactly(tmp_path, capsys):
-    """The same settings make the same bytes; one game to train on leaves room for 300 held out; a game is held out by its
+    """The same settings make the same bytes; held out are as many as come up until the training games are
+    there; a game is held out by its
     moves alone, whoever plays."""
     for name in 'ab':
         tictactoe.main(['--games=1', '--val_games=300', f'--out_dir={tmp_path / name}'])
     assert shards(tmp_path / 'a') == shards(tmp_path / 'b')
     train, val = (lines_of(tmp_path / 'a', split) for split in tokens.SPLITS)
-    assert len(train) == 1 and len(set(val)) == 300 and all(map(tictactoe.is_val, val)) and not tictactoe.is_val(train[0])
+    assert len(train) == 1 and not tictactoe.is_val(train[0])
+    assert 50 < len(set(val)) == len(val) < 300 and all(map(tictactoe.is_val, val))
     assert all(tictactoe.is_val(kinds + line[2:]) for line in val for kinds in ('mr', 'rm', 'mm', 'rr'))
     capsys.readouterr()
     tictactoe.main(['--games=1', '--val_games=300', f'--out_dir={tmp_path / "a"}'])
@@ -693,11 +696,12 @@ def test_tictactoe_is_repeatable_and_counts_exactly(tmp_path, capsys):
     tictactoe.main(['--games=1500', '--val_games=10', f'--out_dir={tmp_path / "a"}'])
     assert 'has other settings' in capsys.readouterr().out
     more = lines_of(tmp_path / 'a', 'train')
-    assert len(more) == 1500 and more[0] == train[0] and lines_of(tmp_path / 'a', 'val') == val[:10]
+    assert len(more) == 1500 and more[0] == train[0] and len(lines_of(tmp_path / 'a', 'val')) == 8
+    assert set(lines_of(tmp_path / 'a', 'val')) <= set(val)
 
 
 @pytest.mark.parametrize('module, args', [
-    (arithmetic, ['--digits=1', '--lines=500', '--out_dir']), (tictactoe, ['--games=50', '--val_games=5', '--out_dir'])])
+    (arithmetic, ['--digits=1', '--lines=500', '--out_dir']), (tictactoe, ['--games=50', '--val_games=6', '--out_dir'])])
 def test_what_is_made_here_goes_on_after_a_crash(tmp_path, monkeypatch, capsys, module, args):
     """Crashed at the k-th renaming of any file and started again: refused in between, in the end the unbroken run's bytes."""
     module.main([*args, str(tmp_path / 'whole')])
@@ -717,7 +721,7 @@ def test_arithmetic_and_tictactoe_mistakes_are_one_line(tmp_path):
         assert option in refused('arithmetic', option)
     assert 'unrecognized arguments: --digit=2' in refused('arithmetic', '--digit=2')
     assert 'invalid int value' in refused('arithmetic', '--lines=many')
-    for option in ('--games=0', '--val_games=0', '--val_games=5001', '--games=-1'):
+    for option in ('--games=0', '--val_games=0', '--val_games=5', '--games=-1'):
         assert option in refused('tictactoe', option)
     assert '--game=2' in refused('tictactoe', '--game=2')
     for script in ('arithmetic', 'tictactoe'):

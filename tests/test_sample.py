@@ -236,7 +236,7 @@ def test_bpe_checkpoint_needs_nothing_else(cli, tmp_path):
     ('--prompt=FILE:no.txt', "'no.txt': No such file"), ('--temprature=1', 'did you mean temperature?'),
     ('--mode=talk', "mode='talk' is none of 'generate', 'chat', 'play'"), ('--side=x', "side='x' is none of 'X', 'O'"),
     ('--against=me', "against='me' is none of '', 'random', 'perfect'"), ('--games=0', 'games=0'),
-    ('talk', "cannot read 'talk'")])
+    ('talk', "cannot read 'talk'"), ('--stop=x', 'stop has no use in generate'), ('--games=9', 'games has no use in generate')])
 def test_mistakes_are_one_line(cli, option, said):
     """A value that cannot be: one line that names it, exit status 2, nothing on stdout."""
     status, out, err = cli(option)
@@ -321,6 +321,23 @@ def test_chat_beyond_the_context(cli):
     """A line of 80 tokens in a context of 16, and a conversation that grows past it: the last ones count, as in generate."""
     assert cli('chat', *GREEDY, typed=CYCLE * 10 + '\n\na\n') == (0, f'{CYCLE}\n{CYCLE}\né€üa\n', '')
     assert cli('chat', '--temperature=0', '--max_new_tokens=40', typed='a\n\n')[1] == ('é€üa' * 5 + '\n') * 2
+
+
+def test_chat_begins_with_the_prompt(cli, tmp_path, monkeypatch):
+    """--prompt is there before the first line and after /reset; /save has it, and a line's end where a text ended."""
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = cli('chat', *GREEDY, '--prompt=h', typed='\n/save one\n/reset\n\n/save two\n')
+    assert (status, out) == (0, 'i.\ni.\n')
+    assert (tmp_path / 'one').read_text() == (tmp_path / 'two').read_text() == 'hi.\n'
+
+
+def test_options_of_another_mode_are_refused(cli):
+    """One line for what would be read and ignored."""
+    for words, said in ((('chat', '--num_samples=2'), 'num_samples has no use in chat; leave --num_samples out'),
+                        (('play', '--temperature=1'), 'temperature has no use in play'),
+                        (('play', '--against=random', '--side=O'), 'side has no use in play --against')):
+        status, out, err = cli(*words)
+        assert (status, out) == (2, '') and err.startswith(f'error: {said}') and err.count('\n') == 1
 
 
 def test_chat_stops_at_a_text(cli):

@@ -341,6 +341,15 @@ def test_counts_of_codes_by_hand(train, folder, unbroken):
         {name: scale / first[name][1] for name, (_, scale) in after.items()}, rel=1e-5)
 
 
+def test_a_step_of_rate_zero_flips_nothing(train, folder):
+    """The last step of a schedule that ends at 0: flips are unknown rather than 0, as if the codes had settled."""
+    cwd = folder()
+    train('--min_lr=0', '--diag_interval=10', cwd=cwd)
+    half, last = (r for r in log(cwd) if 'matrices' in r)
+    assert (half['step'], last['step']) == (10, 20) and half['flips'] > 0 and last['flips'] is None
+    assert {m['flips'] for m in last['matrices'].values()} == {None} and last['zero'] > 0
+
+
 @pytest.mark.parametrize('options', [('--diag_interval=0',), FP, (*FP, '--diag_interval=0')])
 def test_codes_are_counted_where_asked_for_and_there_are_some(train, folder, unbroken, options):
     """None with diag_interval=0 or full-precision weights; counting changes nothing in what is trained."""
@@ -550,31 +559,38 @@ def test_estimate_needs_no_data_where_the_vocabulary_is_known(train, folder):
 
 
 def test_estimate_measures_the_speed(start, train, folder):
-    """Of one process, and of two as fast as this one; hours are those of the tokens of all steps at that speed."""
+    """Of one process, and of two as fast as this one: micro-steps, then one update; hours are those of the tokens of all steps
+    at that speed. With two, gradients on their way take memory as well."""
     options = ('--estimate=True', '--max_iters=1_000_000')
-    fast = 'import costs; costs.measured_tokens_per_s.__defaults__ = (0.05,)'           # seconds
+    fast = 'import costs; costs.mean_seconds.__defaults__ = (0.05,)'
     done = train(*options, cwd=folder(), patch=fast)
     found = estimated(done)
-    assert 'tokens/s measured here, 2 x 16 tokens a step,' in done.out and found['speed'][0] > 10
+    assert 'tokens/s measured here on 2 x 16 tokens,' in done.out and found['speed'][0] > 10
     assert found['time'][0] == pytest.approx(64e6 / found['speed'][0] / 3600, abs=0.051, rel=1e-3)
-    known = 'import costs; costs.measured_tokens_per_s = lambda step, tokens, device: 1000.0 + tokens'
+    known = """
+import costs
+costs.mean_seconds = lambda step, device: (step(), 0.004 if 'step' in getattr(step, '__name__', '') else 0.01)[1]
+"""
     both = wait_all([start(SCRIPT, 'tiny.py', *options, cwd=folder(), patch=known, **r) for r in ranks(2)])
-    assert [d.code for d in both] == [0, 0] and both[1].out == ''
-    assert 'measured here, 2 x 16 tokens a step, times 2,' in both[0].out
+    assert [d.code for d in both] == [0, 0], both[0].err
+    assert both[1].out == '' and 'measured here on 2 x 16 tokens, for 2 processes' in both[0].out
+    assert 'gradients on their way' in both[0].out and 'gradients on their way' not in done.out
     two = estimated(both[0])
-    assert two['speed'][0] == 2064 and two['tokens'] == found['tokens'] and two['time'] == [8.6]
+    assert two['speed'][0] == round(64 / (0.01 + 0.004)) and two['tokens'] == found['tokens']       # one micro-step of each
+    one = estimated(train(*options, cwd=folder(), patch=known))
+    assert one['speed'][0] == round(64 / (2 * 0.01 + 0.004)) and one['time'] == [round(64e6 / 64 * 0.024 / 3600, 1)]
 
 
-def test_measured_speed_by_hand(monkeypatch):
-    """A step of 2 seconds and 10 tokens, after one that is not counted: 3 of them fill 5 seconds; never fewer than 2."""
+def test_mean_seconds_by_hand(monkeypatch):
+    """A step of 2 seconds, after one that is not counted: 3 of them fill 5 seconds; never fewer than 2."""
     clock, calls = [0.0], []
 
     def step():
         clock[0] += 2.0 if calls else 100.0
         calls.append(1)
     monkeypatch.setattr(costs.time, 'perf_counter', lambda: clock[0])
-    assert costs.measured_tokens_per_s(step, 10, torch.device('cpu')) == 5.0 and len(calls) == 4
-    assert costs.measured_tokens_per_s(step, 10, torch.device('cpu'), seconds=0) == 5.0 and len(calls) == 7
+    assert costs.mean_seconds(step, torch.device('cpu'), seconds=5) == 2.0 and len(calls) == 4
+    assert costs.mean_seconds(step, torch.device('cpu'), seconds=0) == 2.0 and len(calls) == 7
 
 
 def test_saved_bytes_by_hand():
@@ -614,7 +630,8 @@ MISTAKES = [
         'batch_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'eval_interval', 'eval_iters',
         'log_interval', 'save_interval')),
     *(((f'--{key}=-1',), 'are 0 or more') for key in (
-        'learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'diag_interval', 'tokens_per_s', 'beta1')),
+        'learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'diag_interval', 'tokens_per_s',
+        'beta1')),
     (('--beta2=1',), 'beta1 and beta2 shares below 1'), (('--rope_theta=0',), 'rope_theta above 0'),
     (('--batch_size=9',), 'batch_size=9 is no multiple of micro_batch_size=2 x 1 processes'),
     (('--micro_batch_size=-2',), 'batch_size=4 is no multiple of micro_batch_size=-2'),

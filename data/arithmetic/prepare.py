@@ -3,10 +3,10 @@
     python data/arithmetic/prepare.py                                    all additions of numbers below 100
     python data/arithmetic/prepare.py --operations='+-*' --digits=3      -> data/arithmetic, other problems
 
-A tenth of the problems is the validation split, chosen by a hash, and never occurs in training; with a sum or a product the
-same one with its numbers exchanged is held out as well: 34+12 with 12+34. Each of them is there once; training text is the
-others in one random order after another, LINES lines in all. With the defaults: 10,000 problems, 9,111 to train on and 889
-to validate. Byte tokens. Train with --dataset=arithmetic --task=arithmetic.
+A tenth of the problems is the validation split, chosen by a hash, and never occurs in training, nor does the same one with
+its numbers exchanged: with 12+34, 34+12 is held out as well. Each of them is there once; training text is the others in one
+random order after another, LINES lines in all. With the defaults: 10,000 problems, 9,111 to train on and 889 to validate.
+Byte tokens. Train with --dataset=arithmetic --task=arithmetic.
 """
 import argparse
 import hashlib
