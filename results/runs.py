@@ -150,7 +150,7 @@ PHOTOGRAPHS |= {                                    # what was tried on the way,
         'bin_a1_lr10': ('... 10 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=1e-2"),
     }),
 }
-TWINS = {'tern': ('ternary', ''), 'fp': ('full precision', '--quant=fp')}
+TWINS = {'tern': ('ternary', ''), 'fp': ('full precision, same peak rate', '--quant=fp')}
 # the same of train_bitnet.py; first: python data/<name>/prepare.py, tinystories with --file where there is no network
 BITNETS = {
     'arithmetic': ('config/arithmetic.py', 'fp', TWINS),
@@ -333,7 +333,7 @@ def photograph_table(name):
         both, rows = sorted(runs.keys() & base.keys()), list(runs.values())
         gap = '-' if variant == baseline or not both else points([runs[s]['top1'] - base[s]['top1'] for s in both])
         lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {points([r["top1"] for r in rows])} | {gap} | '
-                     f'{points([r["top5"] for r in rows])} | {mean_sd([r["val_loss"] for r in rows])} | '
+                     f'{points([r["top5"] for r in rows])} | {spread([r["val_loss"] for r in rows], 4)} | '
                      f'{rows[0]["binary_share"]:.1%} | {rows[0]["packed_file_bytes"]:,} |')
     return lines
 
@@ -368,7 +368,7 @@ def task_table(name):
              '|---' * (len(shown[name]) + 4) + '|']
     for label, rows in found.items():
         cells = [' '.join(spread([r[key] * 100 for r in rows], 2, '%') for key in keys) for keys in shown[name].values()]
-        lines.append(f'| {label} (n={len(rows)}) | ' + ' | '.join(cells) + f' | {mean_sd([r["val_loss"] for r in rows])} | '
+        lines.append(f'| {label} (n={len(rows)}) | ' + ' | '.join(cells) + f' | {spread([r["val_loss"] for r in rows], 4)} | '
                      f'{spread([r["minutes"] for r in rows], 1)} | {rows[0]["packed_file_bytes"]:,} |')
     if name == 'arithmetic':
         steps = sorted({s for row in curves.values() for s in row})
