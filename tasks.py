@@ -216,3 +216,12 @@ def score(task, predict, held_out, seed):
     for against in ('random', 'perfect'):
         found |= score_games(predict, against, 200, seed)
     return found
+
+
+def errors(scores):
+    """Share of wrong answers in what score() gave, or of games lost or ended by an illegal move among all that can happen."""
+    if 'exact_match' in scores:
+        right, n = scores['exact_match']
+        return 1 - right / n
+    (lost, n), (illegal, _) = scores['lines_lost'], scores['lines_illegal']
+    return (lost + illegal) / n

@@ -65,7 +65,7 @@ eval_interval = 250            # steps
 eval_iters = 50                # batches of batch_size sequences of the val split, the same ones each time
 log_interval = 10              # steps
 diag_interval = 100            # steps between counts of codes, flips and dead rows; 0: never
-save_interval = 250            # steps between writes of last.pt; best.pt follows the evaluations
+save_interval = 250            # steps between writes of last.pt; best.pt: fewest wrong answers of a task, then lowest val loss
 wandb_log = False              # needs wandb installed and logged in
 wandb_project = 'nanobit'
 wandb_run_name = ''            # '': the name of out_dir
@@ -329,7 +329,7 @@ def main():
         return common.close_processes()
 
     # ------------------------------------------------------------------------------------------------------- resume
-    step, best_val_loss, wandb_id = 0, math.inf, None
+    step, best, wandb_id = 0, (math.inf, math.inf), None               # share of wrong answers, where there are any; val loss
     start_scales = {name: scale for name, (_, scale) in ternary_matrices(model).items()} if quant == 'tern' else {}
     if resume_path:
         try:
@@ -346,11 +346,12 @@ def main():
                 group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
         except ValueError as e:
             configurator.fail(str(e))
-        step, best_val_loss, wandb_id = state['step'], math.inf if elsewhere else state['best_val_loss'], state['wandb_id']
+        step, wandb_id = state['step'], state['wandb_id']
+        best = best if elsewhere else (state['best_errors'], state['best_val_loss'])
         start_scales = state['start_scales']
         del state
         say(f'resumed from {resume_path} at step {step}')
-    if not common.ranks_agree(step, best_val_loss, len(train_data), common.checksum(model.parameters())):
+    if not common.ranks_agree(step, *best, len(train_data), common.checksum(model.parameters())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
     if rank == 0:
         common.open_run(out_dir, 'train_bitnet', config, step, not resume_path or elsewhere)
@@ -401,7 +402,8 @@ def main():
             try:
                 common.save_checkpoint(path, {
                     'trainer': 'train_bitnet', 'step': step, 'model_config': asdict(model_config),
-                    'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'best_val_loss': best_val_loss,
+                    'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'best_errors': best[0],
+                    'best_val_loss': best[1],
                     'config': config, 'tokenizer': tokenizer.describe(), 'wandb_id': wandb_id,
                     'start_scales': start_scales}, keep_previous)
                 return True
@@ -430,13 +432,15 @@ def main():
                 say(f'step {step}: val loss {val_loss:.4f} nats, {val_loss * bits_per_byte:.4f} bits per byte')
                 record = {'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
                           'val_bpb': val_loss * bits_per_byte}
+                errors = 0.0
                 if task and rank == 0:
                     scores = tasks.score(task, predict, held_out, seed)
                     say(', '.join(f'{name} {hits:,} of {n:,}' for name, (hits, n) in scores.items()))
                     record |= {name: hits / n for name, (hits, n) in scores.items()}
+                    errors = tasks.errors(scores)
                 log(record)
-                if val_loss < best_val_loss:
-                    best_val_loss = val_loss
+                if (errors, val_loss) < best:
+                    best = errors, val_loss
                     save(best_path)
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
