@@ -150,12 +150,15 @@ PHOTOGRAPHS |= {                                    # what was tried on the way,
         'bin_a1_lr10': ('... 10 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=1e-2"),
     }),
 }
-TWINS = {'tern': ('ternary', ''), 'fp': ('full precision, same peak rate', '--quant=fp')}
+# Both twins at one peak rate; the ternary one always has the second stage, which LLaMA baselines do without.
+TWINS = {'tern': ('ternary', ''),
+         'fp_two': ('full precision, the same rates', '--quant=fp --second_lr=1.3333e-3'),
+         'fp': ('full precision, without the second stage', '--quant=fp')}
 # the same of train_bitnet.py; first: python data/<name>/prepare.py, tinystories with --file where there is no network
 BITNETS = {
-    'arithmetic': ('config/arithmetic.py', 'fp', TWINS),
-    'tictactoe': ('config/tictactoe.py', 'fp', TWINS),
-    'tinystories': ('config/tinystories_small.py', 'fp', TWINS),
+    'arithmetic': ('config/arithmetic.py', 'fp_two', TWINS),
+    'tictactoe': ('config/tictactoe.py', 'fp_two', TWINS),
+    'tinystories': ('config/tinystories_small.py', 'fp_two', TWINS),
 }
 EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS | BITNETS
 DEFAULT_SEEDS = dict.fromkeys(('quality', 'sst2', 'food10', 'tinystories'), '1,2,3')
