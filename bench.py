@@ -24,6 +24,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import statistics
 import sys
 import time
@@ -37,6 +38,7 @@ import torch.nn.functional as F
 import bench_cnn
 import bench_optim
 import configurator
+import costs
 import layers
 from common import peak_above, peak_memory_bytes
 from measure import Worker, device_name, in_turns, measure, median_ms, mib, middle, peak_bytes, ratio, resident_bytes, show, \
@@ -85,7 +87,7 @@ def base_model(base, seed, device, dim=1024):
         inputs = lambda n: torch.randint(model.config.vocab_size, (n, 64))
     else:
         import sample
-        model, *_ = sample.load(sample.find_checkpoint(base))
+        model, _, _ = sample.load(sample.find_checkpoint(base))
         inputs = lambda n: torch.randint(model.config.vocab_size, (n, model.config.block_size))
     return model.to(device), lambda n: inputs(n).to(device)
 
@@ -451,7 +453,8 @@ def train_worker(a):
         if line == 'memory\n':
             yield {'peak_bytes': peak_bytes(model, optimizer, step, cuda),
                    'resident_bytes': peak_memory_bytes() - before,
-                   'parameters': sum(p.numel() for p in model.parameters())}
+                   'parameters': sum(p.numel() for p in model.parameters()),
+                   'flops_per_token': costs.flops_per_token(model, a.n_layer, a.n_embd, a.block_size)}
             continue
         times = times_ms(step, int(line), cuda)
         if cuda:
@@ -466,8 +469,10 @@ def train(a):
     if a.gpt2:
         a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size = 12, 12, 768, 1024, 50304
     if a.fineweb95m:
-        a.model, a.n_layer, a.n_head, a.n_kv_head, a.n_embd, a.n_ff = 'bitnet', 8, 12, 6, 768, 3072
-        a.vocab_size, a.batch_size, a.block_size = 32000, 32, 256
+        shape = runpy.run_path(str(Path(__file__).with_name('config') / 'fineweb95m.py'))
+        a.model = 'bitnet'
+        for key in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'vocab_size', 'batch_size', 'block_size'):
+            setattr(a, key, shape[key])
     a.kinds = a.kinds or {'gpt': 'plain,fp,bin,tern,int4', 'bitnet': 'fp,tern'}[a.model]
     variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
     known = (*(('fp', 'tern') if a.model == 'bitnet' else ('plain', *layers.KINDS)), 'float32', 'bfloat16')
@@ -481,11 +486,8 @@ def train(a):
         worker.close()
     times = {v: [statistics.median(r['ms']) for r in found] for v, found in zip(variants, answers, strict=True)}
     tokens, name = a.batch_size * a.block_size, device_name(a)
-    flops, peak = None, next((f for card, f in PEAK_FLOPS.items() if card in name), None)
-    if a.device == 'cuda' and peak:
-        positions = a.block_size * a.n_embd if a.model == 'gpt' else 0          # looked up, not multiplied
-        n = memory[variants[0]]['parameters'] - positions
-        flops = tokens * (6 * n + 12 * a.n_layer * a.n_embd * a.block_size)     # PaLM appendix B, attention not halved
+    peak = next((f for card, f in PEAK_FLOPS.items() if card in name), None) if a.device == 'cuda' else None
+    flops = tokens * memory[variants[0]]['flops_per_token'] if peak else None
     print(f'training step, {a.model}, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, '
           f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
           f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: of the process, above its start')

@@ -168,14 +168,19 @@ def count_codes(before, after, start_scales):
     """A log record of ternary matrices, before and after one step as {name: (codes, scale)}, and what their scales were at
     the start: shares of the codes, share that the step flipped (None without `before`), rows that are all 0, and where the
     scales went, by matrix and in all; scale_drift is the mean of |ln(scale / its start)|."""
-    unknown = {} if before else {'flips': None}
-    matrices, total, counts = {}, 0, dict.fromkeys(('minus', 'zero', 'plus', 'flips'), 0)
+    matrices, sizes = {}, [codes.numel() for codes, _ in after.values()]
     for name, (codes, scale) in after.items():
-        here = {'minus': (codes < 0).sum().item(), 'zero': (codes == 0).sum().item(), 'plus': (codes > 0).sum().item(),
-                'flips': (codes != before[name][0]).sum().item() if before else 0}
-        total, counts = total + codes.numel(), {k: n + here[k] for k, n in counts.items()}
-        matrices[name] = {k: n / codes.numel() for k, n in here.items()} | unknown | {
-            'dead_rows': (codes == 0).all(1).sum().item(), 'scale': scale, 'scale_ratio': scale / start_scales[name]}
-    drift = [abs(math.log(m['scale_ratio'])) for m in matrices.values()]
-    return {k: n / total for k, n in counts.items()} | unknown | {'dead_rows': sum(m['dead_rows'] for m in matrices.values()),
-                                                        'scale_drift': sum(drift) / len(drift), 'matrices': matrices}
+        share = lambda which: which.sum().item() / which.numel()
+        matrices[name] = {'minus': share(codes < 0), 'zero': share(codes == 0), 'plus': share(codes > 0),
+                          'flips': share(codes != before[name][0]) if before else None,
+                          'dead_rows': (codes == 0).all(1).sum().item(), 'scale': scale,
+                          'scale_ratio': scale / start_scales[name]}
+    column = lambda key: [m[key] for m in matrices.values()]
+
+    def of_all(key):
+        values = column(key)
+        return None if None in values else math.fsum(map(math.prod, zip(values, sizes, strict=True))) / sum(sizes)
+
+    return {key: of_all(key) for key in ('minus', 'zero', 'plus', 'flips')} | {
+        'dead_rows': sum(column('dead_rows')), 'matrices': matrices,
+        'scale_drift': math.fsum(abs(math.log(ratio)) for ratio in column('scale_ratio')) / len(matrices)}

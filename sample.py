@@ -200,20 +200,18 @@ def chat(model, tokenizer, dev, generator, begin):
             continue
         history, said = history + to_ids(tokenizer, line), said + line
         decoder, answer = codecs.getincrementaldecoder('utf-8')('replace'), b''
-        ids = torch.tensor([history[-model.config.block_size:]], device=dev)
+        ids = torch.tensor([history], device=dev)
         for new in generate(model, ids, max_new_tokens, tokenizer.vocab_size, temperature, top_k, generator):
             history, n_tokens = history + new.tolist(), n_tokens + 1
             if history[-1] == tokenizer.eot:
-                answer += b'\n'                    # what comes next is another text
-                print()
                 break
             piece = tokenizer.decode_bytes(new.tolist())
             answer += piece
             print(decoder.decode(piece), end='', flush=True)
             if ending and answer.endswith(ending):
                 break
-        said += answer
         print(decoder.decode(b'', final=True), end='' if answer.endswith(b'\n') else '\n', flush=True)
+        said += answer + b'\n' * (history[-1] == tokenizer.eot)         # what comes next is another text
         history = history[-model.config.block_size:]
     return n_tokens
 
@@ -254,10 +252,7 @@ def play(model, tokenizer, dev, about, path):
     if about['task'] != 'tictactoe' or tokenizer.name != 'byte':
         configurator.fail(f'{path} was not trained to play; type --ckpt=... of a run of train_bitnet.py config/tictactoe.py')
 
-    def logits_of(texts):
-        with torch.no_grad():
-            ids = torch.tensor([to_ids(tokenizer, t[-model.config.block_size:]) for t in texts], device=dev)
-            return model(ids)[:, -1, :tokenizer.vocab_size].float()
+    logits_of = lambda texts: tasks.next_logits(model, tokenizer, texts, dev)
     if not against:
         return play_at_terminal(logits_of)
     counts = tasks.score_games(lambda texts: logits_of(texts).argmax(-1).tolist(), against, games, seed)

@@ -194,6 +194,16 @@ def score_lines(predict):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+def next_logits(model, tokenizer, texts, device):
+    """(n, vocab) fp32 logits of a byte model for what comes after each of n texts (bytes) of one length, of which it sees as
+    much as fits into its context."""
+    import torch  # here, so that the data scripts start without it
+    with torch.no_grad():
+        ids = torch.stack([torch.from_numpy(tokenizer.encode(t[-model.config.block_size:])) for t in texts]).to(device)
+        return model(ids)[:, -1, :tokenizer.vocab_size].float()
+
+
 TASKS = ('', 'arithmetic', 'tictactoe')
 MOST = 2000     # held-out problems or games that one evaluation scores, in the random order of the validation split
 READERS = {'arithmetic': read_problems, 'tictactoe': read_games}

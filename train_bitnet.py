@@ -386,12 +386,10 @@ def main():
         raw_model.train()
         return common.mean_over_ranks(total, n)
 
-    @torch.no_grad()
     def predict(texts):
-        """The likeliest next byte after each of n texts of one length, of which it sees what the context holds."""
-        ids = torch.stack([torch.from_numpy(tokenizer.encode(t[-block_size:])) for t in texts]).to(dev)
+        """The likeliest next byte after each of n texts of one length."""
         with amp:
-            return raw_model(ids)[:, -1, :tokenizer.vocab_size].argmax(-1).tolist()
+            return tasks.next_logits(raw_model, tokenizer, texts, dev).argmax(-1).tolist()
 
     def log(record):
         if rank == 0:
