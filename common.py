@@ -220,9 +220,10 @@ def save_checkpoint(path, state, keep_previous=False):
     atomic_write(path, write)
 
 
-def read_checkpoint(path, trainer=None):
+def read_checkpoint(path, trainer=None, mmap=False):
     """The dict written by save_checkpoint, every record checked against its CRC, nothing in it executed.
 
+    mmap: tensors stay in the file until they are looked at, so that an optimizer's state costs nothing who wants the weights.
     Raises ValueError with one line naming the file: missing, damaged, not a checkpoint, of another version, or (when
     `trainer` is given) of another trainer.
     """
@@ -230,7 +231,7 @@ def read_checkpoint(path, trainer=None):
         with zipfile.ZipFile(path) as z:
             # torch takes a record with the DOS folder bit for empty and leaves its tensor uninitialised
             bad = z.testzip() or next((i.filename for i in z.infolist() if i.external_attr & 0x10), None)
-        state = bad or torch.load(path, map_location='cpu', weights_only=True, mmap=False)
+        state = bad or torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f'{path} does not exist') from None
     except pickle.UnpicklingError as e:
@@ -250,18 +251,18 @@ def read_checkpoint(path, trainer=None):
     return state
 
 
-def read_last_checkpoint(path, trainer=None, set_aside=False):
+def read_last_checkpoint(path, trainer=None, set_aside=False, mmap=False):
     """read_checkpoint(path), or with a warning its *.prev.pt when `path` is damaged or missing. Raises ValueError.
 
     set_aside, for who will save there again: a damaged file becomes *.pt.damaged, or else the next save would keep it as
     the previous one and lose the good one."""
     try:
-        return read_checkpoint(path, trainer)
+        return read_checkpoint(path, trainer, mmap)
     except ValueError as e:
         previous = previous_path(path)
         if not os.path.exists(previous):
             raise
-        state = read_checkpoint(previous, trainer)
+        state = read_checkpoint(previous, trainer, mmap)
         if set_aside and 'damaged' in str(e):
             with contextlib.suppress(OSError):      # another rank was first, or the folder is read-only
                 os.replace(path, f'{path}.damaged')
@@ -269,10 +270,11 @@ def read_last_checkpoint(path, trainer=None, set_aside=False):
         return state
 
 
-def load_model_state(model, state, path, allow_missing=()):
+def load_model_state(model, state, path, allow_missing=(), assign=False):
     """Load a state dict after checking every key and shape. Raises ValueError with one line; the model is untouched.
 
-    Keys that end in one of `allow_missing` may be absent: they keep their initial values."""
+    Keys that end in one of `allow_missing` may be absent: they keep their initial values. assign: the model takes the tensors
+    themselves, no copies of them; tie again what was tied."""
     own = model.state_dict()
     missing = [k for k in own if k not in state and not k.endswith(tuple(allow_missing))]
     extra = [k for k in state if k not in own]
@@ -282,7 +284,7 @@ def load_model_state(model, state, path, allow_missing=()):
         if found:
             raise ValueError(f'{path} does not fit this model: it {what} {found[0]}'
                              + (f' and {len(found) - 1} more' if len(found) > 1 else ''))
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(state, strict=False, assign=assign)
 
 
 def check_tokens(state, path, tokenizer, dataset):

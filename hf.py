@@ -119,12 +119,48 @@ def load(name, names, dtype=torch.float32, weights=True):
                 from safetensors.torch import load_file
                 net.score.load_state_dict(load_file(path))
     except Exception as e:                          # noqa: BLE001  transformers raises many kinds; all mean: not usable
-        why = f'{e}'.strip().split('\n')[0][:200] or type(e).__name__
-        raise ValueError(f'cannot load model {name!r}: {why}; give a Hub id or a folder with config.json, tokenizer and '
+        raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a Hub id or a folder with config.json, tokenizer and '
                          'weights') from None
     if config.model_type == 'bitnet':               # ternary weights and int8 activations, rounded anew in each pass
         layers.convert(net, {'*layers.*_proj': ('tern', dict(norm=False))}, verbose=False)
     return net, tokenizer, names, fresh
+
+
+def kind_of(name):
+    """'classifier' or 'causal': what a Hub id or folder was saved as. Raises ValueError."""
+    t = _transformers()
+    try:
+        config = t.AutoConfig.from_pretrained(name)
+    except Exception as e:                          # noqa: BLE001  see load()
+        raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a run\'s folder, one of its files, a Hub id or a folder '
+                         'with config.json, tokenizer and weights') from None
+    saved = ' '.join(getattr(config, 'architectures', None) or [])
+    return 'classifier' if 'SequenceClassification' in saved or os.path.isfile(os.path.join(name, HEAD)) else 'causal'
+
+
+def load_causal(name, weights=True):
+    """(net, tokenizer) of a language model, fp32, in evaluation mode; GPT-2's Conv1D layers as the nn.Linear that they are.
+    weights=False: random weights. Raises ValueError in one line."""
+    t = _transformers()
+    try:
+        tokenizer = t.AutoTokenizer.from_pretrained(name)
+        net = (t.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) if weights else
+               t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(name)).float())
+    except Exception as e:                          # noqa: BLE001  see load()
+        raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a Hub id or a folder with config.json, tokenizer and '
+                         'weights') from None
+    for path, module in list(net.named_modules()):
+        if type(module).__name__ == 'Conv1D':
+            with torch.device('meta'):
+                linear = nn.Linear(module.nx, module.nf)
+            linear.weight, linear.bias = nn.Parameter(module.weight.detach().T.contiguous()), module.bias
+            parent, _, leaf = path.rpartition('.')
+            setattr(net.get_submodule(parent), leaf, linear)
+    return net.eval(), tokenizer
+
+
+def _why(error):
+    return f'{error}'.strip().split('\n')[0][:200] or type(error).__name__
 
 
 def small(texts, names, *, n_layer, n_head, n_embd, dropout, vocab_size, max_len):

@@ -8,12 +8,14 @@ Layers whose weights take 1, 1.58, 4, 8 or 16 bits, for training and packed for 
     nf4      Linear4bit       16 normal quantiles times the absmax of 64 weights         4 bits + fp16 per group
     fit4     Linear4bit       16 fitted levels times a signed scale of 32 weights        4 bits + 8 per group
     int8     Int8Linear       255 levels between -absmax and absmax of a row             8 bits + fp32 per row
+    group    GroupLinear      8, 4, 3, 2, 1.58 or 1 bits, a zero too (grouped.py)        + fp16 per group
     half     HalfLinear       fp16 or bf16                                               16 bits
+    sparse   SparseLinear     a full-precision one in which many weights are 0 (same)    1 bit + 32 for what is not 0
     lowrank  LowRankLinear    A diag(c) B                                                32 bits, fewer numbers
     lora     LoRALinear       any of the above, frozen, + B A of its own                 as its base, + fp32 adapters
     fp       nn.Linear        as it is                                                   32 bits
 
-and BinaryEmbedding; convolutions are in conv.py. The first six keep latent full-precision weights while training and
+and BinaryEmbedding; convolutions are in conv.py. The first seven keep latent full-precision weights while training and
 let the gradient pass straight through the rounding (dL/dw := dL/dw_q). `layer.pack_()` drops the latent weights for
 packed codes; the same forward arithmetic then runs on the unpacked codes, so packing changes no logit.
 
@@ -41,6 +43,7 @@ from common import atomic_write, checksum
 from conv import BinaryConv2d, Conv4bit, TernaryConv2d, conv2d  # noqa: F401  one place to import layers from
 from functional import (ACTIVATIONS, EVERY_ACTIVATION, compute_dtype, frozen_linear, has_fast_int8, normalize,
                         quantized_linear, straight_through, ternary_linear)
+from grouped import GroupLinear, SparseLinear
 from lowbit import Activation, Binary, FourBit, LowBit  # noqa: F401  Activation: for who imports layers
 from quant import decode4, half_bits, pack_bits, product4, quantize_rows, scales4, ternarize, unpack_bits, wide
 
@@ -475,7 +478,7 @@ class LoRALinear(nn.Module):
             if base.bias is not None:
                 new.bias.copy_(base.bias)
             if requantize and isinstance(base, HalfLinear):
-                new = _converted(new, 'half', {'dtype': base.weight.dtype}, True)
+                new = as_kind(new, 'half', {'dtype': base.weight.dtype}, True)
         training, self.training = self.training, False                  # no dropout while comparing
         try:
             off = (new(x).float() - self(x).float()).abs()
@@ -500,12 +503,12 @@ def _copied(new, old):
 # one entry each: make a layer, convert a model, pack a model, keep it in a file
 
 KINDS = ('fp', 'bin', 'tern', 'int4')                                       # for training from scratch
-COMPRESSED = ('half', 'int8', 'nf4', 'fit4', 'lowrank', 'lora')             # for what was trained
+COMPRESSED = ('half', 'int8', 'nf4', 'fit4', 'group', 'sparse', 'lowrank', 'lora')      # for what was trained
 
 
 def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **options):
-    """A linear layer of one of KINDS, or int8, nf4, fit4. Options a kind has no use for are dropped only where they change
-    nothing: chunks where there are no per-matrix statistics. Raises ValueError for an unknown kind, or act with fp.
+    """A linear layer of one of KINDS, or int8, nf4, fit4, group, sparse. Options a kind has no use for are dropped only where
+    they change nothing: chunks where there are no per-matrix statistics. Raises ValueError for an unknown kind, or act with fp.
     """
     if kind == 'bin':
         return BinaryLinear(in_features, out_features, bias, chunks=chunks, act=act, **options)
@@ -516,17 +519,19 @@ def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **
         return Linear4bit(in_features, out_features, bias, act=act, **options)
     if kind == 'int8':
         return Int8Linear(in_features, out_features, bias, act=act, **options)
+    if kind in ('group', 'sparse') and act is None:
+        return (GroupLinear if kind == 'group' else SparseLinear)(in_features, out_features, bias, **options)
     if kind == 'fp' and act is None and not options:
         return nn.Linear(in_features, out_features, bias)
-    raise ValueError(f'kind={kind!r} must be one of {KINDS}, nf4, fit4 or int8; fp takes no act or options (got act={act!r}, '
-                     f'{options})')
+    raise ValueError(f'kind={kind!r} must be one of {KINDS}, nf4, fit4, int8, group or sparse; fp takes no act or options (got '
+                     f'act={act!r}, {options})')
 
 
 def _rule(rule):
     return (rule, {}) if isinstance(rule, str) else rule
 
 
-def _converted(module, kind, options, packed):
+def as_kind(module, kind, options, packed):
     """A layer of `kind` with the weights of `module`, or what makes it of `module` itself, or None where there is none."""
     bias = getattr(module, 'bias', None) is not None
     if kind == 'lora':
@@ -535,7 +540,7 @@ def _converted(module, kind, options, packed):
         if base == 'fp' and isinstance(module, LINEARS):
             LoRALinear(nn.Linear(1, 1), **options)  # an error in the options, before the layer itself is frozen and packed
             return partial(LoRALinear, module, **options)
-        base = None if base == 'fp' else _converted(module, base, base_options, True)
+        base = None if base == 'fp' else as_kind(module, base, base_options, True)
         return LoRALinear(base, **options) if isinstance(base, LINEARS) else None
     if isinstance(module, nn.Linear) and kind == 'lowrank':
         return LowRankLinear.from_linear(module, **options)
@@ -592,7 +597,7 @@ def convert(model, rules, verbose=True, packed=False):
             left[name] = 'its weight is tied to another module'
         else:
             try:
-                new = _converted(module, kind, options, packed)
+                new = as_kind(module, kind, options, packed)
             except (TypeError, ValueError) as e:
                 raise ValueError(f'convert: {name} -> {kind} {options}: {e}') from e
             if new is None:
@@ -615,7 +620,7 @@ def convert(model, rules, verbose=True, packed=False):
     return list(converted)
 
 
-LINEARS = (nn.Linear, BinaryLinear, TernaryLinear, Linear4bit, Int8Linear, HalfLinear, LowRankLinear)
+LINEARS = (nn.Linear, BinaryLinear, TernaryLinear, Linear4bit, Int8Linear, GroupLinear, SparseLinear, HalfLinear, LowRankLinear)
 
 
 def pack(model):

@@ -5,7 +5,8 @@ Weights to codes and back: plain functions of tensors, each beside its inverse. 
     ternarize                  {-1,0,1} * mean|w|                              1.58 bits, kept in 2
     quantize_rows              int8 absmax per row: weights, or activations per token
     quantize4, decode4         sixteen levels times a scale per group of weights: uniform, nf4, fit4
-    pack_bits, unpack_bits     codes of 1, 2 or 4 bits in bytes
+    group_grid, to_grid        integers with a scale and a zero per group of a row: what ptq.py rounds to
+    pack_bits, unpack_bits     codes of 1, 2, 3, 4 or 8 bits in bytes
 
 On the CPU packed 4-bit weights are decoded by kernels.c, compiled on first use where there is a C compiler; otherwise, on
 other devices and under torch.compile by the same arithmetic in torch. Both give the same bits, but for bf16 weights below
@@ -258,15 +259,59 @@ def product4(x, code, held, format, out_features):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# integers: a code 0 .. steps - 1 for each weight, a scale and a zero for each group of a row; w ~ (code - zero) * scale
+
+
+class Grid(NamedTuple):
+    """bits: that a code takes; steps: how many codes there are; zero: the code of 0, None where each group has its own."""
+    bits: int
+    steps: int
+    zero: float | None
+
+
+GRIDS = {'int8': Grid(8, 256, None), 'int4': Grid(4, 16, None), 'int3': Grid(3, 8, None), 'int2': Grid(2, 4, None),
+         'tern': Grid(2, 3, 1.0), 'bin': Grid(1, 2, 0.5)}
+
+
+def group_grid(w, levels, shrink=1.0):
+    """(scale, zero) fp32 (..., 1) of groups w (..., group), rounded to what is kept: fp16, and a code.
+
+    int8 .. int2: from min(w, 0) to max(w, 0), both times `shrink` (GPTQ, arXiv 2210.17323: asymmetric, 0 is on the grid).
+    tern: -s, 0, s with s = mean|w|; bin: -s, s. Raises ValueError where a scale is too large for fp16.
+    """
+    grid = GRIDS[levels]
+    if grid.zero is None:
+        low, high = w.amin(-1, keepdim=True).clamp(max=0) * shrink, w.amax(-1, keepdim=True).clamp(min=0) * shrink
+        scale = (high - low) / (grid.steps - 1)
+    else:
+        scale = w.abs().mean(-1, keepdim=True) * (shrink if levels == 'tern' else 2 * shrink)
+    if not scale.max() <= 65504:
+        raise ValueError('weights must be finite and fit into scales of fp16')
+    scale = scale.half().float().clamp(min=2.0 ** -24)
+    zero = (-low / scale).round().clamp(0, grid.steps - 1) if grid.zero is None else torch.full_like(scale, grid.zero)
+    return scale, zero
+
+
+def to_grid(w, scale, zero, levels):
+    """fp32 codes of w, the nearest of scale * (code - zero)."""
+    return (w / scale + zero).round_().clamp_(0, GRIDS[levels].steps - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # codes in bytes
 
 
 def pack_bits(codes, bits):
-    """uint8 (..., ceil(n * bits / 8)) from integer codes (..., n) in 0 .. 2**bits - 1, bits in 1, 2, 4.
+    """uint8 (..., ceil(n * bits / 8)) from integer codes (..., n) in 0 .. 2**bits - 1, bits in 1, 2, 3, 4, 8.
 
     Little-endian in the byte, each row filled up with zeros to whole bytes. For 2 bits:
         byte j :  | c[4j+3] | c[4j+2] | c[4j+1] | c[4j] |     (most significant bits left)
+    3 bits: eight codes in the same order in three bytes, each row filled up to them.
     """
+    if bits == 3:
+        c = F.pad(codes.to(torch.int32), (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+        word = (c << torch.arange(0, 24, 3, dtype=torch.int32, device=c.device)).sum(-1, keepdim=True, dtype=torch.int32)
+        return (word >> torch.arange(0, 24, 8, dtype=torch.int32, device=c.device) & 255).to(torch.uint8).flatten(-2)
     per = 8 // bits
     c = F.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per)).unflatten(-1, (-1, per))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=c.device)
@@ -275,6 +320,11 @@ def pack_bits(codes, bits):
 
 def unpack_bits(packed, bits, n):
     """Inverse of pack_bits: uint8 codes (..., n)."""
+    if bits == 3:
+        b = packed.unflatten(-1, (-1, 3)).to(torch.int32)
+        word = b[..., :1] | b[..., 1:2] << 8 | b[..., 2:] << 16
+        codes = word >> torch.arange(0, 24, 3, dtype=torch.int32, device=packed.device) & 7
+        return codes.to(torch.uint8).flatten(-2)[..., :n]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & (2 ** bits - 1)).flatten(-2)[..., :n]
 

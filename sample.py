@@ -24,6 +24,7 @@ import torch
 import common
 import configurator
 import layers
+import quantized
 import tasks
 import tokens
 from train_bitnet import BitNet, BitNetConfig
@@ -62,22 +63,26 @@ def find_checkpoint(path):
 
 
 def load(path):
-    """Checkpoint or packed file of a trainer of MODELS -> (model on the CPU, set to evaluation, Tokenizer, dict: step, trainer,
-    task)."""
+    """Checkpoint or packed file of a trainer of MODELS, of ptq.py too -> (model on the CPU, set to evaluation, Tokenizer, dict:
+    step, trainer, task, config of the training or {}, best val_loss or None, quantized by ptq.py: {} or what)."""
     if not os.path.isfile(path):
         configurator.fail(f"{path} does not exist; type --ckpt=... and a run's out_dir, or make one with train_gpt.py")
     try:
         packed = path.endswith('.safetensors')
-        state, tensors = layers.read_packed(path) if packed else (common.read_last_checkpoint(path), None)
+        state, tensors = layers.read_packed(path) if packed else (common.read_last_checkpoint(path, mmap=True), None)
         if state['trainer'] not in MODELS:
             raise ValueError(f'{path} was written by {state["trainer"]}.py, which trains no language model')
         make, shape = MODELS[state['trainer']]
         model = make(shape(**state['model_config']))
+        replaced = state.get('quantized', {}) if packed else {}
         if packed:
-            layers.load_packed(model, tensors)
+            layers.load_packed(quantized.restore(model, replaced, tensors), tensors)
         else:
-            common.load_model_state(model, state['model'], path)
-        about = {'step': state['step'], 'trainer': state['trainer'], 'task': state.get('config', state).get('task', '')}
+            common.load_model_state(model, state['model'], path, assign=True)
+            model.lm_head.weight = model.wte.weight
+        settings = state.get('config', {})
+        about = {'step': state['step'], 'trainer': state['trainer'], 'task': state.get('task', settings.get('task', '')),
+                 'config': settings, 'val_loss': state.get('best_val_loss'), 'quantized': replaced}
         return model.eval(), tokens.from_description(state['tokenizer']), about
     except (OSError, ValueError) as e:
         configurator.fail(f'{e}; give another --ckpt')

@@ -118,6 +118,13 @@ class NormedLinear(nn.Module):
         x = self.act(x)                             # rms_norm sums in fp32 whatever this is
         return F.linear(F.rms_norm(x, (self.in_features,), self.gain.to(x.dtype), self.eps), self.weight)
 
+    def unfused(self):
+        """The same as modules of torch, for who replaces linear layers; the tensors are shared."""
+        with torch.device('meta'):
+            norm, linear = nn.RMSNorm(self.in_features, self.eps), nn.Linear(self.in_features, len(self.weight), bias=False)
+        norm.weight, linear.weight = self.gain, self.weight
+        return nn.Sequential(self.act, norm, linear)
+
 
 def bitlinear(c, in_features, rows, act=None):
     """A product of the RMSNorm of its input, done once however many matrices share it; rows: of each of these matrices,
@@ -185,6 +192,8 @@ class BitNet(nn.Module):
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, c.norm_eps)
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False, device='meta')     # draws nothing
+        self.lm_head.weight = self.wte.weight
         head_dim = c.n_embd // c.n_head
         turns = c.rope_theta ** (-torch.arange(0, head_dim, 2) / head_dim)          # radians a position
         angles = torch.outer(torch.arange(c.block_size), torch.cat([turns, turns]))
@@ -204,8 +213,8 @@ class BitNet(nn.Module):
             x = block(x, rotary, cache[i] if cache else None)
         x = self.norm(x)
         if targets is None:
-            return F.linear(x[:, [-1]], self.wte.weight)        # only the last position is needed to go on
-        return F.cross_entropy(F.linear(x, self.wte.weight).flatten(0, 1), targets.flatten())
+            return self.lm_head(x[:, [-1]])         # only the last position is needed to go on
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()

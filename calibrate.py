@@ -1,0 +1,252 @@
+"""
+Codes found by looking at inputs: GPTQ and activation-aware scaling of a linear layer, and a model's layers one after the other
+with the inputs that they have once everything before them is quantized.
+
+    for_each_layer(model, batches, names, visit)      one block of the model in hand at a time
+    gptq(weight, moments, 'int4', 128)                arXiv 2210.17323
+    awq(weight, moments, 'int4', 128)                 arXiv 2306.00978
+
+Both know the inputs x (tokens, in) of a layer only by H = x^T x (and awq by mean|x|): the squared error of the output,
+|x (W' - W)^T|^2 = tr((W' - W) H (W' - W)^T), needs no more.
+"""
+import torch
+import torch.nn as nn
+
+from quant import group_grid, to_grid
+
+BLOCK = 128         # columns whose errors are passed on at once
+SHRINKS = tuple(1 - i / 20 for i in range(11))      # of the range of a group, that clipping tries: 1 to 0.5
+POWERS = tuple(i / 20 for i in range(21))           # of mean|x|, that awq tries as scales of its inputs
+
+
+class Moments:
+    """H fp32 (in, in), summed over `n` tokens, and total|x| (in,), of the inputs of a linear layer."""
+
+    def __init__(self, in_features, device):
+        self.H = torch.zeros(in_features, in_features, device=device)
+        self.total, self.n = torch.zeros(in_features, device=device), 0
+
+    def add(self, x):
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.H.addmm_(x.T, x)
+        self.total += x.abs().sum(0)
+        self.n += len(x)
+
+    def check(self, name):
+        if not self.n:
+            raise ValueError(f'{name} saw no calibration text')
+        if not torch.isfinite(self.H).all():
+            raise ValueError(f'the inputs of {name} are not finite')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a model, block by block
+
+
+def find_blocks(model):
+    """(names, modules) of the model's transformer blocks: of all nn.ModuleLists with linear layers the one with most weights.
+    ([], []) for a model without any."""
+    best, most = ('', []), 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            size = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear) and m.weight is not None)
+            if size > most:
+                best, most = (name, module), size
+    return [f'{best[0]}.{i}' for i in range(len(best[1]))], list(best[1])
+
+
+class _Observed:
+    """Moments of the inputs of the named layers while in a with block."""
+
+    def __init__(self, model, names):
+        self.model, self.names = model, names
+
+    def __enter__(self):
+        found, self.hooks = {}, []
+        for name in self.names:
+            layer = self.model.get_submodule(name)
+            found[name] = moments = Moments(layer.in_features, layer.weight.device)
+            self.hooks.append(layer.register_forward_pre_hook(lambda _, args, moments=moments: moments.add(args[0])))
+        return found
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def for_each_layer(model, batches, run, names, visit):
+    """visit(name, moments) for each of the layers `names` (nn.Linear or whatever has in_features and weight), in the order
+    of the model's blocks and then the rest.
+
+    run(model, batch) passes a batch through, filling no cache of keys and values. When a block's layers are visited, the
+    blocks before it are as earlier visits left them, so that errors do not add up unseen; inside a block all layers are
+    observed in one pass. Kept are the inputs of one block for all batches (tokens x width, on the model's device) and what
+    else the blocks are called with.
+    """
+    block_names, blocks = find_blocks(model)
+    calls = [[] for _ in blocks]
+    if blocks:
+        record = lambda i: lambda _, args, kwargs: calls[i].append((args, kwargs))
+        hooks = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(blocks)]
+        try:
+            for batch in batches:
+                run(model, batch)
+                for i in range(1, len(blocks)):     # a later block's inputs will be others: only what comes with them stays
+                    calls[i][-1] = _with_hidden(*calls[i][-1], None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    inside = set()
+    for i, (prefix, block) in enumerate(zip(block_names, blocks, strict=True)):
+        here = [n for n in names if n.startswith(f'{prefix}.')]
+        inside.update(here)
+        if here:
+            with _Observed(model, here) as found:
+                for args, kwargs in calls[i]:
+                    block(*args, **kwargs)
+            for name in here:
+                found[name].check(name)
+                visit(name, found.pop(name))
+        if i + 1 < len(blocks):
+            for at, (args, kwargs) in enumerate(calls[i]):
+                y = block(*args, **kwargs)
+                calls[i][at] = None
+                calls[i + 1][at] = _with_hidden(*calls[i + 1][at], y[0] if isinstance(y, tuple) else y)
+        calls[i] = None
+    rest = [n for n in names if n not in inside]
+    if rest:
+        with _Observed(model, rest) as found:
+            for batch in batches:
+                run(model, batch)
+        for name in rest:
+            found[name].check(name)
+            visit(name, found.pop(name))
+
+
+def _with_hidden(args, kwargs, hidden):
+    """A block's arguments with other hidden states: the first one, or the one of that name."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {'hidden_states': hidden})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one layer
+
+
+def _shrunk(groups, H, levels):
+    """group_grid of groups (out, n, group) with the least error of the output among SHRINKS, each group on its own.
+    H (n, group, group): the diagonal blocks."""
+    best = scale = zero = None
+    for shrink in SHRINKS:
+        s, z = group_grid(groups, levels, shrink)
+        off = to_grid(groups, s, z, levels).sub_(z).mul_(s).sub_(groups)
+        error = torch.einsum('ong,ngh,onh->on', off, H, off).unsqueeze(-1)
+        if best is None:
+            best, scale, zero = error, s, z
+        else:
+            better = error < best
+            best, scale, zero = (torch.where(better, a, b) for a, b in ((error, best), (s, scale), (z, zero)))
+    return scale, zero
+
+
+def _diagonal_blocks(H, group):
+    n = len(H) // group
+    return H.view(n, group, n, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def inverse_root(H, damp):
+    """Upper triangular fp32 U with U^T U = (H + damp mean(diag H) I)^-1, in fp64. Damped ten times more where that is not
+    positive definite, up to 1; raises ValueError beyond it."""
+    H = H.double()
+    while damp <= 1:
+        damped = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and upper.isfinite().all():
+                return upper.float()
+        damp = max(damp, 1e-4) * 10
+    raise ValueError('the inputs of a layer have no usable second moments, even damped by their mean')
+
+
+def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01):
+    """(codes (out, in), scale, zero (out, groups)), fp32, of weight (out, in) fp32: GPTQ (arXiv 2210.17323, alg. 1).
+
+    Columns are rounded one by one, and what each leaves as error is passed on to those that are not yet rounded, by the
+    inverse of H. act_order: those with the largest inputs first; the groups stay those of the row, with scales from the
+    weights as they were, so that nothing has to be kept about the order. Otherwise from left to right, with a group's
+    scale from its weights as the columns before have left them. clip: ranges by the least error of a group's output, not by
+    its largest weights. damp: share of mean(diag H) added to the diagonal. Columns whose input was always 0 are rounded
+    to the nearest. group=0: a whole row. Raises ValueError where H cannot be inverted even when damped by its mean.
+    """
+    out, n = weight.shape
+    group = group or n
+    H = moments.H / max(1, moments.n)
+    dead = H.diagonal() == 0
+    H = H + torch.diag(dead.float() * H.diagonal().mean().clamp(min=1e-12))
+    W, groups = weight.T.float().clone(), weight.float().unflatten(1, (-1, group))      # (in, out): a column is a row now
+    blocks = _diagonal_blocks(H, group)
+    grid = lambda w, at: _shrunk(w, blocks[at], levels) if clip else group_grid(w, levels)
+    scale, zero = (t[..., 0].T.contiguous() for t in grid(groups, slice(None)))          # (groups, out)
+    order = torch.argsort(H.diagonal(), descending=True) if act_order else torch.arange(n, device=H.device)
+    W, of_group = W[order], (order // group).tolist()
+    U, codes = inverse_root(H[order][:, order], damp), torch.empty_like(W)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        w, u = W[start:stop], U[start:stop, start:stop]
+        errors = torch.empty_like(w)
+        pivots = u.diagonal().tolist()
+        for j in range(stop - start):
+            g = of_group[start + j]
+            if not act_order and (start + j) % group == 0:
+                # Weights of the group beyond this block still lack the block's own errors; one that begins inside gets them.
+                ahead = W[start + j:start + j + group].clone()
+                if start + j + group > stop and j:
+                    ahead[stop - start - j:] -= U[start:start + j, stop:start + j + group].T @ errors[:j]
+                s, z = grid(ahead.T.unsqueeze(1), slice(g, g + 1))
+                scale[g], zero[g] = s[:, 0, 0], z[:, 0, 0]
+            q = to_grid(w[j], scale[g], zero[g], levels)
+            codes[start + j] = q
+            errors[j] = (w[j] - (q - zero[g]) * scale[g]) / pivots[j]
+            if j + 1 < stop - start:
+                w[j + 1:].addr_(u[j, j + 1:], errors[j], alpha=-1)
+        if stop < n:
+            W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+    found = torch.empty_like(codes)
+    found[order] = codes
+    return found.T.contiguous(), scale.T.contiguous(), zero.T.contiguous()
+
+
+def awq(weight, moments, levels, group):
+    """(codes (out, in), scale, zero (out, groups), input_scale (in,)), fp32, of weight (out, in) fp32: activation-aware
+    weight quantization (arXiv 2306.00978).
+
+    Columns with large inputs are made larger before they are rounded to the nearest, W s with s = mean|x|^a, and the inputs
+    smaller by as much: a from POWERS, by the least squared error of the output; then ranges by the least error of a group's
+    output, from SHRINKS. The paper has one s for the layers that share an input, folded into the norm before them;
+    here each layer has its own.
+    """
+    out, n = weight.shape
+    group, weight = group or n, weight.float()
+    H, size = moments.H / moments.n, (moments.total / moments.n).clamp(min=1e-8)
+    best = None
+    for power in POWERS:
+        s = size ** power
+        inverse = (1 / (s / (s.max() * s.min()).sqrt())).clamp(1e-4, 1e4).half().float()
+        groups = (weight / inverse).unflatten(1, (-1, group))
+        scale, zero = group_grid(groups, levels)
+        off = to_grid(groups, scale, zero, levels).sub_(zero).mul_(scale).flatten(1).mul_(inverse).sub_(weight)
+        error = ((off @ H) * off).sum().item()
+        if best is None or error < best[0]:
+            best = error, inverse
+    inverse = best[1]
+    groups = (weight / inverse).unflatten(1, (-1, group))
+    scale, zero = _shrunk(groups, _diagonal_blocks(H * inverse[:, None] * inverse, group), levels)
+    return to_grid(groups, scale, zero, levels).flatten(1), scale[..., 0], zero[..., 0], inverse
+
+
+def output_error(weight, quantized, moments):
+    """Squared error of the outputs relative to their square, tr(D H D^T) / tr(W H W^T), D = quantized - weight."""
+    off = (quantized - weight).float()
+    return (((off @ moments.H) * off).sum() / ((weight.float() @ moments.H) * weight.float()).sum()).item()
+

@@ -1,0 +1,287 @@
+"""
+What ptq.py works on: a trained model, the data that tell how good it is, and texts to look at its inputs with.
+
+    subject = checkpoints.load('out/wikitext2_bpe', dev, settings)
+    subject.loss(subject.model), subject.calibration(128, seed), subject.run(model, batch)
+
+Three kinds with one face: checkpoints and packed files of train_gpt.py and train_bitnet.py on the validation windows of
+their training; language models of transformers (a folder, or an id like gpt2) on a text file; sequence classifiers of
+transformers, such as finetune_cls.py writes, on a folder of labelled texts.
+"""
+import functools
+import os
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import classification
+import common
+import hf
+import layers
+import quantized
+import sample
+import tokens
+from configurator import fail
+
+PACKED = 'packed.safetensors'    # of a folder of transformers that ptq.py saved: its weights
+
+
+class Trained:
+    """A language model of train_gpt.py or train_bitnet.py; its loss is over the batches of its trainer's evaluations.
+
+    name, model (evaluation mode, on `dev`), meta (dict: what a packed file says of it), about (of sample.load), trained: the
+    loss that the trainer wrote down for these very batches, or None."""
+    unit, causal, accuracy = 'nats per token', True, None
+
+    def __init__(self, path, dev, s):
+        self.name, self.dev = sample.find_checkpoint(path), dev
+        self.model, self.tokenizer, self.about = sample.load(self.name)
+        config = self.about['config']
+        own = lambda key, default: s[key] or config.get(key, default)
+        self.dataset, self.seed = own('dataset', ''), config.get('seed', 1337)
+        if not self.dataset:
+            fail(f'{self.name} does not say what it was trained on; type --dataset=... for what it is to be evaluated on')
+        self.block = own('block_size', self.model.config.block_size)
+        self.batch, self.iters = own('batch_size', 16), own('eval_iters', 20)
+        if self.block > self.model.config.block_size:
+            fail(f'block_size={self.block} is more than the {self.model.config.block_size} of {self.name}')
+        self.val = self._tokens('val')
+        same = all(config.get(k) == v for k, v in (('dataset', self.dataset), ('block_size', self.block),
+                                                   ('batch_size', self.batch), ('eval_iters', self.iters)))
+        self.trained = self.about['val_loss'] if same and os.path.basename(self.name) == 'best.pt' else None
+        self.meta = {'trainer': self.about['trainer'], 'step': self.about['step'], 'task': self.about['task'],
+                     'model_config': asdict(self.model.config), 'tokenizer': self.tokenizer.describe(), 'config': config}
+        self.model.to(dev)
+
+    def _tokens(self, split):
+        data = tokens.load(tokens.dataset_dir(self.dataset), split)
+        if len(data) <= self.block:
+            fail(f'{self.dataset}: {len(data)} {split} tokens, block_size={self.block} needs more')
+        try:
+            common.check_tokens({'tokenizer': self.tokenizer.describe()}, self.name, data.tokenizer, self.dataset)
+        except ValueError as e:
+            fail(f'{e}; type --dataset=... of the tokens that it knows')
+        return data
+
+    def run(self, model, batch):
+        model(batch)
+
+    @torch.no_grad()
+    def loss(self, model):
+        starts = common.sample_indices(self.seed, -1, len(self.val) - self.block, self.iters * self.batch)
+        total = 0.0
+        for chosen in starts.reshape(-1, self.batch):
+            xy = self.val.windows(chosen, self.block + 1).to(self.dev)
+            total += model(xy[:, :-1], xy[:, 1:]).item()
+        return total / self.iters
+
+    def windows(self, n, seed, step):
+        """(n, block + 1) int64: training windows, a pure function of (seed, step)."""
+        starts = common.sample_indices(seed, step, len(self.train) - self.block, n)
+        return self.train.windows(starts, self.block + 1).to(self.dev)
+
+    @functools.cached_property
+    def train(self):
+        return self._tokens('train')
+
+    def calibration(self, n, seed):
+        """List of batches: n windows of the training split."""
+        return list(self.windows(n, seed, -2)[:, :-1].split(8))
+
+    def training_loss(self, model, seed, step):
+        """Mean loss of one batch of the training split, with a gradient."""
+        xy = self.windows(self.batch, seed, step)
+        return model(xy[:, :-1], xy[:, 1:])
+
+    def ids(self, n):
+        """(1, n) tokens to measure time with; at most the context's."""
+        return self.val.windows([0], min(n, self.block)).to(self.dev)
+
+    def passed(self, model, ids):
+        """A pass that a user would make: no gradient, logits of the last position."""
+        model(ids)
+
+
+class Causal(Trained):
+    """A language model of transformers; its loss is over windows of a text file one after the other."""
+
+    def __init__(self, path, dev, s):
+        self.name, self.dev, self.trained = path, dev, None
+        packed = os.path.isfile(os.path.join(path, PACKED))
+        try:
+            self.model, self.tokenizer = hf.load_causal(path, weights=not packed)
+        except ValueError as e:
+            fail(str(e))
+        self.about = {'quantized': _load_packed(self.model, path) if packed else {}}
+        self.meta = {}
+        most = getattr(self.model.config, 'max_position_embeddings', None) or 1024
+        self.block, self.batch, self.iters = s['block_size'] or min(most, 1024), s['batch_size'] or 4, s['eval_iters']
+        if self.block > most:
+            fail(f'block_size={self.block} is more than the {most} of {path}')
+        if not s['text']:
+            fail(f'{path} brings no validation data; type --text=FILE of a text to evaluate it on')
+        self.val, self.calibration_file = self._read(s['text']), s['calibration']
+        self.model.to(dev)
+
+    def _read(self, path):
+        try:
+            with open(path, encoding='utf-8') as f:
+                text = f.read()
+        except (OSError, ValueError) as e:
+            fail(f'cannot read {path}: {getattr(e, "strerror", None) or "it is no UTF-8 text"}; give a text file')
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'])
+        if len(ids) <= self.block:
+            fail(f'{path}: {len(ids)} tokens, block_size={self.block} needs more')
+        return ids
+
+    def run(self, model, batch):
+        model(input_ids=batch, use_cache=False)
+
+    @torch.no_grad()
+    def loss(self, model):
+        rows = (len(self.val) - 1) // self.block
+        rows = min(rows, self.iters * self.batch) if self.iters else rows
+        total = 0.0
+        for i in range(0, rows, self.batch):
+            n = min(self.batch, rows - i)
+            xy = self.val[i * self.block:(i + n) * self.block + 1].to(self.dev)
+            total += self._loss(model, xy[:-1].view(n, -1), xy[1:].view(n, -1)).item() * n
+        return total / rows
+
+    @staticmethod
+    def _loss(model, x, y):
+        return F.cross_entropy(model(input_ids=x, use_cache=False).logits.float().flatten(0, 1), y.flatten())
+
+    def windows(self, n, seed, step):
+        starts = common.sample_indices(seed, step, len(self.train) - self.block, n)
+        return torch.stack([self.train[i:i + self.block + 1] for i in starts.tolist()]).to(self.dev)
+
+    @functools.cached_property
+    def train(self):
+        if not self.calibration_file:
+            fail(f'{self.name} brings no calibration text; type --calibration=FILE, another text than that of --text')
+        return self._read(self.calibration_file)
+
+    def training_loss(self, model, seed, step):
+        xy = self.windows(self.batch, seed, step)
+        return self._loss(model, xy[:, :-1], xy[:, 1:])
+
+    def ids(self, n):
+        return self.val[None, :min(n, self.block)].to(self.dev)
+
+    def passed(self, model, ids):
+        model(input_ids=ids, use_cache=False)
+
+
+class Classifier:
+    """A sequence classifier of transformers; its loss and accuracy are over the validation split of labelled texts."""
+    unit, causal, trained = 'nats per text', False, None
+
+    def __init__(self, path, dev, s):
+        self.name, self.dev, self.batch = path, dev, s['batch_size'] or 32
+        self.dataset = s['dataset'] or fail(f'{path} is a classifier; type --dataset=... of labelled texts, e.g. sst2')
+        try:
+            _, _, names = classification.load(tokens.dataset_dir(self.dataset), 'val')
+            packed = os.path.isfile(os.path.join(path, PACKED))
+            self.model, self.tokenizer, self.names, fresh = hf.load(path, names, weights=not packed)
+        except ValueError as e:
+            fail(str(e))
+        self.about = {'quantized': _load_packed(self.model, path) if packed else {}}
+        if fresh and not packed:
+            fail(f'{path} was not trained for the labels of {self.dataset} ({", ".join(names)}); type another --dataset')
+        self.most = min(s['block_size'] or 128, getattr(self.model.config, 'max_position_embeddings', None) or 128)
+        self.limit = s['eval_iters'] * self.batch
+        self.meta = {}
+        self.model.eval().to(dev)
+        self.rows, self.labels = self._rows('val')
+
+    def _rows(self, split):
+        try:
+            texts, ids, names = classification.load(tokens.dataset_dir(self.dataset), split)
+        except ValueError as e:
+            fail(str(e))
+        return hf.encode(self.tokenizer, texts, self.most), [self.names.index(names[i]) for i in ids]
+
+    @functools.cached_property
+    def train(self):
+        return self._rows('train')
+
+    def _batch(self, rows):
+        return {k: t.to(self.dev) for k, t in hf.collate(self.tokenizer, rows, self.most).items()}
+
+    def run(self, model, batch):
+        model(**batch)
+
+    @torch.no_grad()
+    def loss(self, model):
+        rows, labels = (self.rows[:self.limit], self.labels[:self.limit]) if self.limit else (self.rows, self.labels)
+        order, total, right = sorted(range(len(rows)), key=lambda i: len(rows[i]['input_ids'])), 0.0, 0
+        for i in range(0, len(order), self.batch):
+            chosen = order[i:i + self.batch]
+            logits = model(**self._batch([rows[j] for j in chosen])).logits.float().cpu()
+            wanted = torch.tensor([labels[j] for j in chosen])
+            total += F.cross_entropy(logits, wanted, reduction='sum').item()
+            right += (logits.argmax(1) == wanted).sum().item()
+        self.accuracy = right / len(order)
+        return total / len(order)
+
+    def calibration(self, n, seed):
+        """List of batches: n texts of the training split, each one alone, since padding is no text."""
+        rows, _ = self.train
+        chosen = common.sample_indices(seed, -2, len(rows), n)
+        batches = [self._batch([rows[i]]) for i in chosen]
+        for batch, i in zip(batches, chosen, strict=True):
+            for key in batch:                       # collate() rounds the length up
+                batch[key] = batch[key][:, :len(rows[i]['input_ids'])]
+        return batches
+
+    def training_loss(self, model, seed, step):
+        rows, labels = self.train
+        chosen = common.sample_indices(seed, step, len(rows), self.batch)
+        logits = model(**self._batch([rows[i] for i in chosen])).logits.float()
+        return F.cross_entropy(logits, torch.tensor([labels[i] for i in chosen], device=logits.device))
+
+    def ids(self, n):
+        flat = np.concatenate([r['input_ids'] for r in self.rows])[:min(n, self.most)]
+        return torch.from_numpy(flat).long()[None].to(self.dev)
+
+    def passed(self, model, ids):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def _load_packed(net, folder):
+    path = os.path.join(folder, PACKED)
+    try:
+        meta, held = layers.read_packed(path)
+        layers.load_packed(quantized.restore(net, meta.get('quantized', {}), held), held)
+    except (ValueError, KeyError, AttributeError) as e:
+        fail(f'{path} does not fit the config.json beside it ({type(e).__name__}: {e}); save it again')
+    return meta['quantized']
+
+
+def save(subject, path, described):
+    """Write the model, packed, to `path`: a file for a model of ours, for one of transformers a folder with its config and
+    tokenizer. Returns the bytes of the packed file. Raises OSError."""
+    meta = subject.meta | {'quantized': described}
+    if isinstance(subject, Trained) and not isinstance(subject, Causal):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        return layers.save_packed(subject.model, path, meta)
+    os.makedirs(path, exist_ok=True)
+    subject.model.config.save_pretrained(path)
+    hf.save_tokenizer(subject.tokenizer, path)
+    return layers.save_packed(subject.model, os.path.join(path, PACKED), meta)
+
+
+def load(path, dev, settings):
+    """The subject that `path` is: a run's folder or one of its files, a file of ptq.py, a folder or id of transformers.
+    settings: dict of ptq.py's dataset, text, calibration, eval_iters, batch_size, block_size; 0 or '' for its own."""
+    ours = os.path.isfile(path) or os.path.isdir(path) and not os.path.isfile(os.path.join(path, 'config.json'))
+    if ours or path.startswith(('out/', './', '/')) and not os.path.isdir(path):
+        return Trained(path, dev, settings)
+    try:
+        kind = hf.kind_of(path)
+    except ValueError as e:
+        fail(str(e))
+    return (Classifier if kind == 'classifier' else Causal)(path, dev, settings)

@@ -1,0 +1,23 @@
+# A 5.9M-parameter full-precision GPT on WikiText-2, a trained vocabulary of 4,096, for ptq.py to quantize and take apart.
+# expected val loss: in results/ptq.md
+# hardware: 2 cores
+# time: about an hour
+# python train_gpt.py config/wikitext2_bpe.py
+out_dir = 'out/wikitext2_bpe'
+# data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=4096 --name=wikitext2_bpe
+dataset = 'text/wikitext2_bpe'
+
+n_layer, n_head, n_embd = 6, 4, 256
+block_size = 256
+batch_size = 16                # x 256 = 4,096 tokens a step
+dropout = 0.1                  # three epochs of a small text
+
+max_iters = 2400
+learning_rate = 2e-3
+min_lr = learning_rate / 10
+warmup_iters = 100
+
+eval_interval = 400
+eval_iters = 20
+save_interval = 200
+log_interval = 25

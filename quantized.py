@@ -1,0 +1,157 @@
+"""
+A model whose layers were replaced after its training: which layers there are to replace, how each is replaced, and how the
+whole is described in a packed file and built again.
+
+    unfuse(model);  layers_of(model, skip)            what can be replaced, by name
+    replace(model, name, 'nf4', {})                   a packed layer in its place, the head and its embedding in one
+    restore(model, described, tensors)                for layers.load_packed()
+"""
+import fnmatch
+
+import torch
+import torch.nn as nn
+
+import layers
+from calibrate import find_blocks
+from quant import decode4, scales4
+
+
+class PackedEmbedding(nn.Module):
+    """ids (...) int -> rows (..., dim) of a packed linear layer (out = vocabulary, in = dim), in `dtype`: a tied head's own
+    layer, or one that is for nothing else. Raises ValueError for a layer whose groups go over the ends of its rows."""
+
+    def __init__(self, layer, dtype=torch.float32):
+        super().__init__()
+        if layer.in_features % getattr(layer, 'group', 1):
+            raise ValueError(f'rows of {layer.in_features} weights are not made of groups of {layer.group}')
+        self.layer, self.dtype = layer, dtype
+        self.num_embeddings, self.embedding_dim = layer.out_features, layer.in_features
+
+    def forward(self, ids):
+        layer, flat = self.layer, ids.flatten()
+        if layer.kind == 'group':
+            rows = layer.rows(flat, None, torch.float32)
+            rows = rows * layer.input_scale.float() if layer.scaled_input else rows
+        elif layer.kind == 'half':
+            rows = layer.weight[flat]
+        elif layer.kind == 'int8':
+            rows = layer.code[flat] * layer.weight_scale[flat]
+        else:                                       # sixteen levels, groups of the flattened matrix
+            code = layer.code.view(layer.out_features, -1)[flat].flatten()
+            absmax = scales4(layer._held()).view(layer.out_features, -1)[flat].flatten()
+            rows = decode4(code, {'absmax': absmax}, layer.format).view(-1, layer.in_features)
+        return rows.to(self.dtype).view(*ids.shape, -1)
+
+
+def unfuse(model):
+    """Modules that can say themselves as modules of torch do, so that the nn.Linear inside can be replaced; returns model."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, 'unfused'):
+            put(model, name, module.unfused().train(module.training))
+    return model
+
+
+def put(model, name, new):
+    """Set the module `name` of the model."""
+    parent, _, leaf = name.rpartition('.')
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def tied_to(model, name):
+    """Name of the nn.Linear that shares the weight of embedding `name`, or ''; the other way round likewise."""
+    own = model.get_submodule(name)
+    return next((n for n, m in model.named_modules() if m is not own and isinstance(m, nn.Linear | nn.Embedding)
+                 and m.weight is own.weight), '')
+
+
+def layers_of(model, skip):
+    """{name: nn.Linear or nn.Embedding} that are to be replaced, in the order of the modules; of a tied pair the linear one.
+
+    skip (str of words, separated by commas): `head` the linear layers outside of the blocks, `embd` the embeddings, any
+    other word layers whose name holds it, or fits it as a glob. Raises ValueError where a word, these two aside, is nobody's
+    name, and where nothing is left.
+    """
+    prefixes = tuple(f'{n}.' for n in find_blocks(model)[0])
+    # Not subclasses, which compute something else, nor what shares a weight with one.
+    found = {n: m for n, m in model.named_modules()
+             if type(m) in (nn.Linear, nn.Embedding) and getattr(m, 'max_norm', None) is None}
+    found = {n: m for n, m in found.items() if tied_to(model, n) in ('', *found)}
+    words = [w.strip() for w in skip.split(',') if w.strip()]
+    skipped = set()
+    for word in words:
+        here = {n for n in found if word in n or fnmatch.fnmatchcase(n, word)}
+        if word == 'embd':
+            here |= {n for n, m in found.items() if isinstance(m, nn.Embedding)}
+        elif word == 'head' and prefixes:
+            here |= {n for n, m in found.items() if isinstance(m, nn.Linear) and not n.startswith(prefixes)}
+        elif not here and word != 'head':
+            raise ValueError(f'skip={word!r} names no layer; the layers are {", ".join(found)}')
+        skipped |= here
+    skipped |= {tied_to(model, n) for n in skipped} - {''}
+    wanted = {n: m for n, m in found.items() if n not in skipped
+              and not (isinstance(m, nn.Embedding) and isinstance(found.get(tied_to(model, n)), nn.Linear))}
+    if not wanted:
+        low = sum(isinstance(m, layers.LowBit) for m in model.modules())
+        raise ValueError(f'there is nothing to quantize: {low} layers are low-bit already, the rest is left out by '
+                         f'skip={skip!r}' if low else f'there is nothing to quantize but what skip={skip!r} leaves out')
+    return wanted
+
+
+def as_linear(module):
+    """nn.Linear as it is; an nn.Embedding as one, (dim) -> (vocabulary), with the same weight."""
+    if isinstance(module, nn.Linear):
+        return module
+    with torch.device('meta'):
+        linear = nn.Linear(module.embedding_dim, module.num_embeddings, bias=False)
+    linear.weight = module.weight
+    return linear
+
+
+def replace(model, name, kind, options, new=None):
+    """Put a packed layer of `kind`, or `new`, in the place of the nn.Linear or nn.Embedding `name` and of the embedding tied to
+    it. Returns what restore() needs of it, {name: entry}. Raises ValueError, naming the layer, where the kind does not fit."""
+    old, partner = model.get_submodule(name), tied_to(model, name)
+    entry = {'kind': kind, 'options': options, 'bias': getattr(old, 'bias', None) is not None}
+    try:
+        new = new or layers.as_kind(as_linear(old), kind, options, True)
+        new.requires_grad_(False).train(old.training)
+        dtype = old.weight.dtype
+        if isinstance(old, nn.Embedding):
+            new, entry['embedding'] = PackedEmbedding(new, dtype), True
+        elif partner:
+            put(model, partner, PackedEmbedding(new, dtype))
+            entry['tied'] = partner
+    except ValueError as e:
+        raise ValueError(f'{name}: {e}') from None
+    put(model, name, new)
+    return {name: entry}
+
+
+def restore(model, described, tensors):
+    """Give a freshly made model the empty packed layers that replace() put into another one, in place; returns it. tensors:
+    of its packed file, for their shapes. Raises ValueError where they do not fit."""
+    if described:
+        unfuse(model)
+    for name, entry in described.items():
+        old = model.get_submodule(name)
+        rows, columns = old.weight.shape
+        with torch.device('meta'):
+            new = layers.HalfLinear(columns, rows, entry['bias'], **entry['options']) if entry['kind'] == 'half' else \
+                layers.linear(entry['kind'], columns, rows, entry['bias'], **entry['options'])
+        tied = f'{entry.get("tied")}.layer.'        # what two names share is kept under the first
+        own = f'{name}.layer.' if entry.get('embedding') else f'{name}.'
+        prefix = tied if any(k.startswith(tied) for k in tensors) else own
+        held = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        if isinstance(new, layers.LowBit):
+            if held['code'].numel() * 8 < rows * columns * new.bits:
+                raise ValueError(f'{name}: {held["code"].numel()} bytes of codes for {rows} x {columns} weights')
+            new.weight, new.packed = None, True
+            for key in held.keys() - {'bias'}:
+                new.register_buffer(key, torch.empty_like(held[key]))
+        new.to_empty(device='cpu').requires_grad_(False).train(old.training)
+        if entry.get('embedding'):
+            new = PackedEmbedding(new, old.weight.dtype)
+        elif entry.get('tied'):
+            put(model, entry['tied'], PackedEmbedding(new, old.weight.dtype))
+        put(model, name, new)
+    return model

@@ -1,0 +1,244 @@
+"""calibrate.py: GPTQ against a direct solve, activation-aware scaling against its definition, the walk through the blocks."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+import calibrate
+from quant import GRIDS, group_grid, to_grid
+from train_bitnet import BitNet, BitNetConfig
+from train_gpt import GPT, GPTConfig
+
+
+def moments(x):
+    m = calibrate.Moments(x.shape[1], x.device)
+    m.add(x)
+    return m
+
+
+def correlated(n, tokens, seed=0):
+    """Inputs (tokens, n) with a decaying spectrum and a mean, as those of a network are."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=g) * torch.logspace(0, -2, n)
+    return torch.randn(tokens, n, generator=g) @ mix / n ** 0.5 + 0.1 * torch.randn(n, generator=g)
+
+
+def weight(out, n, seed=1):
+    return torch.randn(out, n, generator=torch.Generator().manual_seed(seed)) / n ** 0.5
+
+
+def decoded(codes, scale, zero):
+    groups = codes.unflatten(1, (scale.shape[1], -1))
+    return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+def nearest(w, levels, group):
+    groups = w.unflatten(1, (-1, group or w.shape[1]))
+    scale, zero = group_grid(groups, levels)
+    return to_grid(groups, scale, zero, levels).flatten(1), scale[..., 0], zero[..., 0]
+
+
+def direct(w, H, levels, group, damp, order=None):
+    """GPTQ as it is defined, in fp64 and without any of its algebra: round a column, then give the columns that are left the
+    values that minimise tr((W' - W) H (W' - W)^T) with those before held fixed, from the normal equations."""
+    n, scale, zero = w.shape[1], *nearest(w, levels, group)[1:]
+    H = H.double() + damp * H.double().diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    order = list(range(n)) if order is None else order
+    now, codes = w.double().clone(), torch.zeros_like(w)
+    for i, j in enumerate(order):
+        g = j // (group or n)
+        codes[:, j] = to_grid(now[:, j].float(), scale[:, g], zero[:, g], levels)
+        now[:, j] = ((codes[:, j] - zero[:, g]) * scale[:, g]).double()
+        done, left = order[:i + 1], order[i + 1:]
+        if left:
+            off = (now - w.double())[:, done]
+            now[:, left] = w.double()[:, left] - torch.linalg.solve(H[left][:, left], H[left][:, done] @ off.T).T
+    return codes, scale, zero
+
+
+@pytest.mark.parametrize('levels', ['int4', 'int3', 'int2', 'tern', 'bin'])
+@pytest.mark.parametrize('group, act_order', [(0, False), (0, True), (8, True)])     # (8, False): see the next but one
+def test_gptq_is_the_direct_solve(levels, group, act_order):
+    w, m = weight(6, 24), moments(correlated(24, 200))
+    found = calibrate.gptq(w, m, levels, group, act_order=act_order, clip=False, damp=0.01)
+    H = m.H / m.n
+    order = torch.argsort(H.diagonal(), descending=True).tolist() if act_order else None
+    codes, scale, zero = direct(w, H, levels, group, 0.01, order)
+    assert torch.equal(found[1], scale) and torch.equal(found[2], zero)
+    # A weight that lies on the middle between two levels may go either way in fp32 and fp64.
+    assert (found[0] != codes).float().mean() <= 0.02
+    error = lambda c, s, z: calibrate.output_error(w, decoded(c, s, z), m)
+    assert error(*found) == pytest.approx(error(codes, scale, zero), rel=0.1)
+
+
+@pytest.mark.parametrize('block', [8, 7, 100])
+def test_blocks_of_columns_change_nothing(block, monkeypatch):
+    w, m = weight(6, 24), moments(correlated(24, 200))
+    whole = calibrate.gptq(w, m, 'int3', 8, act_order=False)
+    monkeypatch.setattr(calibrate, 'BLOCK', block)
+    parts = calibrate.gptq(w, m, 'int3', 8, act_order=False)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
+
+
+def test_scales_follow_the_weights():
+    """From left to right, the second group's scale is that of its weights after the first group's errors came to them."""
+    w, m = weight(6, 16), moments(correlated(16, 200))
+    codes, scale, zero = calibrate.gptq(w, m, 'int3', 8, act_order=False, clip=False)
+    first = decoded(codes[:, :8], scale[:, :1], zero[:, :1])
+    H = m.H.double() / m.n
+    H += 0.01 * H.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    moved = w.double()[:, 8:] - torch.linalg.solve(H[8:, 8:], H[8:, :8] @ (first.double() - w[:, :8].double()).T).T
+    expected = group_grid(moved.float(), 'int3')
+    assert torch.allclose(scale[:, 1:], expected[0], rtol=2e-3)
+    assert not torch.allclose(scale[:, 1:], group_grid(w[:, 8:], 'int3')[0])
+
+
+@pytest.mark.parametrize('levels, least', [('int4', 2), ('int3', 2), ('int2', 1.8)])
+@pytest.mark.parametrize('group', [0, 32, 128])
+def test_gptq_beats_rounding_to_the_nearest(levels, least, group):
+    w, m = weight(64, 256), moments(correlated(256, 2000))
+    plain = calibrate.output_error(w, decoded(*nearest(w, levels, group)), m)
+    for options in ({}, {'act_order': False}, {'clip': False}):
+        assert calibrate.output_error(w, decoded(*calibrate.gptq(w, m, levels, group, **options)), m) < plain / least
+
+
+def test_independent_inputs_of_one_size_leave_nothing_to_make_up_for():
+    w, m = weight(8, 32), moments(torch.eye(32))
+    found = calibrate.gptq(w, m, 'int4', 16, clip=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, nearest(w, 'int4', 16), strict=True))
+
+
+@pytest.mark.parametrize('what', ['fewer tokens than inputs', 'one input many times', 'huge and tiny', 'always zero',
+                                  'one token'])
+def test_an_ill_conditioned_hessian(what):
+    """Finite codes, no worse than rounding to the nearest, and columns that never had an input rounded to the nearest."""
+    x = correlated(32, 500)
+    if what == 'fewer tokens than inputs':
+        x = x[:5]
+    elif what == 'one input many times':
+        x[:, 1:9] = x[:, :1]
+    elif what == 'huge and tiny':
+        x = x * torch.logspace(6, -12, 32)
+    elif what == 'always zero':
+        x[:, 3], x[:, 20:] = 0, 0
+    else:
+        x = x[:1]
+    w, m = weight(8, 32), moments(x)
+    codes, scale, zero = calibrate.gptq(w, m, 'int4', 16, damp=1e-12)
+    assert codes.isfinite().all() and codes.min() >= 0 and codes.max() <= 15
+    error = lambda *found: calibrate.output_error(w, decoded(*found), m)
+    assert error(codes, scale, zero) <= error(*nearest(w, 'int4', 16))
+    if what == 'always zero':
+        dead = [3, *range(20, 32)]
+        expected = to_grid(w, scale.repeat_interleave(16, 1), zero.repeat_interleave(16, 1), 'int4')
+        assert torch.equal(codes[:, dead], expected[:, dead])
+
+
+def test_inputs_that_were_all_zero_are_rounded_to_the_nearest():
+    w, m = weight(8, 32), moments(torch.zeros(10, 32))
+    assert torch.equal(calibrate.gptq(w, m, 'int4', 16, clip=False)[0], nearest(w, 'int4', 16)[0])
+
+
+def test_inverse_root():
+    H = moments(correlated(20, 300)).H.double()
+    U = calibrate.inverse_root(H, 0.01).double()
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    assert torch.equal(U, U.triu()) and torch.allclose(U.T @ U @ damped, torch.eye(20, dtype=torch.float64), atol=1e-4)
+    with pytest.raises(ValueError, match='no usable second moments'):
+        calibrate.inverse_root(-H, 0.01)
+
+
+def test_awq_takes_the_best_power_and_keeps_large_inputs_exact():
+    """A few inputs a hundred times as large: scaled, their weights lose least; the error falls below that of rounding."""
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(2))
+    x[:, :2] *= 100
+    w, m = weight(32, 64), moments(x)
+    codes, scale, zero, inverse = calibrate.awq(w, m, 'int3', 32)
+    found = decoded(codes, scale, zero) * inverse
+    plain = decoded(*nearest(w, 'int3', 32))
+    assert calibrate.output_error(w, found, m) < calibrate.output_error(w, plain, m) / 3
+    assert inverse[:2].max() < inverse[2:].min() / 5 and torch.equal(inverse, inverse.half().float())
+    assert (found - w)[:, :2].square().mean() < (plain - w)[:, :2].square().mean() / 3
+
+
+def test_moments_are_sums_over_all_tokens():
+    x = torch.randn(2, 5, 7)
+    m = calibrate.Moments(7, 'cpu')
+    for part in x:
+        m.add(part[None].bfloat16())
+    flat = x.bfloat16().float().reshape(-1, 7)
+    assert m.n == 10 and torch.allclose(m.H, flat.T @ flat, atol=1e-5) and torch.allclose(m.total, flat.abs().sum(0))
+    with pytest.raises(ValueError, match='x saw no calibration text'):
+        calibrate.Moments(7, 'cpu').check('x')
+    with pytest.raises(ValueError, match='the inputs of x are not finite'):
+        moments(torch.full((1, 7), float('nan'))).check('x')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=3, n_head=2, n_embd=32)).eval()
+
+
+def bitnet():
+    torch.manual_seed(0)
+    return BitNet(BitNetConfig(vocab_size=64, block_size=16, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, n_ff=48)).eval()
+
+
+def neo():
+    torch.manual_seed(0)
+    return GPTNeoForCausalLM(GPTNeoConfig(
+        vocab_size=64, bos_token_id=0, eos_token_id=0, max_position_embeddings=16, hidden_size=32, num_layers=3, num_heads=2,
+        attention_types=[[['global', 'local', 'global'], 1]], window_size=4)).eval()
+
+
+@pytest.mark.parametrize('make', [gpt, neo])
+def test_each_layer_sees_what_comes_out_of_the_layers_before_it_as_they_are_now(make):
+    """The walk gives each block the moments of a plain pass through a model whose earlier blocks were changed likewise."""
+    model, run = make(), lambda net, ids: net(ids) if make is gpt else net(input_ids=ids, use_cache=False)
+    batches = [torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    blocks = calibrate.find_blocks(model)[0]
+    assert len(blocks) == 3 and len(names) > 10
+    plain, seen = copy.deepcopy(model), []
+
+    def visit(name, found):
+        block = next((b for b in blocks if name.startswith(f'{b}.')), '')
+        if not any(n.startswith(f'{block}.') for n in seen) or not block:      # the first of its block
+            with calibrate._Observed(plain, [name]) as expected, torch.no_grad():
+                for ids in batches:
+                    run(plain, ids)
+            assert torch.allclose(found.H, expected[name].H, rtol=1e-4, atol=1e-4), name
+            assert found.n == (6 * 16 if make is neo or block else 6)                  # GPT's head sees the last position
+        seen.append(name)
+        if block:
+            model.get_submodule(name).weight.data.mul_(0.5)
+            plain.get_submodule(name).weight.data.mul_(0.5)
+
+    calibrate.for_each_layer(model, batches, run, names, visit)
+    assert sorted(seen) == sorted(names) and seen[-1] == 'lm_head'
+
+
+def test_blocks_are_the_list_with_most_linear_weights():
+    model = nn.Module()
+    model.few = nn.ModuleList([nn.Linear(4, 4)] * 2)
+    model.many = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+    assert calibrate.find_blocks(model)[0] == ['many.0', 'many.1', 'many.2']
+    assert calibrate.find_blocks(nn.Sequential(nn.Linear(4, 4)))[0] == []
+    assert calibrate.find_blocks(gpt())[0] == ['blocks.0', 'blocks.1', 'blocks.2']
+
+
+def test_a_model_without_blocks_is_observed_as_a_whole():
+    model, seen = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), {}
+    x = torch.randn(5, 4)
+    calibrate.for_each_layer(model, [x], lambda net, b: net(b), ['0', '2'], lambda n, m: seen.update({n: m}))
+    assert torch.allclose(seen['0'].H, x.T @ x, atol=1e-5) and seen['2'].n == 5
+
+
+def test_every_grid_fits_its_bits():
+    for grid in GRIDS.values():
+        assert grid.steps <= 2 ** grid.bits

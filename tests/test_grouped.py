@@ -1,0 +1,210 @@
+"""Integer layers with a scale per group, layers of weights that are not 0, embeddings out of packed layers; models made of
+them, described, kept in a file and built again."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+import layers
+import quantized
+from grouped import GroupLinear, SparseLinear
+from quant import GRIDS, group_grid, pack_bits, to_grid, unpack_bits
+from train_bitnet import BitNet, BitNetConfig
+from train_gpt import GPT, GPTConfig
+
+KINDS = {'half': {}, 'int8': {}, 'int4': {'group': 16}, 'nf4': {}, 'fit4': {}, 'group': {'levels': 'int3', 'group': 16}}
+
+
+def test_three_bits_worked_by_hand():
+    """1 | 2 << 3 | 3 << 6 | 4 << 9 | 5 << 12 | 6 << 15 | 7 << 18 | 0 << 21, least significant byte first."""
+    assert pack_bits(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0]), 3).tolist() == [0b11010001, 0b01011000, 0b00011111]
+
+
+@pytest.mark.parametrize('bits', [1, 2, 3, 4, 8])
+@pytest.mark.parametrize('n', [1, 7, 8, 9, 24])
+def test_codes_come_back(bits, n):
+    codes = torch.randint(2 ** bits, (3, n), generator=torch.Generator().manual_seed(bits * n))
+    packed = pack_bits(codes, bits)
+    per = 3 * -(-n // 8) if bits == 3 else -(-n * bits // 8)
+    assert packed.shape == (3, per) and packed.dtype == torch.uint8
+    assert torch.equal(unpack_bits(packed, bits, n).long(), codes)
+
+
+def test_grids_worked_by_hand():
+    """int2 of [-1, 0.1, 0.6, 2]: steps of 1 from -1, zero at code 1; the others by mean|w| = 0.925 of them."""
+    w = torch.tensor([[-1.0, 0.1, 0.6, 2.0]])
+    scale, zero = group_grid(w, 'int2')
+    assert (scale.item(), zero.item()) == (1.0, 1.0) and to_grid(w, scale, zero, 'int2').tolist() == [[0, 1, 2, 3]]
+    scale, zero = group_grid(w, 'tern')
+    assert scale.item() == pytest.approx(0.925, rel=1e-3) and to_grid(w, scale, zero, 'tern').tolist() == [[0, 1, 2, 2]]
+    scale, zero = group_grid(w, 'bin')
+    assert scale.item() == pytest.approx(1.85, rel=1e-3) and to_grid(w, scale, zero, 'bin').tolist() == [[0, 1, 1, 1]]
+    scale, zero = group_grid(torch.tensor([[0.5, 1.0]]), 'int2')        # 0 is on the grid of positive weights too
+    assert (scale.item() * 3, zero.item()) == (pytest.approx(1.0, rel=1e-3), 0.0)
+    with pytest.raises(ValueError, match='fp16'):
+        group_grid(torch.tensor([[float('nan'), 1.0]]), 'int4')
+
+
+# Relative RMS error on N(0, 1), groups of 128: the uniform grid of 2^b steps over the range of 128 normal numbers.
+@pytest.mark.parametrize('levels, low, high', [('int8', .004, .007), ('int4', .085, .115), ('int3', .19, .24),
+                                               ('int2', .45, .60), ('tern', .49, .53), ('bin', .59, .61)])
+def test_error_on_normal_weights(levels, low, high):
+    w = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+    layer = GroupLinear(1024, 256, False, levels=levels, group=128)
+    layer.weight.data.copy_(w)
+    assert low < ((layer.pack_().effective_weight() - w).square().mean() / w.square().mean()).sqrt() < high
+
+
+@pytest.mark.parametrize('levels', GRIDS)
+@pytest.mark.parametrize('group', [0, 8])
+def test_a_layer_computes_the_same_packed_and_not(levels, group):
+    torch.manual_seed(0)
+    layer, x = GroupLinear(24, 10, levels=levels, group=group), torch.randn(3, 5, 24)
+    before = layer(x)
+    assert torch.allclose(layer.pack_()(x), before, atol=1e-5)
+    held = 10 * -(-24 * layer.bits // 8) + 10 * (24 // (group or 24)) * 2 + 10 * 4
+    if GRIDS[levels].zero is None:
+        held += 10 * (3 * -(-(24 // layer.group) // 8) if layer.bits == 3 else -(-(24 // layer.group) * layer.bits // 8))
+    assert layer.packed_bytes() == held                                 # codes, scales, zeros, and the fp32 bias
+    assert torch.allclose(x @ layer.effective_weight().T + layer.bias, before, atol=1e-5)
+    tolerance = 0.02 if levels in ('int8', 'tern', 'bin') else 0.5     # a range is not always its own
+    assert torch.allclose(copy.deepcopy(layer).unpack_()(x), before, atol=tolerance)
+
+
+def test_the_gradient_passes_straight_through():
+    layer = GroupLinear(16, 4, levels='int3', group=8)
+    x = torch.randn(5, 16)
+    layer(x).sum().backward()
+    assert torch.allclose(layer.weight.grad, x.sum(0).expand(4, 16), atol=1e-5)
+
+
+def test_scaled_inputs_are_part_of_the_weight():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(16, 4), torch.randn(5, 16)
+    inverse = torch.rand(16).half().float() + 0.5
+    codes, scale, zero = torch.randint(8, (4, 16)), torch.rand(4, 2).half().float(), torch.randint(8, (4, 2))
+    layer = GroupLinear.from_codes(linear, 'int3', 8, codes, scale, zero, inverse)
+    weight = ((codes.view(4, 2, 8) - zero[..., None]) * scale[..., None]).flatten(1) * inverse.half().float()
+    assert torch.allclose(layer(x), x @ weight.T + linear.bias, atol=1e-5)
+    assert torch.allclose(layer.effective_weight(), weight, atol=1e-6)
+    lora = layers.LoRALinear(layer, rank=2)
+    nn.init.normal_(lora.lora_B)
+    merged, damage = lora.merge(x)
+    assert damage['max'] < 1e-4 and type(merged) is nn.Linear
+
+
+@pytest.mark.parametrize('options, said', [
+    ({'levels': 'int5'}, "levels='int5'"), ({'group': 5}, 'group=5 does not divide a row of 64'), ({'group': -1}, '--group=64'),
+    ({'group': 128}, 'type --group=64, or 0')])
+def test_what_does_not_fit_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        GroupLinear(64, 8, **options)
+
+
+@pytest.mark.parametrize('share', [0.0, 0.5, 1.0])
+def test_sparse_weights_are_the_same_weights(share):
+    torch.manual_seed(0)
+    linear = nn.Linear(20, 12)
+    with torch.no_grad():
+        linear.weight *= torch.rand(12, 20) >= share
+    model, x = nn.Sequential(linear), torch.randn(7, 20)
+    before, zeros = model(x), (linear.weight == 0).sum().item()
+    layers.convert(model, {'0': 'sparse'}, verbose=False, packed=True)
+    assert isinstance(model[0], SparseLinear) and torch.equal(model(x), before)
+    assert torch.equal(model[0].decode()[0], linear.weight) and model[0].packed_bytes() == 12 * 3 + 4 * (240 - zeros) + 48
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models
+
+
+def gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=96, block_size=16, n_layer=2, n_head=2, n_embd=64, bias=True)).eval()
+
+
+def bitnet():
+    torch.manual_seed(0)
+    return BitNet(BitNetConfig(vocab_size=96, block_size=16, n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ff=128,
+                               quant='fp')).eval()
+
+
+IDS = torch.arange(32).view(2, 16) % 96
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('make', [gpt, bitnet])
+@pytest.mark.parametrize('skip', ['', 'head,embd'])
+def test_a_quantized_model_comes_back_from_its_file(kind, make, skip, tmp_path):
+    """Same logits, to the bit; the file is about as large as the codes; a tied embedding looks up what the head multiplies."""
+    model = quantized.unfuse(make())
+    plain = model(IDS)
+    described = {}
+    for name in quantized.layers_of(model, skip):
+        described |= quantized.replace(model, name, kind, KINDS[kind])
+    assert ('lm_head' in described) == (not skip) and len(described) == 8 + (not skip) * (2 if make is gpt else 1)
+    logits = model(IDS)
+    assert 0 < (logits - plain).abs().max() < 0.5
+    if not skip:
+        rows = model.wte(IDS)
+        weight = model.lm_head.weight.float() if kind == 'half' else model.lm_head.effective_weight()
+        assert torch.equal(rows, weight[IDS])
+    path = str(tmp_path / 'x.safetensors')
+    size = layers.save_packed(model, path, {'quantized': described})
+    meta, tensors = layers.read_packed(path)
+    assert sum(t.nbytes for t in tensors.values()) < size < sum(t.nbytes for t in tensors.values()) + 12_000
+    again = layers.load_packed(quantized.restore(make(), meta['quantized'], tensors), tensors)
+    assert torch.equal(again(IDS), logits) and not any(p.requires_grad for m in again.modules() if isinstance(m, layers.LowBit)
+                                                       for p in m.parameters())
+    assert not skip or torch.equal(again.wte.weight, model.wte.weight)
+    assert skip or not any(isinstance(m, nn.Embedding | nn.Linear) for m in again.modules())
+
+
+def test_a_file_of_another_shape_is_refused(tmp_path):
+    model, described = gpt(), {}
+    for name in quantized.layers_of(model, 'head,embd'):
+        described |= quantized.replace(model, name, 'nf4', {})
+    layers.save_packed(model, str(tmp_path / 'x.safetensors'), {})
+    tensors = layers.read_packed(str(tmp_path / 'x.safetensors'))[1]
+    wider = GPT(GPTConfig(vocab_size=96, block_size=16, n_layer=2, n_head=2, n_embd=128, bias=True))
+    with pytest.raises(ValueError, match='bytes of codes for 384 x 128 weights'):
+        quantized.restore(wider, described, tensors)
+
+
+def test_what_is_skipped():
+    model, inside = gpt(), 'blocks.0.attn.c_attn blocks.0.attn.c_proj blocks.0.mlp.c_fc blocks.0.mlp.c_proj'
+    inside = inside.split() + inside.replace('blocks.0', 'blocks.1').split()
+    assert list(quantized.layers_of(model, 'head,embd')) == inside
+    assert list(quantized.layers_of(model, ' embd ')) == inside                        # a tied head goes with its embedding
+    assert list(quantized.layers_of(model, 'head')) == ['wpe', *inside]                # ... and the other way round
+    assert set(quantized.layers_of(model, '')) == {'wpe', 'lm_head', *inside}
+    assert list(quantized.layers_of(model, 'head,embd,blocks.0,*c_fc')) == ['blocks.1.attn.c_attn', 'blocks.1.attn.c_proj',
+                                                                            'blocks.1.mlp.c_proj']
+    with pytest.raises(ValueError, match="skip='nothing' names no layer; the layers are wte, wpe, blocks.0"):
+        quantized.layers_of(model, 'nothing')
+    with pytest.raises(ValueError, match='nothing to quantize'):
+        quantized.layers_of(model, 'head,embd,blocks')
+
+
+def test_a_fused_baseline_is_the_same_when_taken_apart():
+    model = bitnet()
+    apart = quantized.unfuse(copy.deepcopy(model))
+    assert torch.equal(apart(IDS), model(IDS)) and len(quantized.layers_of(apart, 'head,embd')) == 8
+
+
+def test_subclasses_and_what_is_tied_to_them_are_left_alone():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 8
+    model = nn.Module()
+    model.embed, model.body, model.head = Scaled(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+    model.head.weight = model.embed.weight
+    assert list(quantized.layers_of(model, '')) == ['body']
+
+
+def test_groups_over_the_ends_of_rows_are_no_embedding():
+    with pytest.raises(ValueError, match='wte: rows of 24 weights are not made of groups of 64'):
+        model = nn.Module()
+        model.wte = nn.Embedding(32, 24)
+        quantized.replace(model, 'wte', 'nf4', {})
