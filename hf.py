@@ -30,6 +30,8 @@ def _transformers():
         raise ValueError('fine-tuning needs transformers; type: pip install transformers') from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()                   # it tells of every attempt to reach the Hub
     return transformers
 
 

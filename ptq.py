@@ -206,7 +206,9 @@ def compare(subject, folder):
     names = chosen(schemes, every, SCHEMES)
     if not done:                                    # else there is nothing to do but to evaluate it
         check(subject, names)
-    rows = [evaluated(subject, model, 'as saved' if done else 'fp', None, done, **timings(subject, model, model))]
+    low_bit = any(isinstance(m, layers.LowBit) for m in model.modules())
+    first = 'as saved' if done else 'as trained' if low_bit else 'fp'
+    rows = [evaluated(subject, model, first, None, done, **timings(subject, model, model))]
     if subject.trained is not None:
         print(f'val loss {rows[0]["loss"]:.4f}; its training wrote down {subject.trained:.4f} for the same batches')
     for name in [] if done else names:
@@ -217,6 +219,7 @@ def compare(subject, folder):
         print(f'{name}: val loss {rows[-1]["loss"]:.4f}', flush=True)
         write_rows(folder, 'ptq', rows)
     show(rows, [c for c in COLUMNS if any(r.get(c[0]) is not None for r in rows)], None)
+    write_rows(folder, 'ptq', rows)
     if len(rows) > 1:
         plot_ptq.sizes(os.path.join(folder, 'ptq.png'), rows, f'{subject.name}: {subject.unit}')
         print(f'wrote {folder}/ptq.jsonl and {folder}/ptq.png')
