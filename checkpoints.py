@@ -192,7 +192,7 @@ class Classifier:
         if fresh and not packed:
             fail(f'{path} was not trained for the labels of {self.dataset} ({", ".join(names)}); type another --dataset')
         self.most = min(s['block_size'] or 128, getattr(self.model.config, 'max_position_embeddings', None) or 128)
-        self.limit = s['eval_iters'] * self.batch
+        self.block, self.limit = self.most, s['eval_iters'] * self.batch
         self.meta = {}
         self.model.eval().to(dev)
         self.rows, self.labels = self._rows('val')

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from functional import compute_dtype, frozen_linear, quantized_linear
 from lowbit import LowBit
-from quant import GRIDS, group_grid, pack_bits, to_grid, unpack_bits
+from quant import GRIDS, decode4, group_grid, pack_bits, product4, to_grid, unpack_bits
 
 
 class GroupLinear(LowBit, nn.Module):
@@ -65,18 +65,32 @@ class GroupLinear(LowBit, nn.Module):
         new.packed = True
         return new.train(linear.training)
 
-    def rows(self, i, j, dtype):
-        """Weights (j - i, in) of packed rows i .. j - 1, those that an input times input_scale is multiplied by; i may be a
-        tensor of row numbers (..., ) instead, with j None: (..., in)."""
-        pick = slice(i, j) if j is not None else i
-        codes = unpack_bits(self.code[pick], self.bits, self.in_features).to(torch.float32).unflatten(-1, (-1, self.group))
-        zero = GRIDS[self.levels].zero
-        if zero is None:
-            zero = unpack_bits(self.zero[pick], self.bits, codes.shape[-2]).to(torch.float32).unsqueeze(-1)
-        return codes.sub_(zero).mul_(self.weight_scale[pick].float().unsqueeze(-1)).flatten(-2).to(dtype)
+    def shifts(self, pick=slice(None)):
+        """(rows, groups) fp32: zero * scale of each group."""
+        zero, groups = GRIDS[self.levels].zero, self.weight_scale.shape[1]
+        zero = unpack_bits(self.zero[pick], self.bits, groups).float() if zero is None else zero
+        return self.weight_scale[pick].float() * zero
+
+    def rows(self, pick, shifts, dtype):
+        """Weights (rows, in), those that an input times input_scale is multiplied by, of the packed rows `pick`, a slice or a
+        tensor of their numbers, and their shifts()."""
+        scale = self.weight_scale[pick]
+        if self.bits == 4 and self.in_features % 2 == 0:
+            w = decode4(self.code[pick].flatten(), {'absmax': scale.flatten()}, 'codes').view(*scale.shape, self.group)
+        else:
+            codes = unpack_bits(self.code[pick], self.bits, self.in_features)
+            w = codes.float().view(*scale.shape, self.group).mul_(scale.float().unsqueeze(-1))
+        return w.sub_(shifts.unsqueeze(-1)).flatten(1).to(dtype)
+
+    def _product(self, x):
+        """x (tokens, in) times the packed weight, for a few tokens at once from the codes; None where kernels.c cannot."""
+        if self.bits != 4 or self.in_features % 2:
+            return None
+        y = product4(x, self.code.view(-1), {'absmax': self.weight_scale.view(-1)}, 'codes', self.out_features)
+        return y if y is None else y.sub_(x.float().unflatten(1, (-1, self.group)).sum(-1) @ self.shifts().T)
 
     def effective_weight(self):
-        weight = self.rows(0, self.out_features, torch.float32)
+        weight = self.rows(slice(None), self.shifts(), torch.float32)
         return weight * self.input_scale.float() if self.scaled_input else weight
 
     def decode(self):
@@ -99,7 +113,11 @@ class GroupLinear(LowBit, nn.Module):
             y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, None, 0.0)
             return y.view(*x.shape[:-1], self.out_features)
         x = x.to(dtype) * self.input_scale.to(dtype) if self.scaled_input else x
-        return frozen_linear(x, self.bias, lambda: lambda i, j: self.rows(i, j, dtype), self.shape)
+
+        def decoder():
+            shifts = self.shifts()
+            return lambda i, j: self.rows(slice(i, j), shifts[i:j], dtype)
+        return frozen_linear(x, self.bias, decoder, self.shape, 1, self._product)
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, levels={self.levels}, group={self.group}, packed={self.packed}'

@@ -39,7 +39,7 @@ import plot_ptq
 import quantized
 import sample
 from grouped import GroupLinear
-from measure import show, times_ms
+from measure import resident_bytes, show, times_ms
 
 mode = 'compare'               # compare | prune | sensitivity | choose; also without --mode=, as the first word
 ckpt = 'out/gpt'               # a run's folder or one of its files | a folder or id of transformers
@@ -225,8 +225,9 @@ def compare(subject, folder):
         print(f'wrote {folder}/ptq.jsonl and {folder}/ptq.png')
 
 
-def save_quantized(subject):
-    """--save: quantize in place, layer by layer, so that one full-precision model is all that is ever held."""
+def save_quantized(subject, folder, start, before):
+    """--save: quantize in place, layer by layer, so that one full-precision model is all that is ever held. start, before:
+    time and resident bytes before the model was loaded."""
     names = chosen(schemes, [], [n for n in SCHEMES if not n.startswith('bnb')])
     if len(names) != 1:
         raise ValueError(f'--save keeps one model, {len(names)} schemes were asked for; type e.g. --schemes=gptq4')
@@ -234,12 +235,16 @@ def save_quantized(subject):
         raise ValueError(f'{subject.name} is quantized already')
     name, = names
     check(subject, names)
-    start = time.perf_counter()
     described, bits_each = quantize(subject, subject.model, name)
-    seconds = time.perf_counter() - start
     size = checkpoints.save(subject, save, described)
-    print(f'{name}: {bits_each:.3f} bits per weight of {len(described)} layers, {seconds:.1f} s, most memory of the process '
-          f'{common.peak_memory_bytes():,} bytes; val loss {subject.loss(subject.model):.4f}; wrote {save}: {size:,} bytes')
+    row = {'scheme': name, 'bits': bits_each, 'seconds': time.perf_counter() - start, 'peak': common.peak_memory_bytes(),
+           'above': common.peak_memory_bytes() - before, 'size': size, 'windows': windows, 'block': subject.block,
+           'threads': torch.get_num_threads(), 'device': common.device_name(subject.dev), 'torch': torch.__version__}
+    print(f'{name}: {bits_each:.3f} bits per weight of {len(described)} layers, {row["seconds"]:.1f} s, most memory '
+          f'{row["peak"]:,} bytes, {row["above"]:,} above the start; wrote {save}: {size:,} bytes')
+    row['loss'] = subject.loss(subject.model)
+    write_rows(folder, 'save', [row])
+    print(f'val loss {row["loss"]:.4f}')
 
 
 def chosen(words, default, known):
@@ -468,6 +473,7 @@ def main():
     for key in {k for keys in used.values() for k in keys} - set(used[mode]):
         if globals()[key] != _defaults[key]:
             configurator.fail(f'{key} has no use in {mode}; leave --{key} out')
+    start, before = time.perf_counter(), resident_bytes()
     dev, _ = sample.pick_device(device, 'float32')
     subject = checkpoints.load(ckpt, dev, config)
     quantized.unfuse(subject.model).requires_grad_(mode == 'prune')
@@ -476,7 +482,7 @@ def main():
     try:
         os.makedirs(folder, exist_ok=True)
         if mode == 'compare' and save:
-            save_quantized(subject)
+            save_quantized(subject, folder, start, before)
         else:
             {'compare': compare, 'prune': prune, 'sensitivity': sensitivity, 'choose': choose}[mode](subject, folder)
     except (ValueError, OSError) as e:

@@ -106,6 +106,8 @@ FORMATS4 = {
     'nf4': Format4(NF4, 64, 'fp16', True),          # 4.25 bits; with scales='fp32' byte for byte what bitsandbytes keeps
     'fit4': Format4(FIT4, 32, 'log8', False),       # 4.25 bits; a sign, seven bits of logarithm
 }
+# What is decoded by the same kernels: 4-bit integers of group_grid, their zeros aside.
+CODED4 = FORMATS4 | {'codes': Format4(tuple(map(float, range(16))), 128, 'fp16', False)}
 SCALES4 = ('fp16', 'fp32', '8bit', 'log8')
 # Scales of log8 are powers of 2 ** (1 / 14) = 1.05, the same ones whatever the tensor, so that what was decoded can be
 # encoded again without a change; 126 of them reach from the largest |w| of a tensor to 1/500 of it.
@@ -214,7 +216,7 @@ def levels4(codes, format):
     """fp32 levels of codes 0..15 of any shape."""
     if format == 'uniform':
         return codes.float().mul_(2 / 15).sub_(1)                       # faster than a table
-    return _constant(FORMATS4[format].levels, codes.device)[codes.int()]
+    return _constant(CODED4[format].levels, codes.device)[codes.int()]
 
 
 def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=None):
@@ -232,11 +234,11 @@ def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=Non
         out = out[:stop - start] if fits else code.new_empty(stop - start, dtype=wide)
         size = absmax.element_size()
         kernel.decode4(code.data_ptr() + start // 2, absmax.data_ptr() + start // group * size, size, _grid(held),
-                       _array(FORMATS4[format].levels), stop - start, group, FORMATS4[format].high_first,
+                       _array(CODED4[format].levels), stop - start, group, CODED4[format].high_first,
                        torch.get_num_threads(), wide == torch.bfloat16, out.data_ptr())
         return out.to(dtype)
     b = code[start // 2:stop // 2].to(torch.int16)                      # two halves of a byte to two bytes
-    c = ((b >> 4 | b << 8) if FORMATS4[format].high_first else (b | b << 4)) & 0x0F0F
+    c = ((b >> 4 | b << 8) if CODED4[format].high_first else (b | b << 4)) & 0x0F0F
     scales = scales4({**held, 'absmax': absmax[start // group:stop // group]})
     return (levels4(c.view(torch.uint8), format).view(-1, group) * scales[:, None]).view(-1).to(dtype)
 
@@ -253,7 +255,7 @@ def product4(x, code, held, format, out_features):
     x, absmax = x.to(torch.float32).contiguous(), held['absmax']
     y = x.new_empty(len(x), out_features)
     kernel.product4(x.data_ptr(), len(x), code.data_ptr(), absmax.data_ptr(), absmax.element_size(), _grid(held),
-                    _array(FORMATS4[format].levels), x.shape[1], out_features, group, FORMATS4[format].high_first,
+                    _array(CODED4[format].levels), x.shape[1], out_features, group, CODED4[format].high_first,
                     torch.get_num_threads(), y.data_ptr())
     return y
 

@@ -30,7 +30,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids):
         layer, flat = self.layer, ids.flatten()
         if layer.kind == 'group':
-            rows = layer.rows(flat, None, torch.float32)
+            rows = layer.rows(flat, layer.shifts(flat), torch.float32)
             rows = rows * layer.input_scale.float() if layer.scaled_input else rows
         elif layer.kind == 'half':
             rows = layer.weight[flat]

@@ -4,6 +4,7 @@ The runs behind the tables: variants of one config on the same batches, several 
     python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --name=wikitext2
     python results/runs.py quality [--seeds=1,2,3] [--jobs=2] [--only=fp,bin6]     # an hour on 2 cores
     python results/runs.py depth                                                  # 12 of 12 blocks binary
+    python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
     python results/runs.py recipe                                                 # what was tried on the way, one seed
     python results/runs.py sst2                                                   # methods of finetune_cls.py
     python results/runs.py food10                                                 # kinds and normalisations of train_cnn.py
@@ -43,6 +44,15 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'bin6_fast': ('... their scales at the full learning rate', "--n_binary=6 --lr_scale={'alpha':1.0}"),
         'tern6': ('all ternary', LOW.format('tern')),
         'int4': ('all 4-bit', LOW.format('int4')),
+    }),
+    # Random halves: random.Random(0).sample(range(6), 3), and of 1, each sorted.
+    'blocks': ('config/wikitext2_blocks.py', 'first', {
+        'chosen': ('those that ptq.py choose took', 'results/ptq/chosen.py'),
+        'first': ('the first half', '--binary_blocks=0,1,2'),
+        'last': ('the last half', '--binary_blocks=3,4,5'),
+        'random_a': ('a random half, 0,3,5', '--binary_blocks=0,3,5'),
+        'random_b': ('another, 0,1,4', '--binary_blocks=0,1,4'),
+        'fp': ('none: full precision', ''),
     }),
     'depth': ('config/pycode_bin12.py', 'fp', {
         'fp': ('12 blocks, full precision', '--n_binary=0'),

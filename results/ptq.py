@@ -1,0 +1,147 @@
+"""
+The tables of ptq.py: one model, quantized, pruned and taken apart, by the commands below.
+
+    python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=4096 --name=wikitext2_bpe
+    python train_gpt.py config/wikitext2_bpe.py
+    python results/ptq.py                          # all of them, half an hour on 2 cores
+    python results/ptq.py sensitivity              # one of ptq, prune, sensitivity, choose, big
+    python results/ptq.py --table                  # from the rows alone
+    python results/runs.py blocks                  # train with the blocks that `choose` chose, and with others
+
+Rows go to results/ptq/, tables to results/ptq_*.md and into README.md. No number in them is typed by hand.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+from runs import ROOT, publish
+
+FOLDER = ROOT / 'results' / 'ptq'
+CKPT = ['--ckpt=out/wikitext2_bpe', '--out=results/ptq']
+PARTS = {'ptq': ['ptq.py', *CKPT],
+         'prune': ['ptq.py', 'prune', *CKPT],
+         'sensitivity': ['ptq.py', 'sensitivity', *CKPT, '--scheme=bin'],
+         'choose': ['ptq.py', 'choose', *CKPT, '--bits=16.6'],
+         'big': ['results/ptq.py', 'gpt2-shape']}
+
+
+def rows(name):
+    path = FOLDER / f'{name}.jsonl'
+    return [json.loads(line) for line in open(path)] if path.exists() else []
+
+
+def lines(columns, found):
+    return ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|'] + [
+        '| ' + ' | '.join(c(r) if callable(c) else c.format(**r) for c in columns.values()) + ' |' for r in found]
+
+
+def of(key, spec, none='-'):
+    return lambda r: none if r.get(key) is None else format(r[key], spec)
+
+
+def table_ptq():
+    found = rows('ptq')
+    r = found[-1]
+    columns = {'scheme': '`{scheme}`', 'bits/weight': of('bits', '.2f'), 'val loss': '{loss:.4f}',
+               'difference': of('delta', '+.4f'), 'perplexity': '{perplexity:,.1f}', 'ms, 1 token': of('ms_1', '.2f'),
+               '× fp': of('ratio_1', '.2f'), 'ms/token, many': of('ms_many', '.3f'), '× fp ': of('ratio_many', '.2f'),
+               'file bytes': '{file_bytes:,}', 'smaller': of('compression', '.2f')}
+    return [f'`config/wikitext2_bpe.py`, {r["device"]}, torch {r["torch"]}; the block matrices are quantized, the head and '
+            f'embeddings are not (`skip={r["skip"]}`); groups of {r["group"]}; GPTQ and AWQ saw {r["windows"]} windows of the '
+            'training split; loss in nats per token of a BPE over the batches of the training\'s evaluations; times in turns '
+            'with the full-precision model.', '', *lines(columns, found)]
+
+
+def table_prune():
+    found = rows('prune')
+    columns = {'method': '{method}', 'share': '{amount:.2f}', 'zeros': '{zeros:.4f}', 'val loss': '{pruned_loss:.4f}',
+               'retrained': '{loss:.4f}', 'difference': of('delta', '+.4f'), 'file bytes': '{file_bytes:,}',
+               'smaller': of('compression', '.2f')}
+    r = found[-1]
+    return [f'The same model; AdamW {r["retrain_lr"]:g}, {r["retrain_iters"]} updates with the zeros kept; the difference is '
+            'to the model after as many updates without zeros; the file has a bit for each weight and what is not 0 in fp32.',
+            '', *lines(columns, found)]
+
+
+def table_sensitivity():
+    found = rows('sensitivity')
+    deltas = {(r['block'], r['kind']): r['delta'] for r in found}
+    blocks, kinds = (list(dict.fromkeys(r[k] for r in found)) for k in ('block', 'kind'))
+    columns = {'block': '{block}', **{f'`{k}`' if k != 'all' else 'all': (lambda r, k=k: format(deltas[r['block'], k], '+.4f'))
+                                      for k in kinds}}
+    r = found[0]
+    text = [f'What the validation loss, {r["base_loss"]:.4f}, gains with these layers alone as `{r["scheme"]}`, '
+            f'{r["bits"]:.2f} bits a weight, without any training.', '', *lines(columns, [{'block': b} for b in blocks])]
+    taken = rows('choose')
+    if taken:
+        text += ['', '`choose` took, each time beside those before: '
+                 + ', '.join(f'{r["taken"]} ({r["delta"]:+.4f})' for r in taken) + '.']
+    return text
+
+
+def table_big():
+    found = rows('big')
+    columns = {'what': '`{scheme}`', 'seconds': '{seconds:.0f}', 'bits/weight': '{bits:.2f}',
+               'most memory of the process, bytes': '{peak:,}', 'above its start': '{above:,}', '× fp32 model': '{ratio:.2f}',
+               'file bytes': '{size:,}'}
+    r = found[0]
+    return [f'A GPT-2 of 124M, random weights ({r["fp32"]:,} bytes in fp32, read from a checkpoint), {r["windows"]} '
+            f'calibration windows of {r["block"]} tokens, {r["device"]}, {r["threads"]} threads; `--save`, from before the '
+            'model is read to the whole file.', '', *lines(columns, found)]
+
+
+def gpt2_shape():
+    """Time and memory of `ptq.py --save` on a model of GPT-2's shape, each scheme in a process of its own."""
+    import numpy as np
+    import torch
+
+    import common
+    import tokens
+    from train_gpt import GPT, GPTConfig
+    work = ROOT / 'out' / 'gpt2_shape'
+    shutil.rmtree(work, ignore_errors=True)
+    torch.manual_seed(0)
+    tokenizer, random = tokens.byte(), np.random.default_rng(0)
+    for split, n in (('train', 400_000), ('val', 20_000)):
+        tokens.write(work / 'data', split, [random.integers(0, 256, n)], tokenizer)
+    model = GPT(GPTConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768))
+    fp32 = 4 * sum(p.numel() for p in model.parameters())
+    # What a trainer leaves has two moments of Adam beside the weights.
+    common.save_checkpoint(str(work / 'best.pt'), {
+        'trainer': 'train_gpt', 'step': 0, 'model_config': vars(model.config), 'model': model.state_dict(),
+        'optimizer': {'exp_avg': torch.zeros(fp32 // 4), 'exp_avg_sq': torch.zeros(fp32 // 4)}, 'best_val_loss': 0.0,
+        'config': {'dataset': str(work / 'data'), 'seed': 1, 'batch_size': 1, 'eval_iters': 1, 'block_size': 256},
+        'tokenizer': tokenizer.describe()})
+    del model
+    found = []
+    for scheme in ('rtn4', 'gptq4', 'awq4'):
+        subprocess.run([sys.executable, 'ptq.py', f'--ckpt={work}', f'--schemes={scheme}', f'--save={work}/q.safetensors'],
+                       cwd=ROOT, check=True)
+        row = json.loads((work / 'save.jsonl').read_text())
+        found.append(row | {'fp32': fp32, 'ratio': row['above'] / fp32})
+    (FOLDER / 'big.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in found))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('part', nargs='?', choices=[*PARTS, 'gpt2-shape'])
+    parser.add_argument('--table', action='store_true', help='compute nothing')
+    a = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    if a.part == 'gpt2-shape':
+        sys.path.insert(0, str(ROOT))
+        return gpt2_shape()
+    for part in [a.part] if a.part else PARTS:
+        if not a.table:
+            subprocess.run([sys.executable, *PARTS[part]], cwd=ROOT, check=True, env=os.environ)
+        table = {'ptq': table_ptq, 'prune': table_prune, 'sensitivity': table_sensitivity, 'choose': table_sensitivity,
+                 'big': table_big}[part]
+        if rows({'choose': 'sensitivity'}.get(part, part)):
+            publish(f'ptq_{"sensitivity" if part == "choose" else "schemes" if part == "ptq" else part}', table())
+
+
+if __name__ == '__main__':
+    main()
