@@ -20,6 +20,7 @@ or an id like gpt2) with --text=FILE and --calibration=FILE; or a classifier of 
 import copy
 import importlib.util
 import json
+import logging
 import math
 import os
 import statistics
@@ -51,7 +52,7 @@ eval_iters = 0                 # batches to evaluate on; 0: those of the trainin
 batch_size = 0                 # windows in one; 0: as in the training
 block_size = 0                 # tokens in one; 0: as in the training
 # quantization
-schemes = ''                   # names from above, separated by commas; '': all
+schemes = ''                   # names from the head of this file, separated by commas; '': all
 skip = 'head,embd'             # layers to leave as they are: head, embd or words of names; '': none
 group = 128                    # weights of a row that share a scale in rtn, awq, gptq, tern and bin; 0: the whole row
 windows = 128                  # calibration windows of block_size tokens, or texts
@@ -130,6 +131,7 @@ def quantize(subject, model, name):
 def bitsandbytes_layer(linear, kind):
     """Their int8 layer, columns with outliers above 6.0 apart, or their nf4 layer, with the weights of `linear`."""
     import bitsandbytes as bnb
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)           # it says at each pass that it computes in fp16
     rows, columns, bias = linear.out_features, linear.in_features, linear.bias is not None
     new = bnb.nn.Linear8bitLt(columns, rows, bias, has_fp16_weights=False, threshold=6.0) if kind == 'int8' else \
         bnb.nn.Linear4bit(columns, rows, bias, quant_type='nf4', compute_dtype=torch.float32)
@@ -159,11 +161,8 @@ def check(subject, names):
         subject.calibration(1, seed)
 
 
-def file_bytes(subject, model, name, described):
-    """Size of the packed model as a file; of bitsandbytes, which has no such file, of its tensors."""
-    if name.startswith('bnb'):
-        once = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
-        return sum(once.values())
+def file_bytes(subject, model, described):
+    """Size of the packed model as a file, with all that it takes to load it; bitsandbytes' tensors are kept as they are."""
     with tempfile.TemporaryDirectory() as folder:
         return layers.save_packed(model, os.path.join(folder, 'packed.safetensors'), subject.meta | {'quantized': described})
 
@@ -194,7 +193,7 @@ def evaluated(subject, model, name, first, described, **row):
     loss = subject.loss(model)
     row |= {'scheme': name, 'loss': loss, 'perplexity': math.exp(min(loss, 700)) if subject.causal else None,
             'accuracy': subject.accuracy, 'delta': first and loss - first['loss'],
-            'file_bytes': file_bytes(subject, model, name, described)}
+            'file_bytes': file_bytes(subject, model, described)}
     row['compression'] = first and first['file_bytes'] / row['file_bytes']
     return row | {'ckpt': subject.name, 'group': group, 'skip': skip, 'windows': windows, 'act_order': act_order, 'clip': clip,
                   'seed': seed, 'torch': torch.__version__, 'device': common.device_name(subject.dev)}
