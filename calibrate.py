@@ -9,6 +9,10 @@ with the inputs that they have once everything before them is quantized.
 Both know the inputs x (tokens, in) of a layer only by H = x^T x (and awq by mean|x|): the squared error of the output,
 |x (W' - W)^T|^2 = tr((W' - W) H (W' - W)^T), needs no more.
 """
+import contextlib
+import itertools
+import math
+
 import torch
 import torch.nn as nn
 
@@ -32,27 +36,25 @@ class Moments:
         self.total += x.abs().sum(0)
         self.n += len(x)
 
-    def check(self, name):
-        if not self.n:
-            raise ValueError(f'{name} saw no calibration text')
-        if not torch.isfinite(self.H).all():
-            raise ValueError(f'the inputs of {name} are not finite')
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a model, block by block
 
 
 def find_blocks(model):
-    """(names, modules) of the model's transformer blocks: of all nn.ModuleLists with linear layers the one with most weights.
-    ([], []) for a model without any."""
-    best, most = ('', []), 0
+    """[[(name, module), ...], ...]: the model's rows of transformer blocks, e.g. those of an encoder and of a decoder: every
+    nn.ModuleList with linear layers that is in no other such list, in the order of the modules."""
+    rows, inside = [], ()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            size = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear) and m.weight is not None)
-            if size > most:
-                best, most = (name, module), size
-    return [f'{best[0]}.{i}' for i in range(len(best[1]))], list(best[1])
+        if isinstance(module, nn.ModuleList) and not f'{name}.'.startswith(inside or '\0') \
+                and any(isinstance(m, nn.Linear) and m.weight.dim() == 2 for m in module.modules()):
+            rows.append([(f'{name}.{i}', block) for i, block in enumerate(module)])
+            inside = (*inside, f'{name}.')
+    return rows
+
+
+class _Enough(Exception):
+    pass
 
 
 class _Observed:
@@ -84,44 +86,48 @@ def for_each_layer(model, batches, run, names, visit):
     observed in one pass. Kept are the inputs of one block for all batches (tokens x width, on the model's device) and what
     else the blocks are called with.
     """
-    block_names, blocks = find_blocks(model)
-    calls = [[] for _ in blocks]
-    if blocks:
-        record = lambda i: lambda _, args, kwargs: calls[i].append((args, kwargs))
-        hooks = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(blocks)]
-        try:
-            for batch in batches:
+    rows = find_blocks(model)
+    blocks = [block for row in rows for block in row]
+    begins = {row[0][0] for row in rows}            # blocks whose inputs come from elsewhere
+    inside = {n for n in names if any(n.startswith(f'{b}.') for b, _ in blocks)}
+    rest = [n for n in names if n not in inside]
+    calls = {name: [] for name, _ in blocks}
+
+    def record(name):
+        def hook(_, args, kwargs):
+            # A later block's inputs will be others: only what comes with them is kept.
+            calls[name].append((args, kwargs) if name in begins else _with_hidden(args, kwargs, None))
+            if len(blocks) > 1 and name == blocks[-1][0]:              # one block may be called several times
+                raise _Enough
+        return hook
+    hooks = [block.register_forward_pre_hook(record(name), with_kwargs=True) for name, block in blocks]
+    try:
+        for batch in batches if inside else ():
+            with contextlib.suppress(_Enough):
                 run(model, batch)
-                for i in range(1, len(blocks)):     # a later block's inputs will be others: only what comes with them stays
-                    calls[i][-1] = _with_hidden(*calls[i][-1], None)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    inside = set()
-    for i, (prefix, block) in enumerate(zip(block_names, blocks, strict=True)):
-        here = [n for n in names if n.startswith(f'{prefix}.')]
-        inside.update(here)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (name, block), (following, _) in itertools.zip_longest(blocks, blocks[1:], fillvalue=('', None)) if inside else ():
+        here = [n for n in names if n.startswith(f'{name}.')]
         if here:
             with _Observed(model, here) as found:
-                for args, kwargs in calls[i]:
+                for args, kwargs in calls[name]:
                     block(*args, **kwargs)
-            for name in here:
-                found[name].check(name)
-                visit(name, found.pop(name))
-        if i + 1 < len(blocks):
-            for at, (args, kwargs) in enumerate(calls[i]):
+            for n in here:
+                visit(n, found.pop(n))
+        if following and following not in begins:
+            for at, (args, kwargs) in enumerate(calls[name]):
                 y = block(*args, **kwargs)
-                calls[i][at] = None
-                calls[i + 1][at] = _with_hidden(*calls[i + 1][at], y[0] if isinstance(y, tuple) else y)
-        calls[i] = None
-    rest = [n for n in names if n not in inside]
+                calls[name][at] = None
+                calls[following][at] = _with_hidden(*calls[following][at], y[0] if isinstance(y, tuple) else y)
+        calls.pop(name)
     if rest:
         with _Observed(model, rest) as found:
             for batch in batches:
                 run(model, batch)
-        for name in rest:
-            found[name].check(name)
-            visit(name, found.pop(name))
+        for n in rest:
+            visit(n, found.pop(n))
 
 
 def _with_hidden(args, kwargs, hidden):
@@ -156,17 +162,20 @@ def _diagonal_blocks(H, group):
 
 def inverse_root(H, damp):
     """Upper triangular fp32 U with U^T U = (H + damp mean(diag H) I)^-1, in fp64. Damped ten times more where that is not
-    positive definite, up to 1; raises ValueError beyond it."""
-    H = H.double()
-    while damp <= 1:
-        damped = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+    positive definite, up to 1; raises ValueError beyond it, and where H is not finite."""
+    mean = H.diagonal().mean().item()
+    while math.isfinite(mean) and damp <= 1:
+        root = H.to(torch.float64, copy=True)
+        root.diagonal().add_(damp * mean)
+        root, failed = torch.linalg.cholesky_ex(root)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
-                return upper.float()
+            torch.cholesky_inverse(root, out=root)
+            root, failed = torch.linalg.cholesky_ex(root, upper=True)
+            if not failed and root.isfinite().all():
+                return root.float()
         damp = max(damp, 1e-4) * 10
-    raise ValueError('the inputs of a layer have no usable second moments, even damped by their mean')
+    raise ValueError('the inputs are not finite' if not math.isfinite(mean) else
+                     'the second moments of the inputs have no inverse, even damped by their mean')
 
 
 def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01):
@@ -175,9 +184,10 @@ def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01
     Columns are rounded one by one, and what each leaves as error is passed on to those that are not yet rounded, by the
     inverse of H. act_order: those with the largest inputs first; the groups stay those of the row, with scales from the
     weights as they were, so that nothing has to be kept about the order. Otherwise from left to right, with a group's
-    scale from its weights as the columns before have left them. clip: ranges by the least error of a group's output, not by
-    its largest weights. damp: share of mean(diag H) added to the diagonal. Columns whose input was always 0 are rounded
-    to the nearest. group=0: a whole row. Raises ValueError where H cannot be inverted even when damped by its mean.
+    scale from its weights as the columns before have left them. clip: clipping, each group's range by the least squared error
+    of its output (as AWQ searches it) and not by its largest weights. damp: share of mean(diag H) added to the diagonal.
+    Columns whose input was always 0 are rounded to the nearest. group=0: a whole row. Raises ValueError where H cannot be
+    inverted even when damped by its mean.
     """
     out, n = weight.shape
     group = group or n
@@ -228,7 +238,8 @@ def awq(weight, moments, levels, group):
     """
     out, n = weight.shape
     group, weight = group or n, weight.float()
-    H, size = moments.H / moments.n, (moments.total / moments.n).clamp(min=1e-8)
+    seen = max(1, moments.n)
+    H, size = moments.H / seen, (moments.total / seen).clamp(min=1e-8)
     best = None
     for power in POWERS:
         s = size ** power
@@ -243,10 +254,3 @@ def awq(weight, moments, levels, group):
     groups = (weight / inverse).unflatten(1, (-1, group))
     scale, zero = _shrunk(groups, _diagonal_blocks(H * inverse[:, None] * inverse, group), levels)
     return to_grid(groups, scale, zero, levels).flatten(1), scale[..., 0], zero[..., 0], inverse
-
-
-def output_error(weight, quantized, moments):
-    """Squared error of the outputs relative to their square, tr(D H D^T) / tr(W H W^T), D = quantized - weight."""
-    off = (quantized - weight).float()
-    return (((off @ moments.H) * off).sum() / ((weight.float() @ moments.H) * weight.float()).sum()).item()
-

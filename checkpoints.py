@@ -10,6 +10,7 @@ transformers, such as finetune_cls.py writes, on a folder of labelled texts.
 """
 import functools
 import os
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -55,6 +56,20 @@ class Trained:
                      'model_config': asdict(self.model.config), 'tokenizer': self.tokenizer.describe(), 'config': config}
         self.model.to(dev)
 
+    unused = {'text', 'calibration'}
+
+    def refuse(self, path):
+        """Raises ValueError where the packed model cannot be written to `path`."""
+        if not path.endswith('.safetensors') or os.path.isdir(path):
+            raise ValueError(f'save={path!r}: a packed model is a file that ends in .safetensors')
+        if os.path.exists(path) and os.path.samefile(path, self.name):
+            raise ValueError(f'save={path!r} is the model itself; type another file')
+
+    def save(self, path, described):
+        """Write the packed model; returns the size of its file. Raises OSError."""
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        return layers.save_packed(self.model, path, self.meta | {'quantized': described})
+
     def _tokens(self, split):
         data = tokens.load(tokens.dataset_dir(self.dataset), split)
         if len(data) <= self.block:
@@ -69,11 +84,13 @@ class Trained:
         model(batch)
 
     @torch.no_grad()
-    def loss(self, model):
-        starts = common.sample_indices(self.seed, -1, len(self.val) - self.block, self.iters * self.batch)
+    def loss(self, model, on_training=False):
+        """Mean loss; on_training: over as many windows of the training split, to choose by."""
+        data, step = (self.train, -3) if on_training else (self.val, -1)
+        starts = common.sample_indices(self.seed, step, len(data) - self.block, self.iters * self.batch)
         total = 0.0
         for chosen in starts.reshape(-1, self.batch):
-            xy = self.val.windows(chosen, self.block + 1).to(self.dev)
+            xy = data.windows(chosen, self.block + 1).to(self.dev)
             total += model(xy[:, :-1], xy[:, 1:]).item()
         return total / self.iters
 
@@ -104,18 +121,59 @@ class Trained:
         model(ids)
 
 
-class Causal(Trained):
+class _Folder:
+    """What the two kinds of models of transformers share: a folder that holds their config, their tokenizer and one file."""
+
+    def _packed(self):
+        """Header and tensors of the packed file of the folder, or None."""
+        path = os.path.join(self.name, PACKED)
+        try:
+            return layers.read_packed(path) if os.path.isfile(path) else None
+        except ValueError as e:
+            fail(f'{e}; save it again')
+
+    def _take(self, net, packed):
+        """net as it is, or with the layers of the packed file."""
+        net, described = hf.plain_linears(net).eval(), packed[0]['quantized'] if packed else {}
+        try:
+            return layers.load_packed(quantized.restore(net, described, packed[1]), packed[1]) if packed else net
+        except (ValueError, KeyError, AttributeError) as e:
+            fail(f'{self.name}/{PACKED} does not fit the config.json beside it ({e}); save it again')
+
+    def refuse(self, path):
+        if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
+            raise ValueError(f'save={path!r} exists; a packed model of transformers is a folder of its own, give a new one')
+
+    def save(self, path, described):
+        """Write a folder with the packed model, its config and its tokenizer, whole or not at all; returns the size of the
+        packed file. Raises OSError."""
+        part = f'{path.rstrip(os.sep)}.tmp{os.getpid()}'
+        os.makedirs(part)
+        try:
+            self.model.config.save_pretrained(part)
+            hf.save_tokenizer(self.tokenizer, part)
+            size = layers.save_packed(self.model, os.path.join(part, PACKED), self.meta | {'quantized': described})
+            if os.path.isdir(path):
+                os.rmdir(path)
+            os.replace(part, path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return size
+
+
+class Causal(_Folder, Trained):
     """A language model of transformers; its loss is over windows of a text file one after the other."""
+    unused = {'dataset'}
 
     def __init__(self, path, dev, s):
-        self.name, self.dev, self.trained = path, dev, None
-        packed = os.path.isfile(os.path.join(path, PACKED))
+        self.name, self.dev, self.trained, packed = path, dev, None, None
+        packed = self._packed()
         try:
-            self.model, self.tokenizer = hf.load_causal(path, weights=not packed)
+            net, self.tokenizer = hf.load_causal(path, weights=not packed)
         except ValueError as e:
             fail(str(e))
-        self.about = {'quantized': _load_packed(self.model, path) if packed else {}}
-        self.meta = {}
+        self.model = self._take(net, packed)
+        self.about, self.meta = {'quantized': packed[0]['quantized'] if packed else {}}, {'kind': 'causal'}
         most = getattr(self.model.config, 'max_position_embeddings', None) or 1024
         self.block, self.batch, self.iters = s['block_size'] or min(most, 1024), s['batch_size'] or 4, s['eval_iters']
         if self.block > most:
@@ -123,6 +181,8 @@ class Causal(Trained):
         if not s['text']:
             fail(f'{path} brings no validation data; type --text=FILE of a text to evaluate it on')
         self.val, self.calibration_file = self._read(s['text']), s['calibration']
+        if s['calibration'] and os.path.realpath(s['calibration']) == os.path.realpath(s['text']):
+            fail(f'{s["text"]} cannot be what the model is calibrated on and evaluated on; type another --calibration')
         self.model.to(dev)
 
     def _read(self, path):
@@ -175,26 +235,29 @@ class Causal(Trained):
         model(input_ids=ids, use_cache=False)
 
 
-class Classifier:
+class Classifier(_Folder):
     """A sequence classifier of transformers; its loss and accuracy are over the validation split of labelled texts."""
-    unit, causal, trained = 'nats per text', False, None
+    unit, causal, trained, accuracy, unused = 'nats per text', False, None, None, {'text', 'calibration'}
 
     def __init__(self, path, dev, s):
-        self.name, self.dev, self.batch = path, dev, s['batch_size'] or 32
+        self.name, self.dev, self.batch, packed = path, dev, s['batch_size'] or 32, None
+        packed = self._packed()
         self.dataset = s['dataset'] or fail(f'{path} is a classifier; type --dataset=... of labelled texts, e.g. sst2')
         try:
             _, _, names = classification.load(tokens.dataset_dir(self.dataset), 'val')
-            packed = os.path.isfile(os.path.join(path, PACKED))
-            self.model, self.tokenizer, self.names, fresh = hf.load(path, names, weights=not packed)
+            net, self.tokenizer, self.names, fresh = hf.load(path, names, weights=not packed)
         except ValueError as e:
             fail(str(e))
-        self.about = {'quantized': _load_packed(self.model, path) if packed else {}}
         if fresh and not packed:
             fail(f'{path} was not trained for the labels of {self.dataset} ({", ".join(names)}); type another --dataset')
-        self.most = min(s['block_size'] or 128, getattr(self.model.config, 'max_position_embeddings', None) or 128)
-        self.block, self.limit = self.most, s['eval_iters'] * self.batch
-        self.meta = {}
-        self.model.eval().to(dev)
+        self.model = self._take(net, packed).to(dev)
+        self.about, self.meta = {'quantized': packed[0]['quantized'] if packed else {}}, {'kind': 'classifier'}
+        known = getattr(self.model.config, 'max_position_embeddings', None) or 128
+        known -= (self.model.config.pad_token_id or 0) + 1 if 'roberta' in self.model.config.model_type else 0
+        self.block = s['block_size'] or min(128, known)
+        if self.block > known:
+            fail(f'block_size={self.block} is more than the {known} of {path}')
+        self.limit = s['eval_iters'] * self.batch
         self.rows, self.labels = self._rows('val')
 
     def _rows(self, split):
@@ -202,14 +265,14 @@ class Classifier:
             texts, ids, names = classification.load(tokens.dataset_dir(self.dataset), split)
         except ValueError as e:
             fail(str(e))
-        return hf.encode(self.tokenizer, texts, self.most), [self.names.index(names[i]) for i in ids]
+        return hf.encode(self.tokenizer, texts, self.block), [self.names.index(names[i]) for i in ids]
 
     @functools.cached_property
     def train(self):
         return self._rows('train')
 
     def _batch(self, rows):
-        return {k: t.to(self.dev) for k, t in hf.collate(self.tokenizer, rows, self.most).items()}
+        return {k: t.to(self.dev) for k, t in hf.collate(self.tokenizer, rows, self.block).items()}
 
     def run(self, model, batch):
         model(**batch)
@@ -244,34 +307,11 @@ class Classifier:
         return F.cross_entropy(logits, torch.tensor([labels[i] for i in chosen], device=logits.device))
 
     def ids(self, n):
-        flat = np.concatenate([r['input_ids'] for r in self.rows])[:min(n, self.most)]
+        flat = np.concatenate([r['input_ids'] for r in self.rows])[:min(n, self.block)]
         return torch.from_numpy(flat).long()[None].to(self.dev)
 
     def passed(self, model, ids):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
-
-
-def _load_packed(net, folder):
-    path = os.path.join(folder, PACKED)
-    try:
-        meta, held = layers.read_packed(path)
-        layers.load_packed(quantized.restore(net, meta.get('quantized', {}), held), held)
-    except (ValueError, KeyError, AttributeError) as e:
-        fail(f'{path} does not fit the config.json beside it ({type(e).__name__}: {e}); save it again')
-    return meta['quantized']
-
-
-def save(subject, path, described):
-    """Write the model, packed, to `path`: a file for a model of ours, for one of transformers a folder with its config and
-    tokenizer. Returns the bytes of the packed file. Raises OSError."""
-    meta = subject.meta | {'quantized': described}
-    if isinstance(subject, Trained) and not isinstance(subject, Causal):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        return layers.save_packed(subject.model, path, meta)
-    os.makedirs(path, exist_ok=True)
-    subject.model.config.save_pretrained(path)
-    hf.save_tokenizer(subject.tokenizer, path)
-    return layers.save_packed(subject.model, os.path.join(path, PACKED), meta)
 
 
 def load(path, dev, settings):
@@ -281,7 +321,8 @@ def load(path, dev, settings):
     if ours or path.startswith(('out/', './', '/')) and not os.path.isdir(path):
         return Trained(path, dev, settings)
     try:
-        kind = hf.kind_of(path)
+        packed = os.path.join(path, PACKED)
+        kind = layers.read_packed(packed)[0]['kind'] if os.path.isfile(packed) else hf.kind_of(path)
     except ValueError as e:
         fail(str(e))
     return (Classifier if kind == 'classifier' else Causal)(path, dev, settings)

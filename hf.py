@@ -1,5 +1,6 @@
 """
 Hugging Face models with a classification head: loaded, or made small from nothing; their tokenizers; folders to give away.
+Language models, for ptq.py.
 
     net, tokenizer, names, fresh = load('distilbert-base-uncased', ['negative', 'positive'])
     net, tokenizer = small(texts, names, n_layer=4, n_head=4, n_embd=128)      # no download
@@ -27,7 +28,7 @@ def _transformers():
     try:
         import transformers
     except ImportError:
-        raise ValueError('fine-tuning needs transformers; type: pip install transformers') from None
+        raise ValueError('models of Hugging Face need transformers; type: pip install transformers') from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     from huggingface_hub.utils import logging
@@ -141,8 +142,7 @@ def kind_of(name):
 
 
 def load_causal(name, weights=True):
-    """(net, tokenizer) of a language model, fp32, in evaluation mode; GPT-2's Conv1D layers as the nn.Linear that they are.
-    weights=False: random weights. Raises ValueError in one line."""
+    """(net, tokenizer) of a language model, fp32, in evaluation mode; weights=False: random ones. Raises a ValueError."""
     t = _transformers()
     try:
         tokenizer = t.AutoTokenizer.from_pretrained(name)
@@ -151,14 +151,21 @@ def load_causal(name, weights=True):
     except Exception as e:                          # noqa: BLE001  see load()
         raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a Hub id or a folder with config.json, tokenizer and '
                          'weights') from None
+    return net.eval(), tokenizer
+
+
+def plain_linears(net):
+    """GPT-2's Conv1D and Falcon's subclass as the nn.Linear that they are, in place, so that they can be quantized."""
     for path, module in list(net.named_modules()):
-        if type(module).__name__ == 'Conv1D':
+        name = type(module).__name__
+        if name in ('Conv1D', 'FalconLinear'):
+            weight = module.weight.detach().T.contiguous() if name == 'Conv1D' else module.weight.detach()
             with torch.device('meta'):
-                linear = nn.Linear(module.nx, module.nf)
-            linear.weight, linear.bias = nn.Parameter(module.weight.detach().T.contiguous()), module.bias
+                linear = nn.Linear(weight.shape[1], weight.shape[0])
+            linear.weight, linear.bias = nn.Parameter(weight), module.bias
             parent, _, leaf = path.rpartition('.')
             setattr(net.get_submodule(parent), leaf, linear)
-    return net.eval(), tokenizer
+    return net
 
 
 def _why(error):

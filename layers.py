@@ -549,6 +549,12 @@ def as_kind(module, kind, options, packed):
         if not all(torch.isfinite(p).all() for p in new.parameters()):
             raise ValueError(f'HalfLinear: weights must be finite and fit into {new.weight.dtype}')
         return new
+    if isinstance(module, nn.Linear) and packed and kind in ('int4', 'nf4', 'fit4', 'int8', 'group', 'sparse'):
+        with torch.device('meta'):                  # the weight itself is encoded, not a copy
+            new = linear(kind, module.in_features, module.out_features, bias, **options)
+        new.weight = module.weight
+        new.bias = nn.Parameter(module.bias.detach().clone()) if bias else None
+        return new.pack_()
     if isinstance(module, nn.Linear):
         new = linear(kind, module.in_features, module.out_features, bias, **options)
     elif isinstance(module, nn.Conv2d) and kind in KINDS and module.padding_mode == 'zeros':

@@ -15,7 +15,7 @@ or an id like gpt2) with --text=FILE and --calibration=FILE; or a classifier of 
     uniform16 ..  16 even levels, groups of 16 ..  nf4, nf4dq     16 normal quantiles; dq: scales of 8 bits
     fit4          16 fitted levels                 rtn4 .. rtn2   integers with a zero per group, to the nearest
     awq4 .. awq2  the same, inputs scaled          gptq4 .. gptq2 the same, each column making up for those before
-    tern, bin     mean|w| times -1, 0, 1 or -1, 1: what needs training       bnb8, bnb_nf4    bitsandbytes, where installed
+    tern, bin     mean|w| times -1, 0, 1 or -1, 1: what needs training   bnb8, bnb_nf4, bnb_nf4dq   bitsandbytes', if installed
 """
 import copy
 import importlib.util
@@ -40,7 +40,7 @@ import plot_ptq
 import quantized
 import sample
 from grouped import GroupLinear
-from measure import resident_bytes, show, times_ms
+from measure import median_ms, resident_bytes, show
 
 mode = 'compare'               # compare | prune | sensitivity | choose; also without --mode=, as the first word
 ckpt = 'out/gpt'               # a run's folder or one of its files | a folder or id of transformers
@@ -82,7 +82,7 @@ SCHEMES = {'half': ('', 'half', {}), 'int8': ('', 'int8', {}), 'int8a8': ('', 'i
            'nf4': ('', 'nf4', {}), 'nf4dq': ('', 'nf4', {'scales': '8bit'}), 'fit4': ('', 'fit4', {}),
            **{f'{method}{n}': (method, f'int{n}', {}) for n in (4, 3, 2) for method in ('rtn', 'awq', 'gptq')},
            'tern': ('rtn', 'tern', {}), 'bin': ('rtn', 'bin', {}),
-           'bnb8': ('bnb', 'int8', {}), 'bnb_nf4': ('bnb', 'nf4', {})}
+           'bnb8': ('bnb', 'int8', {}), 'bnb_nf4': ('bnb', 'nf4', {}), 'bnb_nf4dq': ('bnb', 'nf4dq', {})}
 METHODS = ('magnitude', 'global', '2:4', 'wanda', 'wanda2:4')
 
 
@@ -96,12 +96,14 @@ def rule(name):
     return (kind, options) if method in ('', 'bnb') else ('group', {'levels': kind, 'group': group})
 
 
-def quantize(subject, model, name):
+def quantize(subject, model, name, alone=False):
     """Replace layers of `model` by scheme `name`, one after the other, in place. Returns ({name: entry} for restore(), bits per
-    replaced weight with all that comes with the codes, biases aside). Raises ValueError, naming the layer."""
+    replaced weight with all that comes with the codes, biases aside). Raises ValueError, naming the layer.
+
+    alone: calibrated layers get the inputs of a model in which nothing else is quantized."""
     method, levels, _ = SCHEMES[name]
     kind, options = rule(name)
-    wanted, described, counts = quantized.layers_of(model, skip), {}, [0, 0]
+    wanted, described, counts, later = quantized.layers_of(model, skip), {}, [0, 0], {}
 
     def put(n, new=None, options=options):
         weights = model.get_submodule(n).weight.numel()
@@ -113,18 +115,27 @@ def quantize(subject, model, name):
     def visit(n, moments):
         layer = model.get_submodule(n)
         weight = layer.weight.detach().float()
-        found = calibrate.awq(weight, moments, levels, group) if method == 'awq' else \
-            calibrate.gptq(weight, moments, levels, group, act_order=act_order, clip=clip, damp=damp)
-        put(n, GroupLinear.from_codes(layer, levels, group, *found), options | {'scaled_input': method == 'awq'})
+        try:
+            found = calibrate.awq(weight, moments, levels, group) if method == 'awq' else \
+                calibrate.gptq(weight, moments, levels, group, act_order=act_order, clip=clip, damp=damp)
+        except ValueError as e:
+            raise ValueError(f'{n}: {e}') from None
+        later[n] = GroupLinear.from_codes(layer, levels, group, *found), options | {'scaled_input': method == 'awq'}
+        if not alone:
+            put(n, *later.pop(n))
 
     if method in ('gptq', 'awq'):
         linears = [n for n, m in wanted.items() if isinstance(m, nn.Linear)]
         calibrate.for_each_layer(model, subject.calibration(windows, seed), subject.run, linears, visit)
+        for n, found in later.items():
+            put(n, *found)
     for n, module in wanted.items():
         if method == 'bnb' and isinstance(module, nn.Linear) and not quantized.tied_to(model, n):
             put(n, bitsandbytes_layer(module, levels))
         elif method != 'bnb' and n not in described:                    # embeddings have no inputs to look at
             put(n)
+    if not counts[1]:
+        raise ValueError(f'{name} has no layer to replace; bitsandbytes has linear layers only')
     return described, counts[0] * 8 / counts[1]
 
 
@@ -134,13 +145,18 @@ def bitsandbytes_layer(linear, kind):
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)           # it says at each pass that it computes in fp16
     rows, columns, bias = linear.out_features, linear.in_features, linear.bias is not None
     new = bnb.nn.Linear8bitLt(columns, rows, bias, has_fp16_weights=False, threshold=6.0) if kind == 'int8' else \
-        bnb.nn.Linear4bit(columns, rows, bias, quant_type='nf4', compute_dtype=torch.float32)
+        bnb.nn.Linear4bit(columns, rows, bias, quant_type='nf4', compute_dtype=torch.float32,
+                          compress_statistics=kind == 'nf4dq')
     new.load_state_dict(linear.state_dict())
     return new.to(linear.weight.device)
 
 
 def check(subject, names):
     """Raises ValueError for what is wrong with the request, before anything is computed."""
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(f'{twice[0]} is asked for twice')
+    if save:
+        subject.refuse(save)
     wanted = quantized.layers_of(subject.model, skip)
     for name in names:
         kind, options = rule(name)
@@ -167,18 +183,27 @@ def file_bytes(subject, model, described):
         return layers.save_packed(model, os.path.join(folder, 'packed.safetensors'), subject.meta | {'quantized': described})
 
 
+def share_of(described, model):
+    """Share of the model's weights that are in the layers of `described`."""
+    rest = sum(p.numel() for n, p in model.named_parameters())
+    inside = sum(model.get_submodule(n).weight.numel() for n in described)
+    return inside / rest
+
+
 def timings(subject, model, base):
     """{'ms_1', 'ms_many', 'ratio_1', 'ratio_many'}: milliseconds a token, one alone and a whole context at once; ratios to
-    `base`, which is timed in turns with it. {} with time_rounds=0."""
-    row = {}
+    `base`, None for the model as it was. In each of time_rounds rounds both work for a fifth of a second, in turns, first one
+    and then the other first; the medians over rounds. {} with time_rounds=0."""
+    row, nets = {}, (model,) if base is None else (model, base)
     for key, n in (('1', 1), ('many', 10 ** 6)) if time_rounds else ():
-        ids, found = subject.ids(n), ([], [])
+        ids, found = subject.ids(n), [[] for _ in nets]
         with torch.no_grad():
-            for i in range(time_rounds + 1):        # the first round warms up
-                for net, times in zip((model, base), found, strict=True):
-                    times += times_ms(lambda net=net, ids=ids: subject.passed(net, ids), 1, ids.device.type == 'cuda')[:i]
-        row[f'ms_{key}'] = statistics.median(found[0]) / ids.shape[1]
-        row[f'ratio_{key}'] = statistics.median(m / b for m, b in zip(*found, strict=True))
+            for i in range(time_rounds):
+                for k in sorted(range(len(nets)), reverse=i % 2):
+                    ms = median_ms(lambda net=nets[k], ids=ids: subject.passed(net, ids), 0.2, ids.device.type == 'cuda')
+                    found[k].append(ms / ids.shape[1])
+        row[f'ms_{key}'] = statistics.median(found[0])
+        row[f'ratio_{key}'] = 1.0 if base is None else statistics.median(m / b for m, b in zip(*found, strict=True))
     return row
 
 
@@ -203,23 +228,27 @@ def compare(subject, folder):
     model, done = subject.model, subject.about['quantized']
     every = [n for n in SCHEMES if not n.startswith('bnb') or importlib.util.find_spec('bitsandbytes')]
     names = chosen(schemes, every, SCHEMES)
-    if not done:                                    # else there is nothing to do but to evaluate it
+    if done and schemes:
+        raise ValueError(f'{subject.name} is quantized already; leave --schemes out to evaluate it')
+    if not done:
         check(subject, names)
     low_bit = any(isinstance(m, layers.LowBit) for m in model.modules())
     first = 'as saved' if done else 'as trained' if low_bit else 'fp'
-    rows = [evaluated(subject, model, first, None, done, **timings(subject, model, model))]
+    rows = [evaluated(subject, model, first, None, done, **timings(subject, model, None))]
     if subject.trained is not None:
         print(f'val loss {rows[0]["loss"]:.4f}; its training wrote down {subject.trained:.4f} for the same batches')
     for name in [] if done else names:
         new, start = copy.deepcopy(model), time.perf_counter()
         described, bits_each = quantize(subject, new, name)
         rows.append(evaluated(subject, new, name, rows[0], described, bits=bits_each, quantize_s=time.perf_counter() - start,
-                              **timings(subject, new, model)))
+                              share=share_of(described, model), **timings(subject, new, model)))
         print(f'{name}: val loss {rows[-1]["loss"]:.4f}', flush=True)
         write_rows(folder, 'ptq', rows)
     show(rows, [c for c in COLUMNS if any(r.get(c[0]) is not None for r in rows)], None)
     write_rows(folder, 'ptq', rows)
     if len(rows) > 1:
+        print(f'bits/weight are of {rows[-1]["share"]:.1%} of the weights, the rest stays as it is (skip={skip!r}); smaller: '
+              'than in full precision')
         plot_ptq.sizes(os.path.join(folder, 'ptq.png'), rows, f'{subject.name}: {subject.unit}')
         print(f'wrote {folder}/ptq.jsonl and {folder}/ptq.png')
 
@@ -235,7 +264,7 @@ def save_quantized(subject, folder, start, before):
     name, = names
     check(subject, names)
     described, bits_each = quantize(subject, subject.model, name)
-    size = checkpoints.save(subject, save, described)
+    size = subject.save(save, described)
     row = {'scheme': name, 'bits': bits_each, 'seconds': time.perf_counter() - start, 'peak': common.peak_memory_bytes(),
            'above': common.peak_memory_bytes() - before, 'size': size, 'windows': windows, 'block': subject.block,
            'threads': torch.get_num_threads(), 'device': common.device_name(subject.dev), 'torch': torch.__version__}
@@ -247,8 +276,8 @@ def save_quantized(subject, folder, start, before):
 
 
 def chosen(words, default, known):
-    """The names in `words`, or the default; a ValueError for one that is not known, or none of them."""
-    names = [w.strip() for w in words.split(',') if w.strip()] or list(default)
+    """The names in `words`, or for '' the default; a ValueError for one that is not known, or none of them."""
+    names = [w.strip() for w in words.split(',')] if words else list(default)
     if unknown := [n for n in names if n not in known]:
         raise ValueError(f'{unknown[0]!r} is none of {", ".join(known)}')
     return names
@@ -307,6 +336,7 @@ def prune_(subject, model, method, amount):
 def retrain(subject, model, masks):
     """retrain_iters updates of all weights with AdamW; those that are 0 stay 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=retrain_lr)
+    torch.manual_seed(seed)                         # dropout: the same updates for all
     model.train()
     for step in range(retrain_iters):
         loss = subject.training_loss(model, seed, step)
@@ -334,7 +364,11 @@ def prune(subject, folder):
         raise ValueError(f'--save keeps one model, not {len(jobs)}; type one of --methods and one of --amounts')
     if any(m.startswith('wanda') for m, _ in jobs):
         subject.calibration(1, seed)
+    if save:
+        subject.refuse(save)
     for n, module in quantized.layers_of(subject.model, skip).items():
+        if isinstance(module, nn.Linear) and quantized.tied_to(subject.model, n):
+            raise ValueError(f'{n} is an embedding too, which is not pruned; type --skip=head,embd')
         if isinstance(module, nn.Linear) and module.in_features % 4 and any(m.endswith('2:4') for m, _ in jobs):
             raise ValueError(f'2:4 does not fit {n}: rows of {module.in_features} weights are no fours')
     rows = []
@@ -354,7 +388,7 @@ def prune(subject, folder):
         write_rows(folder, 'prune', rows)
     if save:
         subject.model = model
-        print(f'wrote {save}: {checkpoints.save(subject, save, described):,} bytes')
+        print(f'wrote {save}: {subject.save(save, described):,} bytes')
     show(rows, [c for c in PRUNED if any(r.get(c[0]) is not None for r in rows)], None)
     plot_ptq.shares(os.path.join(folder, 'prune.png'), rows, f'{subject.name}: {subject.unit}, {retrain_iters} updates')
     print(f'wrote {folder}/prune.jsonl and {folder}/prune.png')
@@ -367,8 +401,10 @@ def prune(subject, folder):
 def quantized_copy(subject):
     """(a copy of the model whose block layers are all quantized by `scheme`, its bits per weight, {block name: {kind of
     projection: layer name}})."""
-    check(subject, chosen(scheme, [], SCHEMES))
-    blocks, model = {b: {} for b in calibrate.find_blocks(subject.model)[0]}, subject.model
+    if scheme not in SCHEMES:
+        raise ValueError(f'scheme={scheme!r} is none of {", ".join(SCHEMES)}')
+    check(subject, [scheme])
+    blocks, model = {b: {} for row in calibrate.find_blocks(subject.model) for b, _ in row}, subject.model
     for n, module in quantized.layers_of(model, skip).items():
         inside = next((b for b in blocks if n.startswith(f'{b}.')), None)
         if inside and isinstance(module, nn.Linear):
@@ -376,18 +412,18 @@ def quantized_copy(subject):
     if not any(blocks.values()):
         raise ValueError(f'{subject.name} has no blocks with linear layers to take apart')
     other = copy.deepcopy(model)
-    _, bits_each = quantize(subject, other, scheme)
+    _, bits_each = quantize(subject, other, scheme, alone=True)
     return other, bits_each, blocks
 
 
-def loss_with(subject, other, names):
+def loss_with(subject, other, names, **where):
     """Loss of the model with the layers `names` of `other` in the place of its own."""
     model = subject.model
     own = {n: model.get_submodule(n) for n in names}
     for n in names:
         quantized.put(model, n, other.get_submodule(n))
     try:
-        return subject.loss(model)
+        return subject.loss(model, **where)
     finally:
         for n, layer in own.items():
             quantized.put(model, n, layer)
@@ -420,7 +456,8 @@ TRAINABLE = {'bin': 'bin', 'tern': 'tern', 'uniform16': 'int4'}         # scheme
 
 
 def choose(subject, folder):
-    """Take blocks one by one, each time the one that costs least beside those taken, until the rest fits the budget."""
+    """Take blocks one by one, each time the one that costs least beside those taken, until the rest fits the budget. What they
+    cost is measured on windows of the training split: what is chosen is judged on the other."""
     if scheme not in TRAINABLE:
         raise ValueError(f'scheme={scheme!r}: train_gpt.py trains {", ".join(TRAINABLE)} of these; type --scheme=bin')
     if subject.meta.get('trainer') != 'train_gpt' or any(isinstance(m, layers.LowBit) for m in subject.model.modules()):
@@ -432,18 +469,18 @@ def choose(subject, folder):
     low = sum(layers.linear(kind, s[1], s[0], False).packed_bytes() for s in sizes) * 8 / weights
     of = lambda k: (k * low + (len(blocks) - k) * 32) / len(blocks)
     need = next((k for k in range(len(blocks) + 1) if of(k) <= bits), None)
-    if need is None:
-        raise ValueError(f'bits={bits:g}: with all {len(blocks)} blocks as {kind} it is {low:.3f} bits a weight; type '
+    if not need:
+        raise ValueError(f'bits={bits:g}: with all {len(blocks)} blocks as {kind} it is {low:.3f} bits, with none 32; type '
                          f'--bits={math.ceil(100 * of(len(blocks) // 2)) / 100:g} for half of them')
-    taken, rows, base = [], [], subject.loss(subject.model)
+    taken, rows, base = [], [], subject.loss(subject.model, on_training=True)
     while len(taken) < need:
-        losses = {b: loss_with(subject, other, [n for t in [*taken, b] for n in blocks[t].values()])
+        losses = {b: loss_with(subject, other, [n for t in [*taken, b] for n in blocks[t].values()], on_training=True)
                   for b in blocks if b not in taken}
         best = min(losses, key=losses.get)
         taken.append(best)
         rows.append({'taken': best, 'bits': of(len(taken)), 'loss': losses[best], 'delta': losses[best] - base,
                      'losses': losses, 'scheme': scheme, 'ckpt': subject.name})
-        print(f'{best}: val loss {losses[best]:.4f} ({losses[best] - base:+.4f}), {of(len(taken)):.2f} bits', flush=True)
+        print(f'{best}: loss {losses[best]:.4f} ({losses[best] - base:+.4f}), {of(len(taken)):.2f} bits', flush=True)
         write_rows(folder, 'choose', rows)
     numbers = tuple(sorted(list(blocks).index(b) for b in taken))
     path = os.path.join(folder, 'chosen.py')
@@ -466,15 +503,22 @@ def main():
                        ('time_rounds', 0), ('retrain_iters', 0), ('retrain_lr', 0)):
         if not globals()[key] >= least:
             configurator.fail(f'{key}={globals()[key]} makes no sense; type --{key}={least} or more')
-    used = {'compare': ('schemes', 'save', 'time_rounds'),
-            'prune': ('methods', 'amounts', 'retrain_iters', 'retrain_lr', 'save'),
-            'sensitivity': ('scheme',), 'choose': ('scheme', 'bits')}
-    for key in {k for keys in used.values() for k in keys} - set(used[mode]):
-        if globals()[key] != _defaults[key]:
-            configurator.fail(f'{key} has no use in {mode}; leave --{key} out')
+    if damp > 1:
+        configurator.fail(f'damp={damp} makes no sense; type --damp=1 or less')
+    quantizing = {'skip', 'group', 'windows', 'act_order', 'clip', 'damp'}
+    used = {'compare': {'schemes', 'save', 'time_rounds'} | quantizing, 'sensitivity': {'scheme'} | quantizing,
+            'prune': {'methods', 'amounts', 'retrain_iters', 'retrain_lr', 'save', 'skip', 'windows'},
+            'choose': {'scheme', 'bits'} | quantizing}
+    changed = {k for k in config if config[k] != _defaults[k]}
+    for key in sorted(changed & set.union(*used.values()) - used[mode]):
+        configurator.fail(f'{key} has no use in {mode}; leave --{key} out')
+    if save and time_rounds != _defaults['time_rounds']:
+        configurator.fail('time_rounds has no use with --save; leave it out')
     start, before = time.perf_counter(), resident_bytes()
     dev, _ = sample.pick_device(device, 'float32')
     subject = checkpoints.load(ckpt, dev, config)
+    for key in sorted(changed & subject.unused):
+        configurator.fail(f'{key} has no use for {subject.name}; leave --{key} out')
     quantized.unfuse(subject.model).requires_grad_(mode == 'prune')
     folder = out or (os.path.dirname(subject.name) if os.path.isfile(subject.name) else subject.name if
                      os.path.isdir(subject.name) else os.path.join('out', f'ptq_{os.path.basename(subject.name)}'))
@@ -489,4 +533,7 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

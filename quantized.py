@@ -22,6 +22,8 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, layer, dtype=torch.float32):
         super().__init__()
+        if layer.kind not in ('half', 'int8', 'int4', 'nf4', 'fit4', 'group'):
+            raise ValueError(f'no embedding looks its rows up in a {layer.kind} layer')
         if layer.in_features % getattr(layer, 'group', 1):
             raise ValueError(f'rows of {layer.in_features} weights are not made of groups of {layer.group}')
         self.layer, self.dtype = layer, dtype
@@ -58,7 +60,7 @@ def put(model, name, new):
 
 
 def tied_to(model, name):
-    """Name of the nn.Linear that shares the weight of embedding `name`, or ''; the other way round likewise."""
+    """Name of another nn.Linear or nn.Embedding with the weight of `name`, or ''."""
     own = model.get_submodule(name)
     return next((n for n, m in model.named_modules() if m is not own and isinstance(m, nn.Linear | nn.Embedding)
                  and m.weight is own.weight), '')
@@ -68,10 +70,10 @@ def layers_of(model, skip):
     """{name: nn.Linear or nn.Embedding} that are to be replaced, in the order of the modules; of a tied pair the linear one.
 
     skip (str of words, separated by commas): `head` the linear layers outside of the blocks, `embd` the embeddings, any
-    other word layers whose name holds it, or fits it as a glob. Raises ValueError where a word, these two aside, is nobody's
-    name, and where nothing is left.
+    other word layers with it in their name between dots, or whose name fits it as a glob. Raises ValueError where a word,
+    these two aside, is nobody's name, and where nothing is left.
     """
-    prefixes = tuple(f'{n}.' for n in find_blocks(model)[0])
+    prefixes = tuple(f'{n}.' for row in find_blocks(model) for n, _ in row)
     # Not subclasses, which compute something else, nor what shares a weight with one.
     found = {n: m for n, m in model.named_modules()
              if type(m) in (nn.Linear, nn.Embedding) and getattr(m, 'max_norm', None) is None}
@@ -79,7 +81,7 @@ def layers_of(model, skip):
     words = [w.strip() for w in skip.split(',') if w.strip()]
     skipped = set()
     for word in words:
-        here = {n for n in found if word in n or fnmatch.fnmatchcase(n, word)}
+        here = {n for n in found if f'.{word}.' in f'.{n}.' or fnmatch.fnmatchcase(n, word)}
         if word == 'embd':
             here |= {n for n, m in found.items() if isinstance(m, nn.Embedding)}
         elif word == 'head' and prefixes:
@@ -133,7 +135,10 @@ def restore(model, described, tensors):
     if described:
         unfuse(model)
     for name, entry in described.items():
-        old = model.get_submodule(name)
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f'the model has no layer {name}') from None
         rows, columns = old.weight.shape
         with torch.device('meta'):
             new = layers.HalfLinear(columns, rows, entry['bias'], **entry['options']) if entry['kind'] == 'half' else \

@@ -27,7 +27,7 @@ import layers
 import quantized
 import tasks
 import tokens
-from train_bitnet import BitNet, BitNetConfig
+from train_bitnet import HEAD, BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
 
 mode = 'generate'              # generate | chat | play; also without --mode=, as the first word
@@ -78,7 +78,7 @@ def load(path):
         if packed:
             layers.load_packed(quantized.restore(model, replaced, tensors), tensors)
         else:
-            common.load_model_state(model, state['model'], path, assign=True)
+            common.load_model_state(model, state['model'], path, HEAD, assign=True)
             model.lm_head.weight = model.wte.weight
         settings = state.get('config', {})
         about = {'step': state['step'], 'trainer': state['trainer'], 'task': state.get('task', settings.get('task', '')),

@@ -88,6 +88,9 @@ PEAK_RATES = {'tern': ((1.0e9, 1.5e-3, 1.0e-3), (math.inf, 1.2e-3, 8e-4)),
               'fp': ((1.0e9, 2.5e-4, 2.5e-4), (math.inf, 2.0e-4, 2.0e-4))}
 
 
+HEAD = ('lm_head.weight',)      # the embedding under another name, which early checkpoints lack
+
+
 @dataclass
 class BitNetConfig:
     """Shape of a BitNet, plain types only: it is kept in checkpoints."""
@@ -309,7 +312,7 @@ def main():
                     raise ValueError(f'{init_from} has {key}={state["model_config"][key]}; type --{key}=... as it has')
             if state['model_config']['quant'] != quant:
                 say(f'{init_from} has quant={state["model_config"]["quant"]}; its latent weights become those of quant={quant}')
-            common.load_model_state(model, state['model'], init_from)
+            common.load_model_state(model, state['model'], init_from, HEAD)
     except ValueError as e:
         configurator.fail(str(e))
     model.to(dev)
@@ -348,7 +351,7 @@ def main():
                 changed = [k for k, v in asdict(model_config).items() if state['model_config'].get(k) != v]
                 raise ValueError(f'{resume_path} has another {changed[0]} ({state["model_config"].get(changed[0])}, '
                                  f'not {asdict(model_config)[changed[0]]}); resume with {out_dir}/config.py')
-            common.load_model_state(model, state['model'], resume_path)
+            common.load_model_state(model, state['model'], resume_path, HEAD)
             asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
             optimizer.load_state_dict(state['optimizer'])
             for group, options in zip(optimizer.param_groups, asked, strict=True):

@@ -25,6 +25,12 @@ def correlated(n, tokens, seed=0):
     return torch.randn(tokens, n, generator=g) @ mix / n ** 0.5 + 0.1 * torch.randn(n, generator=g)
 
 
+def output_error(weight, quantized, moments):
+    """Squared error of the outputs relative to their square, tr(D H D^T) / tr(W H W^T), D = quantized - weight."""
+    off = (quantized - weight).float()
+    return (((off @ moments.H) * off).sum() / ((weight.float() @ moments.H) * weight.float()).sum()).item()
+
+
 def weight(out, n, seed=1):
     return torch.randn(out, n, generator=torch.Generator().manual_seed(seed)) / n ** 0.5
 
@@ -69,7 +75,7 @@ def test_gptq_is_the_direct_solve(levels, group, act_order):
     assert torch.equal(found[1], scale) and torch.equal(found[2], zero)
     # A weight that lies on the middle between two levels may go either way in fp32 and fp64.
     assert (found[0] != codes).float().mean() <= 0.02
-    error = lambda c, s, z: calibrate.output_error(w, decoded(c, s, z), m)
+    error = lambda c, s, z: output_error(w, decoded(c, s, z), m)
     assert error(*found) == pytest.approx(error(codes, scale, zero), rel=0.1)
 
 
@@ -99,9 +105,9 @@ def test_scales_follow_the_weights():
 @pytest.mark.parametrize('group', [0, 32, 128])
 def test_gptq_beats_rounding_to_the_nearest(levels, least, group):
     w, m = weight(64, 256), moments(correlated(256, 2000))
-    plain = calibrate.output_error(w, decoded(*nearest(w, levels, group)), m)
+    plain = output_error(w, decoded(*nearest(w, levels, group)), m)
     for options in ({}, {'act_order': False}, {'clip': False}):
-        assert calibrate.output_error(w, decoded(*calibrate.gptq(w, m, levels, group, **options)), m) < plain / least
+        assert output_error(w, decoded(*calibrate.gptq(w, m, levels, group, **options)), m) < plain / least
 
 
 def test_independent_inputs_of_one_size_leave_nothing_to_make_up_for():
@@ -128,7 +134,7 @@ def test_an_ill_conditioned_hessian(what):
     w, m = weight(8, 32), moments(x)
     codes, scale, zero = calibrate.gptq(w, m, 'int4', 16, damp=1e-12)
     assert codes.isfinite().all() and codes.min() >= 0 and codes.max() <= 15
-    error = lambda *found: calibrate.output_error(w, decoded(*found), m)
+    error = lambda *found: output_error(w, decoded(*found), m)
     assert error(codes, scale, zero) <= error(*nearest(w, 'int4', 16))
     if what == 'always zero':
         dead = [3, *range(20, 32)]
@@ -146,8 +152,30 @@ def test_inverse_root():
     U = calibrate.inverse_root(H, 0.01).double()
     damped = H + 0.01 * H.diagonal().mean() * torch.eye(20, dtype=torch.float64)
     assert torch.equal(U, U.triu()) and torch.allclose(U.T @ U @ damped, torch.eye(20, dtype=torch.float64), atol=1e-4)
-    with pytest.raises(ValueError, match='no usable second moments'):
+    with pytest.raises(ValueError, match='have no inverse, even damped'):
         calibrate.inverse_root(-H, 0.01)
+    with pytest.raises(ValueError, match='not finite'):
+        calibrate.gptq(weight(2, 20), moments(torch.full((1, 20), float('nan'))), 'int4', 20)
+
+
+def test_layers_that_saw_nothing_are_rounded_to_the_nearest():
+    w, m = weight(8, 32), calibrate.Moments(32, 'cpu')
+    assert torch.equal(calibrate.gptq(w, m, 'int4', 16, clip=False)[0], nearest(w, 'int4', 16)[0])
+    assert torch.equal(calibrate.awq(w, m, 'int4', 16)[0], nearest(w, 'int4', 16)[0])
+
+
+def test_clipping_takes_the_range_with_the_least_error():
+    """One large weight on an input that hardly ever comes: its group's range is clipped, and the others gain."""
+    w, x = weight(1, 16), torch.randn(500, 16, generator=torch.Generator().manual_seed(3))
+    w[0, 3], x[:, 3] = 4.0, x[:, 3] * 1e-3
+    m = moments(x)
+    scale, zero = (t[..., 0] for t in calibrate._shrunk(w[:, None], m.H[None], 'int3'))
+    plain = group_grid(w[:, None], 'int3')[0][..., 0]
+    assert scale < 0.6 * plain
+    error = lambda s, z: output_error(w, (to_grid(w, s, z, 'int3') - z) * s, m)
+    assert error(scale, zero) < error(*(t[..., 0] for t in group_grid(w[:, None], 'int3'))) / 2
+    for shrink in calibrate.SHRINKS:
+        assert error(scale, zero) <= error(*(t[..., 0] for t in group_grid(w[:, None], 'int3', shrink))) + 1e-9
 
 
 def test_awq_takes_the_best_power_and_keeps_large_inputs_exact():
@@ -158,7 +186,7 @@ def test_awq_takes_the_best_power_and_keeps_large_inputs_exact():
     codes, scale, zero, inverse = calibrate.awq(w, m, 'int3', 32)
     found = decoded(codes, scale, zero) * inverse
     plain = decoded(*nearest(w, 'int3', 32))
-    assert calibrate.output_error(w, found, m) < calibrate.output_error(w, plain, m) / 3
+    assert output_error(w, found, m) < output_error(w, plain, m) / 3
     assert inverse[:2].max() < inverse[2:].min() / 5 and torch.equal(inverse, inverse.half().float())
     assert (found - w)[:, :2].square().mean() < (plain - w)[:, :2].square().mean() / 3
 
@@ -170,10 +198,6 @@ def test_moments_are_sums_over_all_tokens():
         m.add(part[None].bfloat16())
     flat = x.bfloat16().float().reshape(-1, 7)
     assert m.n == 10 and torch.allclose(m.H, flat.T @ flat, atol=1e-5) and torch.allclose(m.total, flat.abs().sum(0))
-    with pytest.raises(ValueError, match='x saw no calibration text'):
-        calibrate.Moments(7, 'cpu').check('x')
-    with pytest.raises(ValueError, match='the inputs of x are not finite'):
-        moments(torch.full((1, 7), float('nan'))).check('x')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +226,7 @@ def test_each_layer_sees_what_comes_out_of_the_layers_before_it_as_they_are_now(
     model, run = make(), lambda net, ids: net(ids) if make is gpt else net(input_ids=ids, use_cache=False)
     batches = [torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    blocks = calibrate.find_blocks(model)[0]
+    blocks = [n for row in calibrate.find_blocks(model) for n, _ in row]
     assert len(blocks) == 3 and len(names) > 10
     plain, seen = copy.deepcopy(model), []
 
@@ -223,13 +247,30 @@ def test_each_layer_sees_what_comes_out_of_the_layers_before_it_as_they_are_now(
     assert sorted(seen) == sorted(names) and seen[-1] == 'lm_head'
 
 
-def test_blocks_are_the_list_with_most_linear_weights():
-    model = nn.Module()
-    model.few = nn.ModuleList([nn.Linear(4, 4)] * 2)
-    model.many = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
-    assert calibrate.find_blocks(model)[0] == ['many.0', 'many.1', 'many.2']
-    assert calibrate.find_blocks(nn.Sequential(nn.Linear(4, 4)))[0] == []
-    assert calibrate.find_blocks(gpt())[0] == ['blocks.0', 'blocks.1', 'blocks.2']
+def test_blocks_are_the_outermost_lists_of_modules_with_linear_layers():
+    model, names = nn.Module(), lambda m: [[n for n, _ in row] for row in calibrate.find_blocks(m)]
+    model.encoder = nn.ModuleList(nn.ModuleList([nn.Linear(4, 4)]) for _ in range(2))
+    model.norms, model.decoder = nn.ModuleList([nn.LayerNorm(4)]), nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+    assert names(model) == [['encoder.0', 'encoder.1'], ['decoder.0']]
+    assert names(nn.Sequential(nn.Linear(4, 4))) == [] and names(gpt()) == [['blocks.0', 'blocks.1', 'blocks.2']]
+
+
+def test_an_encoder_and_a_decoder():
+    """BART: every layer of both is visited once, each with the moments of a plain pass."""
+    from transformers import BartConfig, BartForConditionalGeneration
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32)).eval()
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != 'lm_head']
+    batches, seen = [torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(2)], {}
+    run = lambda net, ids: net(input_ids=ids, use_cache=False)
+    with calibrate._Observed(model, names) as expected, torch.no_grad():
+        for ids in batches:
+            run(model, ids)
+    calibrate.for_each_layer(model, batches, run, names, lambda n, m: seen.update({n: m}))
+    assert list(seen) and sorted(seen) == sorted(names)
+    assert all(torch.allclose(seen[n].H, expected[n].H, rtol=1e-4, atol=1e-4) for n in names)
 
 
 def test_a_model_without_blocks_is_observed_as_a_whole():

@@ -208,6 +208,41 @@ def test_the_share_that_becomes_zero(amount, zeros, monkeypatch):
         assert not zeros or model['a'].weight.flatten()[:zeros].eq(0).all()
 
 
+def test_what_is_pruned_worked_by_hand():
+    """global: the smallest of both matrices, which are all of one; wanda: in each row the smallest |w| |x_j|; 2:4 of |w|."""
+    def model():
+        net = torch.nn.ModuleDict({'a': torch.nn.Linear(4, 2, bias=False), 'b': torch.nn.Linear(4, 2, bias=False)})
+        net['a'].weight.data = torch.tensor([[1.0, -2, 3, -4], [8, 7, -6, 5]])
+        net['b'].weight.data = 10 * net['a'].weight.data
+        return net
+    net = model()
+    ptq.prune_(None, net, 'global', 0.5)
+    assert net['a'].weight.abs().tolist() == [[0] * 4, [0] * 4] and (net['b'].weight != 0).all()
+    net = model()
+    ptq.prune_(None, net, '2:4', 0.5)
+    assert net['a'].weight.tolist() == [[0, 0, 3, -4], [8, 7, 0, 0]]
+
+    class Inputs:
+        def calibration(self, n, seed):
+            return [torch.tensor([[9.0, 1, 1, 1], [0, 0, 0, -1]])]
+
+        def run(self, net, x):
+            net['a'](x), net['b'](x * torch.tensor([0.0, 1, 1, 1]))
+    net = model()
+    ptq.prune_(Inputs(), net, 'wanda', 0.5)         # |x_j| of a: 9, 1, 1, 1.41 -> 9 2 3 5.7 and 72 7 6 7.1; of b: 0 1 1 1.41
+    assert net['a'].weight.tolist() == [[1, 0, 0, -4], [8, 0, 0, 5]]
+    assert net['b'].weight.tolist() == [[0, 0, 30, -40], [0, 70, 0, 50]]
+
+
+def test_every_method_gets_the_same_updates(call, home, tmp_path):
+    """What a pruning gives does not depend on what is pruned before it."""
+    words = ['prune', '--amounts=0.5', '--retrain_iters=3', f'--out={tmp_path}']
+    call(*words, '--methods=global', cwd=home)
+    alone = rows_of(tmp_path / 'prune.jsonl')[-1]['loss']
+    call(*words, '--methods=magnitude,global', cwd=home)
+    assert rows_of(tmp_path / 'prune.jsonl')[-1]['loss'] == alone
+
+
 def test_smallest_keeps_exactly_as_many():
     mask = ptq.smallest(torch.tensor([[1.0, 1.0, 1.0, 1.0], [4.0, 1.0, 3.0, 2.0]]), 2)
     assert mask.tolist() == [[False, False, True, True], [True, False, True, False]]
@@ -347,19 +382,30 @@ def test_what_is_missing_for_transformers(call, folders, words, said):
     (['--block_size=64'], 'block_size=64 is more than the 32'),
     (['--windows=0'], 'windows=0 makes no sense; type --windows=1 or more'),
     (['--damp=-1'], 'damp=-1.0 makes no sense'),
+    (['--damp=2'], 'damp=2.0 makes no sense; type --damp=1 or less'),
+    (['--schemes=rtn4,rtn4'], 'rtn4 is asked for twice'),
+    (['--schemes=,'], "'' is none of"),
+    (['--text=a.txt'], 'text has no use for out/gpt/best.pt'),
+    (['--schemes=rtn4', '--save=out/gpt/best.pt'], 'a packed model is a file that ends in .safetensors'),
+    (['--ckpt=out/gpt/packed.safetensors', '--schemes=rtn4', '--save=out/gpt/packed.safetensors'], 'does not say what it was'),
+    (['--schemes=rtn4', '--save=q.safetensors', '--time_rounds=1'], 'time_rounds has no use with --save'),
+    (['prune', '--skip='], 'lm_head is an embedding too, which is not pruned'),
+    (['prune', '--damp=0.1'], 'damp has no use in prune'),
+    (['choose', '--bits=32'], 'bits=32: with all 2 blocks as bin it is'),
     (['--bits=3'], 'bits has no use in compare'),
     (['prune', '--amounts=(0.5, 1.5)'], 'shares from 0 to 1'),
     (['prune', '--methods=random'], "'random' is none of magnitude"),
     (['prune', '--schemes=nf4'], 'schemes has no use in prune'),
     (['prune', '--save=q.safetensors'], '--save keeps one model, not 11'),
-    (['sensitivity', '--scheme=gptq7'], "'gptq7' is none of"),
+    (['sensitivity', '--scheme=gptq7'], "scheme='gptq7' is none of"),
     (['choose', '--bits=0.5'], 'with all 2 blocks as bin it is'),
     (['choose', '--bits=17', '--scheme=nf4'], 'train_gpt.py trains bin, tern, uniform16'),
     (['--mode=tune'], "mode='tune' is none of compare, prune, sensitivity, choose")])
 def test_a_mistake_is_one_line(call, home, words, said):
     if words == ['--schemes=bnb8'] and ptq.importlib.util.find_spec('bitsandbytes'):
         pytest.skip('bitsandbytes is installed')
-    assert said in one_error(call('--group=32', *words, cwd=home, code=2, HF_HUB_OFFLINE='1'))
+    groups = [] if 'prune' in words else ['--group=32']
+    assert said in one_error(call(*groups, *words, cwd=home, code=2, HF_HUB_OFFLINE='1'))
 
 
 def test_what_is_wrong_with_the_data(call, home, tiny_data, tmp_path):
