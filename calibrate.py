@@ -191,16 +191,18 @@ def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01
     """
     out, n = weight.shape
     group = group or n
-    H = moments.H / max(1, moments.n)
+    H = moments.H / max(1, moments.n)               # of a wide layer it is the largest thing here: few copies of it
     dead = H.diagonal() == 0
-    H = H + torch.diag(dead.float() * H.diagonal().mean().clamp(min=1e-12))
+    H.diagonal().add_(dead.float() * H.diagonal().mean().clamp(min=1e-12))
     W, groups = weight.T.float().clone(), weight.float().unflatten(1, (-1, group))      # (in, out): a column is a row now
-    blocks = _diagonal_blocks(H, group)
+    blocks = _diagonal_blocks(H, group).clone()
     grid = lambda w, at: _shrunk(w, blocks[at], levels) if clip else group_grid(w, levels)
     scale, zero = (t[..., 0].T.contiguous() for t in grid(groups, slice(None)))          # (groups, out)
     order = torch.argsort(H.diagonal(), descending=True) if act_order else torch.arange(n, device=H.device)
     W, of_group = W[order], (order // group).tolist()
-    U, codes = inverse_root(H[order][:, order], damp), torch.empty_like(W)
+    H = H[order[:, None], order] if act_order else H
+    U, codes = inverse_root(H, damp), torch.empty_like(W)
+    del H
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         w, u = W[start:stop], U[start:stop, start:stop]
@@ -238,8 +240,7 @@ def awq(weight, moments, levels, group):
     """
     out, n = weight.shape
     group, weight = group or n, weight.float()
-    seen = max(1, moments.n)
-    H, size = moments.H / seen, (moments.total / seen).clamp(min=1e-8)
+    H, size = moments.H, (moments.total / max(1, moments.n)).clamp(min=1e-8)
     best = None
     for power in POWERS:
         s = size ** power
@@ -251,6 +252,6 @@ def awq(weight, moments, levels, group):
         if best is None or error < best[0]:
             best = error, inverse
     inverse = best[1]
-    groups = (weight / inverse).unflatten(1, (-1, group))
-    scale, zero = _shrunk(groups, _diagonal_blocks(H * inverse[:, None] * inverse, group), levels)
+    groups, each = (weight / inverse).unflatten(1, (-1, group)), inverse.view(-1, group)
+    scale, zero = _shrunk(groups, _diagonal_blocks(H, group) * each[:, :, None] * each[:, None], levels)
     return to_grid(groups, scale, zero, levels).flatten(1), scale[..., 0], zero[..., 0], inverse
