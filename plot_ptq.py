@@ -8,20 +8,25 @@ def _save(figure, path):
 
 
 def sizes(path, rows, title):
-    """rows of ptq.jsonl, the first one the model as it was -> loss against bytes. Raises OSError."""
+    """rows of ptq.jsonl, the first one the model as it was -> the rise of the loss against bytes, both on logarithmic axes; a
+    line for each family of schemes. Raises OSError."""
+    from matplotlib.ticker import ScalarFormatter
     figure, (axes,) = subplots(title=title)
-    best = rows[0]['loss']
-    worst = best + max(4 * (sorted(r['loss'] for r in rows)[len(rows) // 2] - best), 0.05)     # what is destroyed is cut off
-    families = list(dict.fromkeys(r['scheme'].rstrip('0123456789') for r in rows))
-    for r in rows:
-        i = families.index(r['scheme'].rstrip('0123456789'))
-        cut = r['loss'] > worst
-        axes.plot(r['file_bytes'] / 1e6, min(r['loss'], worst), color=COLORS[i % len(COLORS)], linestyle='none',
-                  marker='^' if cut else MARKERS[i % len(MARKERS)], markersize=6)
-        axes.annotate(f'{r["scheme"]} {r["loss"]:.2f}' if cut else r['scheme'], (r['file_bytes'] / 1e6, min(r['loss'], worst)),
-                      textcoords='offset points', xytext=(4, 4), fontsize=7)
-    axes.axhline(best, color='grey', linewidth=0.8, linestyle=':')
-    axes.set(xscale='log', xlabel='file, MB', ylabel='validation loss')
+    least = 1e-4                                    # what is better than that, or than the model itself, is drawn there
+    families = {}
+    for r in rows[1:]:
+        families.setdefault(r['scheme'].rstrip('0123456789'), []).append(r)
+    for i, members in enumerate(families.values()):
+        size, rises = zip(*sorted((r['file_bytes'] / 1e6, max(r['delta'], least)) for r in members), strict=True)
+        axes.plot(size, rises, color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=6, linewidth=1,
+                  label=', '.join(r['scheme'] for r in members))
+    axes.axvline(rows[0]['file_bytes'] / 1e6, color='grey', linewidth=0.8, linestyle=':', label=f'{rows[0]["scheme"]}, +0')
+    axes.set(xscale='log', yscale='log', xlabel='file, MB', ylabel=f'rise of the validation loss over {rows[0]["loss"]:.4f}')
+    ticks = ScalarFormatter()
+    ticks.set_scientific(False)
+    axes.xaxis.set_major_formatter(ticks)
+    axes.xaxis.set_minor_formatter(ticks)
+    axes.legend(fontsize=7)
     _save(figure, path)
 
 
@@ -54,6 +59,6 @@ def heat(path, blocks, kinds, found, title):
             if value == value:
                 axes.text(x, y, f'{value:+.3f}', ha='center', va='center', fontsize=7,
                           color='black' if value > 0.6 * max([*inner, 1e-9]) else 'white')
-    figure.colorbar(image, ax=axes, label='gain in validation loss')
+    figure.colorbar(image, ax=axes, label='rise of the validation loss')
     axes.set(xlabel='projection', ylabel='block')
     _save(figure, path)

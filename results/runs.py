@@ -375,7 +375,7 @@ def task_table(name):
         sys.exit(f'error: no finished run in results/{name}; run: python results/runs.py {name}')
     one = next(iter(found.values()))[0]
     lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; at the last step, mean ± sd over n seeds; minutes '
-             f'of a run with its evaluations on {one["threads"]} thread{"s" * (one["threads"] > 1)}.'
+             f'of a run with its evaluations on {one["threads"]} thread{"s" * (one["threads"] > 1)}, some beside other work.'
              + (' Games: 200 against each, an illegal move loses.' if name == 'tictactoe' else ''), '',
              '| model | ' + ' | '.join(shown[name]) + ' | val loss | minutes | packed file bytes |',
              '|---' * (len(shown[name]) + 4) + '|']
