@@ -465,7 +465,7 @@ def test_the_twin_sees_the_same_batches(train, folder):
         states.append(checkpoint(cwd)['model'])
         assert log(cwd, 'loss')[-1] < log(cwd, 'loss')[0] - 0.5
     assert seen[0] == seen[1] and seen[0][0] != seen[2][0]
-    assert {k: t.shape for k, t in states[0].items()} == {k: t.shape for k, t in states[1].items()} and len(states[0]) == 18
+    assert {k: t.shape for k, t in states[0].items()} == {k: t.shape for k, t in states[1].items()} and len(states[0]) == 19
 
 
 @pytest.mark.parametrize('first, then', [(FP, ()), ((), FP)], ids=['fp to tern', 'tern to fp'])
