@@ -445,7 +445,7 @@ def sensitivity(subject, folder):
         write_rows(folder, 'sensitivity', rows)
     found = {(r['block'], r['kind']): r['delta'] for r in rows}
     table = [{'block': b, **{k: found.get((b, k)) for k in [*kinds, 'all']}} for b in [*blocks, 'all']]
-    print(f'{subject.name}: {base:.4f} {subject.unit}; what it gains with these layers alone as {scheme}, {bits_each:.3f} bits')
+    print(f'{subject.name}: {base:.4f} {subject.unit}; its rise with these layers alone as {scheme}, {bits_each:.3f} bits')
     show(table, [('block', 'block', ''), *((k, k, '+.4f') for k in [*kinds, 'all'])], None)
     plot_ptq.heat(os.path.join(folder, 'sensitivity.png'), list(blocks), kinds, found,
                   f'{subject.name}: {scheme}, {subject.unit}')

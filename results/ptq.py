@@ -73,7 +73,7 @@ def table_sensitivity():
     columns = {'block': '{block}', **{f'`{k}`' if k != 'all' else 'all': (lambda r, k=k: format(deltas[r['block'], k], '+.4f'))
                                       for k in kinds}}
     r = found[0]
-    text = [f'What the validation loss, {r["base_loss"]:.4f}, gains with these layers alone as `{r["scheme"]}`, '
+    text = [f'By how much the validation loss, {r["base_loss"]:.4f}, rises with these layers alone as `{r["scheme"]}`, '
             f'{r["bits"]:.2f} bits a weight, without any training.', '', *lines(columns, [{'block': b} for b in blocks])]
     taken = rows('choose')
     if taken:
