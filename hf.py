@@ -52,7 +52,8 @@ class LastTokenClassifier(nn.Module):
         from transformers.modeling_outputs import SequenceClassifierOutput
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         last = attention_mask.sum(1) - 1
-        logits = self.score(hidden[torch.arange(len(last), device=last.device), last].to(self.score.weight.dtype))
+        hidden, weight = hidden[torch.arange(len(last), device=last.device), last], self.score.weight
+        logits = self.score(hidden if weight is None else hidden.to(weight.dtype))     # None: quantized by ptq.py
         return SequenceClassifierOutput(logits=logits)
 
     def gradient_checkpointing_enable(self, **options):
