@@ -35,6 +35,7 @@ class Trained:
     name, model (evaluation mode, on `dev`), meta (dict: what a packed file says of it), about (of sample.load), trained: the
     loss that the trainer wrote down for these very batches, or None."""
     unit, causal, accuracy = 'nats per token', True, None
+    unused = {'text', 'calibration'}                # keys of ptq.py that have no use for it
 
     def __init__(self, path, dev, s):
         self.name, self.dev = sample.find_checkpoint(path), dev
@@ -55,8 +56,6 @@ class Trained:
         self.meta = {'trainer': self.about['trainer'], 'step': self.about['step'], 'task': self.about['task'],
                      'model_config': asdict(self.model.config), 'tokenizer': self.tokenizer.describe(), 'config': config}
         self.model.to(dev)
-
-    unused = {'text', 'calibration'}
 
     def refuse(self, path):
         """Raises ValueError where the packed model cannot be written to `path`."""
@@ -166,7 +165,7 @@ class Causal(_Folder, Trained):
     unused = {'dataset'}
 
     def __init__(self, path, dev, s):
-        self.name, self.dev, self.trained, packed = path, dev, None, None
+        self.name, self.dev, self.trained = path, dev, None
         packed = self._packed()
         try:
             net, self.tokenizer = hf.load_causal(path, weights=not packed)
@@ -240,7 +239,7 @@ class Classifier(_Folder):
     unit, causal, trained, accuracy, unused = 'nats per text', False, None, None, {'text', 'calibration'}
 
     def __init__(self, path, dev, s):
-        self.name, self.dev, self.batch, packed = path, dev, s['batch_size'] or 32, None
+        self.name, self.dev, self.batch = path, dev, s['batch_size'] or 32
         packed = self._packed()
         self.dataset = s['dataset'] or fail(f'{path} is a classifier; type --dataset=... of labelled texts, e.g. sst2')
         try:

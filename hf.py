@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 
 import layers
+import quantized
 from common import atomic_write
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # a fork after its threads have started would warn at each call
@@ -164,8 +165,7 @@ def plain_linears(net):
             with torch.device('meta'):
                 linear = nn.Linear(weight.shape[1], weight.shape[0])
             linear.weight, linear.bias = nn.Parameter(weight), module.bias
-            parent, _, leaf = path.rpartition('.')
-            setattr(net.get_submodule(parent), leaf, linear)
+            quantized.put(net, path, linear)
     return net
 
 

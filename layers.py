@@ -507,9 +507,8 @@ COMPRESSED = ('half', 'int8', 'nf4', 'fit4', 'group', 'sparse', 'lowrank', 'lora
 
 
 def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **options):
-    """A linear layer of one of KINDS, or int8, nf4, fit4, group, sparse. Options a kind has no use for are dropped only where
-    they change nothing: chunks where there are no per-matrix statistics. Raises ValueError for an unknown kind, or act with fp.
-    """
+    """A linear layer of one of KINDS, or half, int8, nf4, fit4, group, sparse. Options a kind has no use for are dropped only
+    where they change nothing: chunks without per-matrix statistics. Raises ValueError for an unknown kind, or act with fp."""
     if kind == 'bin':
         return BinaryLinear(in_features, out_features, bias, chunks=chunks, act=act, **options)
     if kind == 'tern':
@@ -519,12 +518,13 @@ def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **
         return Linear4bit(in_features, out_features, bias, act=act, **options)
     if kind == 'int8':
         return Int8Linear(in_features, out_features, bias, act=act, **options)
-    if kind in ('group', 'sparse') and act is None:
-        return (GroupLinear if kind == 'group' else SparseLinear)(in_features, out_features, bias, **options)
+    if kind in ('half', 'group', 'sparse') and act is None:
+        make = {'half': HalfLinear, 'group': GroupLinear, 'sparse': SparseLinear}[kind]
+        return make(in_features, out_features, bias, **options)
     if kind == 'fp' and act is None and not options:
         return nn.Linear(in_features, out_features, bias)
-    raise ValueError(f'kind={kind!r} must be one of {KINDS}, nf4, fit4, int8, group or sparse; fp takes no act or options (got '
-                     f'act={act!r}, {options})')
+    raise ValueError(f'kind={kind!r} must be one of {KINDS}, half, nf4, fit4, int8, group or sparse; fp takes no act or '
+                     f'options (got act={act!r}, {options})')
 
 
 def _rule(rule):

@@ -57,7 +57,7 @@ skip = 'head,embd'             # layers to leave as they are: head, embd or word
 group = 128                    # weights of a row that share a scale in rtn, awq, gptq, tern and bin; 0: the whole row
 windows = 128                  # calibration windows of block_size tokens, or texts
 act_order = True               # gptq: columns with large inputs first
-clip = True                    # gptq: ranges by the error of the output
+clip = True                    # gptq: clipping, ranges by the error of the output
 damp = 0.01                    # gptq: added to the diagonal of H, times its mean
 save = ''                      # with one scheme or one pruning: where to write the packed model
 time_rounds = 5                # passes that are timed, in turns with the model as it was; 0: none
@@ -168,7 +168,7 @@ def check(subject, names):
             with torch.device('meta'):
                 columns, embeds = quantized.as_linear(module).in_features, not isinstance(module, nn.Linear)
                 try:
-                    layer = layers.HalfLinear(columns, 8) if kind == 'half' else layers.linear(kind, columns, 8, **options)
+                    layer = layers.linear(kind, columns, 8, **options)
                     if embeds or quantized.tied_to(subject.model, n):
                         quantized.PackedEmbedding(layer)
                 except ValueError as e:
@@ -185,9 +185,7 @@ def file_bytes(subject, model, described):
 
 def share_of(described, model):
     """Share of the model's weights that are in the layers of `described`."""
-    rest = sum(p.numel() for n, p in model.named_parameters())
-    inside = sum(model.get_submodule(n).weight.numel() for n in described)
-    return inside / rest
+    return sum(model.get_submodule(n).weight.numel() for n in described) / sum(p.numel() for p in model.parameters())
 
 
 def timings(subject, model, base):

@@ -141,8 +141,7 @@ def restore(model, described, tensors):
             raise ValueError(f'the model has no layer {name}') from None
         rows, columns = old.weight.shape
         with torch.device('meta'):
-            new = layers.HalfLinear(columns, rows, entry['bias'], **entry['options']) if entry['kind'] == 'half' else \
-                layers.linear(entry['kind'], columns, rows, entry['bias'], **entry['options'])
+            new = layers.linear(entry['kind'], columns, rows, entry['bias'], **entry['options'])
         tied = f'{entry.get("tied")}.layer.'        # what two names share is kept under the first
         own = f'{name}.layer.' if entry.get('embedding') else f'{name}.'
         prefix = tied if any(k.startswith(tied) for k in tensors) else own
