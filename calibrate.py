@@ -12,6 +12,7 @@ Both know the inputs x (tokens, in) of a layer only by H = x^T x (and awq by mea
 import contextlib
 import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -19,6 +20,7 @@ import torch.nn as nn
 from quant import group_grid, to_grid
 
 BLOCK = 128         # columns whose errors are passed on at once
+PART = 1 << 22      # weights of a matrix that are in hand at once
 SHRINKS = tuple(1 - i / 20 for i in range(11))      # of the range of a group, that clipping tries: 1 to 0.5
 POWERS = tuple(i / 20 for i in range(21))           # of mean|x|, that awq tries as scales of its inputs
 
@@ -58,18 +60,26 @@ class _Enough(Exception):
 
 
 class _Observed:
-    """Moments of the inputs of the named layers while in a with block."""
+    """Moments of the inputs of the named layers while in a with block; stop: a pass ends, by _Enough, when each has had its
+    own, before the last of them, most often a head, makes logits that nobody looks at."""
 
-    def __init__(self, model, names):
-        self.model, self.names = model, names
+    def __init__(self, model, names, stop=False):
+        self.model, self.names, self.stop, self.called = model, names, stop, set()
 
     def __enter__(self):
         found, self.hooks = {}, []
         for name in self.names:
             layer = self.model.get_submodule(name)
             found[name] = moments = Moments(layer.in_features, layer.weight.device)
-            self.hooks.append(layer.register_forward_pre_hook(lambda _, args, moments=moments: moments.add(args[0])))
+            self.hooks.append(layer.register_forward_pre_hook(partial(self._add, name, moments)))
         return found
+
+    def _add(self, name, moments, _, args):
+        moments.add(args[0])
+        self.called.add(name)
+        if self.stop and len(self.called) == len(self.names):
+            self.called.clear()
+            raise _Enough
 
     def __exit__(self, *_):
         for hook in self.hooks:
@@ -123,9 +133,10 @@ def for_each_layer(model, batches, run, names, visit):
                 calls[following][at] = _with_hidden(*calls[following][at], y[0] if isinstance(y, tuple) else y)
         calls.pop(name)
     if rest:
-        with _Observed(model, rest) as found:
+        with _Observed(model, rest, stop=bool(blocks)) as found:
             for batch in batches:
-                run(model, batch)
+                with contextlib.suppress(_Enough):
+                    run(model, batch)
         for n in rest:
             visit(n, found.pop(n))
 
@@ -179,7 +190,7 @@ def inverse_root(H, damp):
 
 
 def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01):
-    """(codes (out, in), scale, zero (out, groups)), fp32, of weight (out, in) fp32: GPTQ (arXiv 2210.17323, alg. 1).
+    """(codes uint8 (out, in), scale, zero fp32 (out, groups)) of weight (out, in): GPTQ (arXiv 2210.17323, alg. 1).
 
     Columns are rounded one by one, and what each leaves as error is passed on to those that are not yet rounded, by the
     inverse of H. act_order: those with the largest inputs first; the groups stay those of the row, with scales from the
@@ -189,20 +200,34 @@ def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01
     Columns whose input was always 0 are rounded to the nearest. group=0: a whole row. Raises ValueError where H cannot be
     inverted even when damped by its mean.
     """
-    out, n = weight.shape
+    n = weight.shape[1]
     group = group or n
     H = moments.H / max(1, moments.n)               # of a wide layer it is the largest thing here: few copies of it
     dead = H.diagonal() == 0
     H.diagonal().add_(dead.float() * H.diagonal().mean().clamp(min=1e-12))
-    W, groups = weight.T.float().clone(), weight.float().unflatten(1, (-1, group))      # (in, out): a column is a row now
     blocks = _diagonal_blocks(H, group).clone()
-    grid = lambda w, at: _shrunk(w, blocks[at], levels) if clip else group_grid(w, levels)
-    scale, zero = (t[..., 0].T.contiguous() for t in grid(groups, slice(None)))          # (groups, out)
     order = torch.argsort(H.diagonal(), descending=True) if act_order else torch.arange(n, device=H.device)
-    W, of_group = W[order], (order // group).tolist()
     H = H[order[:, None], order] if act_order else H
-    U, codes = inverse_root(H, damp), torch.empty_like(W)
+    U = inverse_root(H, damp)
     del H
+    grid = lambda w, at: _shrunk(w, blocks[at], levels) if clip else group_grid(w, levels)
+    return _in_parts(lambda rows: _gptq(rows, U, order, grid, levels, group, act_order), weight)
+
+
+def _in_parts(quantize, weight):
+    """Tuple of tensors (out, ...) of quantize(rows), for some rows of weight (out, in) at a time: they know nothing of each
+    other, and what is made on the way is many times the weights."""
+    parts = [quantize(rows.float()) for rows in weight.split(max(1, PART // weight.shape[1]))]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+def _gptq(weight, U, order, grid, levels, group, act_order):
+    """(codes uint8, scale, zero) of some rows; U of inverse_root(), its columns in this order; grid(groups, which of them)."""
+    n = weight.shape[1]
+    W, groups = weight.T.clone(), weight.unflatten(1, (-1, group))                       # (in, out): a column is a row now
+    scale, zero = (t[..., 0].T.contiguous() for t in grid(groups, slice(None)))          # (groups, out)
+    W, of_group = W[order], (order // group).tolist()
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         w, u = W[start:stop], U[start:stop, start:stop]
@@ -230,7 +255,7 @@ def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01
 
 
 def awq(weight, moments, levels, group):
-    """(codes (out, in), scale, zero (out, groups), input_scale (in,)), fp32, of weight (out, in) fp32: activation-aware
+    """(codes uint8 (out, in), scale, zero fp32 (out, groups), input_scale fp32 (in,)) of weight (out, in): activation-aware
     weight quantization (arXiv 2306.00978).
 
     Columns with large inputs are made larger before they are rounded to the nearest, W s with s = mean|x|^a, and the inputs
@@ -238,20 +263,28 @@ def awq(weight, moments, levels, group):
     output, from SHRINKS. The paper has one s for the layers that share an input, folded into the norm before them;
     here each layer has its own.
     """
-    out, n = weight.shape
-    group, weight = group or n, weight.float()
+    group = group or weight.shape[1]
     H, size = moments.H, (moments.total / max(1, moments.n)).clamp(min=1e-8)
+
+    def error_of(rows, inverse):
+        groups = (rows / inverse).unflatten(1, (-1, group))
+        scale, zero = group_grid(groups, levels)
+        off = to_grid(groups, scale, zero, levels).sub_(zero).mul_(scale).flatten(1).mul_(inverse).sub_(rows)
+        return (off @ H).mul_(off).sum(1, keepdim=True),
+
     best = None
     for power in POWERS:
         s = size ** power
         inverse = (1 / (s / (s.max() * s.min()).sqrt())).clamp(1e-4, 1e4).half().float()
-        groups = (weight / inverse).unflatten(1, (-1, group))
-        scale, zero = group_grid(groups, levels)
-        off = to_grid(groups, scale, zero, levels).sub_(zero).mul_(scale).flatten(1).mul_(inverse).sub_(weight)
-        error = ((off @ H) * off).sum().item()
+        error = _in_parts(lambda rows, inverse=inverse: error_of(rows, inverse), weight)[0].sum().item()
         if best is None or error < best[0]:
             best = error, inverse
     inverse = best[1]
-    groups, each = (weight / inverse).unflatten(1, (-1, group)), inverse.view(-1, group)
-    scale, zero = _shrunk(groups, _diagonal_blocks(H, group) * each[:, :, None] * each[:, None], levels)
-    return to_grid(groups, scale, zero, levels).flatten(1), scale[..., 0], zero[..., 0], inverse
+    each = inverse.view(-1, group)
+    blocks = _diagonal_blocks(H, group) * each[:, :, None] * each[:, None]
+
+    def rounded(rows):
+        groups = (rows / inverse).unflatten(1, (-1, group))
+        scale, zero = _shrunk(groups, blocks, levels)
+        return to_grid(groups, scale, zero, levels).to(torch.uint8).flatten(1), scale[..., 0], zero[..., 0]
+    return *_in_parts(rounded, weight), inverse

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from functional import compute_dtype, frozen_linear, quantized_linear
-from lowbit import LowBit
+from lowbit import LowBit, in_blocks
 from quant import GRIDS, decode4, group_grid, pack_bits, product4, to_grid, unpack_bits
 
 
@@ -39,10 +39,12 @@ class GroupLinear(LowBit, nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def encode(self):
-        groups = self.weight.float().unflatten(1, (-1, self.group))
-        scale, zero = group_grid(groups, self.levels)
-        return self.buffers_of(to_grid(groups, scale, zero, self.levels).flatten(1), scale[..., 0], zero[..., 0],
-                               torch.ones(self.in_features, device=self.weight.device) if self.scaled_input else None)
+        def part(rows):
+            groups = rows.float().unflatten(1, (-1, self.group))
+            scale, zero = group_grid(groups, self.levels)
+            return self.buffers_of(to_grid(groups, scale, zero, self.levels).flatten(1), scale[..., 0], zero[..., 0])
+        ones = torch.ones(self.in_features, dtype=torch.float16, device=self.weight.device)
+        return in_blocks(part, self.weight) | ({'input_scale': ones} if self.scaled_input else {})
 
     def buffers_of(self, codes, scale, zero, input_scale=None):
         """What is kept of codes (out, in), scale and zero (out, groups), input_scale (in,); any float or integer types."""

@@ -44,7 +44,7 @@ from conv import BinaryConv2d, Conv4bit, TernaryConv2d, conv2d  # noqa: F401  on
 from functional import (ACTIVATIONS, EVERY_ACTIVATION, compute_dtype, frozen_linear, has_fast_int8, normalize,
                         quantized_linear, straight_through, ternary_linear)
 from grouped import GroupLinear, SparseLinear
-from lowbit import Activation, Binary, FourBit, LowBit  # noqa: F401  Activation: for who imports layers
+from lowbit import Activation, Binary, FourBit, LowBit, in_blocks  # noqa: F401  Activation: for who imports layers
 from quant import decode4, half_bits, pack_bits, product4, quantize_rows, scales4, ternarize, unpack_bits, wide
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,8 +282,9 @@ class Int8Linear(LowBit, nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def encode(self):
-        codes, scales = quantize_rows(wide(self.weight), tiny=1e-30)
-        return {'code': codes, 'weight_scale': scales}
+        def part(rows):
+            return dict(zip(('code', 'weight_scale'), quantize_rows(wide(rows), tiny=1e-30), strict=True))
+        return in_blocks(part, self.weight)
 
     def decode(self):
         return self.code * self.weight_scale, None
@@ -545,8 +546,10 @@ def as_kind(module, kind, options, packed):
     if isinstance(module, nn.Linear) and kind == 'lowrank':
         return LowRankLinear.from_linear(module, **options)
     if isinstance(module, nn.Linear) and kind == 'half':
-        new = _copied(HalfLinear(module.in_features, module.out_features, bias, **options).to(module.weight.device), module)
-        if not all(torch.isfinite(p).all() for p in new.parameters()):
+        with torch.device('meta'):                  # no random weights in fp32 that nobody uses
+            new = HalfLinear(module.in_features, module.out_features, bias, **options)
+        new = _copied(new.to_empty(device=module.weight.device), module)
+        if not all(torch.isfinite(torch.stack(p.aminmax())).all() for p in new.parameters()):
             raise ValueError(f'HalfLinear: weights must be finite and fit into {new.weight.dtype}')
         return new
     if isinstance(module, nn.Linear) and packed and kind in ('int4', 'nf4', 'fit4', 'int8', 'group', 'sparse'):

@@ -12,6 +12,14 @@ from functional import EVERY_ACTIVATION, compute_dtype
 from quant import FORMATS4, SCALES4, binarize, decode4, levels4, pack4, pack_bits, quantize4, scales4, unpack_bits
 
 
+def in_blocks(encode, rows):
+    """encode(part) -> dict of tensors, for some of `rows` (n, ...) at a time, each put together again: what is made on the way
+    is many times the codes, and the matrix of a head may be half of a model. Parts are of whole 256 rows."""
+    step = max(1, (1 << 20) // max(1, rows[:1].numel()) // 256) * 256
+    parts = [encode(part) for part in rows.split(step)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 class Activation(nn.Module):
     """One of functional's activations by its name, gated ones included."""
 
@@ -61,7 +69,7 @@ class LowBit:
     def pack_(self):
         """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
         if not self.packed:
-            if not all(torch.isfinite(p).all() for p in self.parameters(recurse=False)):
+            if not all(torch.isfinite(torch.stack(p.aminmax())).all() for p in self.parameters(recurse=False)):
                 raise ValueError(f'{type(self).__name__}: weights must be finite to be packed')
             with torch.no_grad():
                 buffers = self.encode()
@@ -144,10 +152,15 @@ class FourBit(LowBit):
         self.kind = 'int4' if format == 'uniform' else format
 
     def encode(self):
-        codes, held = quantize4(self.weight, self.format, self.group, self.scales)
-        if not torch.isfinite(scales4(held)).all():
+        def part(groups):
+            codes, held = quantize4(groups, self.format, self.group, self.scales)
+            return {'code': pack4(codes, self.format), **held}
+        # 8-bit scales go by 256 groups; those of fit4 by the largest weight of all
+        whole = self.scales == 'log8' or self.weight.numel() % self.group
+        held = part(self.weight) if whole else in_blocks(part, self.weight.reshape(-1, self.group))
+        if not torch.isfinite(scales4({k: t for k, t in held.items() if k != 'code'})).all():
             raise ValueError(f'{type(self).__name__}: weights must be at most 65504 in size for scales={self.scales!r}')
-        return {'code': pack4(codes, self.format), **held}
+        return held
 
     def _held(self):
         return {name: t for name, t in self.named_buffers(recurse=False) if name != 'code'}

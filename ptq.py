@@ -114,7 +114,7 @@ def quantize(subject, model, name, alone=False):
 
     def visit(n, moments):
         layer = model.get_submodule(n)
-        weight = layer.weight.detach().float()
+        weight = layer.weight.detach()
         try:
             found = calibrate.awq(weight, moments, levels, group) if method == 'awq' else \
                 calibrate.gptq(weight, moments, levels, group, act_order=act_order, clip=clip, damp=damp)

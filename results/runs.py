@@ -171,7 +171,7 @@ BITNETS = {
     'tinystories': ('config/tinystories_small.py', 'fp_two', TWINS),
 }
 EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS | BITNETS
-DEFAULT_SEEDS = dict.fromkeys(('quality', 'sst2', 'food10', 'tinystories'), '1,2,3')
+DEFAULT_SEEDS = dict.fromkeys(('quality', 'blocks', 'sst2', 'food10', 'tinystories'), '1,2,3')
 DEFAULT_SEEDS |= dict.fromkeys(('recipe', 'food10_recipe', 'arithmetic', 'tictactoe'), '1337')
 DEFAULT_SEEDS |= dict.fromkeys(('depth', 'scales'), '1')
 
