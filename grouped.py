@@ -48,7 +48,7 @@ class GroupLinear(LowBit, nn.Module):
 
     def buffers_of(self, codes, scale, zero, input_scale=None):
         """What is kept of codes (out, in), scale and zero (out, groups), input_scale (in,); any float or integer types."""
-        held = {'code': pack_bits(codes, self.bits), 'weight_scale': scale.half()}
+        held = in_blocks(lambda rows: {'code': pack_bits(rows, self.bits)}, codes) | {'weight_scale': scale.half()}
         if GRIDS[self.levels].zero is None:
             held['zero'] = pack_bits(zero, self.bits)
         return held if input_scale is None else held | {'input_scale': input_scale.half()}

@@ -256,7 +256,7 @@ def table(name, found):
     config, baseline, variants = EXPERIMENTS[name]
     base = found[baseline]
     one = next(iter(base.values()))
-    token = 'of a trained BPE' if name in BITNETS else 'here a byte'
+    token = 'of a trained BPE' if name in (*BITNETS, 'blocks') else 'here a byte'
     lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; mean ± sd over seeds; loss in nats per token '
              f'({token}) at the last step; the gap is paired by seed; ms/step on one core, another run on the other'
              + (', × of the twin beside it.' if name in BITNETS else '.'), '',

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, damages, one_error
 
+import calibrate
+import checkpoints
 import classification
 import common
 import hf
@@ -107,8 +109,9 @@ def test_codes_are_those_of_the_definition(home):
 
 @pytest.mark.parametrize('scheme', ['gptq3', 'awq2', 'nf4dq', 'int8a8', 'half', 'bin'])
 @pytest.mark.parametrize('skip', ['', 'head,embd'])
-def test_save_and_load(call, home, tmp_path, scheme, skip):
-    """The file is one, its logits are those of the model that was quantized, ptq.py says the same of it, sample.py writes."""
+def test_save_and_load(call, home, tmp_path, monkeypatch, scheme, skip):
+    """The file is one, its logits are to the bit those of the model that was quantized, ptq.py says the same of it, sample.py
+    writes."""
     path = tmp_path / 'new' / 'q.safetensors'
     said = call(*QUICK[:2], f'--schemes={scheme}', f'--skip={skip}', f'--save={path}', cwd=home).out
     size, loss = re.search(r'wrote .*q\.safetensors: ([\d,]+) bytes\nval loss ([\d.]+)', said).groups()
@@ -121,6 +124,14 @@ def test_save_and_load(call, home, tmp_path, scheme, skip):
     assert text.startswith('one two') and len(text) > 8
     model, _, about = sample.load(str(path))
     assert about['quantized'] and (skip == '') == isinstance(model.wte, quantized.PackedEmbedding)
+    for key, value in {'skip': skip, 'group': 32, 'windows': 8}.items():
+        monkeypatch.setattr(ptq, key, value)
+    subject = checkpoints.load(str(home / 'out/gpt'), torch.device('cpu'), dict.fromkeys(ptq.config, ''))
+    quantized.unfuse(subject.model)
+    ptq.quantize(subject, subject.model, scheme)
+    ids = subject.ids(24)
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], subject.model(ids)[0])
 
 
 def test_the_saved_model_is_the_one_of_the_table(call, home, table, tmp_path):
@@ -165,6 +176,35 @@ def test_a_ternary_bitnet_has_only_its_embedding_left(call, tiny_data, tmp_path)
     call('--ckpt=out/bitnet', *QUICK, '--skip=', '--schemes=rtn4', cwd=tmp_path)
     rows = rows_of(tmp_path / 'out/bitnet/ptq.jsonl')
     assert [r['scheme'] for r in rows] == ['as trained', 'rtn4'] and rows[1]['file_bytes'] < rows[0]['file_bytes']
+
+
+def test_what_is_made_on_the_way(monkeypatch):
+    """--save holds one model: beside it, at most half of what the largest matrix, a head, takes, and all packed layers."""
+    class Text:
+        def calibration(self, n, seed):
+            return [torch.arange(64).view(2, 32)]
+
+        def run(self, model, x):
+            model(x)
+
+    monkeypatch.setattr(ptq, 'skip', '')
+    monkeypatch.setattr(calibrate, 'PART', 1 << 19)
+    head, rest = 4 * 80_000 * 256, 4 * 12 * 2 * 256 * 256
+    for scheme in ('rtn4', 'nf4', 'int8', 'gptq3', 'awq3'):
+        model = GPT(sample.GPTConfig(vocab_size=80_000, block_size=32, n_layer=2, n_head=2, n_embd=256)).eval()
+        with common.peak_meter(False) as found:
+            ptq.quantize(Text(), model.requires_grad_(False), scheme)
+        assert found['bytes'] < (head + rest) * 9 / 32 + head / 2, scheme
+
+
+def test_bitsandbytes_beside_ours(call, home, tmp_path):
+    """Its nf4 is ours: the same codes, with scales of fp32 where ours are of fp16; its int8 is absmax of rows."""
+    pytest.importorskip('bitsandbytes')
+    call(*QUICK, '--schemes=int8a8,nf4,nf4dq,bnb8,bnb_nf4,bnb_nf4dq', f'--out={tmp_path}', cwd=home)
+    rows = {r['scheme']: r for r in rows_of(tmp_path / 'ptq.jsonl')}
+    for ours, theirs in (('int8a8', 'bnb8'), ('nf4', 'bnb_nf4'), ('nf4dq', 'bnb_nf4dq')):
+        assert rows[theirs]['loss'] == pytest.approx(rows[ours]['loss'], abs=2e-3) and rows[theirs]['delta'] != 0
+    assert rows['bnb_nf4']['bits'] > rows['nf4']['bits'] and rows['bnb8']['file_bytes'] < rows['fp']['file_bytes']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,9 +326,10 @@ def test_choose_writes_a_config_that_trains(call, home, tmp_path):
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    """A folder with a GPT-2 and an OPT of transformers, a DistilBERT classifier, texts, and labelled texts."""
+    """A folder with a GPT-2, an OPT and a Llama of transformers, classifiers, texts, and labelled texts."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PreTrainedTokenizerFast
+    from transformers import (AutoModelForCausalLM, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig,
+                              PreTrainedTokenizerFast)
     home = tmp_path_factory.mktemp('hf')
     random = np.random.default_rng(0)
     words = 'one two three four five six seven eight nine ten and or not so'.split()
@@ -300,9 +341,12 @@ def folders(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token='<|endoftext|>')
     torch.manual_seed(0)
     size = {'vocab_size': len(tokenizer), 'bos_token_id': 0, 'eos_token_id': 0, 'pad_token_id': 0}
+    shared_heads = {'hidden_size': 64, 'intermediate_size': 96, 'num_hidden_layers': 2, 'num_attention_heads': 2,
+                    'num_key_value_heads': 1, 'max_position_embeddings': 32, 'tie_word_embeddings': False, **size}
     for name, config in {'gpt2': GPT2Config(n_positions=32, n_embd=64, n_layer=2, n_head=2, **size),
                          'opt': OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=2,
-                                          max_position_embeddings=32, word_embed_proj_dim=64, **size)}.items():
+                                          max_position_embeddings=32, word_embed_proj_dim=64, **size),
+                         'llama': LlamaConfig(**shared_heads)}.items():
         AutoModelForCausalLM.from_config(config).save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
     rows = [((' '.join(random.choice(words, 8)),), i % 2) for i in range(80)]
@@ -310,10 +354,17 @@ def folders(tmp_path_factory):
     net, own = hf.small([t for t, _ in rows], ['negative', 'positive'], n_layer=2, n_head=2, n_embd=64, dropout=0.1,
                         vocab_size=300, max_len=32)
     hf.save(net, own, str(home / 'cls'))
+    for name, config in {'conv1d': GPT2Config(n_positions=32, n_embd=64, n_layer=2, n_head=2, **size),
+                         'last_token': GraniteConfig(**shared_heads)}.items():      # no ...ForSequenceClassification
+        config.save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+        net, own, *_ = hf.load(str(home / name), ['negative', 'positive'], weights=False)
+        hf.save(net, own, str(home / name))
+    assert isinstance(net, hf.LastTokenClassifier)
     return home
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'opt'])
+@pytest.mark.parametrize('name', ['gpt2', 'opt', 'llama'])
 def test_a_language_model_of_transformers(call, folders, name):
     """Its loss is transformers' own; quantized, saved as a folder, it comes back the same."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -333,27 +384,41 @@ def test_a_language_model_of_transformers(call, folders, name):
     assert (folders / f'{name}_q/packed.safetensors').stat().st_size < (folders / name / 'model.safetensors').stat().st_size / 4
 
 
-def test_a_classifier_of_transformers(call, folders):
+@pytest.mark.parametrize('name', ['cls', 'conv1d', 'last_token'])
+def test_a_classifier_of_transformers(call, folders, name):
     """Its loss and accuracy are those of a plain pass; quantized, saved as a folder, it comes back the same."""
     call('--file', folders / 'rows.csv', '--val_file', folders / 'rows.csv', '--out_dir', folders / 'data', cwd=folders,
          script='data/sst2/prepare.py')
     words = [f'--dataset={folders / "data"}', *QUICK]
-    call('--ckpt=cls', *words, '--schemes=rtn3,gptq2', cwd=folders)
-    rows = {r['scheme']: r for r in rows_of(folders / 'cls/ptq.jsonl')}
+    call(f'--ckpt={name}', *words, '--schemes=rtn3,gptq2', cwd=folders)
+    rows = {r['scheme']: r for r in rows_of(folders / name / 'ptq.jsonl')}
     texts, labels, names = classification.load(folders / 'data', 'val')
-    net, tokenizer, _, fresh = hf.load(str(folders / 'cls'), names)
+    net, tokenizer, _, fresh = hf.load(str(folders / name), names)
     with torch.no_grad():
         logits = torch.cat([net.eval()(**hf.collate(tokenizer, hf.encode(tokenizer, [t], 32), 32)).logits for t in texts])
     labels = torch.tensor(labels)
     assert not fresh and rows['fp']['loss'] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
-    assert rows['fp']['accuracy'] == (logits.argmax(1) == labels).float().mean().item() and rows['fp']['perplexity'] is None
+    assert rows['fp']['accuracy'] == (logits.argmax(1) == labels).sum().item() / 80 and rows['fp']['perplexity'] is None
     assert len({r['loss'] for r in rows.values()}) == 3
-    saved = call('--ckpt=cls', *words[:3], '--schemes=gptq2', '--skip=', '--save=cls_q', cwd=folders).out
-    call('--ckpt=cls_q', words[0], '--time_rounds=0', cwd=folders)
-    assert f'val loss {rows_of(folders / "cls_q/ptq.jsonl")[0]["loss"]:.4f}\n' in saved
-    call('prune', '--ckpt=cls', words[0], '--methods=wanda', '--amounts=0.5', '--windows=8', '--retrain_iters=2',
+    saved = call(f'--ckpt={name}', *words[:3], '--schemes=gptq2', '--skip=', f'--save={name}_q', cwd=folders).out
+    call(f'--ckpt={name}_q', words[0], '--time_rounds=0', cwd=folders)
+    assert f'val loss {rows_of(folders / f"{name}_q" / "ptq.jsonl")[0]["loss"]:.4f}\n' in saved
+    call('prune', f'--ckpt={name}', words[0], '--methods=wanda', '--amounts=0.5', '--windows=8', '--retrain_iters=2',
          cwd=folders)
-    assert [r['method'] for r in rows_of(folders / 'cls/prune.jsonl')] == ['none', 'wanda']
+    assert [r['method'] for r in rows_of(folders / name / 'prune.jsonl')] == ['none', 'wanda']
+
+
+def test_an_interrupted_save_leaves_no_half_folder(call, folders, start):
+    """Killed before the folder gets its name, and on a full disk: there is no folder, and the next save makes it."""
+    words = [str(ROOT / 'ptq.py'), '--ckpt=gpt2', '--text=val.txt', '--group=32', '--schemes=rtn3', '--save=half_q']
+    for patch in ('import os, signal\nos.replace = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)',
+                  'import safetensors.torch as s\ndef f(*a, **k): raise OSError(28, "No space left")\ns.save_file = f'):
+        done = start(*words, cwd=folders, patch=patch).wait()
+        assert done.code == -signal.SIGKILL or 'No space left' in one_error(done)
+        assert not (folders / 'half_q').exists()
+    call(*words[1:], cwd=folders)
+    assert {'config.json', 'packed.safetensors', 'tokenizer.json'} <= set(os.listdir(folders / 'half_q'))
+    assert 'half_q exists' in one_error(call(*words[1:], cwd=folders, code=2)).replace("'", '')
 
 
 @pytest.mark.parametrize('words, said', [
