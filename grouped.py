@@ -77,18 +77,23 @@ class GroupLinear(LowBit, nn.Module):
         """Weights (rows, in), those that an input times input_scale is multiplied by, of the packed rows `pick`, a slice or a
         tensor of their numbers, and their shifts()."""
         scale = self.weight_scale[pick]
-        if self.bits == 4 and self.in_features % 2 == 0:
-            w = decode4(self.code[pick].flatten(), {'absmax': scale.flatten()}, 'codes').view(*scale.shape, self.group)
+        if self._in_whole_bytes():
+            code = self.code[pick].flatten()
+            w = decode4(code, {'absmax': scale.flatten()}, f'codes{self.bits}').view(*scale.shape, self.group)
         else:
             codes = unpack_bits(self.code[pick], self.bits, self.in_features)
             w = codes.float().view(*scale.shape, self.group).mul_(scale.float().unsqueeze(-1))
         return w.sub_(shifts.unsqueeze(-1)).flatten(1).to(dtype)
 
+    def _in_whole_bytes(self):
+        return self.bits <= 4 and self.in_features * self.bits % 8 == 0
+
     def _product(self, x):
         """x (tokens, in) times the packed weight, for a few tokens at once from the codes; None where kernels.c cannot."""
-        if self.bits != 4 or self.in_features % 2:
+        if not self._in_whole_bytes():
             return None
-        y = product4(x, self.code.view(-1), {'absmax': self.weight_scale.view(-1)}, 'codes', self.out_features)
+        held = {'absmax': self.weight_scale.view(-1)}
+        y = product4(x, self.code.view(-1), held, f'codes{self.bits}', self.out_features)
         return y if y is None else y.sub_(x.float().unflatten(1, (-1, self.group)).sum(-1) @ self.shifts().T)
 
     def effective_weight(self):

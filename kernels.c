@@ -1,5 +1,5 @@
-// Packed 4-bit weights on the CPU. Compiled and called by quant.py. decode4 gives the same bits as the torch code beside its
-// call; product4 sums in another order than a matrix product does.
+// Packed weights of 1 to 4 bits on the CPU. Compiled and called by quant.py. decode gives the same bits as the torch code
+// beside its call; product sums in another order than a matrix product does.
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -33,9 +33,23 @@ static void some_scales(const void *scale, int bytes, const float *grid, int64_t
 }
 
 #ifdef __AVX512F__
-// 8 bytes -> 16 codes -> 16 table entries in one permutation
-INLINE __m512 sixteen(const uint8_t *code, __m512 table, int high_first)
+// 2 * bits bytes -> 16 codes -> 16 table entries in one permutation. 3 bits: eight codes in three bytes.
+INLINE __m512 sixteen(const uint8_t *code, __m512 table, int bits, int high_first)
 {
+    if (bits < 4) {
+        const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i at = bits == 3 ? _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21)
+                                     : _mm512_slli_epi32(i, bits - 1);
+        uint32_t low = 0;
+        uint16_t high;
+        memcpy(&low, code, bits == 1 ? 2 : 4);                  // 6 bytes at once would go through memory
+        memcpy(&high, code + 2 * bits - 2, 2);
+        __m512i c = _mm512_set1_epi32(low);
+        if (bits == 3)
+            c = _mm512_mask_set1_epi32(c, 0xff00, low >> 24 | (uint32_t)high << 8);
+        c = _mm512_and_si512(_mm512_srlv_epi32(c, at), _mm512_set1_epi32((1 << bits) - 1));
+        return _mm512_permutexvar_ps(c, table);
+    }
     const __m128i b = _mm_loadl_epi64((const __m128i *)code), low = _mm_set1_epi8(15);
     const __m128i h = _mm_and_si128(_mm_srli_epi16(b, 4), low), l = _mm_and_si128(b, low);
     return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(high_first ? _mm_unpacklo_epi8(h, l) : _mm_unpacklo_epi8(l, h)), table);
@@ -55,8 +69,8 @@ INLINE void put(float f, int64_t i, int bf16, void *out)
     else ((float *)out)[i] = f;
 }
 
-INLINE void some_groups(const uint8_t *code, const float *s, const float *levels, int64_t n, int64_t group, int high_first,
-                        int bf16, int64_t from, void *out)
+INLINE void some_groups(const uint8_t *code, const float *s, const float *levels, int64_t n, int64_t group, int bits,
+                        int high_first, int bf16, int64_t from, void *out)
 {
     int64_t i = 0;
 #ifdef __AVX512F__
@@ -65,7 +79,7 @@ INLINE void some_groups(const uint8_t *code, const float *s, const float *levels
         for (int64_t g = 0; i + group <= n; g++) {
             const __m512 by = _mm512_set1_ps(s[g]);
             for (const int64_t end = i + group; i < end; i += 16) {
-                const __m512 w = _mm512_mul_ps(sixteen(code + i / 2, table, high_first), by);
+                const __m512 w = _mm512_mul_ps(sixteen(code + i * bits / 8, table, bits, high_first), by);
                 if (!bf16) {
                     _mm512_storeu_ps((float *)out + from + i, w);
                     continue;
@@ -81,6 +95,10 @@ INLINE void some_groups(const uint8_t *code, const float *s, const float *levels
             }
         }
 #endif
+    for (; bits < 4 && i < n; i++) {
+        const int64_t at = i * bits % 8, both = code[i * bits / 8] | (at + bits > 8 ? code[i * bits / 8 + 1] << 8 : 0);
+        put(levels[both >> at & ((1 << bits) - 1)] * s[i / group], from + i, bf16, out);
+    }
     for (; i < n; i += 2) {
         const uint8_t b = code[i / 2], h = b >> 4, l = b & 15;
         put(levels[high_first ? h : l] * s[i / group], from + i, bf16, out);
@@ -88,10 +106,10 @@ INLINE void some_groups(const uint8_t *code, const float *s, const float *levels
     }
 }
 
-// out[i] = levels[code of i] * scale of group i / group, for i in 0 .. n - 1, as floats or bf16. Two codes a byte, the first
-// in the low half or, with high_first, in the high half; n and group are even.
-void decode4(const uint8_t *code, const void *scale, int scale_bytes, const float *grid, const float *levels, int64_t n,
-             int64_t group, int high_first, int threads, int bf16, void *out)
+// out[i] = levels[code of i] * scale of group i / group, for i in 0 .. n - 1, as floats or bf16. Codes of 4 bits, two a byte,
+// the first in the low half or, with high_first, in the high half; n and group are even. Or fewer bits, from the low end on.
+void decode(const uint8_t *code, const void *scale, int scale_bytes, const float *grid, const float *levels, int64_t n,
+            int64_t group, int bits, int high_first, int threads, int bf16, void *out)
 {
     const int64_t groups = (n + group - 1) / group;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n > 32768)
@@ -100,8 +118,12 @@ void decode4(const uint8_t *code, const void *scale, int scale_bytes, const floa
         const int64_t here = (i + count * group < n ? i + count * group : n) - i;
         float s[SOME];
         some_scales(scale, scale_bytes, grid, first, count, s);
-#define CASE(G, B) some_groups(code + i / 2, s, levels, here, G, high_first, B, i, out)
-        if (bf16) {
+#define FEW(BITS) some_groups(code + i * BITS / 8, s, levels, here, group, BITS, 0, bf16, i, out)
+#define CASE(G, B) some_groups(code + i / 2, s, levels, here, G, 4, high_first, B, i, out)
+        if (bits == 3) FEW(3);
+        else if (bits == 2) FEW(2);
+        else if (bits == 1) FEW(1);
+        else if (bf16) {
             if (group == 16) CASE(16, 1);
             else if (group == 32) CASE(32, 1);
             else if (group == 64) CASE(64, 1);
@@ -115,14 +137,14 @@ void decode4(const uint8_t *code, const void *scale, int scale_bytes, const floa
     }
 }
 
-// Tokens that product4 takes at once, 0 where it is not compiled in.
+// Tokens that product takes at once, 0 where it is not compiled in.
 #ifdef __AVX512F__
 int most_tokens(void) { return 4; }
 
 // Two rows at a time: their sums do not wait for each other, and x is read once for both.
 INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const void *scale, int scale_bytes, const float *grid,
-                       const float *levels, int64_t row, int rows, int64_t in, int64_t out, int64_t group, int high_first,
-                       float *y)
+                       const float *levels, int64_t row, int rows, int64_t in, int64_t out, int64_t group, int bits,
+                       int high_first, float *y)
 {
     const __m512 table = _mm512_loadu_ps(levels);
     const int64_t groups = in / group;
@@ -130,7 +152,7 @@ INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const vo
     float s[2][SOME];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) sum[r][t] = _mm512_setzero_ps();
-    code += row * in / 2;
+    code += row * in * bits / 8;
     for (int64_t first = 0, k = 0; first < groups; first += SOME) {
         const int64_t count = groups - first < SOME ? groups - first : SOME;
         for (int r = 0; r < rows; r++)
@@ -141,7 +163,7 @@ INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const vo
                 for (int t = 0; t < tokens; t++) part[r][t] = _mm512_setzero_ps();
             for (const int64_t end = k + group; k < end; k += 16)
                 for (int r = 0; r < rows; r++) {
-                    const __m512 w = sixteen(code + (r * in + k) / 2, table, high_first);
+                    const __m512 w = sixteen(code + (r * in + k) * bits / 8, table, bits, high_first);
                     for (int t = 0; t < tokens; t++) part[r][t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + t * in + k), part[r][t]);
                 }
             for (int r = 0; r < rows; r++)
@@ -154,23 +176,26 @@ INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const vo
 
 // y (tokens, out) = x (tokens, in) W^T, fp32, for 1 to 4 tokens, without the decoded W in memory. group divides in and is a
 // multiple of 16.
-void product4(const float *x, int tokens, const uint8_t *code, const void *scale, int scale_bytes, const float *grid,
-              const float *levels, int64_t in, int64_t out, int64_t group, int high_first, int threads, float *y)
+void product(const float *x, int tokens, const uint8_t *code, const void *scale, int scale_bytes, const float *grid,
+             const float *levels, int64_t in, int64_t out, int64_t group, int bits, int high_first, int threads, float *y)
 {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && in * out > 32768)
     for (int64_t row = 0; row < out; row += 2) {
-#define ROWS(T, R, G) rows_times(x, T, code, scale, scale_bytes, grid, levels, row, R, in, out, G, high_first, y)
+#define ROWS(T, R, G, B) rows_times(x, T, code, scale, scale_bytes, grid, levels, row, R, in, out, G, B, high_first, y)
+#define FEW_BITS(B) { if (tokens == 1) ROWS(1, 2, group, B); else if (tokens == 2) ROWS(2, 2, group, B); \
+                      else if (tokens == 3) ROWS(3, 2, group, B); else ROWS(4, 2, group, B); }
         if (row + 1 == out) {
             for (int t = 0; t < tokens; t++)
-                rows_times(x + t * in, 1, code, scale, scale_bytes, grid, levels, row, 1, in, out, group, high_first, y + t * out);
+                rows_times(x + t * in, 1, code, scale, scale_bytes, grid, levels, row, 1, in, out, group, bits, high_first,
+                           y + t * out);
         }
-        else if (tokens == 1 && group == 16) ROWS(1, 2, 16);
-        else if (tokens == 1 && group == 32) ROWS(1, 2, 32);
-        else if (tokens == 1 && group == 64) ROWS(1, 2, 64);
-        else if (tokens == 1) ROWS(1, 2, group);
-        else if (tokens == 2) ROWS(2, 2, group);
-        else if (tokens == 3) ROWS(3, 2, group);
-        else ROWS(4, 2, group);
+        else if (bits == 3) FEW_BITS(3)
+        else if (bits == 2) FEW_BITS(2)
+        else if (bits == 1) FEW_BITS(1)
+        else if (tokens == 1 && group == 16) ROWS(1, 2, 16, 4);
+        else if (tokens == 1 && group == 32) ROWS(1, 2, 32, 4);
+        else if (tokens == 1 && group == 64) ROWS(1, 2, 64, 4);
+        else FEW_BITS(4)
     }
 }
 #else

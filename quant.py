@@ -8,9 +8,9 @@ Weights to codes and back: plain functions of tensors, each beside its inverse. 
     group_grid, to_grid        integers with a scale and a zero per group of a row: what ptq.py rounds to
     pack_bits, unpack_bits     codes of 1, 2, 3, 4 or 8 bits in bytes
 
-On the CPU packed 4-bit weights are decoded by kernels.c, compiled on first use where there is a C compiler; otherwise, on
-other devices and under torch.compile by the same arithmetic in torch. Both give the same bits, but for bf16 weights below
-1e-38, and for the order of sums when a few tokens are multiplied without decoding first (product4).
+On the CPU packed weights of 1 to 4 bits are decoded by kernels.c, compiled on first use where there is a C compiler;
+otherwise, on other devices and under torch.compile by the same arithmetic in torch. Both give the same bits, but for bf16
+weights below 1e-38, and for the order of sums when a few tokens are multiplied without decoding first (product4).
 """
 import ctypes
 import functools
@@ -85,11 +85,12 @@ def quantize_rows(x, tiny=1e-5):
 
 class Format4(NamedTuple):
     """levels: 16 ascending numbers; group: weights that share a scale, unless told otherwise; scales: how it is kept;
-    high_first: the first of two weights is in the high half of the byte."""
+    high_first: the first of two weights is in the high half of the byte; bits: of a code, which may be fewer."""
     levels: tuple
     group: int
     scales: str
     high_first: bool
+    bits: int = 4
 
 
 # u / 15 * 2n - n, in fp32 steps like those of levels4
@@ -106,8 +107,8 @@ FORMATS4 = {
     'nf4': Format4(NF4, 64, 'fp16', True),          # 4.25 bits; with scales='fp32' byte for byte what bitsandbytes keeps
     'fit4': Format4(FIT4, 32, 'log8', False),       # 4.25 bits; a sign, seven bits of logarithm
 }
-# What is decoded by the same kernels: 4-bit integers of group_grid, their zeros aside.
-CODED4 = FORMATS4 | {'codes': Format4(tuple(map(float, range(16))), 128, 'fp16', False)}
+# What is decoded by the same kernels: integers of group_grid, their zeros aside, in rows of whole bytes.
+CODED4 = FORMATS4 | {f'codes{b}': Format4(tuple(map(float, range(16))), 128, 'fp16', False, b) for b in (1, 2, 3, 4)}
 SCALES4 = ('fp16', 'fp32', '8bit', 'log8')
 # Scales of log8 are powers of 2 ** (1 / 14) = 1.05, the same ones whatever the tensor, so that what was decoded can be
 # encoded again without a change; 126 of them reach from the largest |w| of a tensor to 1/500 of it.
@@ -226,19 +227,23 @@ def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=Non
     """
     if held['absmax'].dtype == torch.uint8:         # one `top` for 256 groups: a call for a part would not find its own
         held = {'absmax': scales4(held)}
-    absmax, stop = held['absmax'], 2 * len(code) if stop is None else stop
-    group = 2 * len(code) // len(absmax)
+    bits, weights = CODED4[format].bits, len(code) * 8 // CODED4[format].bits
+    absmax, stop, group = held['absmax'], weights if stop is None else stop, weights // len(held['absmax'])
     if kernel := _kernels_for(code, absmax):
         wide = dtype if dtype == torch.bfloat16 else torch.float32
         fits = out is not None and out.dtype == wide and len(out) >= stop - start
         out = out[:stop - start] if fits else code.new_empty(stop - start, dtype=wide)
         size = absmax.element_size()
-        kernel.decode4(code.data_ptr() + start // 2, absmax.data_ptr() + start // group * size, size, _grid(held),
-                       _array(CODED4[format].levels), stop - start, group, CODED4[format].high_first,
-                       torch.get_num_threads(), wide == torch.bfloat16, out.data_ptr())
+        kernel.decode(code.data_ptr() + start * bits // 8, absmax.data_ptr() + start // group * size, size, _grid(held),
+                      _array(CODED4[format].levels), stop - start, group, bits, CODED4[format].high_first,
+                      torch.get_num_threads(), wide == torch.bfloat16, out.data_ptr())
         return out.to(dtype)
-    b = code[start // 2:stop // 2].to(torch.int16)                      # two halves of a byte to two bytes
-    c = ((b >> 4 | b << 8) if CODED4[format].high_first else (b | b << 4)) & 0x0F0F
+    b = code[start * bits // 8:stop * bits // 8]
+    if bits == 4:                                   # two halves of a byte to two bytes
+        b = b.to(torch.int16)
+        c = ((b >> 4 | b << 8) if CODED4[format].high_first else (b | b << 4)) & 0x0F0F
+    else:
+        c = unpack_bits(b, bits, stop - start)
     scales = scales4({**held, 'absmax': absmax[start // group:stop // group]})
     return (levels4(c.view(torch.uint8), format).view(-1, group) * scales[:, None]).view(-1).to(dtype)
 
@@ -247,16 +252,16 @@ def product4(x, code, held, format, out_features):
     """x (tokens, in) W^T -> fp32 (tokens, out), decoded and multiplied at once, or None where kernels.c cannot: it takes up
     to 4 tokens and groups of 16, 32, ... that divide `in`."""
     kernel = _kernels_for(code, held['absmax'])
-    group = 2 * len(code) // len(held['absmax'])
+    group = len(code) * 8 // CODED4[format].bits // len(held['absmax'])
     if not kernel or not 0 < len(x) <= kernel.most_tokens() or x.dtype == torch.float64 or group % 16 or x.shape[1] % group:
         return None
     if held['absmax'].dtype == torch.uint8:
         held = {'absmax': scales4(held)}
     x, absmax = x.to(torch.float32).contiguous(), held['absmax']
     y = x.new_empty(len(x), out_features)
-    kernel.product4(x.data_ptr(), len(x), code.data_ptr(), absmax.data_ptr(), absmax.element_size(), _grid(held),
-                    _array(CODED4[format].levels), x.shape[1], out_features, group, CODED4[format].high_first,
-                    torch.get_num_threads(), y.data_ptr())
+    kernel.product(x.data_ptr(), len(x), code.data_ptr(), absmax.data_ptr(), absmax.element_size(), _grid(held),
+                   _array(CODED4[format].levels), x.shape[1], out_features, group, CODED4[format].bits,
+                   CODED4[format].high_first, torch.get_num_threads(), y.data_ptr())
     return y
 
 
@@ -380,12 +385,12 @@ def _compiled():
         library = ctypes.CDLL(_compile())
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         why = getattr(e, 'stderr', None) or str(e)
-        warnings.warn(f'kernels.c was not compiled, 4-bit layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
+        warnings.warn(f'kernels.c was not compiled, packed layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
         return None
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.decode4.argtypes, library.decode4.restype = (p, p, i, p, p, n, n, i, i, i, p), None
+    library.decode.argtypes, library.decode.restype = (p, p, i, p, p, n, n, i, i, i, i, p), None
     if library.most_tokens():
-        library.product4.argtypes, library.product4.restype = (p, i, p, p, i, p, p, n, n, n, i, i, p), None
+        library.product.argtypes, library.product.restype = (p, i, p, p, i, p, p, n, n, n, i, i, i, p), None
     return library
 
 

@@ -171,6 +171,7 @@ BITNETS = {
     'tinystories': ('config/tinystories_small.py', 'fp_two', TWINS),
 }
 EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS | BITNETS
+SUBWORDS = (*BITNETS, 'blocks')                    # the others' tokens are bytes
 DEFAULT_SEEDS = dict.fromkeys(('quality', 'blocks', 'sst2', 'food10', 'tinystories'), '1,2,3')
 DEFAULT_SEEDS |= dict.fromkeys(('recipe', 'food10_recipe', 'arithmetic', 'tictactoe'), '1337')
 DEFAULT_SEEDS |= dict.fromkeys(('depth', 'scales'), '1')
@@ -256,7 +257,7 @@ def table(name, found):
     config, baseline, variants = EXPERIMENTS[name]
     base = found[baseline]
     one = next(iter(base.values()))
-    token = 'of a trained BPE' if name in (*BITNETS, 'blocks') else 'here a byte'
+    token = 'of a trained BPE' if name in SUBWORDS else 'here a byte'
     lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; mean ± sd over seeds; loss in nats per token '
              f'({token}) at the last step; the gap is paired by seed; ms/step on one core, another run on the other'
              + (', × of the twin beside it.' if name in BITNETS else '.'), '',
@@ -589,7 +590,7 @@ def plot(name, found):
             curve = [(r['tokens'], r['val_loss']) for r in map(json.loads, open(path)) if 'val_loss' in r and r['step']]
             axes.plot(*zip(*curve, strict=True), color=f'C{i}', lw=1, alpha=0.7,
                       label=None if n else f'{EXPERIMENTS[name][2][variant][0]}: {curve[-1][1]:.3f}')
-    token = 'token' if name in BITNETS else 'byte'
+    token = 'token' if name in SUBWORDS else 'byte'
     axes.set(xlabel='training tokens', ylabel=f'validation loss, nats per {token}', title='one line per seed')
     axes.legend(frameon=False, title='first seed, last value')
     figure.savefig(ROOT / 'results' / f'{name}.png', dpi=130)

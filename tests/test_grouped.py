@@ -72,6 +72,16 @@ def test_a_layer_computes_the_same_packed_and_not(levels, group):
     assert torch.allclose(copy.deepcopy(layer).unpack_()(x), before, atol=tolerance)
 
 
+@pytest.mark.parametrize('levels', GRIDS)
+@pytest.mark.parametrize('width', [48, 80, 84])     # 84 of 3 bits end inside of a byte
+def test_a_few_tokens_are_multiplied_as_many_are(levels, width):
+    layer = GroupLinear(width, 33, levels=levels, group=width // 3 if width == 48 else 0).pack_()
+    x = torch.randn(7, width)
+    want = x @ layer.effective_weight().T + layer.bias
+    for n in (1, 4, 7):
+        assert torch.allclose(layer(x[:n]), want[:n], atol=1e-5), n
+
+
 def test_the_gradient_passes_straight_through():
     layer = GroupLinear(16, 4, levels='int3', group=8)
     x = torch.randn(5, 16)
