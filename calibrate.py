@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
+from lowbit import in_blocks
 from quant import group_grid, to_grid
 
 BLOCK = 128         # columns whose errors are passed on at once
@@ -60,8 +61,9 @@ class _Enough(Exception):
 
 
 class _Observed:
-    """Moments of the inputs of the named layers while in a with block; stop: a pass ends, by _Enough, when each has had its
-    own, before the last of them, most often a head, makes logits that nobody looks at."""
+    """Moments of the inputs of the named layers while in a with block. stop: a pass ends, by _Enough, as soon as each has been
+    called, before the last of them, most often a head, makes logits that nobody looks at; further calls are not seen. Clear
+    `called` before a pass."""
 
     def __init__(self, model, names, stop=False):
         self.model, self.names, self.stop, self.called = model, names, stop, set()
@@ -78,7 +80,6 @@ class _Observed:
         moments.add(args[0])
         self.called.add(name)
         if self.stop and len(self.called) == len(self.names):
-            self.called.clear()
             raise _Enough
 
     def __exit__(self, *_):
@@ -133,8 +134,10 @@ def for_each_layer(model, batches, run, names, visit):
                 calls[following][at] = _with_hidden(*calls[following][at], y[0] if isinstance(y, tuple) else y)
         calls.pop(name)
     if rest:
-        with _Observed(model, rest, stop=bool(blocks)) as found:
+        observed = _Observed(model, rest, stop=bool(blocks))           # without blocks there may be loops
+        with observed as found:
             for batch in batches:
+                observed.called.clear()
                 with contextlib.suppress(_Enough):
                     run(model, batch)
         for n in rest:
@@ -211,18 +214,12 @@ def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01
     U = inverse_root(H, damp)
     del H
     grid = lambda w, at: _shrunk(w, blocks[at], levels) if clip else group_grid(w, levels)
-    return _in_parts(lambda rows: _gptq(rows, U, order, grid, levels, group, act_order), weight)
-
-
-def _in_parts(quantize, weight):
-    """Tuple of tensors (out, ...) of quantize(rows), for some rows of weight (out, in) at a time: they know nothing of each
-    other, and what is made on the way is many times the weights."""
-    parts = [quantize(rows.float()) for rows in weight.split(max(1, PART // weight.shape[1]))]
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return tuple(in_blocks(lambda rows: _gptq(rows.float(), U, order, grid, levels, group, act_order), weight, PART).values())
 
 
 def _gptq(weight, U, order, grid, levels, group, act_order):
-    """(codes uint8, scale, zero) of some rows; U of inverse_root(), its columns in this order; grid(groups, which of them)."""
+    """gptq() of some rows, which know nothing of the others. U: of inverse_root(), in this order of columns; grid(groups,
+    which of them)."""
     n = weight.shape[1]
     W, groups = weight.T.clone(), weight.unflatten(1, (-1, group))                       # (in, out): a column is a row now
     scale, zero = (t[..., 0].T.contiguous() for t in grid(groups, slice(None)))          # (groups, out)
@@ -251,7 +248,7 @@ def _gptq(weight, U, order, grid, levels, group, act_order):
             W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     found = torch.empty_like(codes)
     found[order] = codes
-    return found.T.contiguous(), scale.T.contiguous(), zero.T.contiguous()
+    return {'codes': found.T.contiguous(), 'scale': scale.T.contiguous(), 'zero': zero.T.contiguous()}
 
 
 def awq(weight, moments, levels, group):
@@ -267,16 +264,17 @@ def awq(weight, moments, levels, group):
     H, size = moments.H, (moments.total / max(1, moments.n)).clamp(min=1e-8)
 
     def error_of(rows, inverse):
+        rows = rows.float()
         groups = (rows / inverse).unflatten(1, (-1, group))
         scale, zero = group_grid(groups, levels)
         off = to_grid(groups, scale, zero, levels).sub_(zero).mul_(scale).flatten(1).mul_(inverse).sub_(rows)
-        return (off @ H).mul_(off).sum(1, keepdim=True),
+        return {'error': (off @ H).mul_(off).sum(1)}
 
     best = None
     for power in POWERS:
         s = size ** power
         inverse = (1 / (s / (s.max() * s.min()).sqrt())).clamp(1e-4, 1e4).half().float()
-        error = _in_parts(lambda rows, inverse=inverse: error_of(rows, inverse), weight)[0].sum().item()
+        error = in_blocks(partial(error_of, inverse=inverse), weight, PART)['error'].sum().item()
         if best is None or error < best[0]:
             best = error, inverse
     inverse = best[1]
@@ -284,7 +282,8 @@ def awq(weight, moments, levels, group):
     blocks = _diagonal_blocks(H, group) * each[:, :, None] * each[:, None]
 
     def rounded(rows):
-        groups = (rows / inverse).unflatten(1, (-1, group))
+        groups = (rows.float() / inverse).unflatten(1, (-1, group))
         scale, zero = _shrunk(groups, blocks, levels)
-        return to_grid(groups, scale, zero, levels).to(torch.uint8).flatten(1), scale[..., 0], zero[..., 0]
-    return *_in_parts(rounded, weight), inverse
+        codes = to_grid(groups, scale, zero, levels).to(torch.uint8)
+        return {'codes': codes.flatten(1), 'scale': scale[..., 0], 'zero': zero[..., 0]}
+    return *in_blocks(rounded, weight, PART).values(), inverse

@@ -9,6 +9,7 @@ their training; language models of transformers (a folder, or an id like gpt2) o
 transformers, such as finetune_cls.py writes, on a folder of labelled texts.
 """
 import functools
+import glob
 import os
 import shutil
 from dataclasses import asdict
@@ -146,7 +147,10 @@ class _Folder:
     def save(self, path, described):
         """Write a folder with the packed model, its config and its tokenizer, whole or not at all; returns the size of the
         packed file. Raises OSError."""
-        part = f'{path.rstrip(os.sep)}.tmp{os.getpid()}'
+        part = f'{path.rstrip(os.sep)}.tmp'
+        for left in glob.glob(f'{glob.escape(part)}*'):                 # by a process that was killed while writing
+            shutil.rmtree(left)
+        part += str(os.getpid())
         os.makedirs(part)
         try:
             self.model.config.save_pretrained(part)

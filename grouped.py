@@ -42,9 +42,10 @@ class GroupLinear(LowBit, nn.Module):
         def part(rows):
             groups = rows.float().unflatten(1, (-1, self.group))
             scale, zero = group_grid(groups, self.levels)
-            return self.buffers_of(to_grid(groups, scale, zero, self.levels).flatten(1), scale[..., 0], zero[..., 0])
-        ones = torch.ones(self.in_features, dtype=torch.float16, device=self.weight.device)
-        return in_blocks(part, self.weight) | ({'input_scale': ones} if self.scaled_input else {})
+            codes = to_grid(groups, scale, zero, self.levels).to(torch.uint8)
+            return {'codes': codes.flatten(1), 'scale': scale[..., 0], 'zero': zero[..., 0]}
+        ones = torch.ones(self.in_features, device=self.weight.device) if self.scaled_input else None
+        return self.buffers_of(**in_blocks(part, self.weight), input_scale=ones)
 
     def buffers_of(self, codes, scale, zero, input_scale=None):
         """What is kept of codes (out, in), scale and zero (out, groups), input_scale (in,); any float or integer types."""

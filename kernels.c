@@ -95,10 +95,11 @@ INLINE void some_groups(const uint8_t *code, const float *s, const float *levels
             }
         }
 #endif
-    for (; bits < 4 && i < n; i++) {
-        const int64_t at = i * bits % 8, both = code[i * bits / 8] | (at + bits > 8 ? code[i * bits / 8 + 1] << 8 : 0);
-        put(levels[both >> at & ((1 << bits) - 1)] * s[i / group], from + i, bf16, out);
-    }
+    for (int64_t g = i / group; bits < 4 && i < n; g++)
+        for (const int64_t end = (g + 1) * group < n ? (g + 1) * group : n; i < end; i++) {
+            const int64_t at = i * bits % 8, both = code[i * bits / 8] | (at + bits > 8 ? code[i * bits / 8 + 1] << 8 : 0);
+            put(levels[both >> at & ((1 << bits) - 1)] * s[g], from + i, bf16, out);
+        }
     for (; i < n; i += 2) {
         const uint8_t b = code[i / 2], h = b >> 4, l = b & 15;
         put(levels[high_first ? h : l] * s[i / group], from + i, bf16, out);

@@ -44,7 +44,7 @@ from conv import BinaryConv2d, Conv4bit, TernaryConv2d, conv2d  # noqa: F401  on
 from functional import (ACTIVATIONS, EVERY_ACTIVATION, compute_dtype, frozen_linear, has_fast_int8, normalize,
                         quantized_linear, straight_through, ternary_linear)
 from grouped import GroupLinear, SparseLinear
-from lowbit import Activation, Binary, FourBit, LowBit, in_blocks  # noqa: F401  Activation: for who imports layers
+from lowbit import Activation, Binary, FourBit, LowBit, all_finite, in_blocks  # noqa: F401  for who imports layers
 from quant import decode4, half_bits, pack_bits, product4, quantize_rows, scales4, ternarize, unpack_bits, wide
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def as_kind(module, kind, options, packed):
         with torch.device('meta'):                  # no random weights in fp32 that nobody uses
             new = HalfLinear(module.in_features, module.out_features, bias, **options)
         new = _copied(new.to_empty(device=module.weight.device), module)
-        if not all(torch.isfinite(torch.stack(p.aminmax())).all() for p in new.parameters()):
+        if not all_finite(new.parameters()):
             raise ValueError(f'HalfLinear: weights must be finite and fit into {new.weight.dtype}')
         return new
     if isinstance(module, nn.Linear) and packed and kind in ('int4', 'nf4', 'fit4', 'int8', 'group', 'sparse'):

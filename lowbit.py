@@ -12,12 +12,18 @@ from functional import EVERY_ACTIVATION, compute_dtype
 from quant import FORMATS4, SCALES4, binarize, decode4, levels4, pack4, pack_bits, quantize4, scales4, unpack_bits
 
 
-def in_blocks(encode, rows):
-    """encode(part) -> dict of tensors, for some of `rows` (n, ...) at a time, each put together again: what is made on the way
-    is many times the codes, and the matrix of a head may be half of a model. Parts are of whole 256 rows."""
-    step = max(1, (1 << 20) // max(1, rows[:1].numel()) // 256) * 256
-    parts = [encode(part) for part in rows.split(step)]
+def in_blocks(encode, rows, size=1 << 20):
+    """encode(part) -> dict of tensors, for about `size` weights of `rows` (n, ...) at a time, each tensor put together again:
+    what is made on the way is many times the codes, and the matrix of a head may be half of a model. Parts are of whole 256
+    rows; on a GPU, where calls cost more than memory, they are larger."""
+    size = size if rows.device.type == 'cpu' else 1 << 26
+    parts = [encode(part) for part in rows.split(max(1, size // max(1, rows[:1].numel()) // 256) * 256)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def all_finite(tensors):
+    """Without a copy of any of them."""
+    return all(torch.isfinite(torch.stack(t.aminmax())).all() for t in tensors if t.numel())
 
 
 class Activation(nn.Module):
@@ -69,7 +75,7 @@ class LowBit:
     def pack_(self):
         """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
         if not self.packed:
-            if not all(torch.isfinite(torch.stack(p.aminmax())).all() for p in self.parameters(recurse=False)):
+            if not all_finite(self.parameters(recurse=False)):
                 raise ValueError(f'{type(self).__name__}: weights must be finite to be packed')
             with torch.no_grad():
                 buffers = self.encode()

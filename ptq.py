@@ -263,9 +263,10 @@ def save_quantized(subject, folder, start, before):
     check(subject, names)
     described, bits_each = quantize(subject, subject.model, name)
     size = subject.save(save, described)
-    row = {'scheme': name, 'bits': bits_each, 'seconds': time.perf_counter() - start, 'peak': common.peak_memory_bytes(),
-           'above': common.peak_memory_bytes() - before, 'size': size, 'windows': windows, 'block': subject.block,
-           'threads': torch.get_num_threads(), 'device': common.device_name(subject.dev), 'torch': torch.__version__}
+    row = {'scheme': name, 'skip': skip, 'bits': bits_each, 'seconds': time.perf_counter() - start, 'size': size,
+           'peak': common.peak_memory_bytes(), 'above': common.peak_memory_bytes() - before, 'windows': windows,
+           'block': subject.block, 'threads': torch.get_num_threads(), 'device': common.device_name(subject.dev),
+           'torch': torch.__version__}
     print(f'{name}: {bits_each:.3f} bits per weight of {len(described)} layers, {row["seconds"]:.1f} s, most memory '
           f'{row["peak"]:,} bytes, {row["above"]:,} above the start; wrote {save}: {size:,} bytes')
     row['loss'] = subject.loss(subject.model)

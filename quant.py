@@ -217,11 +217,14 @@ def levels4(codes, format):
     """fp32 levels of codes 0..15 of any shape."""
     if format == 'uniform':
         return codes.float().mul_(2 / 15).sub_(1)                       # faster than a table
+    if format not in FORMATS4:
+        return codes.float()
     return _constant(CODED4[format].levels, codes.device)[codes.int()]
 
 
 def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=None):
-    """Weights start .. stop - 1 (whole groups; default: all) of packed `code` (uint8, from pack4) and its scales.
+    """Weights start .. stop - 1 (whole groups; default: all) of packed `code` (uint8, from pack4) and its scales. Of codes1 to
+    codes3 (from pack_bits, rows of whole bytes): start and stop at whole bytes, of 3 bits at whole threes of them.
 
     out: a tensor of an earlier call, to be written again where it is large enough: fresh memory costs as much as decoding.
     """

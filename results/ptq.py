@@ -84,9 +84,9 @@ def table_sensitivity():
 
 def table_big():
     found = rows('big')
-    columns = {'what': '`{scheme}`', 'seconds': '{seconds:.0f}', 'bits/weight': '{bits:.2f}',
-               'most memory of the process, bytes': '{peak:,}', 'above its start': '{above:,}', '× fp32 model': '{ratio:.2f}',
-               'file bytes': '{size:,}'}
+    columns = {'scheme': '`{scheme}`', 'left as they are': lambda r: r['skip'] or 'none', 'seconds': '{seconds:.0f}',
+               'bits/weight': '{bits:.2f}', 'most memory of the process, bytes': '{peak:,}', 'above its start': '{above:,}',
+               '× fp32 model': '{ratio:.2f}', 'file bytes': '{size:,}'}
     r = found[0]
     return [f'A GPT-2 of 124M, random weights ({r["fp32"]:,} bytes in fp32, read from a checkpoint), {r["windows"]} '
             f'calibration windows of {r["block"]} tokens, {r["device"]}, {r["threads"]} threads; `--save`, from before the '
@@ -117,9 +117,9 @@ def gpt2_shape():
         'tokenizer': tokenizer.describe()})
     del model
     found = []
-    for scheme in ('rtn4', 'gptq4', 'awq4'):
-        subprocess.run([sys.executable, 'ptq.py', f'--ckpt={work}', f'--schemes={scheme}', f'--save={work}/q.safetensors'],
-                       cwd=ROOT, check=True)
+    for scheme, skip in (('rtn4', 'head,embd'), ('gptq4', 'head,embd'), ('awq4', 'head,embd'), ('rtn4', ''), ('gptq4', '')):
+        subprocess.run([sys.executable, 'ptq.py', f'--ckpt={work}', f'--schemes={scheme}', f'--skip={skip}',
+                        f'--save={work}/q.safetensors'], cwd=ROOT, check=True)
         row = json.loads((work / 'save.jsonl').read_text())
         found.append(row | {'fp32': fp32, 'ratio': row['above'] / fp32})
     (FOLDER / 'big.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in found))

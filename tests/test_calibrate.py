@@ -178,6 +178,17 @@ def test_clipping_takes_the_range_with_the_least_error():
         assert error(scale, zero) <= error(*(t[..., 0] for t in group_grid(w[:, None], 'int3', shrink))) + 1e-9
 
 
+@pytest.mark.parametrize('act_order, clip', [(True, True), (False, False)])
+def test_rows_in_parts_are_rows_in_one(act_order, clip, monkeypatch):
+    w, m = weight(600, 64), moments(correlated(64, 500))
+    every = lambda: [*calibrate.gptq(w, m, 'int3', 32, act_order=act_order, clip=clip), *calibrate.awq(w, m, 'int3', 32)]
+    whole = every()
+    monkeypatch.setattr(calibrate, 'PART', 1)       # 256 rows, 256, 88
+    for a, b in zip(whole, every(), strict=True):
+        assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=1e-6)
+    assert whole[0].dtype == torch.uint8
+
+
 def test_awq_takes_the_best_power_and_keeps_large_inputs_exact():
     """A few inputs a hundred times as large: scaled, their weights lose least; the error falls below that of rounding."""
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(2))
@@ -228,7 +239,8 @@ def test_each_layer_sees_what_comes_out_of_the_layers_before_it_as_they_are_now(
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     blocks = [n for row in calibrate.find_blocks(model) for n, _ in row]
     assert len(blocks) == 3 and len(names) > 10
-    plain, seen = copy.deepcopy(model), []
+    plain, seen, logits = copy.deepcopy(model), [], []
+    model.lm_head.register_forward_hook(lambda *_: logits.append(1))
 
     def visit(name, found):
         block = next((b for b in blocks if name.startswith(f'{b}.')), '')
@@ -245,6 +257,20 @@ def test_each_layer_sees_what_comes_out_of_the_layers_before_it_as_they_are_now(
 
     calibrate.for_each_layer(model, batches, run, names, visit)
     assert sorted(seen) == sorted(names) and seen[-1] == 'lm_head'
+    assert not logits                               # they would be the largest thing of all
+
+
+def test_a_pass_ends_when_each_layer_was_called():
+    """Of layers outside of blocks, in whatever order they are called, in each pass anew."""
+    model = nn.ModuleDict({'blocks': nn.ModuleList([nn.Linear(4, 4)]), 'a': nn.Linear(4, 4), 'b': nn.Linear(4, 4)})
+    seen, done = {}, []
+
+    def run(net, words):
+        for word in words:
+            net[word](torch.ones(1, 4))
+        done.append(words)
+    calibrate.for_each_layer(model, ['a', 'ba', 'ab'], run, ['a', 'b'], lambda n, found: seen.update({n: found.n}))
+    assert seen == {'a': 3, 'b': 2} and done == ['a']
 
 
 def test_blocks_are_the_outermost_lists_of_modules_with_linear_layers():

@@ -411,13 +411,15 @@ def test_a_classifier_of_transformers(call, folders, name):
 def test_an_interrupted_save_leaves_no_half_folder(call, folders, start):
     """Killed before the folder gets its name, and on a full disk: there is no folder, and the next save makes it."""
     words = [str(ROOT / 'ptq.py'), '--ckpt=gpt2', '--text=val.txt', '--group=32', '--schemes=rtn3', '--save=half_q']
-    for patch in ('import os, signal\nos.replace = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)',
+    for patch in ('import os, signal\nmove = os.replace\ndef f(a, b):\n'
+                  '    os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith("half_q") else move(a, b)\nos.replace = f',
                   'import safetensors.torch as s\ndef f(*a, **k): raise OSError(28, "No space left")\ns.save_file = f'):
         done = start(*words, cwd=folders, patch=patch).wait()
         assert done.code == -signal.SIGKILL or 'No space left' in one_error(done)
         assert not (folders / 'half_q').exists()
     call(*words[1:], cwd=folders)
     assert {'config.json', 'packed.safetensors', 'tokenizer.json'} <= set(os.listdir(folders / 'half_q'))
+    assert not list(folders.glob('half_q.tmp*'))
     assert 'half_q exists' in one_error(call(*words[1:], cwd=folders, code=2)).replace("'", '')
 
 
