@@ -584,7 +584,7 @@ def plot(name, found):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(9.5, 4.2), constrained_layout=True)
     for i, variant in enumerate(found):
         for n, path in enumerate(logs(name, variant)):
             curve = [(r['tokens'], r['val_loss']) for r in map(json.loads, open(path)) if 'val_loss' in r and r['step']]
@@ -592,7 +592,7 @@ def plot(name, found):
                       label=None if n else f'{EXPERIMENTS[name][2][variant][0]}: {curve[-1][1]:.3f}')
     token = 'token' if name in SUBWORDS else 'byte'
     axes.set(xlabel='training tokens', ylabel=f'validation loss, nats per {token}', title='one line per seed')
-    axes.legend(frameon=False, title='first seed, last value')
+    axes.legend(frameon=False, title='first seed, last value', bbox_to_anchor=(1, 1), loc='upper left')
     figure.savefig(ROOT / 'results' / f'{name}.png', dpi=130)
 
 
