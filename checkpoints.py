@@ -8,6 +8,7 @@ Three kinds with one face: checkpoints and packed files of train_gpt.py and trai
 their training; language models of transformers (a folder, or an id like gpt2) on a text file; sequence classifiers of
 transformers, such as finetune_cls.py writes, on a folder of labelled texts.
 """
+import contextlib
 import functools
 import glob
 import os
@@ -64,6 +65,11 @@ class Trained:
             raise ValueError(f'save={path!r}: a packed model is a file that ends in .safetensors')
         if os.path.exists(path) and os.path.samefile(path, self.name):
             raise ValueError(f'save={path!r} is the model itself; type another file')
+        if os.path.exists(path):
+            with contextlib.suppress(ValueError):
+                if layers.read_packed(path)[0].get('quantized'):
+                    return
+            raise ValueError(f'save={path!r} is there and not by ptq.py; type another file')
 
     def save(self, path, described):
         """Write the packed model; returns the size of its file. Raises OSError."""

@@ -182,6 +182,9 @@ def atomic_write(path, write):
         write(tmp)
         with open(tmp, 'rb') as f:
             os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(tmp, 0o666 & ~mask)                # what safetensors writes is for its owner alone
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:            # torch.save reports a full disk as RuntimeError
         raise OSError(f'could not write {path}: {_first_line(e)}') from e

@@ -59,6 +59,6 @@ def heat(path, blocks, kinds, found, title):
             if value == value:
                 axes.text(x, y, f'{value:+.3f}', ha='center', va='center', fontsize=7,
                           color='black' if value > 0.6 * max([*inner, 1e-9]) else 'white')
-    figure.colorbar(image, ax=axes, label='rise of the validation loss')
+    figure.colorbar(image, ax=axes, label='rise of the validation loss', extend='max')   # by sums
     axes.set(xlabel='projection', ylabel='block')
     _save(figure, path)

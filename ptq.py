@@ -73,8 +73,9 @@ seed = 1337                    # calibration windows, order of samples
 device = ''                    # '': cuda where there is one, else cpu
 _MODES = ('compare', 'prune', 'sensitivity', 'choose')
 _defaults = dict(globals())
-_words = [f'--mode={word}' if word in _MODES else word for word in sys.argv[1:]]
+_words = [f'--mode={word}' if word.isalpha() else word for word in sys.argv[1:]]
 config = configurator.override(globals(), _words)   # file.py ... --key=value, later wins
+_changed = {key for key in config if config[key] != _defaults[key]}
 
 # name: (method, kind or levels, options)
 SCHEMES = {'half': ('', 'half', {}), 'int8': ('', 'int8', {}), 'int8a8': ('', 'int8', {'activations': 'int8'}),
@@ -83,6 +84,9 @@ SCHEMES = {'half': ('', 'half', {}), 'int8': ('', 'int8', {}), 'int8a8': ('', 'i
            **{f'{method}{n}': (method, f'int{n}', {}) for n in (4, 3, 2) for method in ('rtn', 'awq', 'gptq')},
            'tern': ('rtn', 'tern', {}), 'bin': ('rtn', 'bin', {}),
            'bnb8': ('bnb', 'int8', {}), 'bnb_nf4': ('bnb', 'nf4', {}), 'bnb_nf4dq': ('bnb', 'nf4dq', {})}
+# what looks at an option: beginnings of names
+USERS = {'skip': ('',), 'group': ('rtn', 'awq', 'gptq', 'tern', 'bin'), 'windows': ('awq', 'gptq'), 'act_order': ('gptq',),
+         'clip': ('gptq',), 'damp': ('gptq',)}
 METHODS = ('magnitude', 'global', '2:4', 'wanda', 'wanda2:4')
 
 
@@ -173,8 +177,16 @@ def check(subject, names):
                         quantized.PackedEmbedding(layer)
                 except ValueError as e:
                     raise ValueError(f'scheme {name} does not fit {n}: {e}') from None
-    if any(name.startswith(('awq', 'gptq')) for name in names):
+    refuse_unused(names, ', '.join(names))
+    if any(name.startswith(USERS['windows']) for name in names):
         subject.calibration(1, seed)
+
+
+def refuse_unused(names, what):
+    """Raises ValueError for an option that was given and none of the schemes `names` looks at."""
+    for key, users in USERS.items():
+        if key in _changed and not any(name.startswith(users) for name in names):
+            raise ValueError(f'{key} has no use for {what}; leave --{key} out')
 
 
 def file_bytes(subject, model, described):
@@ -228,7 +240,9 @@ def compare(subject, folder):
     names = chosen(schemes, every, SCHEMES)
     if done and schemes:
         raise ValueError(f'{subject.name} is quantized already; leave --schemes out to evaluate it')
-    if not done:
+    if done:
+        refuse_unused([], subject.name)
+    else:
         check(subject, names)
     low_bit = any(isinstance(m, layers.LowBit) for m in model.modules())
     first = 'as saved' if done else 'as trained' if low_bit else 'fp'
@@ -243,12 +257,14 @@ def compare(subject, folder):
         print(f'{name}: val loss {rows[-1]["loss"]:.4f}', flush=True)
         write_rows(folder, 'ptq', rows)
     show(rows, [c for c in COLUMNS if any(r.get(c[0]) is not None for r in rows)], None)
-    write_rows(folder, 'ptq', rows)
-    if len(rows) > 1:
-        print(f'bits/weight are of {rows[-1]["share"]:.1%} of the weights, the rest stays as it is (skip={skip!r}); smaller: '
-              'than in full precision')
-        plot_ptq.sizes(os.path.join(folder, 'ptq.png'), rows, f'{subject.name}: {subject.unit}')
-        print(f'wrote {folder}/ptq.jsonl and {folder}/ptq.png')
+    if done:                                        # not in the place of the table that it was chosen from
+        name = f'{os.path.splitext(os.path.basename(subject.name))[0]}_ptq' if os.path.isfile(subject.name) else 'ptq'
+        print(f'wrote {write_rows(folder, name, rows)}')
+        return
+    print(f'bits/weight are of {rows[-1]["share"]:.1%} of the weights, the rest stays as it is (skip={skip!r}); smaller: '
+          'than the first row')
+    plot_ptq.sizes(os.path.join(folder, 'ptq.png'), rows, f'{subject.name}: {subject.unit}')
+    print(f'wrote {write_rows(folder, "ptq", rows)} and {folder}/ptq.png')
 
 
 def save_quantized(subject, folder, start, before):
@@ -282,12 +298,21 @@ def chosen(words, default, known):
     return names
 
 
+_written = set()
+
+
 def write_rows(folder, name, rows):
-    """rows as JSON lines in folder/name.jsonl, whole or not at all."""
+    """rows as JSON lines in folder/name.jsonl, whole or not at all; what an earlier call of ptq.py left there is kept as
+    name.prev.jsonl. Returns the path."""
     def write(tmp):
         with open(tmp, 'w') as f:
             f.writelines(json.dumps(r) + '\n' for r in rows)
-    common.atomic_write(os.path.join(folder, f'{name}.jsonl'), write)
+    path = os.path.join(folder, f'{name}.jsonl')
+    if path not in _written and os.path.exists(path):
+        os.replace(path, common.previous_path(path))
+    _written.add(path)
+    common.atomic_write(path, write)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,6 +388,8 @@ def prune(subject, folder):
         raise ValueError(f'--save keeps one model, not {len(jobs)}; type one of --methods and one of --amounts')
     if any(m.startswith('wanda') for m, _ in jobs):
         subject.calibration(1, seed)
+    elif 'windows' in _changed:
+        raise ValueError('windows has no use without wanda; leave --windows out')
     if save:
         subject.refuse(save)
     for n, module in quantized.layers_of(subject.model, skip).items():
@@ -372,18 +399,21 @@ def prune(subject, folder):
             raise ValueError(f'2:4 does not fit {n}: rows of {module.in_features} weights are no fours')
     rows = []
     for method, amount in [('none', 0.0), *jobs]:   # the model as it was gets the same updates
+        start = time.perf_counter()
         model = copy.deepcopy(subject.model)
         masks = prune_(subject, model, method, amount) if method != 'none' else {}
         pruned_loss = subject.loss(model)
         retrain(subject, model, masks)
-        zeros = [(model.get_submodule(n).weight == 0).float().mean().item() for n in masks]
+        weights = [model.get_submodule(n).weight for n in masks]
+        zeros = sum((w == 0).sum().item() for w in weights) / max(1, sum(w.numel() for w in weights))
         described = {}
         for n in masks:                             # a bit for each weight, and those that are not 0
             described |= quantized.replace(model, n, 'sparse', {})
         row = evaluated(subject, model, method, rows[0] if rows else None, described)
-        rows.append(row | {'method': method, 'amount': amount, 'zeros': statistics.mean(zeros) if zeros else 0.0,
-                           'pruned_loss': pruned_loss, 'retrain_iters': retrain_iters, 'retrain_lr': retrain_lr})
-        print(f'{method} {amount}: val loss {pruned_loss:.4f}, {row["loss"]:.4f} after {retrain_iters} updates', flush=True)
+        rows.append(row | {'method': method, 'amount': amount, 'zeros': zeros, 'pruned_loss': pruned_loss,
+                           'retrain_iters': retrain_iters, 'retrain_lr': retrain_lr})
+        print(f'{method} {amount}: val loss {pruned_loss:.4f}, {row["loss"]:.4f} after {retrain_iters} updates; '
+              f'{time.perf_counter() - start:.0f} s, {len(jobs) + 1 - len(rows)} to go', flush=True)
         write_rows(folder, 'prune', rows)
     if save:
         subject.model = model
@@ -472,13 +502,14 @@ def choose(subject, folder):
         raise ValueError(f'bits={bits:g}: with all {len(blocks)} blocks as {kind} it is {low:.3f} bits, with none 32; type '
                          f'--bits={math.ceil(100 * of(len(blocks) // 2)) / 100:g} for half of them')
     taken, rows, base = [], [], subject.loss(subject.model, on_training=True)
+    print(f'{subject.name}: {base:.4f} {subject.unit} on windows of its training split, by which the blocks are chosen')
     while len(taken) < need:
         losses = {b: loss_with(subject, other, [n for t in [*taken, b] for n in blocks[t].values()], on_training=True)
                   for b in blocks if b not in taken}
         best = min(losses, key=losses.get)
         taken.append(best)
-        rows.append({'taken': best, 'bits': of(len(taken)), 'loss': losses[best], 'delta': losses[best] - base,
-                     'losses': losses, 'scheme': scheme, 'ckpt': subject.name})
+        rows.append({'taken': best, 'bits': of(len(taken)), 'base_loss': base, 'loss': losses[best],
+                     'delta': losses[best] - base, 'losses': losses, 'scheme': scheme, 'ckpt': subject.name})
         print(f'{best}: loss {losses[best]:.4f} ({losses[best] - base:+.4f}), {of(len(taken)):.2f} bits', flush=True)
         write_rows(folder, 'choose', rows)
     numbers = tuple(sorted(list(blocks).index(b) for b in taken))
@@ -486,10 +517,11 @@ def choose(subject, folder):
     said = (f'ptq.py choose: blocks {numbers} of {c.n_layer} of {subject.name} cost least as {scheme}, {of(need):.2f} bits a '
             'weight')
     base_config = os.path.join(os.path.dirname(subject.name), 'config.py')
+    command = f'python train_gpt.py {base_config} {path} --out_dir=out/chosen'
     configurator.save({'n_binary': 0, 'binary_blocks': numbers, 'qkv_proj': kind, 'c_proj': kind, 'mlp_proj': kind}, path,
-                      f'{said}\npython train_gpt.py {base_config} {path} --out_dir=out/chosen')
-    print(f'{said}\nwrote {folder}/choose.jsonl and {path}; train it with: python train_gpt.py {base_config} {path} '
-          '--out_dir=out/chosen')
+                      f'{said}\n{command}')
+    print(f'{said}\nwith --init_from={subject.name} training goes on from this model\n'
+          f'wrote {folder}/choose.jsonl and {path}; train it with: {command}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
