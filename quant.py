@@ -231,7 +231,8 @@ def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=Non
     if held['absmax'].dtype == torch.uint8:         # one `top` for 256 groups: a call for a part would not find its own
         held = {'absmax': scales4(held)}
     bits, weights = CODED4[format].bits, len(code) * 8 // CODED4[format].bits
-    absmax, stop, group = held['absmax'], weights if stop is None else stop, weights // len(held['absmax'])
+    absmax, stop = held['absmax'], weights if stop is None else stop
+    group = weights // len(absmax) if len(absmax) else 1
     if kernel := _kernels_for(code, absmax):
         wide = dtype if dtype == torch.bfloat16 else torch.float32
         fits = out is not None and out.dtype == wide and len(out) >= stop - start

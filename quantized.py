@@ -41,8 +41,8 @@ class PackedEmbedding(nn.Module):
         else:                                       # sixteen levels, groups of the flattened matrix
             code = layer.code.view(layer.out_features, -1)[flat].flatten()
             absmax = scales4(layer._held()).view(layer.out_features, -1)[flat].flatten()
-            rows = decode4(code, {'absmax': absmax}, layer.format).view(-1, layer.in_features)
-        return rows.to(self.dtype).view(*ids.shape, -1)
+            rows = decode4(code, {'absmax': absmax}, layer.format).view(len(flat), layer.in_features)
+        return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
 
 
 def unfuse(model):

@@ -213,6 +213,12 @@ def test_subclasses_and_what_is_tied_to_them_are_left_alone():
     assert list(quantized.layers_of(model, '')) == ['body']
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_no_ids_are_no_rows(kind):
+    embedding = quantized.PackedEmbedding(layers.as_kind(nn.Linear(64, 10, bias=False), kind, KINDS[kind], True))
+    assert embedding(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 64)
+
+
 def test_groups_over_the_ends_of_rows_are_no_embedding():
     with pytest.raises(ValueError, match='wte: rows of 24 weights are not made of groups of 64'):
         model = nn.Module()
