@@ -18,7 +18,12 @@ def in_blocks(encode, rows, size=1 << 20):
     rows; on a GPU, where calls cost more than memory, they are larger."""
     size = size if rows.device.type == 'cpu' else 1 << 26
     parts = [encode(part) for part in rows.split(max(1, size // max(1, rows[:1].numel()) // 256) * 256)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if len(parts) == 1:
+        return parts[0]
+
+    def whole(tensors):                             # under autocast cat() knows no fp16 on a CPU, with out= it asks nothing
+        return torch.cat(tensors, out=tensors[0].new_empty(sum(map(len, tensors)), *tensors[0].shape[1:]))
+    return {name: whole([part[name] for part in parts]) for name in parts[0]}
 
 
 def all_finite(tensors):

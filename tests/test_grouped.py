@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn as nn
 
+import grouped
 import layers
+import lowbit
 import quantized
 from grouped import GroupLinear, SparseLinear
 from quant import GRIDS, group_grid, pack_bits, to_grid, unpack_bits
@@ -70,6 +72,19 @@ def test_a_layer_computes_the_same_packed_and_not(levels, group):
     assert torch.allclose(x @ layer.effective_weight().T + layer.bias, before, atol=1e-5)
     tolerance = 0.02 if levels in ('int8', 'tern', 'bin') else 0.5     # a range is not always its own
     assert torch.allclose(copy.deepcopy(layer).unpack_()(x), before, atol=tolerance)
+
+
+@pytest.mark.parametrize('kind', [k for k in KINDS if k != 'half'])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_a_large_matrix_is_packed_in_parts(kind, autocast, monkeypatch):
+    linear = nn.Linear(2048, 1100)                  # three parts
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        found = layers.as_kind(copy.deepcopy(linear), kind, KINDS[kind], True).state_dict()
+    for module in (lowbit, layers, grouped):
+        monkeypatch.setattr(module, 'in_blocks', lambda encode, rows: encode(rows))
+    whole = layers.as_kind(linear, kind, KINDS[kind], True).state_dict()
+    assert found.keys() == whole.keys() and all(torch.equal(found[k], whole[k]) and found[k].dtype == whole[k].dtype
+                                                for k in found)
 
 
 @pytest.mark.parametrize('levels', GRIDS)
