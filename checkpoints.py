@@ -67,7 +67,7 @@ class Trained:
             raise ValueError(f'save={path!r} is the model itself; type another file')
         if os.path.exists(path):
             with contextlib.suppress(ValueError):
-                if layers.read_packed(path)[0].get('quantized'):
+                if layers.read_packed(path, tensors_too=False)[0].get('quantized'):
                     return
             raise ValueError(f'save={path!r} is there and not by ptq.py; type another file')
 
@@ -331,7 +331,7 @@ def load(path, dev, settings):
         return Trained(path, dev, settings)
     try:
         packed = os.path.join(path, PACKED)
-        kind = layers.read_packed(packed)[0]['kind'] if os.path.isfile(packed) else hf.kind_of(path)
+        kind = layers.read_packed(packed, tensors_too=False)[0]['kind'] if os.path.isfile(packed) else hf.kind_of(path)
     except ValueError as e:
         fail(str(e))
     return (Classifier if kind == 'classifier' else Causal)(path, dev, settings)

@@ -170,6 +170,10 @@ def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second
 # files that are whole or absent, and checkpoints
 
 
+_umask = os.umask(0)                                # only setting it tells it, and no other thread should see that
+os.umask(_umask)
+
+
 def atomic_write(path, write):
     """write(temporary path) in the same folder, flush to disk, rename to `path`. The old file stays until then.
 
@@ -182,9 +186,7 @@ def atomic_write(path, write):
         write(tmp)
         with open(tmp, 'rb') as f:
             os.fsync(f.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(tmp, 0o666 & ~mask)                # what safetensors writes is for its owner alone
+        os.chmod(tmp, 0o666 & ~_umask)              # what safetensors writes is for its owner alone
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:            # torch.save reports a full disk as RuntimeError
         raise OSError(f'could not write {path}: {_first_line(e)}') from e

@@ -244,27 +244,29 @@ def compare(subject, folder):
         refuse_unused([], subject.name)
     else:
         check(subject, names)
+    columns = lambda rows: [c for c in COLUMNS if any(r.get(c[0]) is not None for r in rows)]
     low_bit = any(isinstance(m, layers.LowBit) for m in model.modules())
     first = 'as saved' if done else 'as trained' if low_bit else 'fp'
     rows = [evaluated(subject, model, first, None, done, **timings(subject, model, None))]
     if subject.trained is not None:
         print(f'val loss {rows[0]["loss"]:.4f}; its training wrote down {subject.trained:.4f} for the same batches')
-    for name in [] if done else names:
+    if done:                                        # its row goes not in the place of the table that it was chosen from
+        name = f'{os.path.splitext(os.path.basename(subject.name))[0]}_ptq' if os.path.isfile(subject.name) else 'ptq'
+        show(rows, columns(rows), None)
+        print(f'wrote {write_rows(folder, name, rows)}')
+        return
+    for name in names:
         new, start = copy.deepcopy(model), time.perf_counter()
         described, bits_each = quantize(subject, new, name)
         rows.append(evaluated(subject, new, name, rows[0], described, bits=bits_each, quantize_s=time.perf_counter() - start,
                               share=share_of(described, model), **timings(subject, new, model)))
         print(f'{name}: val loss {rows[-1]["loss"]:.4f}', flush=True)
-        write_rows(folder, 'ptq', rows)
-    show(rows, [c for c in COLUMNS if any(r.get(c[0]) is not None for r in rows)], None)
-    if done:                                        # not in the place of the table that it was chosen from
-        name = f'{os.path.splitext(os.path.basename(subject.name))[0]}_ptq' if os.path.isfile(subject.name) else 'ptq'
-        print(f'wrote {write_rows(folder, name, rows)}')
-        return
+        path = write_rows(folder, 'ptq', rows)
+    show(rows, columns(rows), None)
     print(f'bits/weight are of {rows[-1]["share"]:.1%} of the weights, the rest stays as it is (skip={skip!r}); smaller: '
           'than the first row')
     plot_ptq.sizes(os.path.join(folder, 'ptq.png'), rows, f'{subject.name}: {subject.unit}')
-    print(f'wrote {write_rows(folder, "ptq", rows)} and {folder}/ptq.png')
+    print(f'wrote {path} and {folder}/ptq.png')
 
 
 def save_quantized(subject, folder, start, before):
@@ -536,19 +538,17 @@ def main():
             configurator.fail(f'{key}={globals()[key]} makes no sense; type --{key}={least} or more')
     if damp > 1:
         configurator.fail(f'damp={damp} makes no sense; type --damp=1 or less')
-    quantizing = {'skip', 'group', 'windows', 'act_order', 'clip', 'damp'}
-    used = {'compare': {'schemes', 'save', 'time_rounds'} | quantizing, 'sensitivity': {'scheme'} | quantizing,
+    used = {'compare': {'schemes', 'save', 'time_rounds', *USERS}, 'sensitivity': {'scheme', *USERS},
             'prune': {'methods', 'amounts', 'retrain_iters', 'retrain_lr', 'save', 'skip', 'windows'},
-            'choose': {'scheme', 'bits'} | quantizing}
-    changed = {k for k in config if config[k] != _defaults[k]}
-    for key in sorted(changed & set.union(*used.values()) - used[mode]):
+            'choose': {'scheme', 'bits', *USERS}}
+    for key in sorted(_changed & set.union(*used.values()) - used[mode]):
         configurator.fail(f'{key} has no use in {mode}; leave --{key} out')
-    if save and time_rounds != _defaults['time_rounds']:
+    if save and 'time_rounds' in _changed:
         configurator.fail('time_rounds has no use with --save; leave it out')
     start, before = time.perf_counter(), resident_bytes()
     dev, _ = sample.pick_device(device, 'float32')
     subject = checkpoints.load(ckpt, dev, config)
-    for key in sorted(changed & subject.unused):
+    for key in sorted(_changed & subject.unused):
         configurator.fail(f'{key} has no use for {subject.name}; leave --{key} out')
     quantized.unfuse(subject.model).requires_grad_(mode == 'prune')
     folder = out or (os.path.dirname(subject.name) if os.path.isfile(subject.name) else subject.name if

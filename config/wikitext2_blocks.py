@@ -1,7 +1,7 @@
 # On from the model of config/wikitext2_bpe.py with some of its blocks binary: which ones, says a further config or option.
 # expected val loss: in results/blocks.md, by python results/runs.py blocks
 # hardware: 2 cores, one run on each
-# time: 4 to 5 minutes a run
+# time: 211 to 320 s a run, in its logs
 # python train_gpt.py config/wikitext2_blocks.py --binary_blocks=0,1,2     (after config/wikitext2_bpe.py)
 out_dir = 'out/wikitext2_blocks'
 init_from = 'out/wikitext2_bpe/best.pt'

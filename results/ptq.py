@@ -3,7 +3,7 @@ The tables of ptq.py: one model, quantized, pruned and taken apart, by the comma
 
     python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=4096 --name=wikitext2_bpe
     python train_gpt.py config/wikitext2_bpe.py
-    python results/ptq.py                          # all of them, an hour and a half on 2 cores
+    python results/ptq.py                          # all of them, prune takes longest
     python results/ptq.py sensitivity              # one of ptq, prune, sensitivity, choose, big
     python results/ptq.py --table                  # from the rows alone
     python results/runs.py blocks                  # train with the blocks that `choose` chose, and with others
