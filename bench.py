@@ -35,14 +35,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import bench_cnn
-import bench_optim
 import configurator
-import costs
 import layers
 from common import peak_above, peak_memory_bytes
-from measure import Worker, device_name, in_turns, measure, median_ms, mib, middle, peak_bytes, ratio, resident_bytes, show, \
-    times_ms
+from measure import convolutions, optimizers
+from measure.turns import (Worker, device_name, in_turns, measure, median_ms, mib, middle, peak_bytes, ratio,
+                           resident_bytes, show, times_ms)
+from report import costs
 
 # Dense bf16 peak of a card without sparsity, from its data sheet, for the share of it that a model's arithmetic uses.
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12}
@@ -544,9 +543,9 @@ def bundle(a):
 # ---------------------------------------------------------------------------------------------------------------------
 
 WORKERS = {'stats': stats_worker, 'compare': compare_worker, 'fit': fit_worker, 'layers': layers_worker, 'train': train_worker,
-           'optim': bench_optim.optim_worker, 'optim_bytes': bench_optim.optim_bytes_worker,
-           'finetune': bench_optim.finetune_worker, 'finetune_memory': bench_optim.finetune_memory_worker,
-           'conv': bench_cnn.conv_worker}
+           'optim': optimizers.optim_worker, 'optim_bytes': optimizers.optim_bytes_worker,
+           'finetune': optimizers.finetune_worker, 'finetune_memory': optimizers.finetune_memory_worker,
+           'conv': convolutions.conv_worker}
 
 
 def worker(a):
@@ -597,18 +596,18 @@ def main():
     p.add_argument('--dtypes', default='float32,bfloat16')
     p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')
     p.add_argument('--fineweb95m', action='store_true', help='the shape of config/fineweb95m.py')
-    p = command('optim', bench_optim.optim, dim=768, layers=12, rounds=5, steps=5)
+    p = command('optim', optimizers.optim, dim=768, layers=12, rounds=5, steps=5)
     p.add_argument('--ranks', default='16,128')
     shape = dict(dim=768, layers=6, batch=16, tokens=128)
-    bytes_ = command('optim-bytes', bench_optim.optim_bytes, **shape)
-    tune = command('finetune', bench_optim.finetune, **shape, rank=16, rounds=5, steps=2)
+    bytes_ = command('optim-bytes', optimizers.optim_bytes, **shape)
+    tune = command('finetune', optimizers.finetune, **shape, rank=16, rounds=5, steps=2)
     bytes_.add_argument('--ranks', default='4,8,16,64,128')
     for p in (bytes_, tune):
         p.add_argument('--attention', default='sdpa', choices=('sdpa', 'eager'), help="transformers' name of it")
-    tune.add_argument('--variants', default=','.join(bench_optim.FINETUNES), help='some of them')
-    p = command('conv', bench_cnn.conv, batch=64, image_size=64, rounds=7, steps=2)
+    tune.add_argument('--variants', default=','.join(optimizers.FINETUNES), help='some of them')
+    p = command('conv', convolutions.conv, batch=64, image_size=64, rounds=7, steps=2)
     p.add_argument('--compile', action='store_true')
-    p.add_argument('--variants', default=','.join(bench_cnn.CONVS), help='some of them')
+    p.add_argument('--variants', default=','.join(convolutions.CONVS), help='some of them')
     p.add_argument('--dtypes', default='float32,bfloat16')
     command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args()

@@ -23,15 +23,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-import adapters
-import classification
 import common
 import configurator
-import hf
 import layers
 import optim
-import report
-import tokens
+from pretrained import adapters, hf
+from readers import texts, tokens
+from report import tables
 
 # run
 out_dir = 'out/cls'            # config.py, log.jsonl, last.pt, the figures and the model folder go here
@@ -187,29 +185,29 @@ def kept_state(net):
 def read_data(names=None):
     """(training texts, their ids, {language or '': (texts, label names, row numbers)} to evaluate, names of the labels)."""
     if task == 'csv':
-        read = lambda path: classification.read_table(path, text_columns, label_column)
+        read = lambda path: texts.read_table(path, text_columns, label_column)
         path = train_file or eval_file              # also to evaluate: a model from scratch has its tokenizer from there
-        texts, labels = read(path)
-        names = names or classification.label_names(labels)
-        ids = classification.label_ids(labels, names, path)
+        sentences, labels = read(path)
+        names = names or texts.label_names(labels)
+        ids = texts.label_ids(labels, names, path)
         found = {'': read(eval_file)} if not folds else {}
         for _, labels in found.values():            # an unknown one is an error now, not after training
-            classification.label_ids(labels, names, eval_file)
+            texts.label_ids(labels, names, eval_file)
     else:
         folder = tokens.dataset_dir(dataset or task)
-        texts, ids, names = classification.load(folder, 'train')
+        sentences, ids, names = texts.load(folder, 'train')
         splits = {key: f'{eval_split}-{key}' for key in languages} if task == 'xnli' else {'': eval_split}
-        found = {key: classification.load(folder, split)[:2] for key, split in splits.items() if not folds}
+        found = {key: texts.load(folder, split)[:2] for key, split in splits.items() if not folds}
         found = {key: (part, [names[i] for i in labels]) for key, (part, labels) in found.items()}
-    rows = np.random.default_rng([seed, 1]).permutation(len(texts))
-    if folds > len(texts):
-        raise ValueError(f'folds={folds} of {len(texts)} texts')
+    rows = np.random.default_rng([seed, 1]).permutation(len(sentences))
+    if folds > len(sentences):
+        raise ValueError(f'folds={folds} of {len(sentences)} texts')
     if folds:
         held, rows = rows[fold::folds], np.delete(rows, np.s_[fold::folds])
-        found = {'': ([texts[i] for i in held], [names[ids[i]] for i in held])}
+        found = {'': ([sentences[i] for i in held], [names[ids[i]] for i in held])}
     sets = {key: (*both, held if folds else range(len(both[0]))) for key, both in found.items()}
     rows = rows[:train_samples or None]
-    return [texts[i] for i in rows], [ids[i] for i in rows], sets, names
+    return [sentences[i] for i in rows], [ids[i] for i in rows], sets, names
 
 
 def base_name():
@@ -225,9 +223,9 @@ def default_model():
 
 def main():
     if compare:
-        return report.compare_runs(compare.split(','))
+        return tables.compare_runs(compare.split(','))
     if ranks or (folds and fold < 0):
-        return report.sweep(config, __file__)
+        return tables.sweep(config, __file__)
     # ------------------------------------------------------------------------------------------------------- set-up
     rank_here, local_rank, world, dev = common.setup_processes(device)
     stopped = common.stop_flag()
@@ -281,7 +279,7 @@ def main():
     # --------------------------------------------------------------------------------------------------------- data
     try:
         known = eval_only and resume_path and common.read_last_checkpoint(resume_path, 'finetune_cls')['described']
-        texts, ids, eval_sets, names = read_data(known and known['names_of_data'])
+        sentences, ids, eval_sets, names = read_data(known and known['names_of_data'])
     except ValueError as e:
         configurator.fail(str(e))
 
@@ -289,7 +287,7 @@ def main():
     torch.manual_seed(seed)                                            # same head and adapters on every rank
     try:
         if init_from == 'scratch' and not model:
-            net, tokenizer = hf.small(texts, names, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
+            net, tokenizer = hf.small(sentences, names, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout,
                                       vocab_size=vocab_size, max_len=max_len)
             fresh, order = True, names
         else:
@@ -313,7 +311,7 @@ def main():
         configurator.fail(f'{e}')
     if eval_only and fresh and not resume_path:
         fail(f'{model or default_model()} has no head for {", ".join(names)} and {out_dir} no checkpoint; train first')
-    samples = hf.encode(tokenizer, texts, max_len)
+    samples = hf.encode(tokenizer, sentences, max_len)
     eval_rows = {key: hf.encode(tokenizer, found[0], max_len) for key, found in eval_sets.items()}
     n_params, n_head_params = layers.model_bytes(net)[1] // 4, sum(p.numel() for p in head.values())
     n_trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -336,7 +334,7 @@ def main():
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, epoch_loss, wandb_id, run = 0, [-1.0, 0], [0.0, 0], None, None
-    meter = report.StepMeter(net, optimizer, dev, rank_here, world)
+    meter = tables.StepMeter(net, optimizer, dev, rank_here, world)
     # What another value of would make it another run, or its state another shape's; the frozen weights are not in a checkpoint.
     kept = kept_state(net)
     frozen = [t for n, t in net.state_dict().items() if n not in kept]
@@ -571,8 +569,8 @@ def main():
                  'parameters': n_params, 'trained_parameters': n_trained,
                  'weights': f'best, step {best[1]}' if keep_best and best[1] else 'last'}
         try:
-            forward = report.forward_row(raw_net, batch(samples[:micro]), amp, dev.type == 'cuda')
-            results = report.write_run(out_dir, about, names_of_data, evaluated, meter, forward, adam_bytes)
+            forward = tables.forward_row(raw_net, batch(samples[:micro]), amp, dev.type == 'cuda')
+            results = tables.write_run(out_dir, about, names_of_data, evaluated, meter, forward, adam_bytes)
             if not eval_only:
                 # {model}-{task}-{method}-r{rank}, as the reference names its folders; full has no rank
                 folder = os.path.join(out_dir, f'{base_name()}-{task}-{method}' + (f'-r{rank}' if method != 'full' else ''))
@@ -584,7 +582,7 @@ def main():
                     hf.save_tokenizer(tokenizer, folder)
                 else:
                     hf.save(raw_net, tokenizer, folder)
-            say(report.in_words(results) + f'; figures in {out_dir}' + (f', model in {folder}' if folder else ''))
+            say(tables.in_words(results) + f'; figures in {out_dir}' + (f', model in {folder}' if folder else ''))
         except OSError as e:
             failure = f'{e}; the checkpoint is whole: make room and type the same command with --resume=auto'
     common.close_processes()

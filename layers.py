@@ -43,8 +43,8 @@ from common import atomic_write, checksum
 from conv import BinaryConv2d, Conv4bit, TernaryConv2d, conv2d  # noqa: F401  one place to import layers from
 from functional import (ACTIVATIONS, EVERY_ACTIVATION, compute_dtype, frozen_linear, has_fast_int8, normalize,
                         quantized_linear, straight_through, ternary_linear)
-from grouped import GroupLinear, SparseLinear
 from lowbit import Activation, Binary, FourBit, LowBit, all_finite, in_blocks  # noqa: F401  for who imports layers
+from pretrained.formats import GroupLinear, SparseLinear
 from quant import decode4, half_bits, pack_bits, product4, quantize_rows, scales4, ternarize, unpack_bits, wide
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,16 +31,14 @@ import time
 import torch
 import torch.nn as nn
 
-import calibrate
-import checkpoints
 import common
 import configurator
 import layers
-import plot_ptq
-import quantized
 import sample
-from grouped import GroupLinear
-from measure import median_ms, resident_bytes, show
+from measure.turns import median_ms, resident_bytes, show
+from pretrained import calibrate, replace, subjects
+from pretrained.formats import GroupLinear
+from report import plot_ptq
 
 mode = 'compare'               # compare | prune | sensitivity | choose; also without --mode=, as the first word
 ckpt = 'out/gpt'               # a run's folder or one of its files | a folder or id of transformers
@@ -107,11 +105,11 @@ def quantize(subject, model, name, alone=False):
     alone: calibrated layers get the inputs of a model in which nothing else is quantized."""
     method, levels, _ = SCHEMES[name]
     kind, options = rule(name)
-    wanted, described, counts, later = quantized.layers_of(model, skip), {}, [0, 0], {}
+    wanted, described, counts, later = replace.layers_of(model, skip), {}, [0, 0], {}
 
     def put(n, new=None, options=options):
         weights = model.get_submodule(n).weight.numel()
-        described.update(quantized.replace(model, n, kind, options, new))
+        described.update(replace.replace(model, n, kind, options, new))
         held = model.get_submodule(n).state_dict()
         counts[0] += sum(t.nbytes for key, t in held.items() if key != 'bias' and isinstance(t, torch.Tensor))
         counts[1] += weights
@@ -134,7 +132,7 @@ def quantize(subject, model, name, alone=False):
         for n, found in later.items():
             put(n, *found)
     for n, module in wanted.items():
-        if method == 'bnb' and isinstance(module, nn.Linear) and not quantized.tied_to(model, n):
+        if method == 'bnb' and isinstance(module, nn.Linear) and not replace.tied_to(model, n):
             put(n, bitsandbytes_layer(module, levels))
         elif method != 'bnb' and n not in described:                    # embeddings have no inputs to look at
             put(n)
@@ -161,7 +159,7 @@ def check(subject, names):
         raise ValueError(f'{twice[0]} is asked for twice')
     if save:
         subject.refuse(save)
-    wanted = quantized.layers_of(subject.model, skip)
+    wanted = replace.layers_of(subject.model, skip)
     for name in names:
         kind, options = rule(name)
         if name.startswith('bnb'):
@@ -170,11 +168,11 @@ def check(subject, names):
             continue
         for n, module in wanted.items():
             with torch.device('meta'):
-                columns, embeds = quantized.as_linear(module).in_features, not isinstance(module, nn.Linear)
+                columns, embeds = replace.as_linear(module).in_features, not isinstance(module, nn.Linear)
                 try:
                     layer = layers.linear(kind, columns, 8, **options)
-                    if embeds or quantized.tied_to(subject.model, n):
-                        quantized.PackedEmbedding(layer)
+                    if embeds or replace.tied_to(subject.model, n):
+                        replace.PackedEmbedding(layer)
                 except ValueError as e:
                     raise ValueError(f'scheme {name} does not fit {n}: {e}') from None
     refuse_unused(names, ', '.join(names))
@@ -332,7 +330,7 @@ def prune_(subject, model, method, amount):
 
     magnitude: the smallest |w| of each matrix; global: of all of them; wanda: the smallest |w| |x_j| of each row, with the
     norm of the j-th input over the calibration windows (arXiv 2306.11695); 2:4: of each four weights in a row two."""
-    names, masks = [n for n, m in quantized.layers_of(model, skip).items() if isinstance(m, nn.Linear)], {}
+    names, masks = [n for n, m in replace.layers_of(model, skip).items() if isinstance(m, nn.Linear)], {}
     weight = lambda n: model.get_submodule(n).weight.detach()
 
     def keep(n, scores):
@@ -394,8 +392,8 @@ def prune(subject, folder):
         raise ValueError('windows has no use without wanda; leave --windows out')
     if save:
         subject.refuse(save)
-    for n, module in quantized.layers_of(subject.model, skip).items():
-        if isinstance(module, nn.Linear) and quantized.tied_to(subject.model, n):
+    for n, module in replace.layers_of(subject.model, skip).items():
+        if isinstance(module, nn.Linear) and replace.tied_to(subject.model, n):
             raise ValueError(f'{n} is an embedding too, which is not pruned; type --skip=head,embd')
         if isinstance(module, nn.Linear) and module.in_features % 4 and any(m.endswith('2:4') for m, _ in jobs):
             raise ValueError(f'2:4 does not fit {n}: rows of {module.in_features} weights are no fours')
@@ -410,7 +408,7 @@ def prune(subject, folder):
         zeros = sum((w == 0).sum().item() for w in weights) / max(1, sum(w.numel() for w in weights))
         described = {}
         for n in masks:                             # a bit for each weight, and those that are not 0
-            described |= quantized.replace(model, n, 'sparse', {})
+            described |= replace.replace(model, n, 'sparse', {})
         row = evaluated(subject, model, method, rows[0] if rows else None, described)
         rows.append(row | {'method': method, 'amount': amount, 'zeros': zeros, 'pruned_loss': pruned_loss,
                            'retrain_iters': retrain_iters, 'retrain_lr': retrain_lr})
@@ -436,7 +434,7 @@ def quantized_copy(subject):
         raise ValueError(f'scheme={scheme!r} is none of {", ".join(SCHEMES)}')
     check(subject, [scheme])
     blocks, model = {b: {} for row in calibrate.find_blocks(subject.model) for b, _ in row}, subject.model
-    for n, module in quantized.layers_of(model, skip).items():
+    for n, module in replace.layers_of(model, skip).items():
         inside = next((b for b in blocks if n.startswith(f'{b}.')), None)
         if inside and isinstance(module, nn.Linear):
             blocks[inside][n.removeprefix(f'{inside}.')] = n
@@ -452,12 +450,12 @@ def loss_with(subject, other, names, **where):
     model = subject.model
     own = {n: model.get_submodule(n) for n in names}
     for n in names:
-        quantized.put(model, n, other.get_submodule(n))
+        replace.put(model, n, other.get_submodule(n))
     try:
         return subject.loss(model, **where)
     finally:
         for n, layer in own.items():
-            quantized.put(model, n, layer)
+            replace.put(model, n, layer)
 
 
 def sensitivity(subject, folder):
@@ -547,10 +545,10 @@ def main():
         configurator.fail('time_rounds has no use with --save; leave it out')
     start, before = time.perf_counter(), resident_bytes()
     dev, _ = sample.pick_device(device, 'float32')
-    subject = checkpoints.load(ckpt, dev, config)
+    subject = subjects.load(ckpt, dev, config)
     for key in sorted(_changed & subject.unused):
         configurator.fail(f'{key} has no use for {subject.name}; leave --{key} out')
-    quantized.unfuse(subject.model).requires_grad_(mode == 'prune')
+    replace.unfuse(subject.model).requires_grad_(mode == 'prune')
     folder = out or (os.path.dirname(subject.name) if os.path.isfile(subject.name) else subject.name if
                      os.path.isdir(subject.name) else os.path.join('out', f'ptq_{os.path.basename(subject.name)}'))
     try:

@@ -24,9 +24,8 @@ import torch
 import common
 import configurator
 import layers
-import quantized
-import tasks
-import tokens
+from pretrained import replace
+from readers import tasks, tokens
 from train_bitnet import HEAD, BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
 
@@ -76,7 +75,7 @@ def load(path):
         model = make(shape(**state['model_config']))
         replaced = state.get('quantized', {}) if packed else {}
         if packed:
-            layers.load_packed(quantized.restore(model, replaced, tensors), tensors)
+            layers.load_packed(replace.restore(model, replaced, tensors), tensors)
         else:
             common.load_model_state(model, state['model'], path, HEAD, assign=True)
             model.lm_head.weight = model.wte.weight

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 
 import common
 import configurator
-import costs
 import layers
 import lowbit
-import tasks
-import tokens
+from readers import tasks, tokens
+from report import costs
 
 # run
 out_dir = 'out/bitnet'         # config.py, log.jsonl, last.pt, best.pt, packed.safetensors go here

@@ -24,12 +24,10 @@ import torch.nn.functional as F
 
 import common
 import configurator
-import crops
-import images
 import layers
 import optim
-import pictures
-import tokens
+from readers import crops, images, tokens
+from report import pictures
 
 # run
 out_dir = 'out/cnn'            # config.py, log.jsonl, last.pt, best.pt, packed.safetensors and pictures go here

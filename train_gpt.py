@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import common
 import configurator
 import layers
-import tokens
+from readers import tokens
 
 # run
 out_dir = 'out/gpt'            # config.py, log.jsonl, last.pt, best.pt, packed.safetensors go here

@@ -99,7 +99,7 @@ def gpt2_shape():
     import torch
 
     import common
-    import tokens
+    from readers import tokens
     from train_gpt import GPT, GPTConfig
     work = ROOT / 'out' / 'gpt2_shape'
     shutil.rmtree(work, ignore_errors=True)

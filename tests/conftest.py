@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import common
-import tokens
+from readers import tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:       # a job in the background: what it starts would ignore Ctrl-C too

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapters import adapters, load_adapters, merge_adapters, only_adapters, save_adapters
 from layers import LoRALinear, LowBit, convert
+from pretrained.adapters import adapters, load_adapters, merge_adapters, only_adapters, save_adapters
 
 
 @pytest.fixture(autouse=True)

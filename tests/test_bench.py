@@ -10,12 +10,12 @@ import zipfile
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT
 
 import bench
-import bench_optim
 import common
 import layers
+from conftest import ROOT
+from measure import optimizers
 
 OPTIONS = argparse.Namespace(rank=32, alpha=32.0, base='bignet', dim=1024, seed=0, device='cpu', batch=4, threads=1)
 
@@ -87,7 +87,7 @@ def test_compare_by_hand(monkeypatch, capsys):
 def test_stats_command_and_json(tmp_path):
     """The table names each form with its bytes; --json appends the same rows; a checkpoint can stand for BigNet."""
     import common
-    import tokens
+    from readers import tokens
     from train_gpt import GPT, GPTConfig
     config = GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=2, n_embd=32)
     common.save_checkpoint(tmp_path / 'best.pt', {'trainer': 'train_gpt', 'step': 1, 'model': GPT(config).state_dict(),
@@ -143,17 +143,17 @@ def test_optim_command(tmp_path):
 def test_peers_are_optional(monkeypatch):
     """Packages that are not installed are left out; one that does not work says why and its process lives on."""
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
-    assert bench_optim.block_variants([4, 8]) == ['adamw', 'rsvd 4', 'rsvd 8', 'full SVD']
+    assert optimizers.block_variants([4, 8]) == ['adamw', 'rsvd 4', 'rsvd 8', 'full SVD']
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
-    assert bench_optim.block_variants([4]) == ['adamw', 'rsvd 4', 'galore 4', 'bitsandbytes 8bit', 'full SVD']
+    assert optimizers.block_variants([4]) == ['adamw', 'rsvd 4', 'galore 4', 'bitsandbytes 8bit', 'full SVD']
 
     def broken(name, params):
         raise RuntimeError('no kernel here\nreally')
-    monkeypatch.setattr(bench_optim, 'block_optimizer', broken)
-    found = asked(bench_optim.optim_worker, monkeypatch, 'bitsandbytes 8bit', 2, dim=8, layers=1)
+    monkeypatch.setattr(optimizers, 'block_optimizer', broken)
+    found = asked(optimizers.optim_worker, monkeypatch, 'bitsandbytes 8bit', 2, dim=8, layers=1)
     assert found == [{'failed': 'no kernel here'}] * 2
     with pytest.raises(RuntimeError):
-        asked(bench_optim.optim_worker, monkeypatch, 'rsvd 4', dim=8, layers=1)
+        asked(optimizers.optim_worker, monkeypatch, 'rsvd 4', dim=8, layers=1)
 
 
 def test_galore_is_counted_whole():
@@ -162,7 +162,7 @@ def test_galore_is_counted_whole():
     for p in torch.zeros(2):
         optimizer.state[p] = {'exp_avg': torch.zeros(7), 'map': shared, 'step': 1}
     optimizer.state[p]['projector'] = argparse.Namespace(ortho_matrix=basis)
-    assert bench_optim.state_bytes(optimizer) == 4 * (12 + 5 + 2 * 7)
+    assert optimizers.state_bytes(optimizer) == 4 * (12 + 5 + 2 * 7)
 
 
 @pytest.mark.parametrize('name, n_bytes', [
@@ -171,7 +171,7 @@ def test_galore_is_counted_whole():
 def test_bytes_of_distilbert(monkeypatch, name, n_bytes):
     """Optimizer bytes of the published table to the byte, from real tensors after a real step of the real model."""
     pytest.importorskip('transformers')
-    row, = asked(bench_optim.optim_bytes_worker, monkeypatch, name, dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
+    row, = asked(optimizers.optim_bytes_worker, monkeypatch, name, dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
     assert row['optimizer_bytes'] == n_bytes and row['peak_bytes'] > n_bytes + 2 * 4 * 66_955_010      # weights, gradients
 
 
@@ -179,8 +179,8 @@ def test_finetune_memory_by_hand(monkeypatch):
     """Gradients, what ranks send, what is kept for the backward pass: of the four ways to train, on a small model."""
     pytest.importorskip('transformers')
     options = dict(dim=64, layers=1, batch=4, tokens=32, attention='sdpa', rank=4)
-    full, lora, _, plain, projected = (asked(bench_optim.finetune_memory_worker, monkeypatch, name, **options)[0]
-                                       for name in bench_optim.FINETUNES)
+    full, lora, _, plain, projected = (asked(optimizers.finetune_memory_worker, monkeypatch, name, **options)[0]
+                                       for name in optimizers.FINETUNES)
     vectors = 2 * 64 + 4 * 64 + 2 * 64 + 256 + 64 + 2 * 64 + 64 + 2
     weights = 64 * (30522 + 512 + 4 * 64 + 2 * 256 + 64 + 2)
     assert full['gradient_bytes'] == full['sent_bytes'] == plain['gradient_bytes'] == 4 * (weights + vectors)
@@ -209,7 +209,7 @@ def test_finetune_command(tmp_path):
 def test_without_transformers_one_line(monkeypatch, capsys):
     monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit) as e:
-        bench_optim.distilbert(argparse.Namespace(dim=64))
+        optimizers.distilbert(argparse.Namespace(dim=64))
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1 and 'pip install transformers' in err
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-import calibrate
+from pretrained import calibrate
 from quant import GRIDS, group_grid, to_grid
 from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import classification as c
+from readers import texts as c
 
 TEXTS = ['plain', 'with, a comma', 'a "quoted" word', 'two\nlines', 'windows\r\nline', 'old\rmac', '', ' spaces ', "it's",
          'Zażółć 語 🎉', 'tab\there', '"', '\\n', 'x' * 200_000, '\ufeffmark']

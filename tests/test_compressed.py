@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import layers
 import quant
 from conftest import ranks, wait_all
-from layers import (HalfLinear, Int8Linear, Linear4bit, LoRALinear, LowRankLinear, TernaryLinear, convert, linear, load_packed,
-                    model_bytes, pack, read_packed, save_packed)
+from layers import (HalfLinear, Int8Linear, Linear4bit, LoRALinear, LowRankLinear, TernaryLinear, convert, linear,
+                    load_packed, model_bytes, pack, read_packed, save_packed)
 from quant import FIT4, NF4, SCALES4
 
 
@@ -426,7 +426,7 @@ def test_compiled_equals_eager():
 
 DDP = """
 import torch, torch.nn as nn, common
-from adapters import only_adapters
+from pretrained.adapters import only_adapters
 from layers import convert
 rank, local, world, device = common.setup_processes('cpu')
 torch.manual_seed(0)

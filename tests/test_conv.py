@@ -11,7 +11,7 @@ from test_layers import activated, bits, check, filled, fixed, gradients, kept, 
 from torch.testing import assert_close
 
 import functional
-from layers import (BinaryConv2d, Conv4bit, Linear4bit, TernaryConv2d, convert, conv2d, load_packed, model_bytes, pack,
+from layers import (BinaryConv2d, Conv4bit, Linear4bit, TernaryConv2d, conv2d, convert, load_packed, model_bytes, pack,
                     read_packed, save_packed)
 
 # ------------------------------------------------------------------------------ references: formulas and plain autograd

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-import crops
+from readers import crops
 
 
 def boxes(epochs, samples, seed=1337, scale=(0.35, 1.0), ratio=4 / 3, flip=True):

@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import documents
-import tasks
-import tokens
 from data.arithmetic import prepare as arithmetic
 from data.c4 import prepare as c4
 from data.fineweb95m import prepare as fineweb95m
@@ -23,6 +20,7 @@ from data.shakespeare import prepare as shakespeare
 from data.text import prepare as text
 from data.tictactoe import prepare as tictactoe
 from data.tinystories import prepare as tinystories
+from readers import documents, tasks, tokens
 
 SHARED = tokens.ROOT.parent / 'shared' / 'data'
 WORDS = 'the quick brown fox jumps over a lazy dog while bits become signs and signs become matrices'.split()

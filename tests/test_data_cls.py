@@ -8,12 +8,11 @@ import re
 
 import pytest
 
-import classification
-import tokens
 from data.imdb import prepare as imdb
 from data.pycls import prepare as pycls
 from data.sst2 import prepare as sst2
 from data.xnli import prepare as xnli
+from readers import texts, tokens
 
 SHARED = tokens.ROOT.parent / 'shared' / 'data'
 
@@ -72,9 +71,9 @@ def test_sst2_from_glue_files(tmp_path, command):
     out = command('sst2', *args)
     assert 'train: got 67,349 rows: 29,780 negative, 37,569 positive' in out and 'val: got 872 rows: 428 negative' in out
     for split, path in (('train', train), ('val', dev)):
-        texts, ids, names = classification.load(tmp_path / 'sst2', split)
+        found, ids, names = texts.load(tmp_path / 'sst2', split)
         lines = [line.split('\t') for line in path.read_text(encoding='utf-8').splitlines()[1:]]
-        assert [(int(label), text.strip()) for label, text in lines] == list(zip(ids, [text for text, in texts], strict=True))
+        assert [(int(label), text.strip()) for label, text in lines] == list(zip(ids, [text for text, in found], strict=True))
         assert names == ['negative', 'positive']
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'sst2').iterdir()}
     assert set(before) == {'train.csv', 'val.csv', 'task.json'} and 'left as it is' in command('sst2', *args)
@@ -84,12 +83,12 @@ def test_sst2_from_glue_files(tmp_path, command):
 def test_sst2_takes_names_and_ids_and_notices_a_changed_file(tmp_path, small, capsys):
     """csv and tsv, label 1 is positive by either name; the same file name with other contents is made anew."""
     sst2.main(small)
-    assert classification.load(tmp_path / 'out', 'train')[:2] == ([('good "one',), ('bad one',), ('fine',)], [1, 0, 1])
-    assert classification.load(tmp_path / 'out', 'val')[:2] == ([('well, no',), ('yes',)], [0, 1])
+    assert texts.load(tmp_path / 'out', 'train')[:2] == ([('good "one',), ('bad one',), ('fine',)], [1, 0, 1])
+    assert texts.load(tmp_path / 'out', 'val')[:2] == ([('well, no',), ('yes',)], [0, 1])
     (tmp_path / 'b.csv').write_text('sentence,label\nyes,positive\n')
     sst2.main(small)
     assert 'has other settings; made anew' in capsys.readouterr().out
-    assert classification.load(tmp_path / 'out', 'val')[:2] == ([('yes',)], [1])
+    assert texts.load(tmp_path / 'out', 'val')[:2] == ([('yes',)], [1])
 
 
 def test_sst2_interrupted_at_any_point(tmp_path, small, monkeypatch, capsys):
@@ -112,12 +111,12 @@ def test_sst2_interrupted_at_any_point(tmp_path, small, monkeypatch, capsys):
             done = True
         except Crash:
             with pytest.raises(ValueError, match='is unfinished|holds no task.json'):
-                classification.load(tmp_path / 'out', 'train')
+                texts.load(tmp_path / 'out', 'train')
             (tmp_path / 'out' / 'train.csv.tmp999').write_text('"sentence","label"\n"ha')   # what a kill leaves
             assert not [path for path in (tmp_path / 'out').glob('*.csv') if not list(csv.reader(path.open()))[1:]]
         monkeypatch.setattr(os, 'replace', replace)
         sst2.main(small)
-        assert classification.load(tmp_path / 'out', 'val')[1] == [0, 1]
+        assert texts.load(tmp_path / 'out', 'val')[1] == [0, 1]
         assert {path.name for path in (tmp_path / 'out').iterdir()} == {'train.csv', 'val.csv', 'task.json'}
         for path in (tmp_path / 'out').iterdir():
             path.unlink()
@@ -153,8 +152,8 @@ def test_sst2_from_the_hub(tmp_path, monkeypatch):
     asked.clear()
     sst2.main(args)
     assert asked == [('stanfordnlp/sst2', None, split, sst2.REVISION, True) for split in ('train', 'validation')]
-    assert classification.load(tmp_path / 'out', 'train')[:2] == ([(f'text {i}',) for i in range(5)], [0, 1, 0, 1, 0])
-    assert classification.load(tmp_path / 'out', 'val')[:2] == ([('text 1',), ('text 2',)], [1, 0])
+    assert texts.load(tmp_path / 'out', 'train')[:2] == ([(f'text {i}',) for i in range(5)], [0, 1, 0, 1, 0])
+    assert texts.load(tmp_path / 'out', 'val')[:2] == ([('text 1',), ('text 2',)], [1, 0])
     record = json.loads((tmp_path / 'out' / 'task.json').read_text())
     assert record['source'] == 'stanfordnlp/sst2' and record['revision'] == sst2.REVISION
     sst2.main(args)                                 # nothing is asked for again
@@ -165,7 +164,7 @@ def test_a_hub_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
     """An exception of the library, here for a field that is not there: status 2 and what to do instead."""
     hub(monkeypatch, tmp_path, {(sst2.HUB_ID, None, 'train'): [{'text': 'a', 'label': 1}]})
     with pytest.raises(SystemExit) as stop:
-        classification.run(lambda: sst2.main(['--out_dir', str(tmp_path / 'out')]))
+        texts.run(lambda: sst2.main(['--out_dir', str(tmp_path / 'out')]))
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and line.startswith('error: reading stanfordnlp/sst2 (train) from the Hub failed (KeyError')
     assert 'or use local files' in line and not list((tmp_path / 'out').glob('*.csv*'))
@@ -190,13 +189,13 @@ def test_imdb_shuffles_the_training_rows_only(tmp_path, command, acl):
     """Each review once under its label; training in a fixed mixed order, validation neg then pos by number."""
     out = command('imdb', '--dir', acl, '--out_dir', tmp_path / 'out')
     assert 'train: got 240 rows: 120 neg, 120 pos' in out
-    texts, ids, names = classification.load(tmp_path / 'out', 'train')
+    found, ids, names = texts.load(tmp_path / 'out', 'train')
     made = [f'train {label} {i}, "so"<br /><br />été' for label in ('neg', 'pos') for i in range(120)]
-    assert sorted(text for text, in texts) == sorted(made) and [text for text, in texts] != made and names == ['neg', 'pos']
-    assert all(text.startswith(f'train {names[i]} ') for (text,), i in zip(texts, ids, strict=True))
+    assert sorted(text for text, in found) == sorted(made) and [text for text, in found] != made and names == ['neg', 'pos']
+    assert all(text.startswith(f'train {names[i]} ') for (text,), i in zip(found, ids, strict=True))
     assert 35 < sum(ids[:100]) < 65                 # sorted by label it would be 0
-    texts, ids, _ = classification.load(tmp_path / 'out', 'val')
-    assert [text.split(',')[0] for text, in texts] == [f'test {label} {i}' for label in ('neg', 'pos') for i in range(12)]
+    found, ids, _ = texts.load(tmp_path / 'out', 'val')
+    assert [text.split(',')[0] for text, in found] == [f'test {label} {i}' for label in ('neg', 'pos') for i in range(12)]
     assert ids == [0] * 12 + [1] * 12
     command('imdb', '--dir', acl, '--out_dir', tmp_path / 'again')
     assert (tmp_path / 'out' / 'train.csv').read_bytes() == (tmp_path / 'again' / 'train.csv').read_bytes()
@@ -214,10 +213,10 @@ def test_imdb_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(imdb, 'EXPECTED', {'train': 100, 'val': 100})
     imdb.main(['--out_dir', str(tmp_path / 'out')])
     assert asked == [('stanfordnlp/imdb', 'plain_text', split, imdb.REVISION, True) for split in ('train', 'test')]
-    texts, ids, _ = classification.load(tmp_path / 'out', 'train')
-    assert ids != sorted(ids) and all((int(text) >= 50) == i for (text,), i in zip(texts, ids, strict=True))
-    assert sorted(int(text) for text, in texts) == list(range(100))
-    assert classification.load(tmp_path / 'out', 'val')[0] == [(str(i),) for i in range(100)]
+    found, ids, _ = texts.load(tmp_path / 'out', 'train')
+    assert ids != sorted(ids) and all((int(text) >= 50) == i for (text,), i in zip(found, ids, strict=True))
+    assert sorted(int(text) for text, in found) == list(range(100))
+    assert texts.load(tmp_path / 'out', 'val')[0] == [(str(i),) for i in range(100)]
 
 
 # ----------------------------------------------------------------------------------------------------------- xnli
@@ -231,10 +230,10 @@ def test_xnli_from_local_files(tmp_path, command):
     assert 'train: got 8,999 rows: 3,061 entailment, 2,980 neutral, 2,958 contradiction' in out
     for split, path, skip in (('train', train, 1), ('val', dev, 1), *((f'val-{x}', folder / f'dev-{x}.tsv', 0)
                                                                      for x in ('de', 'en', 'es', 'zh'))):
-        texts, ids, names = classification.load(tmp_path / 'out', split)
+        found, ids, names = texts.load(tmp_path / 'out', split)
         lines = [tuple(line.split('\t')) for line in path.read_text(encoding='utf-8').split('\n')[skip:] if line]
         order = ['entailment', 'neutral', 'contradiction']
-        assert names == order and [(*text, order[i]) for text, i in zip(texts, ids, strict=True)] == [
+        assert names == order and [(*text, order[i]) for text, i in zip(found, ids, strict=True)] == [
             (premise.strip(), hypothesis.strip(), label) for premise, hypothesis, label in lines]
     assert 'left as it is' in command('xnli', *args)
     assert 'has other settings' in command('xnli', *args, '--languages', 'de,en')
@@ -255,9 +254,9 @@ def test_xnli_leaves_out_pairs_without_a_label(tmp_path, pairs, command):
     """- and -1 are counted and gone; the columns go by name; a test file is taken where there is one."""
     out = command('xnli', *pairs)
     assert 'train: left out 2 pairs without a label' in out and 'train: got 2 rows: 1 entailment, 0 neutral, 1 contra' in out
-    assert classification.load(tmp_path / 'out', 'train')[:2] == ([('p', 'h'), ('pp', 'hh')], [0, 2])
-    assert classification.load(tmp_path / 'out', 'val-ur')[:2] == ([('dev-ur p', 'dev-ur h')], [2])
-    assert classification.load(tmp_path / 'out', 'test-de')[:2] == ([('test-de p', 'test-de h')], [0])
+    assert texts.load(tmp_path / 'out', 'train')[:2] == ([('p', 'h'), ('pp', 'hh')], [0, 2])
+    assert texts.load(tmp_path / 'out', 'val-ur')[:2] == ([('dev-ur p', 'dev-ur h')], [2])
+    assert texts.load(tmp_path / 'out', 'test-de')[:2] == ([('test-de p', 'test-de h')], [0])
     assert sorted(path.stem for path in (tmp_path / 'out').glob('*.csv')) == ['test-de', 'train', 'val', 'val-de', 'val-ur']
 
 
@@ -288,8 +287,8 @@ def test_xnli_from_the_hub(tmp_path, monkeypatch):
     mnli = [('nyu-mll/multi_nli', None, split, xnli.MNLI_REVISION, True) for split in ('train', 'validation_matched')]
     assert asked == mnli + [('facebook/xnli', language, split, xnli.XNLI_REVISION, True)
                             for split in ('validation', 'test') for language in ('en', 'de')]
-    assert classification.load(tmp_path / 'out', 'train')[:2] == ([('a p', 'a h'), ('c p', 'c h')], [2, 1])
-    assert classification.load(tmp_path / 'out', 'test-de') == ([('de test p', 'de test h')], [1], list(xnli.LABELS))
+    assert texts.load(tmp_path / 'out', 'train')[:2] == ([('a p', 'a h'), ('c p', 'c h')], [2, 1])
+    assert texts.load(tmp_path / 'out', 'test-de') == ([('de test p', 'de test h')], [1], list(xnli.LABELS))
     assert list(json.loads((tmp_path / 'out' / 'task.json').read_text())['rows']) == names
 
 
@@ -354,7 +353,7 @@ def test_pycls_texts_do_not_name_their_package():
 def test_pycls_here(tmp_path, command):
     """Thousands of functions, about 10% of them validation, none twice, no package name left in any; then kept."""
     out = command('pycls', '--out_dir', tmp_path / 'out')
-    parts = {split: classification.load(tmp_path / 'out', split) for split in ('train', 'val')}
+    parts = {split: texts.load(tmp_path / 'out', split) for split in ('train', 'val')}
     texts = [text for part in parts.values() for text, in part[0]]
     names, total = parts['train'][2], len(texts)
     assert 4 <= len(names) and set(names) <= set(pycls.PACKAGES) and parts['val'][2] == names
@@ -387,7 +386,7 @@ def test_pycls_with_packages_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pycls.sysconfig, 'get_path', lambda name: str(tmp_path / 'lib'))
     pycls.main(['--out_dir', str(tmp_path / 'out')])
     assert 'not there: multiprocessing' in capsys.readouterr().out
-    assert classification.load(tmp_path / 'out', 'train')[2] == list(pycls.PACKAGES[:5])
+    assert texts.load(tmp_path / 'out', 'train')[2] == list(pycls.PACKAGES[:5])
     for package in pycls.PACKAGES[3:5]:
         (tmp_path / 'lib' / package / 'a.py').unlink()
     with pytest.raises(SystemExit):

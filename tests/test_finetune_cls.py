@@ -13,12 +13,11 @@ import pytest
 import torch
 import yaml
 
-import adapters
 import common
-import hf
 import layers
 import optim
 from conftest import AT_STEP, IN_EVALUATION, NAN_LOSS, ROOT, SERVER, kill_at, one_error, ranks, wait_all
+from pretrained import adapters, hf
 
 SCRIPT = ROOT / 'finetune_cls.py'
 MEASURED = {'ms', 'samples_per_s', 'peak_mem_bytes', 'energy_j', 'peak_bytes', 'resident_bytes', 'gradient_bytes'}
@@ -70,7 +69,8 @@ def offline(start):
     os.environ['HF_HUB_OFFLINE'] = '1'
     multiprocessing.forkserver._forkserver._stop()
     SERVER.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed', 'pytest', 'sklearn.metrics', 'scipy.stats',
-                                   'transformers.models.distilbert.modeling_distilbert', 'report', 'hf', 'optim'])
+                                   'transformers.models.distilbert.modeling_distilbert', 'report.tables', 'pretrained.hf',
+                                   'optim'])
     yield
     os.environ.pop('HF_HUB_OFFLINE') if before is None else os.environ.update(HF_HUB_OFFLINE=before)
 
@@ -303,7 +303,8 @@ def test_flops_are_those_of_a_count_by_hand(unbroken):
 
 
 PROBES = """
-import common, report
+import common
+from report import tables as report
 plain, ended, probes = common.peak_meter, report.StepMeter.end, []
 def peak_meter(cuda):
     probes.append(cuda)
@@ -748,9 +749,9 @@ def test_mistakes_are_one_line(start, folder, base, data, group):
 
 
 def test_a_language_that_is_not_there(start, folder, data, tmp_path):
-    import classification
+    from readers.texts import build
     rows = lambda: [(text, 'also ' + text, label) for text, label in texts(40, 3)]
-    classification.build(tmp_path / 'x', dict(task='xnli', labels=['negative', 'positive'], text=['premise', 'hypothesis'],
+    build(tmp_path / 'x', dict(task='xnli', labels=['negative', 'positive'], text=['premise', 'hypothesis'],
                                               label='label', source='here', revision='1'),
                          {'train': rows, 'val-en': rows, 'val-de': lambda: rows()[::-1]})
     cwd = folder()

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-import grouped
 import layers
 import lowbit
-import quantized
-from grouped import GroupLinear, SparseLinear
+from pretrained import formats, replace
+from pretrained.formats import GroupLinear, SparseLinear
 from quant import GRIDS, group_grid, pack_bits, to_grid, unpack_bits
 from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
@@ -80,7 +79,7 @@ def test_a_large_matrix_is_packed_in_parts(kind, autocast, monkeypatch):
     linear = nn.Linear(2048, 1100)                  # three parts
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         found = layers.as_kind(copy.deepcopy(linear), kind, KINDS[kind], True).state_dict()
-    for module in (lowbit, layers, grouped):
+    for module in (lowbit, layers, formats):
         monkeypatch.setattr(module, 'in_blocks', lambda encode, rows: encode(rows))
     whole = layers.as_kind(linear, kind, KINDS[kind], True).state_dict()
     assert found.keys() == whole.keys() and all(torch.equal(found[k], whole[k]) and found[k].dtype == whole[k].dtype
@@ -163,11 +162,11 @@ IDS = torch.arange(32).view(2, 16) % 96
 @pytest.mark.parametrize('skip', ['', 'head,embd'])
 def test_a_quantized_model_comes_back_from_its_file(kind, make, skip, tmp_path):
     """Same logits, to the bit; the file is about as large as the codes; a tied embedding looks up what the head multiplies."""
-    model = quantized.unfuse(make())
+    model = replace.unfuse(make())
     plain = model(IDS)
     described = {}
-    for name in quantized.layers_of(model, skip):
-        described |= quantized.replace(model, name, kind, KINDS[kind])
+    for name in replace.layers_of(model, skip):
+        described |= replace.replace(model, name, kind, KINDS[kind])
     assert ('lm_head' in described) == (not skip) and len(described) == 8 + (not skip) * (2 if make is gpt else 1)
     logits = model(IDS)
     assert 0 < (logits - plain).abs().max() < 0.5
@@ -179,7 +178,7 @@ def test_a_quantized_model_comes_back_from_its_file(kind, make, skip, tmp_path):
     size = layers.save_packed(model, path, {'quantized': described})
     meta, tensors = layers.read_packed(path)
     assert sum(t.nbytes for t in tensors.values()) < size < sum(t.nbytes for t in tensors.values()) + 12_000
-    again = layers.load_packed(quantized.restore(make(), meta['quantized'], tensors), tensors)
+    again = layers.load_packed(replace.restore(make(), meta['quantized'], tensors), tensors)
     assert torch.equal(again(IDS), logits) and not any(p.requires_grad for m in again.modules() if isinstance(m, layers.LowBit)
                                                        for p in m.parameters())
     assert not skip or torch.equal(again.wte.weight, model.wte.weight)
@@ -188,34 +187,34 @@ def test_a_quantized_model_comes_back_from_its_file(kind, make, skip, tmp_path):
 
 def test_a_file_of_another_shape_is_refused(tmp_path):
     model, described = gpt(), {}
-    for name in quantized.layers_of(model, 'head,embd'):
-        described |= quantized.replace(model, name, 'nf4', {})
+    for name in replace.layers_of(model, 'head,embd'):
+        described |= replace.replace(model, name, 'nf4', {})
     layers.save_packed(model, str(tmp_path / 'x.safetensors'), {})
     tensors = layers.read_packed(str(tmp_path / 'x.safetensors'))[1]
     wider = GPT(GPTConfig(vocab_size=96, block_size=16, n_layer=2, n_head=2, n_embd=128, bias=True))
     with pytest.raises(ValueError, match='bytes of codes for 384 x 128 weights'):
-        quantized.restore(wider, described, tensors)
+        replace.restore(wider, described, tensors)
 
 
 def test_what_is_skipped():
     model, inside = gpt(), 'blocks.0.attn.c_attn blocks.0.attn.c_proj blocks.0.mlp.c_fc blocks.0.mlp.c_proj'
     inside = inside.split() + inside.replace('blocks.0', 'blocks.1').split()
-    assert list(quantized.layers_of(model, 'head,embd')) == inside
-    assert list(quantized.layers_of(model, ' embd ')) == inside                        # a tied head goes with its embedding
-    assert list(quantized.layers_of(model, 'head')) == ['wpe', *inside]                # ... and the other way round
-    assert set(quantized.layers_of(model, '')) == {'wpe', 'lm_head', *inside}
-    assert list(quantized.layers_of(model, 'head,embd,blocks.0,*c_fc')) == ['blocks.1.attn.c_attn', 'blocks.1.attn.c_proj',
+    assert list(replace.layers_of(model, 'head,embd')) == inside
+    assert list(replace.layers_of(model, ' embd ')) == inside                        # a tied head goes with its embedding
+    assert list(replace.layers_of(model, 'head')) == ['wpe', *inside]                # ... and the other way round
+    assert set(replace.layers_of(model, '')) == {'wpe', 'lm_head', *inside}
+    assert list(replace.layers_of(model, 'head,embd,blocks.0,*c_fc')) == ['blocks.1.attn.c_attn', 'blocks.1.attn.c_proj',
                                                                             'blocks.1.mlp.c_proj']
     with pytest.raises(ValueError, match="skip='nothing' names no layer; the layers are wte, wpe, blocks.0"):
-        quantized.layers_of(model, 'nothing')
+        replace.layers_of(model, 'nothing')
     with pytest.raises(ValueError, match='nothing to quantize'):
-        quantized.layers_of(model, 'head,embd,blocks')
+        replace.layers_of(model, 'head,embd,blocks')
 
 
 def test_a_fused_baseline_is_the_same_when_taken_apart():
     model = bitnet()
-    apart = quantized.unfuse(copy.deepcopy(model))
-    assert torch.equal(apart(IDS), model(IDS)) and len(quantized.layers_of(apart, 'head,embd')) == 8
+    apart = replace.unfuse(copy.deepcopy(model))
+    assert torch.equal(apart(IDS), model(IDS)) and len(replace.layers_of(apart, 'head,embd')) == 8
 
 
 def test_subclasses_and_what_is_tied_to_them_are_left_alone():
@@ -225,12 +224,12 @@ def test_subclasses_and_what_is_tied_to_them_are_left_alone():
     model = nn.Module()
     model.embed, model.body, model.head = Scaled(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
     model.head.weight = model.embed.weight
-    assert list(quantized.layers_of(model, '')) == ['body']
+    assert list(replace.layers_of(model, '')) == ['body']
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_no_ids_are_no_rows(kind):
-    embedding = quantized.PackedEmbedding(layers.as_kind(nn.Linear(64, 10, bias=False), kind, KINDS[kind], True))
+    embedding = replace.PackedEmbedding(layers.as_kind(nn.Linear(64, 10, bias=False), kind, KINDS[kind], True))
     assert embedding(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 64)
 
 
@@ -238,4 +237,4 @@ def test_groups_over_the_ends_of_rows_are_no_embedding():
     with pytest.raises(ValueError, match='wte: rows of 24 weights are not made of groups of 64'):
         model = nn.Module()
         model.wte = nn.Embedding(32, 24)
-        quantized.replace(model, 'wte', 'nf4', {})
+        replace.replace(model, 'wte', 'nf4', {})

@@ -11,9 +11,9 @@ import torch
 from torch.testing import assert_close
 
 import common
-import hf
 import layers
 from conftest import ROOT
+from pretrained import hf
 
 pytest.importorskip('transformers')
 TEXTS = [('the good film',), ('a bad, sad story',), ('the film was nice & good',), ('',)] * 5
@@ -53,7 +53,7 @@ def logits(net, tokenizer, texts=TEXTS, max_len=12, pad=False):
 @pytest.fixture(scope='module')
 def elsewhere(saved):
     """(vocabulary of small(), checksum of a new head) in another process, whose hashes are others."""
-    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); import common, hf, torch\n'
+    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); import common, torch; from pretrained import hf\n'
             f't = hf.small({TEXTS!r}, ["no", "yes"], **{TINY!r})[1]; torch.manual_seed(0)\n'
             f'head = hf.head_parameters(hf.load({str(saved)!r}, ["a", "b"])[0])\n'
             'print((t.get_vocab(), common.checksum(head.values())))')

@@ -21,12 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import images
-import pictures
-import tokens
 from data.digits import prepare as digits
 from data.food101 import prepare as food101
 from data.images.prepare import class_folders
+from readers import images, tokens
+from report import pictures
 
 FOOD10 = tokens.ROOT.parent / 'shared' / 'data' / 'food10.zip'
 RANDOM = np.random.default_rng(0)
@@ -34,7 +33,7 @@ RANDOM = np.random.default_rng(0)
 SLOW = f"""
 import sys, time
 sys.path.insert(0, {str(tokens.ROOT)!r})
-import images
+from readers import images
 from data.images import prepare
 images.SAVE_S, images.BATCH, square = 0, 2, images.square
 def slow(*args):

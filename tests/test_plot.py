@@ -10,7 +10,7 @@ import time
 import pytest
 
 import plot
-import plot_cls
+from report import plot_cls
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

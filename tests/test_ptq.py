@@ -12,18 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, damages, one_error
 
-import calibrate
-import checkpoints
-import classification
 import common
-import hf
 import layers
 import ptq
-import quantized
 import sample
-import tokens
+from conftest import ROOT, damages, one_error
+from pretrained import calibrate, hf, replace, subjects
+from readers import tokens
+from readers.texts import load, write_table
 from train_gpt import GPT
 
 QUICK = ['--group=32', '--windows=8', '--time_rounds=1']
@@ -129,11 +126,11 @@ def test_save_and_load(call, home, tmp_path, monkeypatch, scheme, skip):
     text = call(f'--ckpt={path}', '--prompt=one two', '--max_new_tokens=8', '--temperature=0', cwd=home, script='sample.py').out
     assert text.startswith('one two') and len(text) > 8
     model, _, about = sample.load(str(path))
-    assert about['quantized'] and (skip == '') == isinstance(model.wte, quantized.PackedEmbedding)
+    assert about['quantized'] and (skip == '') == isinstance(model.wte, replace.PackedEmbedding)
     for key, value in {'skip': skip, 'group': 32, 'windows': 8}.items():
         monkeypatch.setattr(ptq, key, value)
-    subject = checkpoints.load(str(home / 'out/gpt'), torch.device('cpu'), dict.fromkeys(ptq.config, ''))
-    quantized.unfuse(subject.model)
+    subject = subjects.load(str(home / 'out/gpt'), torch.device('cpu'), dict.fromkeys(ptq.config, ''))
+    replace.unfuse(subject.model)
     ptq.quantize(subject, subject.model, scheme)
     ids = subject.ids(24)
     with torch.no_grad():
@@ -337,8 +334,7 @@ def test_choose_writes_a_config_that_trains(call, home, tmp_path):
 def folders(tmp_path_factory):
     """A folder with a GPT-2, an OPT and a Llama of transformers, classifiers, texts, and labelled texts."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import (AutoModelForCausalLM, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig,
-                              PreTrainedTokenizerFast)
+    from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
     home = tmp_path_factory.mktemp('hf')
     random = np.random.default_rng(0)
     words = 'one two three four five six seven eight nine ten and or not so'.split()
@@ -359,7 +355,7 @@ def folders(tmp_path_factory):
         AutoModelForCausalLM.from_config(config).save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
     rows = [((' '.join(random.choice(words, 8)),), i % 2) for i in range(80)]
-    classification.write_table(home / 'rows.csv', ('sentence', 'label'), [(text, i) for (text,), i in rows])
+    write_table(home / 'rows.csv', ('sentence', 'label'), [(text, i) for (text,), i in rows])
     net, own = hf.small([t for t, _ in rows], ['negative', 'positive'], n_layer=2, n_head=2, n_embd=64, dropout=0.1,
                         vocab_size=300, max_len=32)
     hf.save(net, own, str(home / 'cls'))
@@ -401,10 +397,10 @@ def test_a_classifier_of_transformers(call, folders, name):
     words = [f'--dataset={folders / "data"}', *QUICK]
     call(f'--ckpt={name}', *words, '--schemes=rtn3,gptq2', cwd=folders)
     rows = {r['scheme']: r for r in rows_of(folders / name / 'ptq.jsonl')}
-    texts, labels, names = classification.load(folders / 'data', 'val')
+    sentences, labels, names = load(folders / 'data', 'val')
     net, tokenizer, _, fresh = hf.load(str(folders / name), names)
     with torch.no_grad():
-        logits = torch.cat([net.eval()(**hf.collate(tokenizer, hf.encode(tokenizer, [t], 32), 32)).logits for t in texts])
+        logits = torch.cat([net.eval()(**hf.collate(tokenizer, hf.encode(tokenizer, [t], 32), 32)).logits for t in sentences])
     labels = torch.tensor(labels)
     assert not fresh and rows['fp']['loss'] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
     assert rows['fp']['accuracy'] == (logits.argmax(1) == labels).sum().item() / 80 and rows['fp']['perplexity'] is None

@@ -18,17 +18,17 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import layers
+from conftest import ROOT
 from train_gpt import GPT, GPTConfig
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
 BLOCKS = FENCE.findall(README)                      # (language, text) each
 SPANS = re.findall(r'`([^`]+)`', FENCE.sub('', README))
-COPIED = ('*.*', 'Makefile', 'config/*.py', 'data/*/*.py', 'results/**/*')      # no tokens, runs or environment
+COPIED = ('*.*', 'Makefile', '[mpr]*/*.py', 'config/*.py', 'data/*/*.py', 'results/**/*')      # no tokens, runs or environment
 
 # Sizes alone: blocks, heads, kinds and all else stay those of the config file.
 TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=48 --block_size=32 --batch_size=8 --micro_batch_size=0 --eval_iters=1 '
@@ -147,7 +147,7 @@ def ran(tmp_path_factory):
     (path / 'b.txt').write_text(README, encoding='utf-8')
     (path / 'c4.jsonl').write_text(''.join(json.dumps({'text': text[i:i + 500]}) + '\n' for i in range(0, 50_000, 500)))
     (path / 'stories.txt').write_text('<|endoftext|>'.join(text[i:i + 500] for i in range(0, 100_000, 500)))
-    with open(path / 'tokens.py', 'a') as f:        # GPT-2's vocabulary would be downloaded; bytes stand for it
+    with open(path / 'readers/tokens.py', 'a') as f:        # GPT-2's vocabulary would be downloaded; bytes stand for it
         f.write('\n\ngpt2 = byte\n')
     (path / 'sst2.tsv').write_text('sentence\tlabel\n' + ''.join(f'{"good" if i % 3 else "bad"} film {i}\t{int(i % 3 > 0)}\n'
                                                                    for i in range(80)))

@@ -10,9 +10,9 @@ import types
 import pytest
 import torch
 import yaml
+from tables.tables import tables
 
 import common
-import report
 from conftest import ROOT
 
 CONFIG = {'out_dir': 'out', 'method': 'lora', 'rank': 16, 'fold': -1, 'ranks': (4, 8), 'folds': 0, 'resume': '',
@@ -61,7 +61,7 @@ def calls():
 
 
 def test_a_sweep_runs_every_rank_and_passes_every_option(here, capsys):
-    report.sweep(CONFIG, 'trainer.py')
+    tables.sweep(CONFIG, 'trainer.py')
     assert [c['rank'] for c in calls()] == ['4', '8'] and [c['out_dir'] for c in calls()] == ['out/r4', 'out/r8']
     assert {(c['ranks'], c['resume'], c['fold'], c['texts'], c['rate'], c['overwrite']) for c in calls()} == {
         ('()', 'auto', '-1', "('a', 'b')", '2e-05', 'False')} and 'empty' not in calls()[0]
@@ -71,7 +71,7 @@ def test_a_sweep_runs_every_rank_and_passes_every_option(here, capsys):
 
 
 def test_folds_and_their_spread(here, capsys):
-    report.sweep({**CONFIG, 'ranks': (), 'folds': 3, 'overwrite': True}, 'trainer.py')
+    tables.sweep({**CONFIG, 'ranks': (), 'folds': 3, 'overwrite': True}, 'trainer.py')
     assert [(c['out_dir'], c['fold'], c['rank']) for c in calls()] == [(f'out/fold{i}', str(i), '16') for i in range(3)]
     assert all(c['overwrite'] == 'True' and 'resume' not in c for c in calls())         # anew, as asked
     assert 'accuracy 16.10% ± 0.10% over 3 folds' in capsys.readouterr().out
@@ -81,21 +81,21 @@ def test_folds_and_their_spread(here, capsys):
 def test_a_failed_run_ends_the_sweep(here, capsys):
     (here / 'fail').touch()
     with pytest.raises(SystemExit) as e:
-        report.sweep(CONFIG, 'trainer.py')
+        tables.sweep(CONFIG, 'trainer.py')
     assert e.value.code == 2 and len(calls()) == 1 and not (here / 'out' / 'sweep.csv').exists()
 
 
 @pytest.mark.parametrize('change', [{'method': 'full'}, {'ranks': (4, 0)}, {'folds': 1}, {'folds': -2}])
 def test_sweeps_that_make_no_sense(here, capsys, change):
     with pytest.raises(SystemExit) as e:
-        report.sweep(CONFIG | change, 'trainer.py')
+        tables.sweep(CONFIG | change, 'trainer.py')
     assert e.value.code == 2 and capsys.readouterr().err.count('\n') == 1 and not (here / 'out').exists()
 
 
 def test_a_sweep_under_torchrun_is_refused(here, capsys, monkeypatch):
     monkeypatch.setenv('RANK', '0')
     with pytest.raises(SystemExit):
-        report.sweep(CONFIG, 'trainer.py')
+        tables.sweep(CONFIG, 'trainer.py')
     assert 'type python in place of torchrun' in capsys.readouterr().err
 
 
@@ -103,7 +103,7 @@ def test_a_sweep_under_torchrun_is_refused(here, capsys, monkeypatch):
 def test_a_stopped_sweep_lets_its_run_save_and_goes_on(here, number, everyone):
     """SIGTERM to the sweep alone, Ctrl-C to both: the run in progress ends as it would by itself; no traceback."""
     (here / 'slow').touch()
-    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import report; report.sweep({CONFIG!r}, "trainer.py")'
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import report; tables.sweep({CONFIG!r}, "trainer.py")'
     job = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     until = time.monotonic() + 60
@@ -115,7 +115,7 @@ def test_a_stopped_sweep_lets_its_run_save_and_goes_on(here, number, everyone):
     assert job.returncode == 0 and err == '' and out.endswith('stopped; the same command goes on\n')
     assert (here / 'stopped').read_text() == 'saved' and len(calls()) == 1
     (here / 'slow').unlink()
-    report.sweep(CONFIG, 'trainer.py')
+    tables.sweep(CONFIG, 'trainer.py')
     assert len(calls()) == 3 and len(table('out/sweep.csv')) == 2
 
 
@@ -134,11 +134,11 @@ def predictions(folder, guesses, labels='yynnyynn', language=None):
 def test_compared_by_folder_or_file_and_by_language(here, capsys):
     predictions('a', 'yyyyyyyy', language=['en', 'de'] * 4)
     predictions('b', 'yynnyynn', language=['en', 'de'] * 4)
-    report.compare_runs(['a', 'b'])
+    tables.compare_runs(['a', 'b'])
     out = capsys.readouterr().out
     assert 'a 50.00%, b 100.00% of 8; difference +50.00 points' in out and 'right in one only: 0, 4' in out
     assert 'en: a 50.00%, b 100.00% of 4' in out and 'de: ' in out and 'too small to tell' in out
-    report.compare_runs(['a/predictions.csv', 'b/', 'a'])
+    tables.compare_runs(['a/predictions.csv', 'b/', 'a'])
     assert capsys.readouterr().out.count('of 8;') == 2
 
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_compared(here, capsys, paths, says):
     predictions('c', 'yyyyyyyy', labels='nnnnyyyy')
     predictions('d', 'yyyyyyy', labels='yynnyyn')
     with pytest.raises(SystemExit) as e:
-        report.compare_runs(paths)
+        tables.compare_runs(paths)
     err = capsys.readouterr().err
     assert e.value.code == 2 and says in err and err.count('\n') == 1
 
@@ -166,7 +166,7 @@ def write(folder, records=(), flops=None, evaluated=None, names=('n', 'y'), stat
     optimizer.state.update({i: s for i, s in enumerate(state or ())})
     meter = types.SimpleNamespace(net=net, optimizer=optimizer, flops=flops, seconds=1.0, device=torch.device('cpu'), world=1,
                                   joules=lambda: None)
-    return report.write_run(str(folder), {'method': 'lora', 'rank': 4}, list(names),
+    return tables.write_run(str(folder), {'method': 'lora', 'rank': 4}, list(names),
                             evaluated or {'': (['y', 'n'], ['y', 'y'], range(2), 0.5, 2e-3)}, meter, {'texts': 2, 'ms': 1.5},
                             1000)
 
@@ -211,15 +211,15 @@ def test_f1_is_of_the_second_label_and_ranks_are_those_of_the_bases(tmp_path):
     found = write(tmp_path, names=('y', 'n'))
     assert found['f1'] == 0 and found['f1_label'] == 'n'
     assert 'f1_label' not in write(tmp_path, names=('n', 'y', 'z'))
-    assert report.in_words(found).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in report.in_words(found)
+    assert tables.in_words(found).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in tables.in_words(found)
 
 
 def test_the_meter_of_a_run_goes_on_where_it_was(monkeypatch):
     """Seconds and joules add up over a resume and stand still at the end; joules of several processes nobody knows."""
     net, now = torch.nn.Linear(8, 8), [100.0]
-    monkeypatch.setattr(report.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(tables.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(common, 'energy_meter', lambda device: lambda start=now[0]: 2 * (now[0] - start))
-    make = lambda world=1: report.StepMeter(net, torch.optim.SGD(net.parameters()), torch.device('cpu'), 0, world)
+    make = lambda world=1: tables.StepMeter(net, torch.optim.SGD(net.parameters()), torch.device('cpu'), 0, world)
     one, two, many = make(), make(), make(2)
     one.begin(0)
     now[0] += 5
@@ -244,7 +244,7 @@ def test_what_is_measured_of_a_step():
     for world in (1, 2):
         net = torch.nn.Linear(64, 32)
         optimizer = torch.optim.SGD(net.parameters())
-        meter, found = report.StepMeter(net, optimizer, torch.device('cpu'), 0, world), []
+        meter, found = tables.StepMeter(net, optimizer, torch.device('cpu'), 0, world), []
         meter.begin(4)
         for step, middle in ((4, False), (5, False), (6, False), (7, True), (8, False)):
             meter.reset()
@@ -267,7 +267,7 @@ def test_what_is_measured_of_a_step():
 
 def test_attention_counts_on_a_cpu():
     q = torch.randn(2, 3, 8, 16, requires_grad=True)
-    with report.flop_counter() as counter:
+    with tables.flop_counter() as counter:
         y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
         forward = counter.get_total_flops()
         y.sum().backward()

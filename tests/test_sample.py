@@ -18,9 +18,8 @@ import torch
 import common
 import layers
 import sample
-import tasks
-import tokens
 from data.tictactoe import prepare as tictactoe
+from readers import tasks, tokens
 from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-import tasks
+from readers import tasks
 
 CELLS = '123456789'
 MAGIC = dict(zip(CELLS, (2, 7, 6, 9, 5, 1, 4, 3, 8), strict=True))      # three in a line sum to 15, others do not

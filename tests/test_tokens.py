@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import tokens
+from readers import tokens
 
-SHARED = Path(tokens.__file__).resolve().parent.parent / 'shared' / 'data'
+SHARED = tokens.ROOT.parent / 'shared' / 'data'
 ODD = ['', ' ', '\n\n \t', 'plain text', "it's  we'll", 'naïve café', '日本語のテキスト', '🎉👩\u200d👧 e\u0301',
        '<|endoftext|>', 'a<|endoftext|>b', '\u202e rtl \u00ad \ufeff', 'x' * 3000, 'tab\tnul\0cr\r\nlf',
        '\U0010ffff\ud7ff']
@@ -245,7 +245,7 @@ def test_folders_that_are_missing_empty_or_unfinished_say_what_to_type(tmp_path,
 def test_dataset_dir_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     """Names are folders of the repository's data/; absolute and ./ paths stay what they are."""
     monkeypatch.chdir(tmp_path)
-    data = Path(tokens.__file__).resolve().parent / 'data'
+    data = tokens.ROOT / 'data'
     assert tokens.dataset_dir('pycode') == data / 'pycode'
     assert tokens.dataset_dir('text/wikitext2') == data / 'text' / 'wikitext2'
     assert tokens.dataset_dir(str(tmp_path)) == tmp_path and tokens.dataset_dir('./here') == Path('./here')

@@ -10,15 +10,14 @@ import torch
 import torch.nn as nn
 
 import common
-import costs
 import layers
 import sample
-import tasks
-import tokens
 import train_bitnet
-from conftest import (AT_STEP, CHECKSUMS, IN_EVALUATION, NAN_LOSS, ROOT, assert_same_state, checkpoint, kill_at, log, one_error,
-                      printed_command, ranks, wait_all)
+from conftest import (AT_STEP, CHECKSUMS, IN_EVALUATION, NAN_LOSS, ROOT, assert_same_state, checkpoint, kill_at, log,
+                      one_error, printed_command, ranks, wait_all)
 from data.tictactoe import prepare as tictactoe
+from readers import tasks, tokens
+from report import costs
 
 SCRIPT = ROOT / 'train_bitnet.py'
 TINY = """# a BitNet of two blocks that trains 20 steps in half a second
@@ -34,7 +33,8 @@ FP = ('--quant=fp',)
 
 # What a test looks at in a running trainer, as source text run before it.
 BATCHES = """
-import os, tokens
+import os
+from readers import tokens
 def windows(self, starts, length, plain=tokens.TokenData.windows):
     if length == 17:
         with open(self.paths[0].name[:5] + os.environ.get('RANK', '0'), 'a') as f:
@@ -569,7 +569,7 @@ def test_estimate_measures_the_speed(start, train, folder):
     assert 'tokens/s measured here on 2 x 16 tokens,' in done.out and found['speed'][0] > 10
     assert found['time'][0] == pytest.approx(64e6 / found['speed'][0] / 3600, abs=0.051, rel=1e-3)
     known = """
-import costs
+from report import costs
 costs.mean_seconds = lambda step, device: (step(), 0.004 if 'step' in getattr(step, '__name__', '') else 0.01)[1]
 """
     both = wait_all([start(SCRIPT, 'tiny.py', *options, cwd=folder(), patch=known, **r) for r in ranks(2)])

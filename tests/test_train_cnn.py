@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 
 import common
-import crops
-import images
 import layers
 import train_cnn
 from conftest import (AT_STEP, IN_EVALUATION, MEASURED, NAN_LOSS, ROOT, checkpoint, damages, kill_at, log, one_error,
                       printed_command, ranks, torchrun, wait_all)
+from readers import crops, images
 
 SCRIPT = ROOT / 'train_cnn.py'
 TINY = """# a CNN of four to eight channels that trains 12 steps in half a second
@@ -964,14 +963,15 @@ def test_two_ranks_make_a_mistake_in_one_line(start, folder):
 def empty_digits(tmp_path):
     """What data/digits/prepare.py needs, and no data. The trainer is told to look for data there."""
     (tmp_path / 'data' / 'digits').mkdir(parents=True)
-    for name in ('images.py', 'tokens.py', 'configurator.py', 'data/digits/prepare.py'):
+    for name in ('readers/__init__.py', 'readers/images.py', 'readers/tokens.py', 'configurator.py', 'data/digits/prepare.py'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
 SMALL = ('--dataset=digits', '--max_iters=2', '--image_size=16', '--channels=4,4,8,8,8', '--fc=8,8', '--device=cpu',
          '--compile=False', '--out_dir=out')
-ELSEWHERE = "import pathlib, tokens; tokens.ROOT = pathlib.Path('.').absolute()\n"
+ELSEWHERE = "import pathlib; from readers import tokens; tokens.ROOT = pathlib.Path('.').absolute()\n"
 
 
 def test_digits_prepare_themselves(start, empty_digits):

@@ -17,10 +17,10 @@ import torch
 import common
 import layers
 import sample
-import tokens
 import train_gpt
 from conftest import (AT_STEP, CHECKSUMS, IN_EVALUATION, NAN_LOSS, ROOT, TINY, assert_same_state, checkpoint, damages,
                       free_port, kill_at, log, one_error, printed_command, ranks, torchrun, wait_all)
+from readers import tokens
 
 SCRIPT = ROOT / 'train_gpt.py'
 MIXED = ('--qkv_proj=bin', '--c_proj=int4', '--mlp_proj=tern', '--n_binary=1')

@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import tasks  # noqa: E402
-import tokens  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import tasks, tokens  # noqa: E402
 
 OPERATIONS = '+'
 DIGITS = 2

@@ -16,9 +16,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import documents  # noqa: E402
-import tokens  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import documents, tokens  # noqa: E402
 
 HUB_ID, CONFIG = 'allenai/c4', 'en'
 REVISION = '1588ec454efa1a09f29cd18ddd04fe05fc8653a2'  # the one that torchtitan pins as well

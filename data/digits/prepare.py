@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import images  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import images  # noqa: E402
 
 EXPECTED = {'train': 1442, 'val': 355}
 VAL_EVERY = 5  # of each class, so that both splits have all of them in the same shares

@@ -18,8 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import documents  # noqa: E402
-import tokens  # noqa: E402
+from readers import documents, tokens  # noqa: E402
 
 HUB_ID, CONFIG = 'HuggingFaceFW/fineweb-edu', 'sample-10BT'
 REVISION = '87f09149ef4734204d70ed1d046ddc9ca3f2b8f9'

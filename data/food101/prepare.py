@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import images  # noqa: E402
 from configurator import fail  # noqa: E402
 from data.images.prepare import revision  # noqa: E402
+from readers import images  # noqa: E402
 
 HUB_ID, REVISION = 'ethz/food101', 'e06acf2a88084f04bce4d4a525165d68e0a36c38'  # the one that MTEB pins as well
 HUB_SPLIT = {'val': 'validation', 'train': 'train'}  # the small one first: a mistake shows early

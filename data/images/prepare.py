@@ -22,8 +22,8 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import images  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import images  # noqa: E402
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm')
 VAL_NAMES = ('val', 'validation', 'valid', 'test')      # the first of these beside train/ is the validation split

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import classification  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import texts  # noqa: E402
 
 HUB_ID, REVISION = 'stanfordnlp/imdb', 'e6281661ce1c48d982bc483cf8a173c1bbeb5d31'
 CONFIG = 'plain_text'
@@ -28,7 +28,7 @@ SEED = 1337
 
 
 def hub(split):
-    rows = classification.hub_rows(HUB_ID, CONFIG, HUB_SPLIT[split], REVISION, ('text',), 'label')
+    rows = texts.hub_rows(HUB_ID, CONFIG, HUB_SPLIT[split], REVISION, ('text',), 'label')
     return [(text, LABELS[label]) for text, label in rows]
 
 
@@ -71,8 +71,8 @@ def main(argv=None):
         task |= {'source': HUB_ID, 'revision': REVISION}
         read = hub
     splits = {'train': lambda: shuffled(read('train')), 'val': lambda: read('val')}
-    classification.build(args.out_dir, task, splits, EXPECTED, published=not args.dir)
+    texts.build(args.out_dir, task, splits, EXPECTED, published=not args.dir)
 
 
 if __name__ == '__main__':
-    classification.run(main)
+    texts.run(main)

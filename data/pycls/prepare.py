@@ -23,9 +23,9 @@ import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import classification  # noqa: E402
 from configurator import fail  # noqa: E402
 from data.pycode.prepare import find  # noqa: E402
+from readers import texts  # noqa: E402
 
 # in every Python from 3.10 to 3.14, with some hundred functions each; tkinter has most, but is often not installed
 PACKAGES = ('asyncio', 'email', 'http', 'importlib', 'logging', 'multiprocessing', 'unittest', 'urllib', 'xml')
@@ -114,8 +114,8 @@ def main(argv=None):
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     task = {'task': 'pycls', 'labels': list(found), 'text': ('function',), 'label': 'package',
             'source': 'the standard library', 'revision': f'Python {platform.python_version()}, sha256:{digest}'}
-    classification.build(args.out_dir, task, {split: lambda split=split: rows[split] for split in rows})
+    texts.build(args.out_dir, task, {split: lambda split=split: rows[split] for split in rows})
 
 
 if __name__ == '__main__':
-    classification.run(main)
+    texts.run(main)

@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import tokens  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import tokens  # noqa: E402
 
 # tests are large and repetitive, installed packages differ from machine to machine
 SKIP_DIRS = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'idlelib', '__pycache__'}

@@ -13,9 +13,9 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import tokens  # noqa: E402
 from configurator import fail  # noqa: E402
 from data.text.prepare import build  # noqa: E402
+from readers import tokens  # noqa: E402
 
 # the commit is pinned; the digest makes sure of it
 URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e'

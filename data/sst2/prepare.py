@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import classification  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import texts  # noqa: E402
 
 HUB_ID, REVISION = 'stanfordnlp/sst2', '8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb'
 HUB_SPLIT = {'train': 'train', 'val': 'validation'}
@@ -22,13 +22,13 @@ EXPECTED = {'train': 67_349, 'val': 872}
 
 
 def hub(split):
-    for sentence, label in classification.hub_rows(HUB_ID, None, HUB_SPLIT[split], REVISION, ('sentence',), 'label'):
+    for sentence, label in texts.hub_rows(HUB_ID, None, HUB_SPLIT[split], REVISION, ('sentence',), 'label'):
         yield sentence.strip(), LABELS[label]
 
 
 def local(path):
-    texts, labels = classification.read_table(path, ('sentence',), 'label')
-    for (sentence,), label in zip(texts, classification.named(labels, LABELS, path), strict=True):
+    found, labels = texts.read_table(path, ('sentence',), 'label')
+    for (sentence,), label in zip(found, texts.named(labels, LABELS, path), strict=True):
         yield sentence.strip(), label
 
 
@@ -47,13 +47,13 @@ def main(argv=None):
     if args.file:
         files = {'train': args.file, 'val': args.val_file}
         task |= {'source': ', '.join(Path(path).name for path in files.values()),
-                 'revision': classification.file_revision(files.values())}
+                 'revision': texts.file_revision(files.values())}
         splits = {split: lambda path=path: local(path) for split, path in files.items()}
     else:
         task |= {'source': HUB_ID, 'revision': REVISION}
         splits = {split: lambda split=split: hub(split) for split in HUB_SPLIT}
-    classification.build(args.out_dir, task, splits, EXPECTED, published=not args.file)
+    texts.build(args.out_dir, task, splits, EXPECTED, published=not args.file)
 
 
 if __name__ == '__main__':
-    classification.run(main)
+    texts.run(main)

@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import tokens  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import tokens  # noqa: E402
 
 BLOCK = 1 << 20  # bytes encoded at a time, plus what is left of the last line
 VAL_FRACTION = 0.05

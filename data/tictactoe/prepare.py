@@ -18,9 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import tasks  # noqa: E402
-import tokens  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import tasks, tokens  # noqa: E402
 
 GAMES = 400_000
 VAL_GAMES = 2_000

@@ -17,9 +17,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import documents  # noqa: E402
-import tokens  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import documents, tokens  # noqa: E402
 
 HUB_ID = 'roneneldan/TinyStories'
 REVISION = 'f54c09fd23315a6f9c86f9dc80f725de7d8f9c64'  # main since August 2024; its files are older

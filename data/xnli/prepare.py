@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import classification  # noqa: E402
 from configurator import fail  # noqa: E402
+from readers import texts  # noqa: E402
 
 MNLI_ID, MNLI_REVISION = 'nyu-mll/multi_nli', 'da70db2af9d09693783c3320c4249840212ee221'
 XNLI_ID, XNLI_REVISION = 'facebook/xnli', 'b8dd5d7af51114dbda02c0e3f6133f332186418e'
@@ -48,15 +48,15 @@ def hub(split):
     name, _, language = split.partition('-')
     source = (XNLI_ID, language, XNLI_SPLIT[name], XNLI_REVISION) if language else (MNLI_ID, None, HUB_SPLIT[name],
                                                                                     MNLI_REVISION)
-    return labelled(classification.hub_rows(*source, TEXT, 'label'), split)
+    return labelled(texts.hub_rows(*source, TEXT, 'label'), split)
 
 
 def local(path, split):
     """The rows of a local table; a split of a language has no header."""
-    texts, labels = classification.read_table(path, TEXT, 'label', header=(*TEXT, 'label') if '-' in split else ())
+    found, labels = texts.read_table(path, TEXT, 'label', header=(*TEXT, 'label') if '-' in split else ())
     is_known = [label not in ('-', '-1') for label in labels]
-    names = iter(classification.named([label for label, known in zip(labels, is_known, strict=True) if known], LABELS, path))
-    return labelled(((*text, next(names) if known else '-') for text, known in zip(texts, is_known, strict=True)), split)
+    names = iter(texts.named([label for label, known in zip(labels, is_known, strict=True) if known], LABELS, path))
+    return labelled(((*text, next(names) if known else '-') for text, known in zip(found, is_known, strict=True)), split)
 
 
 def languages_in(text):
@@ -105,15 +105,15 @@ def main(argv=None):
     if args.file:
         files = local_files(args)
         task |= {'source': ', '.join(path.name for path in files.values()),
-                 'revision': classification.file_revision(files.values())}
+                 'revision': texts.file_revision(files.values())}
         splits = {split: lambda split=split, path=path: local(path, split) for split, path in files.items()}
     else:
         languages = languages_in(args.languages or ','.join(LANGUAGES))
         names = [*HUB_SPLIT, *(f'{split}-{language}' for split in XNLI_SPLIT for language in languages)]
         task |= {'source': f'{MNLI_ID}, {XNLI_ID}', 'revision': f'{MNLI_REVISION}, {XNLI_REVISION}'}
         splits = {split: lambda split=split: hub(split) for split in names}
-    classification.build(args.out_dir, task, splits, EXPECTED, published=not args.file)
+    texts.build(args.out_dir, task, splits, EXPECTED, published=not args.file)
 
 
 if __name__ == '__main__':
-    classification.run(main)
+    texts.run(main)

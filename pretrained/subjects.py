@@ -19,14 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import classification
 import common
-import hf
 import layers
-import quantized
 import sample
-import tokens
 from configurator import fail
+from pretrained import hf, replace
+from readers import texts, tokens
 
 PACKED = 'packed.safetensors'    # of a folder of transformers that ptq.py saved: its weights
 
@@ -142,7 +140,7 @@ class _Folder:
         """net as it is, or with the layers of the packed file."""
         net, described = hf.plain_linears(net).eval(), packed[0]['quantized'] if packed else {}
         try:
-            return layers.load_packed(quantized.restore(net, described, packed[1]), packed[1]) if packed else net
+            return layers.load_packed(replace.restore(net, described, packed[1]), packed[1]) if packed else net
         except (ValueError, KeyError, AttributeError) as e:
             fail(f'{self.name}/{PACKED} does not fit the config.json beside it ({e}); save it again')
 
@@ -253,7 +251,7 @@ class Classifier(_Folder):
         packed = self._packed()
         self.dataset = s['dataset'] or fail(f'{path} is a classifier; type --dataset=... of labelled texts, e.g. sst2')
         try:
-            _, _, names = classification.load(tokens.dataset_dir(self.dataset), 'val')
+            _, _, names = texts.load(tokens.dataset_dir(self.dataset), 'val')
             net, self.tokenizer, self.names, fresh = hf.load(path, names, weights=not packed)
         except ValueError as e:
             fail(str(e))
@@ -271,10 +269,10 @@ class Classifier(_Folder):
 
     def _rows(self, split):
         try:
-            texts, ids, names = classification.load(tokens.dataset_dir(self.dataset), split)
+            sentences, ids, names = texts.load(tokens.dataset_dir(self.dataset), split)
         except ValueError as e:
             fail(str(e))
-        return hf.encode(self.tokenizer, texts, self.block), [self.names.index(names[i]) for i in ids]
+        return hf.encode(self.tokenizer, sentences, self.block), [self.names.index(names[i]) for i in ids]
 
     @functools.cached_property
     def train(self):

@@ -11,10 +11,10 @@ import torch.nn as nn
 
 import configurator
 import layers
-from adapters import only_adapters
 from common import peak_memory_bytes
-from measure import device_name, in_turns, measure, mib, middle, peak_bytes, ratio, resident_bytes, show, times_ms
+from measure.turns import device_name, in_turns, measure, mib, middle, peak_bytes, ratio, resident_bytes, show, times_ms
 from optim import RSVDAdam, attach, memory_report, optimizer_bytes
+from pretrained.adapters import only_adapters
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a step of an optimizer

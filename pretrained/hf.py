@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 
 import layers
-import quantized
 from common import atomic_write
+from pretrained import replace
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # a fork after its threads have started would warn at each call
 HEAD = 'last_token_head.safetensors'
@@ -165,7 +165,7 @@ def plain_linears(net):
             with torch.device('meta'):
                 linear = nn.Linear(weight.shape[1], weight.shape[0])
             linear.weight, linear.bias = nn.Parameter(weight), module.bias
-            quantized.put(net, path, linear)
+            replace.put(net, path, linear)
     return net
 
 

@@ -1,6 +1,6 @@
 """The pictures of ptq.py: loss against the size of the file, loss against the share of zeros, and what each layer costs."""
 from common import atomic_write
-from plot import COLORS, MARKERS, subplots
+from report.figure import COLORS, MARKERS, subplots
 
 
 def _save(figure, path):

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 import torch.utils.flop_counter as flop_counters
 
-import classification
 import common
 import optim
 from configurator import fail, save
+from readers import texts
+from report import scores
 
 
 def write_yaml(path, found):
@@ -160,7 +161,7 @@ def write_run(out_dir, about, names, evaluated, meter, forward, adam_bytes):
     adam_bytes: what AdamW would keep for all parameters. FLOPs are of the last step; those of the backward pass only as a
     whole, as torch's counter counts some of it several times in modules that share an input.
     """
-    table = lambda name, columns, rows: classification.write_table(os.path.join(out_dir, name), columns, rows)
+    table = lambda name, columns, rows: texts.write_table(os.path.join(out_dir, name), columns, rows)
     records = common.read_log(out_dir)
     epochs, steps = [r for r in records if 'train_loss' in r], [r for r in records if r.get('ms')]
     peak = max((r['peak_bytes'] for r in epochs), default=0) or None
@@ -185,7 +186,7 @@ def write_run(out_dir, about, names, evaluated, meter, forward, adam_bytes):
     for language, (labels, predictions, places, loss, _) in evaluated.items():
         rows += [(*([language] if several else []), int(i), label, prediction)
                  for i, label, prediction in zip(places, labels, predictions, strict=True)]
-        per_language[language] = {'eval_loss': loss, **classification.metrics(
+        per_language[language] = {'eval_loss': loss, **scores.metrics(
             [of[x] for x in labels], [of[x] for x in predictions], len(names))}
         if len(names) == 2:
             per_language[language]['f1_label'] = names[1]
@@ -219,18 +220,18 @@ def compare_runs(paths):
     """Print how each run differs from the first one, from the predictions they left for the same texts: folders or files."""
     if len(paths) < 2:
         fail('one run cannot be compared; type --compare=out/a,out/b')
-    paths = [p if os.path.splitext(p)[1] in classification.EXTENSIONS else os.path.join(p, 'predictions.csv') for p in paths]
+    paths = [p if os.path.splitext(p)[1] in texts.EXTENSIONS else os.path.join(p, 'predictions.csv') for p in paths]
     names = [os.path.relpath(os.path.dirname(p) or '.') for p in paths]
     for path, name in zip(paths[1:], names[1:], strict=True):
         try:
-            labels, a, b, languages = classification.paired(paths[0], path)
+            labels, a, b, languages = scores.paired(paths[0], path)
         except ValueError as e:
             fail(str(e))
         parts = {'': np.full(len(labels), True)}
         if languages and len(set(languages)) > 1:
             parts |= {f'{x}: ': np.array(languages) == x for x in dict.fromkeys(languages)}
         for part, chosen in parts.items():
-            r = classification.compare(*(np.array(column)[chosen] for column in (labels, a, b)), (names[0], name))
+            r = scores.compare(*(np.array(column)[chosen] for column in (labels, a, b)), (names[0], name))
             print(f'{part}{names[0]} {r["accuracy_a"]:.2%}, {name} {r["accuracy_b"]:.2%} of {r["n"]:,}; difference '
                   f'{r["difference"] * 100:+.2f} points, 95% [{r["difference_low"] * 100:+.2f}, '
                   f'{r["difference_high"] * 100:+.2f}]; right in one only: {r["only_a"]}, {r["only_b"]}; McNemar exact p = '
@@ -275,7 +276,7 @@ def sweep(config, script):
             print('stopped; the same command goes on')
             return
     columns = ('rank', 'fold', 'accuracy', 'f1', 'eval_loss', 'peak_bytes', 'optimizer_bytes', 'ms_per_step')
-    classification.write_table(os.path.join(out_dir, 'sweep.csv'), columns, [[row.get(c) for c in columns] for row in rows])
+    texts.write_table(os.path.join(out_dir, 'sweep.csv'), columns, [[row.get(c) for c in columns] for row in rows])
     for rank in dict.fromkeys(row['rank'] for row in rows):
         found = [row['accuracy'] for row in rows if row['rank'] == rank]
         sd = f' ± {statistics.stdev(found):.2%} over {folds} folds' if folds else ''

@@ -79,7 +79,7 @@ def confusion_png(path, counts, classes):
 def mistakes_png(path, pixels, captions, columns=8):
     """Write a grid of pixels, uint8 (n, s, s, 3), each with its caption below. Images under 96 pixels are enlarged by a
     whole number, so that their pixels stay squares. No images: a picture that says so. Raises OSError."""
-    import matplotlib                                   # its font: Pillow's own has no more than Latin letters
+    import matplotlib  # its font: Pillow's own has no more than Latin letters
     font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'), 11)
     if not len(captions):
         page = Image.new('RGB', (240, 96), 'white')

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import configurator
 import layers
-from measure import device_name, in_turns, mib, middle, peak_bytes, ratio, show, times_ms
+from measure.turns import device_name, in_turns, mib, middle, peak_bytes, ratio, show, times_ms
 from train_cnn import CNN, CNNConfig
 
 # name: (kind of layers.py or mixed, normalisation of binary layers)

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import tokens
 from configurator import fail
+from readers import tokens
 
 BATCH = 1024  # documents encoded at a time, on all cores
 ORDER = ('val', 'train')  # the small one first: a mistake shows early

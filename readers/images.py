@@ -43,8 +43,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import tokens
 from configurator import fail
+from readers import tokens
 
 VERSION = 1
 FILES = ('pixels.bin', 'labels.bin', 'names.txt')

@@ -41,7 +41,7 @@ import numpy as np
 
 from configurator import fail
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
 SPLITS = ('train', 'val')
 MAGIC, VERSION = b'nanobit\0', 1

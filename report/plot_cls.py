@@ -9,7 +9,7 @@ import os
 import statistics
 
 from configurator import fail
-from plot import COLORS, MARKERS, load_config, subplots  # a script plot.py is loaded twice: it only defines
+from report.figure import COLORS, MARKERS, load_config, subplots
 
 MIB = 2 ** 20
 PARTS = {'parameters': 'parameters', 'buffers': 'buffers', 'gradients': 'gradients', 'optimizer': 'optimizer state',

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 import layers
-from calibrate import find_blocks
+from pretrained.calibrate import find_blocks
 from quant import decode4, scales4
 
 

@@ -16,7 +16,7 @@ from common import peak_above, peak_memory_bytes
 from optim import optimizer_bytes
 
 MIB = 2 ** 20
-BENCH = Path(__file__).with_name('bench.py')
+BENCH = Path(__file__).resolve().parents[1] / 'bench.py'
 
 
 class Worker:

@@ -1,0 +1,1 @@
+"""What bench.py measures, and how: in turns, a fresh process for each variant."""

@@ -1,0 +1,1 @@
+"""What acts on a trained model: Hugging Face folders, adapters, formats, calibration, replacement of layers."""

@@ -1,0 +1,1 @@
+"""What a run tells: scores, tables, costs and pictures."""

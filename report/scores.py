@@ -1,0 +1,125 @@
+"""How good a classifier is: accuracy and F1 with intervals, and whether one model is better than another.
+
+    metrics(ids, predictions, len(names)),  compare(ids, predictions_a, predictions_b),  paired(path_a, path_b)
+"""
+import numpy as np
+
+from readers.texts import read_columns
+
+
+def metrics(labels, predictions, n_labels, seed=42, draws=10_000):
+    """Accuracy and F1 of predictions (n,) against labels (n,), both ids in [0, n_labels), with 95% intervals.
+
+    Returns a dict: accuracy, accuracy_low, accuracy_high, f1, f1_low, f1_high, f1_kind, n. f1_kind is 'binary' for two
+    labels (the F1 of label 1) and else 'macro' (mean over the labels that occur). The intervals are percentiles of a
+    bootstrap; where all predictions are right theirs has no width, which says little. ValueError for ids out of range.
+
+    A resample of the rows matters only by how many rows of each (label, prediction) it holds. Drawing n rows with
+    replacement, those counts are multinomial with n draws and the observed shares as probabilities; so the confusion
+    matrices are drawn as that, in one call, instead of the rows: the same distribution, without n numbers per draw.
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+    labels, predictions = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+    n = len(labels)
+    if not n or labels.shape != predictions.shape or labels.ndim != 1:
+        raise ValueError(f'labels {labels.shape} and predictions {predictions.shape} are not as many, or none')
+    for name, ids in (('labels', labels), ('predictions', predictions)):
+        if ids.min() < 0 or ids.max() >= n_labels:
+            raise ValueError(f'{name} hold {ids.min()} to {ids.max()}, ids of {n_labels} labels are 0 to {n_labels - 1}')
+    is_binary = n_labels == 2
+    cells, counts = np.unique(labels * n_labels + predictions, return_counts=True)
+    rows, columns = np.eye(n_labels)[cells // n_labels], np.eye(n_labels)[cells % n_labels]         # (cells, n_labels)
+    generator, drawn, step = np.random.default_rng(seed), [], max(1, 5_000_000 // (len(cells) + n_labels))
+    for first in range(0, draws, step):
+        table = generator.multinomial(n, counts / n, min(step, draws - first)).astype(float)        # (draws, cells)
+        hits, marked = table @ (rows * columns), table @ (rows + columns)       # 2 TP and 2 TP + FP + FN, of each label
+        with np.errstate(invalid='ignore'):
+            f1 = 2 * hits / marked                                              # 0 / 0: that label does not occur
+        f1 = np.nan_to_num(f1[:, 1]) if is_binary else np.nanmean(f1, axis=1)
+        drawn.append((hits.sum(1) / n, f1))
+    intervals = np.percentile(np.concatenate(drawn, axis=1), (2.5, 97.5), axis=1).T.tolist()
+    kind = 'binary' if is_binary else 'macro'
+    return {'accuracy': float(accuracy_score(labels, predictions)), 'accuracy_low': intervals[0][0],
+            'accuracy_high': intervals[0][1], 'f1': float(f1_score(labels, predictions, average=kind, zero_division=0)),
+            'f1_low': intervals[1][0], 'f1_high': intervals[1][1], 'f1_kind': kind, 'n': n}
+
+
+def detectable(n, discordant):
+    """The smallest difference in accuracy that McNemar's test at 5% finds with 80% power on n rows, when a share
+    `discordant` of the rows is right in one model only.
+
+    Miettinen 1968, Connor 1987 (Biometrics 43, p. 207): n = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 / d^2 with s the
+    discordant share, d the difference, z_a = 1.960, z_b = 0.842. Solved for d, a quadratic:
+    d = sqrt(s) (z_a sqrt(n) + z_b sqrt(n + z_b^2 - z_a^2)) / (n + z_b^2). A difference cannot be more than s: where d
+    would be, s = d, all of the rows that differ speaking for one model. It is the formula of the large-sample test; the
+    exact one that compare() uses finds a little less. At most 1.
+    """
+    z_a, z_b = 1.959964, 0.841621
+    root = z_b * max(0.0, n + z_b ** 2 - z_a ** 2) ** 0.5
+    difference = discordant ** 0.5 * (z_a * n ** 0.5 + root) / (n + z_b ** 2)
+    if 0 < difference <= discordant:
+        return difference
+    low, high = 0.0, 1.0
+    for _ in range(50):                             # s = d: n d = (z_a + z_b sqrt(1 - d))^2, by halving
+        middle = (low + high) / 2
+        low, high = (low, middle) if n * middle > (z_a + z_b * (1 - middle) ** 0.5) ** 2 else (middle, high)
+    return high
+
+
+def compare(labels, a, b, names=('a', 'b'), seed=42, draws=10_000):
+    """Is b better than a? labels, a, b: (n,) labels and two models' predictions for the same rows, in the same terms.
+
+    Returns a dict: n, accuracy_a, accuracy_b, difference (b - a) with its 95% interval difference_low, difference_high;
+    only_a, only_b (rows right in that model only), p (McNemar's exact test: of the only_a + only_b rows, is the share of
+    b one half? two-sided), detectable (see there), verdict (a sentence with `names`). Accuracies are shares, not percent.
+    The interval resamples rows, each with both its predictions; only three kinds of row matter, so it draws counts.
+    """
+    from scipy.stats import binomtest
+    labels, a, b = np.asarray(labels), np.asarray(a), np.asarray(b)
+    n = len(labels)
+    if not n or not labels.shape == a.shape == b.shape:
+        raise ValueError(f'labels {labels.shape}, a {a.shape} and b {b.shape} are not as many, or none')
+    right_a, right_b = a == labels, b == labels
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    p = float(binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    kinds = np.array([only_a, only_b, n - only_a - only_b]) / n
+    drawn = np.random.default_rng(seed).multinomial(n, kinds, draws)
+    low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / n, (2.5, 97.5)).tolist()
+    difference, smallest = (only_b - only_a) / n, detectable(n, (only_a + only_b) / n)
+    if p < 0.05:
+        verdict = (f'{names[1]} is {"better" if difference > 0 else "worse"} than {names[0]} by {abs(difference) * 100:.2f} '
+                   f'points (McNemar p = {p:.2g})')
+    else:
+        verdict = f'the test set is too small to tell: n = {n:,}, differences under {smallest * 100:.2f} points cannot be seen'
+    return {'n': n, 'accuracy_a': float(right_a.mean()), 'accuracy_b': float(right_b.mean()), 'difference': difference,
+            'difference_low': low, 'difference_high': high, 'only_a': only_a, 'only_b': only_b, 'p': p,
+            'detectable': smallest, 'verdict': verdict}
+
+
+def _keyed_predictions(path):
+    """({(language or '', index): (label, prediction)} in order, has a language column) of a predictions file."""
+    unit, places, columns = read_columns(path, ['index', 'label', 'prediction'], optional='language')
+    found = {}
+    for place, index, label, prediction, *language in zip(places, *columns, strict=True):
+        key = (language[0] if language else '', index)
+        if key in found:
+            raise ValueError(f'{path}, {unit} {place}: {" ".join(["index", index, *language])} is there twice')
+        found[key] = label, prediction
+    return found, len(columns) > 3
+
+
+def paired(path_a, path_b):
+    """(labels, a, b, languages) of two predictions files of the same rows, as lists of str in the order of path_a.
+
+    Raises ValueError where a row is in one file only or its label differs: those models saw different test sets."""
+    (a, has_language), (b, _) = _keyed_predictions(path_a), _keyed_predictions(path_b)
+    row = lambda key: ' '.join(['index', key[1], *filter(None, key[:1])])
+    for one, other, path, other_path in ((a, b, path_a, path_b), (b, a, path_b, path_a)):
+        alone = next((key for key in one if key not in other), None)
+        if alone:
+            raise ValueError(f'{row(alone)} is in {path} but not in {other_path}; both need the same rows to be compared')
+    for key, (label, _) in a.items():
+        if label != b[key][0]:
+            raise ValueError(f'{row(key)} has label {label!r} in {path_a} and {b[key][0]!r} in {path_b}; not the same test set')
+    return ([label for label, _ in a.values()], [guess for _, guess in a.values()], [b[key][1] for key in a],
+            [language for language, _ in a] if has_language else None)
