@@ -309,7 +309,7 @@ def _command(folder):
     for parent in (folder, folder.parent):
         if (parent / 'prepare.py').is_file():
             return f'python {_show(parent / "prepare.py")}' + (f' --name={folder.name}' if parent != folder else '')
-    scripts = [path for path in ROOT.glob('data/*/prepare.py') if 'import tokens' in path.read_text()]     # others write texts
+    scripts = [path for path in ROOT.glob('data/*/prepare.py') if re.search(r'readers import .*tokens', path.read_text())]
     names = ', '.join(sorted(path.parent.name for path in scripts))
     return f'python data/NAME/prepare.py, where NAME is one of: {names}'
 

@@ -1,4 +1,4 @@
-"""classification.py: tables, data folders and figures. Figures against sklearn, slow bootstraps and sums on paper."""
+"""Labelled texts and their scores. Scores against sklearn, slow bootstraps and sums on paper."""
 import csv
 import json
 import math
@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from readers import texts as c
+from report import scores
 
 TEXTS = ['plain', 'with, a comma', 'a "quoted" word', 'two\nlines', 'windows\r\nline', 'old\rmac', '', ' spaces ', "it's",
          'Zażółć 語 🎉', 'tab\there', '"', '\\n', 'x' * 200_000, '\ufeffmark']
@@ -137,7 +138,7 @@ def test_load_refuses_what_is_not_whole(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='type: python data/<name>/prepare.py --out_dir .*: imdb, pycls, sst2, xnli$'):
         c.load(tmp_path / 'toy', 'train')
     (tmp_path / 'data' / 'sst2').mkdir(parents=True)
-    (tmp_path / 'data' / 'sst2' / 'prepare.py').write_text('classification.build()')
+    (tmp_path / 'data' / 'sst2' / 'prepare.py').write_text('texts.build()')
     monkeypatch.setattr(c.tokens, 'ROOT', tmp_path)
     with pytest.raises(ValueError, match='type: python data/sst2/prepare.py$'):
         c.load(tmp_path / 'data' / 'sst2', 'train')
@@ -201,7 +202,7 @@ def test_metrics_are_sklearns_and_intervals_those_of_resampled_rows(k):
     """Accuracy and F1 to the last digit; both ends of both intervals within 0.006 of a bootstrap that draws rows."""
     metrics = pytest.importorskip('sklearn.metrics')
     labels, predictions = noisy(k, 400, k, 0.7)
-    found = c.metrics(labels.tolist(), predictions.tolist(), k)
+    found = scores.metrics(labels.tolist(), predictions.tolist(), k)
     kind = 'binary' if k == 2 else 'macro'
     assert found['f1_kind'] == kind and found['n'] == 400
     assert found['accuracy'] == metrics.accuracy_score(labels, predictions)
@@ -222,23 +223,23 @@ def test_metrics_are_sklearns_and_intervals_those_of_resampled_rows(k):
 
 def test_metrics_by_hand_and_at_the_edges():
     """TP 2, FP 1, FN 1 and TN 2: accuracy 4/6, F1 4/6. Absent labels do not count; none right, all right, bad ids."""
-    found = c.metrics([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], 2)
+    found = scores.metrics([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], 2)
     assert found['accuracy'] == found['f1'] == pytest.approx(4 / 6)
-    found = c.metrics([0, 0, 1, 1], [0, 1, 1, 1], 5)                # F1 of label 0: 2/3; of label 1: 4/5
+    found = scores.metrics([0, 0, 1, 1], [0, 1, 1, 1], 5)                # F1 of label 0: 2/3; of label 1: 4/5
     assert found['f1'] == pytest.approx((2 / 3 + 4 / 5) / 2) and found['f1_kind'] == 'macro'
-    assert c.metrics([0, 0], [0, 0], 2)['f1'] == 0 and c.metrics([0, 0], [0, 0], 2)['f1_high'] == 0
-    assert c.metrics([0, 1, 2], [0, 1, 2], 3)['accuracy_low'] == 1
-    assert c.metrics([0, 1, 2], [1, 2, 0], 3)['f1_high'] == 0
-    assert c.metrics([0, 1] * 9, [0, 0] * 9, 2, seed=1) == c.metrics([0, 1] * 9, [0, 0] * 9, 2, seed=1)
+    assert scores.metrics([0, 0], [0, 0], 2)['f1'] == 0 and scores.metrics([0, 0], [0, 0], 2)['f1_high'] == 0
+    assert scores.metrics([0, 1, 2], [0, 1, 2], 3)['accuracy_low'] == 1
+    assert scores.metrics([0, 1, 2], [1, 2, 0], 3)['f1_high'] == 0
+    assert scores.metrics([0, 1] * 9, [0, 0] * 9, 2, seed=1) == scores.metrics([0, 1] * 9, [0, 0] * 9, 2, seed=1)
     for labels, predictions in (([0, 2], [0, 1]), ([0, 1], [0, -1]), ([0], [0, 1]), ([], [])):
         with pytest.raises(ValueError):
-            c.metrics(labels, predictions, 2)
+            scores.metrics(labels, predictions, 2)
 
 
 def test_metrics_of_many_labels_in_several_pieces():
     """101 labels, drawn in pieces: the interval is that of the binomial within 0.01, whatever the size of a piece."""
     labels, predictions = noisy(0, 5000, 101, 0.6)
-    found = c.metrics(labels, predictions, 101, draws=4000)
+    found = scores.metrics(labels, predictions, 101, draws=4000)
     half = 1.96 * math.sqrt(found['accuracy'] * (1 - found['accuracy']) / 5000)
     assert found['accuracy_low'] == pytest.approx(found['accuracy'] - half, abs=0.003)
     assert found['accuracy_high'] == pytest.approx(found['accuracy'] + half, abs=0.003)
@@ -252,30 +253,30 @@ def pairs(only_a, only_b, both, neither):
 
 def test_compare_by_hand():
     """2 against 10: p = 2 (1 + 12 + 66) / 2^12; 3 against 9: 2 (1 + 12 + 66 + 220) / 2^12, which says nothing."""
-    found = c.compare(*pairs(2, 10, 60, 28), names=('int8', 'nf4'))
+    found = scores.compare(*pairs(2, 10, 60, 28), names=('int8', 'nf4'))
     assert found['p'] == pytest.approx(158 / 4096) and (found['only_a'], found['only_b'], found['n']) == (2, 10, 100)
     assert (found['accuracy_a'], found['accuracy_b']) == (0.62, 0.7) and found['difference'] == pytest.approx(0.08)
     assert found['verdict'].startswith('nf4 is better than int8 by 8.00 points')
     assert 0 < found['difference_low'] < 0.08 < found['difference_high']
-    worse = c.compare(*pairs(10, 2, 60, 28), names=('int8', 'nf4'))
+    worse = scores.compare(*pairs(10, 2, 60, 28), names=('int8', 'nf4'))
     assert worse['verdict'].startswith('nf4 is worse than int8 by 8.00') and worse['difference'] == pytest.approx(-0.08)
     assert worse['difference_low'] < -0.08 < worse['difference_high'] < 0
-    unclear = c.compare(*pairs(3, 9, 60, 28))
+    unclear = scores.compare(*pairs(3, 9, 60, 28))
     assert unclear['p'] == pytest.approx(598 / 4096) and unclear['difference_low'] < 0 < unclear['difference_high']
     assert unclear['verdict'] == ('the test set is too small to tell: n = 100, differences under '
                                   f'{unclear["detectable"] * 100:.2f} points cannot be seen')
     labels, a, _ = pairs(3, 9, 60, 28)
-    same = c.compare([str(label) for label in labels], [str(x) for x in a], [str(x) for x in a])
+    same = scores.compare([str(label) for label in labels], [str(x) for x in a], [str(x) for x in a])
     assert same['p'] == 1 and same['difference'] == same['difference_low'] == 0 and 'too small' in same['verdict']
     with pytest.raises(ValueError, match='not as many'):
-        c.compare([1, 0], [1, 0], [1])
+        scores.compare([1, 0], [1, 0], [1])
 
 
 def test_compare_pairs_the_rows():
     """The interval is that of resampled rows, which is much narrower than two independent ones would give."""
     labels, a = noisy(3, 500, 3, 0.8)
     b = np.where(np.arange(500) % 25 == 0, labels, a)
-    found = c.compare(labels, a, b)
+    found = scores.compare(labels, a, b)
     random, gain = np.random.default_rng(0), (b == labels).astype(int) - (a == labels)
     slow = np.percentile([gain[random.integers(0, 500, 500)].mean() for _ in range(4000)], (2.5, 97.5))
     assert [found['difference_low'], found['difference_high']] == pytest.approx(slow, abs=0.0025)
@@ -293,7 +294,7 @@ def test_detectable_is_found_four_times_in_five(n, discordant):
         drawn = random.multinomial(n, [(share - difference) / 2, (share + difference) / 2, 1 - share], 20_000)
         p = 2 * stats.binom.cdf(drawn[:, :2].min(1), drawn[:, :2].sum(1), 0.5)
         return (p < 0.05).mean()
-    difference = c.detectable(n, discordant)
+    difference = scores.detectable(n, discordant)
     assert 0.70 < power(difference) < 0.84 and power(difference / 2) < 0.45
     share = max(discordant, difference)
     needed = (1.959964 * share ** 0.5 + 0.841621 * (share - difference ** 2) ** 0.5) ** 2 / difference ** 2
@@ -302,9 +303,9 @@ def test_detectable_is_found_four_times_in_five(n, discordant):
 
 def test_detectable_shrinks_with_the_test_set():
     """More rows or fewer that differ: smaller differences are seen. Never above 1 nor at 0."""
-    values = [c.detectable(n, 0.1) for n in (1, 2, 5, 20, 100, 1000, 100_000)]
+    values = [scores.detectable(n, 0.1) for n in (1, 2, 5, 20, 100, 1000, 100_000)]
     assert values == sorted(values, reverse=True) and max(values) <= 1 and min(values) > 0
-    assert c.detectable(1000, 0.05) < c.detectable(1000, 0.1)
+    assert scores.detectable(1000, 0.05) < scores.detectable(1000, 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------- predictions
@@ -320,9 +321,9 @@ def test_paired_predictions_follow_the_rows_not_their_order(tmp_path):
     """b in another order is matched by language and index; without a language column by index alone."""
     a = write_predictions(tmp_path / 'a.csv', [(0, 'x', 'y', .1, 'de'), (1, 'y', 'y', .2, 'de'), (0, 'x', 'x', .3, 'en')])
     b = write_predictions(tmp_path / 'b.csv', [(0, 'x', 'z', .1, 'en'), (1, 'y', 'x', .2, 'de'), (0, 'x', 'x', .3, 'de')])
-    assert c.paired(a, b) == (['x', 'y', 'x'], ['y', 'y', 'x'], ['x', 'x', 'z'], ['de', 'de', 'en'])
+    assert scores.paired(a, b) == (['x', 'y', 'x'], ['y', 'y', 'x'], ['x', 'x', 'z'], ['de', 'de', 'en'])
     plain = write_predictions(tmp_path / 'c.csv', [('1', '0', 5), ('0', '1', 6)], ('prediction', 'label', 'index'))
-    assert c.paired(plain, plain) == (['0', '1'], ['1', '0'], ['1', '0'], None)
+    assert scores.paired(plain, plain) == (['0', '1'], ['1', '0'], ['1', '0'], None)
 
 
 def test_predictions_of_other_rows_are_refused(tmp_path):
@@ -339,4 +340,4 @@ def test_predictions_of_other_rows_are_refused(tmp_path):
                                    (a, twice, 'twice.csv, line 4: index 0 de is there twice'),
                                    (lacking, a, "lacking.csv has no column 'prediction'")):
         with pytest.raises(ValueError, match=message):
-            c.paired(first, second)
+            scores.paired(first, second)

@@ -1,4 +1,4 @@
-"""report.py: files of a run, comparisons, sweeps over ranks and folds with a stand-in for the trainer."""
+"""report/tables.py: files of a run, comparisons, sweeps over ranks and folds with a stand-in for the trainer."""
 import csv
 import os
 import signal
@@ -10,10 +10,10 @@ import types
 import pytest
 import torch
 import yaml
-from tables.tables import tables
 
 import common
 from conftest import ROOT
+from report import tables
 
 CONFIG = {'out_dir': 'out', 'method': 'lora', 'rank': 16, 'fold': -1, 'ranks': (4, 8), 'folds': 0, 'resume': '',
           'overwrite': False, 'texts': ('a', 'b'), 'rate': 2e-5, 'empty': ''}
@@ -103,7 +103,7 @@ def test_a_sweep_under_torchrun_is_refused(here, capsys, monkeypatch):
 def test_a_stopped_sweep_lets_its_run_save_and_goes_on(here, number, everyone):
     """SIGTERM to the sweep alone, Ctrl-C to both: the run in progress ends as it would by itself; no traceback."""
     (here / 'slow').touch()
-    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import report; tables.sweep({CONFIG!r}, "trainer.py")'
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from report import tables; tables.sweep({CONFIG!r}, "trainer.py")'
     job = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     until = time.monotonic() + 60
