@@ -65,6 +65,41 @@ def close_processes():
         dist.destroy_process_group()
 
 
+def autocast(device, dtype):
+    """The autocast context of a trainer's key `dtype`: float32, bfloat16, or '' for bfloat16 on CUDA and float32 elsewhere."""
+    if dtype not in ('', 'float32', 'bfloat16'):
+        fail(f'dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16', rank0_only=True)
+    return torch.autocast(device.type, torch.bfloat16, enabled=(dtype or ('', 'bfloat16')[device.type == 'cuda']) == 'bfloat16')
+
+
+def distributed(model, device, local_rank):
+    """`model` in DistributedDataParallel. Gradients are views into its buckets, so they exist once. Buffers are not sent at
+    each forward pass: rotary tables are constant, and train_cnn.py averages the statistics of its BatchNorms itself."""
+    ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None,
+                                                    gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False                   # torch deprecates the argument of this name
+    return ddp
+
+
+def split_batch(batch_size, micro_batch_size, world):
+    """(micro, accumulation): samples that one process holds at a time, and micro-steps in a step. micro_batch_size=0: the whole
+    share of a process."""
+    micro = micro_batch_size or batch_size // world
+    if micro < 1 or batch_size % (micro * world):
+        fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes', rank0_only=True)
+    return micro, batch_size // (micro * world)
+
+
+def check_config(config, known, at_least):
+    """fail() in one line where config[key] is none of known[key], or is not at_least[key] or more (nan is not)."""
+    for key, values in known.items():
+        if config[key] not in values:
+            fail(f'{key}={config[key]!r} is none of {", ".join(map(repr, values))}', rank0_only=True)
+    for key, least in at_least.items():
+        if not config[key] >= least:
+            fail(f'{key}={config[key]} must be {least} or more', rank0_only=True)
+
+
 def _gathered(values):
     """float64 tensor (world_size, len(values)) of one list of numbers per rank."""
     mine = torch.tensor(values, dtype=torch.float64)
@@ -80,6 +115,12 @@ def mean_over_ranks(total, count):
     """sum of `total` over ranks / sum of `count` over ranks, in float64: the mean per token whatever each rank saw."""
     totals, counts = _gathered([float(total), float(count)]).sum(0).tolist()
     return totals / counts
+
+
+def clip_(grads, max_norm, norm):
+    """Scale gradients in place so that their norm, which is `norm`, is at most max_norm; as torch.nn.utils.clip_grad_norm_."""
+    grads = list(grads)
+    torch._foreach_mul_(grads, (max_norm / (torch.tensor(norm, device=grads[0].device) + 1e-6)).clamp(max=1.0))
 
 
 def any_rank(flag):
@@ -256,6 +297,13 @@ def read_checkpoint(path, trainer=None, mmap=False):
     return state
 
 
+def read_best(path, trainer):
+    """read_checkpoint() of best.pt at the end of a run. Raises OSError where no save of it succeeded."""
+    if not os.path.exists(path):
+        raise OSError(f'{path} could not be saved')
+    return read_checkpoint(path, trainer)
+
+
 def read_last_checkpoint(path, trainer=None, set_aside=False, mmap=False):
     """read_checkpoint(path), or with a warning its *.prev.pt when `path` is damaged or missing. Raises ValueError.
 
@@ -275,6 +323,28 @@ def read_last_checkpoint(path, trainer=None, set_aside=False, mmap=False):
         return state
 
 
+def save_or_warn(path, state, keep_previous=False):
+    """save_checkpoint(), and whether it succeeded: a full disk must not cost the run, and the file before this one stays."""
+    try:
+        save_checkpoint(path, state, keep_previous)
+        return True
+    except OSError as e:
+        print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
+        return False
+
+
+def load_optimizer(optimizer, saved):
+    """State of a checkpoint's optimizer, with the hyperparameters of this run. The parameters must come in the same order; they
+    may be divided into other groups. Raises ValueError where their number differs."""
+    groups = optimizer.state_dict()['param_groups']
+    order = [i for g in saved['param_groups'] for i in g['params']]
+    if len(order) != sum(len(g['params']) for g in groups):
+        raise ValueError(f'the optimizer of the checkpoint has {len(order)} parameters, not '
+                         f'{sum(len(g["params"]) for g in groups)}')
+    optimizer.load_state_dict({'state': {new: saved['state'][old] for new, old in enumerate(order) if old in saved['state']},
+                               'param_groups': groups})
+
+
 def load_model_state(model, state, path, allow_missing=(), assign=False):
     """Load a state dict after checking every key and shape. Raises ValueError with one line; the model is untouched.
 
@@ -290,6 +360,13 @@ def load_model_state(model, state, path, allow_missing=(), assign=False):
             raise ValueError(f'{path} does not fit this model: it {what} {found[0]}'
                              + (f' and {len(found) - 1} more' if len(found) > 1 else ''))
     model.load_state_dict(state, strict=False, assign=assign)
+
+
+def check_same(path, saved, wanted, advice):
+    """Raises ValueError naming the first key of the dict `wanted` that has another value in `saved`, which `path` holds."""
+    for key, value in wanted.items():
+        if saved.get(key) != value:
+            raise ValueError(f'{path} has another {key} ({saved.get(key)}, not {value}); {advice}')
 
 
 def check_tokens(state, path, tokenizer, dataset):
@@ -347,6 +424,19 @@ def read_log(out_dir):
     return records
 
 
+def find_run(out_dir, resume, overwrite):
+    """(last_path, best_path, resume_path, elsewhere): where a run saves, the checkpoint that it goes on from or '', and whether
+    that is another run's. resume: '', 'auto' or a path. fail() where out_dir holds a run that would be lost."""
+    last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
+    has_run = os.path.exists(last_path) or os.path.exists(previous_path(last_path))
+    resume_path = (last_path if has_run else '') if resume == 'auto' else resume
+    elsewhere = bool(resume_path) and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
+    if has_run and (elsewhere or not resume_path) and not overwrite:
+        fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another folder, or '
+             '--overwrite=True to lose it', rank0_only=True)
+    return last_path, best_path, resume_path, elsewhere
+
+
 STALE = {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors', 'log.jsonl'}
 
 
@@ -380,6 +470,20 @@ def launched(words):
     world = os.environ.get('WORLD_SIZE', '1')
     launcher = 'python' if world == '1' else f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world)}'
     return f'{launcher} {shlex.join(words)}'
+
+
+def not_finite(loss, grad_norm, step, culprits, saved_step):
+    """One line for a step that was not taken. culprits: names of the parameters whose gradients are not finite."""
+    first = culprits[0] if culprits else 'none, their sum overflows'
+    last = f'of step {saved_step}' if saved_step > 0 else 'not made yet'
+    return (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: {first}; the weights of step '
+            f'{step} were not touched, the last checkpoint is {last}; try a lower --learning_rate')
+
+
+def how_to_go_on(words, step, saved_step):
+    """The last line of a run that was stopped: words is the command that goes on with it."""
+    saved = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
+    return f'stopped at step {step}{saved}; go on with: {launched(words)}'
 
 
 def stop_flag():

@@ -7,7 +7,7 @@ A trainer keeps its settings as plain assignments at the top and ends that block
 
 The assignments are the whole declaration: the name is the key, the type of the default is the type of the key, and the
 trailing comment is its --help text. Unlike argparse nothing is written twice; unlike a bare exec, a typo or a wrong
-type is an error.
+type is an error. A default of None is a switch that the script decides itself unless it is set to True or False.
 
     python train_gpt.py config/small.py config/int4.py --learning_rate=3e-4 --betas=0.9,0.95
     python train_gpt.py --help
@@ -126,8 +126,8 @@ def _find_keys(namespace):
         if isinstance(statement, (ast.Assign, ast.AnnAssign)):
             nodes |= {name: statement for name in _stored_names(statement)}
     # exact types: a torch.Size is a tuple and a numpy.float64 a float, but neither is a setting
-    kinds = (bool, int, float, str, tuple, dict)
-    return {k: n for k, n in nodes.items() if k[0] != '_' and type(namespace.get(k)) in kinds}, source
+    kinds = (bool, int, float, str, tuple, dict, type(None))
+    return {k: n for k, n in nodes.items() if k[0] != '_' and type(namespace.get(k, ...)) in kinds}, source
 
 
 def _stored_names(tree):
@@ -167,7 +167,7 @@ def _run_file(name, trainer, config, defaults):
         where = f'{name} line {lines[key]}: {key}' if key in lines else f'{name}: {key}'
         if key in config:
             if _differ(config[key], value):
-                changes[key] = _convert(value, defaults[key], where, config[key])
+                changes[key] = _convert(value, _pattern(defaults[key]), where, config[key])
         elif not (key.startswith('_') or key in imported
                   or isinstance(value, (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))):
             _fail(f'{where} is not a key{_nearest(key, config)} (a scratch name starts with _)')
@@ -182,20 +182,29 @@ def _read_option(option, following, config, defaults):
     if not equals:
         text = following[0] if following and not following[0].startswith('--') else ''
         if not text or text.endswith('.py'):
-            text = 'True' if isinstance(config[key], bool) else str(config[key])
+            text = 'True' if config[key] is None or isinstance(config[key], bool) else str(config[key])
         _fail(f'--{key} has no value; write {_option(key, text)}')
-    return {key: _read(text, defaults[key], f'--{key}', config[key])}
+    return {key: _read(text, _pattern(defaults[key]), f'--{key}', config[key])}
 
 
 # -----------------------------------------------------------------------------
 # values: _read is lenient with text, _convert strict with Python values, _literal their inverse
 
+class _Switch:
+    """Stands for the type of a key whose default is None: True, False or None."""
+
+
+def _pattern(default):
+    """What _read and _convert take for the type of a key; None is their pattern for any plain value."""
+    return _Switch() if default is None else default
+
+
 def _read(text, like, where, now=None):
     """The value that command-line text stands for; like, where, now as in _convert."""
     kind, text = type(like), text if type(like) is str else text.strip()
     value = text
-    if kind is bool:
-        value = {'true': True, 'yes': True, 'on': True, '1': True,
+    if kind in (bool, _Switch):
+        value = {**({'none': None} if kind is _Switch else {}), 'true': True, 'yes': True, 'on': True, '1': True,
                  'false': False, 'no': False, 'off': False, '0': False}.get(text.lower(), text)
     elif kind in (int, float):
         for number in (float, kind):  # float reads 1e5; int, where it can, keeps every digit
@@ -227,6 +236,8 @@ def _convert(value, like, where, now=None):
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind in (bool, str) and isinstance(value, kind):
         return kind(value)
+    if kind is _Switch and (value is None or isinstance(value, bool)):
+        return value
     if kind is int and number and (isinstance(value, int) or value.is_integer() and abs(value) <= 2**53):
         return int(value)
     if kind is float and number and (isinstance(value, float) or abs(value) < 1e308 and float(value) == value):
@@ -246,6 +257,7 @@ def _convert(value, like, where, now=None):
             pass
     needs = {
         bool: 'True or False',
+        _Switch: 'True, False or None',
         int: f'a whole number like {like}',
         float: f'a number like {like}',
         type(None): 'a plain value (bool, int, float, str, tuple, list or dict)',

@@ -233,11 +233,14 @@ def main():
     fail = lambda why: configurator.fail(why, rank0_only=True)
     missing = [n for n in ('transformers', 'sklearn', 'scipy', 'yaml') if importlib.util.find_spec(n) is None]
     dtypes = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+    common.check_config(
+        config, {'schedule': ('linear', 'cosine', 'constant'), 'dtype': dtypes, 'method': METHODS, 'side': optim.SIDES},
+        dict.fromkeys(('batch_size', 'eval_batch_size', 'max_len', 'log_interval', 'save_interval', 'rank', 'interval',
+                       'svt_interval', 'n_layer', 'n_head', 'n_embd', 'vocab_size'), 1)
+        | dict.fromkeys(('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'micro_batch_size',
+                         'max_iters', 'eval_interval', 'train_samples', 'stagger'), 0))
     for wrong, why in (
             (missing, f'{missing} cannot be imported; type: pip install -r requirements.txt'),
-            (dtype not in dtypes, f'dtype={dtype!r} is none of {", ".join(dtypes)}'),
-            (method not in METHODS, f'method={method!r} is none of {", ".join(METHODS)}'),
-            (schedule not in ('linear', 'cosine', 'constant'), f'schedule={schedule!r} is none of linear, cosine, constant'),
             (init_from not in ('pretrained', 'scratch'), f'init_from={init_from!r} is neither pretrained nor scratch; '
              'a model of your own is --model=FOLDER, a checkpoint --resume=auto or --resume=PATH'),
             (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base in int8, which '
@@ -253,28 +256,11 @@ def main():
             (not 0 < top_fraction <= 1, f'top_fraction={top_fraction} is above 0 and at most 1')):
         if wrong:
             fail(why)
-    at_least = dict.fromkeys(('train_samples', 'micro_batch_size', 'max_iters', 'eval_interval', 'grad_clip', 'learning_rate',
-                              'stagger', 'warmup_iters'), 0)
-    at_least |= dict.fromkeys(('rank', 'batch_size', 'eval_batch_size', 'max_len', 'log_interval', 'save_interval', 'interval',
-                               'svt_interval', 'n_layer', 'n_head', 'n_embd', 'vocab_size'), 1)
-    for key, least in at_least.items():
-        if globals()[key] < least:
-            fail(f'{key}={globals()[key]} must be {least} or more')
     amp_dtype = dtypes[dtype]
     amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
     torch.set_float32_matmul_precision('high')
-    micro = micro_batch_size or batch_size // world
-    if micro < 1 or batch_size % (micro * world):
-        fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes')
-    accumulation = batch_size // (micro * world)
-    last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
-    has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
-    resume_path = (last_path if has_run and (resume == 'auto' or (eval_only and not resume)) else
-                   '' if resume == 'auto' else resume)
-    elsewhere = resume_path and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
-    if has_run and (elsewhere or not resume_path) and not overwrite:
-        fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another folder, or '
-             '--overwrite=True to lose it')
+    micro, accumulation = common.split_batch(batch_size, micro_batch_size, world)
+    last_path, best_path, resume_path, elsewhere = common.find_run(out_dir, resume or ('auto' if eval_only else ''), overwrite)
 
     # --------------------------------------------------------------------------------------------------------- data
     try:
@@ -324,17 +310,17 @@ def main():
 
     # ---------------------------------------------------------------------------------------------------- optimizer
     try:
-        optimizer = make_optimizer(net, head)
+        opt = make_optimizer(net, head)
     except ValueError as e:
         configurator.fail(str(e))
     if method.startswith('rsvd') and projected:
-        optim.attach(net, optimizer, verbose=rank_here == 0)
-    gradients = getattr(optimizer, 'gradients', lambda: {p: p.grad for p in net.parameters() if p.grad is not None})
+        optim.attach(net, opt, verbose=rank_here == 0)
+    gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_net.parameters() if p.grad is not None})
     loss_scale, good_steps = (2.0 ** 16, 0) if dtype == 'float16' else (1.0, 0)
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, epoch_loss, wandb_id, run = 0, [-1.0, 0], [0.0, 0], None, None
-    meter = tables.StepMeter(net, optimizer, dev, rank_here, world)
+    meter = tables.StepMeter(net, opt, dev, rank_here, world)
     # What another value of would make it another run, or its state another shape's; the frozen weights are not in a checkpoint.
     kept = kept_state(net)
     frozen = [t for n, t in net.state_dict().items() if n not in kept]
@@ -346,15 +332,10 @@ def main():
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
-            for key, value in described.items():
-                if state['described'][key] != value and not (eval_only and key in ('samples', 'folds', 'fold')):
-                    raise ValueError(f'{resume_path} has another {key} ({state["described"][key]}, not {value}); resume with '
-                                     f'{out_dir}/config.py')
+            ours = {k: v for k, v in described.items() if not (eval_only and k in ('samples', 'folds', 'fold'))}
+            common.check_same(resume_path, state['described'], ours, f'resume with {out_dir}/config.py')
             common.load_model_state(net, state['model'], resume_path, [k for k in net.state_dict() if k not in kept])
-            asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
-            optimizer.load_state_dict(state['optimizer'])
-            for group, options in zip(optimizer.param_groups, asked, strict=True):
-                group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
+            common.load_optimizer(opt, state['optimizer'])
         except ValueError as e:
             configurator.fail(str(e))
         step, epoch_loss, wandb_id = (state[k] for k in ('step', 'epoch_loss', 'wandb_id'))
@@ -386,8 +367,7 @@ def main():
     if compile:
         net = torch.compile(net)
     if world > 1:
-        net = nn.parallel.DistributedDataParallel(net, device_ids=[local_rank] if dev.type == 'cuda' else None,
-                                                  gradient_as_bucket_view=True, broadcast_buffers=False)
+        net = common.distributed(net, dev, local_rank)
 
     def batch(rows):
         found = hf.collate(tokenizer, rows, max_len, pad_to_max)
@@ -427,16 +407,10 @@ def main():
             common.append_log(out_dir, record, run)
 
     def save(path, keep_previous=False):
-        if rank_here == 0:
-            try:
-                common.save_checkpoint(path, {
-                    'trainer': 'finetune_cls', 'step': step, 'described': described, 'model': kept_state(raw_net),
-                    'optimizer': optimizer.state_dict(), 'best': best, 'epoch_loss': epoch_loss, 'config': config,
-                    'meter': meter.state(), 'scaler': [loss_scale, good_steps], 'wandb_id': wandb_id}, keep_previous)
-                return True
-            except OSError as e:                    # a full disk must not cost the run; the file before this one stays
-                print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
-        return False
+        return rank_here == 0 and common.save_or_warn(path, {
+            'trainer': 'finetune_cls', 'step': step, 'described': described, 'model': kept_state(raw_net),
+            'optimizer': opt.state_dict(), 'best': best, 'epoch_loss': epoch_loss, 'config': config, 'meter': meter.state(),
+            'scaler': [loss_scale, good_steps], 'wandb_id': wandb_id}, keep_previous)
 
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     failure, stop = '', False
@@ -466,14 +440,14 @@ def main():
                 if epoch_done or last_step:
                     record |= {'train_loss': epoch_loss[0] / max(1, epoch_loss[1]), 'peak_bytes': epoch_peak,
                                'resident_bytes': common.peak_memory_bytes(), 'gradient_bytes': meter.gradient_bytes,
-                               'optimizer_bytes': optim.optimizer_bytes(optimizer)}
+                               'optimizer_bytes': optim.optimizer_bytes(opt)}
                     epoch_loss = [0.0, 0]
                     meter.reset()
                 say(f'step {step}, epoch {seen:.2f}: val loss {found[0]:.4f}, accuracy {accuracy:.2%}', flush=True)
                 log(record)
                 if keep_best and accuracy > best[0]:
                     before, best = best, [accuracy, step]
-                    if not common.any_rank(save(best_path)):           # a full disk: all ranks know of it
+                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
                         best = before
             elif step != saved_step and save(last_path, keep_previous=True):
                 saved_step = step
@@ -483,7 +457,7 @@ def main():
 
         # TRAINING SECTION BEGIN
         lr = common.lr_at(step, schedule, peak_rate, min_lr, warmup_iters, total_iters)
-        for group in optimizer.param_groups:
+        for group in opt.param_groups:
             group['lr'] = lr
         common.seed_step(seed, step, rank_here)
         chosen = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
@@ -508,20 +482,17 @@ def main():
             overflow = dtype == 'float16' and math.isfinite(loss) and not math.isfinite(grad_norm) and loss_scale > 2 ** -10
             if not overflow and not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 culprits = [n for n, p in raw_net.named_parameters() if p in grads and not grads[p].isfinite().all()]
-                failure = (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: '
-                           f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
-                           f'touched, the last checkpoint is {f"of step {saved_step}" if saved_step > 0 else "not made yet"}; '
-                           'try a lower --learning_rate')
+                failure = common.not_finite(loss, grad_norm, step, culprits, saved_step)
             elif overflow:                          # the step is left out and the next one scaled less
                 loss_scale, good_steps = loss_scale / 2, 0
             else:
                 if grad_clip:
-                    torch._foreach_mul_(list(grads.values()), min(1.0, grad_clip / (grad_norm + 1e-6)))
-                optimizer.step()
+                    common.clip_(grads.values(), grad_clip, grad_norm)
+                opt.step()
                 good_steps += 1
                 if dtype == 'float16' and good_steps % 2000 == 0:
                     loss_scale *= 2
-            optimizer.zero_grad(set_to_none=True)
+            opt.zero_grad(set_to_none=True)
         if failure:
             break
         if method == 'weight_reduction_svt' and ((step + 1) % svt_interval == 0 or step + 1 == total_iters
@@ -589,11 +560,10 @@ def main():
     if run:
         run.finish(exit_code=1 if failure else 0)
     if failure:
-        configurator.fail(failure, rank0_only=True)
+        fail(failure)
     if stop:
-        command = common.launched(sys.argv if eval_only else [sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
-        kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
-        say(f'stopped at step {step}{kept}; go on with: {command}')
+        words = sys.argv if eval_only else [sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto']
+        say(common.how_to_go_on(words, step, saved_step))
 
 
 if __name__ == '__main__':

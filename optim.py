@@ -600,6 +600,35 @@ def keep_top_(t, fraction):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# a trainer's constant `optimizer`
+
+NAMES = ('adamw', 'rsvd', 'muon')
+SIDES = ('left', 'right', 'short')
+
+
+def make(name, groups, hidden, *, lr, betas, rank=16, interval=200, side='right', seed=0):
+    """The optimizer that a trainer names. groups: dicts of params, decay (the weight decay) and keys of the trainer's own.
+
+    hidden: set of the matrices between embedding and head. rsvd gives them moments of `rank` dimensions, muon orthogonalizes
+    their updates; everything else gets AdamW. Raises KeyError for another name than NAMES, ValueError for options out of range.
+    """
+    inside, outside = {'adamw': ({}, {}), 'rsvd': ({'rank': rank}, {'rank': 0}), 'muon': ({'muon': True}, {})}[name]
+    parts = []
+    for g in groups:
+        among = hidden if inside else ()            # AdamW makes no difference between them
+        for options, params in ((outside, [p for p in g['params'] if p not in among]),
+                                (inside, [p for p in g['params'] if p in among])):
+            if params:
+                parts.append({**g, **options, 'params': params, 'weight_decay': g['decay']})
+    fused = parts[0]['params'][0].device.type in ('cpu', 'cuda')
+    if name == 'rsvd':
+        return RSVDAdam(parts, lr, betas, interval=interval, side=side, seed=seed)
+    if name == 'muon':
+        return MuonAdamW(parts, lr, betas=betas, fused=fused)
+    return torch.optim.AdamW(parts, lr, betas, fused=fused)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # reports
 
 

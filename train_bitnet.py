@@ -23,6 +23,7 @@ import common
 import configurator
 import layers
 import lowbit
+import optim
 from readers import tasks, tokens
 from report import costs
 
@@ -49,6 +50,11 @@ act = 'relu2'                  # of its gate: relu2 (b1.58-2B-4T) | silu (LLaMA,
 rope_theta = 10_000.0          # base of the rotary positions; 500,000 in the 2B model
 quant = 'tern'                 # tern | fp: the same model with full-precision matrices, the baseline
 # optimizer
+optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on the blocks' matrices, AdamW on the rest
+rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices; the rest gets AdamW
+interval = 200                 # ... steps between two bases
+side = 'right'                 # ... of the basis: left | right (keeps the fewest activations) | short
+projected = True               # ... a backward pass that makes no full gradients of full-precision layers
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 0.0            # peak; 0: that of PEAK_RATES for the size and quant
 second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF), all of it with fp
@@ -71,7 +77,7 @@ wandb_run_name = ''            # '': the name of out_dir
 # system
 device = ''                    # '': cuda where there is one, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-compile = torch.cuda.is_available()   # torch.compile: pays on a GPU, on a CPU only in long runs
+compile = None                 # torch.compile; None: on cuda. On a CPU it pays only in long runs
 estimate = False               # print what the run costs and stop: parameters, FLOPs, memory, hours
 tokens_per_s = 0.0             # for estimate: what it is to reckon with; 0: measured over a few steps
 profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
@@ -237,43 +243,29 @@ def ternary_matrices(model):
 
 def main():
     # ------------------------------------------------------------------------------------------------------- set-up
-    rank, local_rank, world, dev = common.setup_processes(device)
+    rank_here, local_rank, world, dev = common.setup_processes(device)
     stopped = common.stop_flag()
-    say = print if rank == 0 else (lambda *a, **k: None)
-    amp_dtype = {'float32': None, 'bfloat16': torch.bfloat16,
-                 '': torch.bfloat16 if dev.type == 'cuda' else None}.get(dtype, 'unknown')
-    if amp_dtype == 'unknown':
-        configurator.fail(f"dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16", rank0_only=True)
-    amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
+    say = print if rank_here == 0 else (lambda *a, **k: None)
+    fail = lambda why: configurator.fail(why, rank0_only=True)
+    common.check_config(
+        config, {'schedule': common.SCHEDULES, 'optimizer': optim.NAMES, 'side': optim.SIDES, 'quant': ('tern', 'fp'),
+                 'act': ('relu2', 'silu'), 'task': tasks.TASKS},
+        dict.fromkeys(('batch_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'eval_interval',
+                       'eval_iters', 'log_interval', 'save_interval', 'rank', 'interval'), 1)
+        | dict.fromkeys(('learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'diag_interval',
+                         'tokens_per_s', 'vocab_size'), 0))
+    for wrong, why in (
+            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
+            (not rope_theta > 0, f'rope_theta={rope_theta} must be above 0'),
+            (n_embd % (2 * n_head) or n_head % n_kv_head,
+             f'n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and that of n_kv_head={n_kv_head}')):
+        if wrong:
+            fail(why)
+    amp = common.autocast(dev, dtype)
     torch.set_float32_matmul_precision('high')
-    for key in ('batch_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'eval_interval', 'eval_iters',
-                'log_interval', 'save_interval'):
-        if globals()[key] < 1:
-            configurator.fail(f'{key}={globals()[key]} must be 1 or more', rank0_only=True)
-    if not (min(learning_rate, second_lr, min_lr, weight_decay, grad_clip, warmup_iters, diag_interval, tokens_per_s) >= 0
-            and 0 <= beta1 < 1 and 0 <= beta2 < 1 and rope_theta > 0):
-        configurator.fail('learning rates, weight_decay, grad_clip, warmup_iters, diag_interval and tokens_per_s are 0 or '
-                          'more, rope_theta above 0, beta1 and beta2 shares below 1', rank0_only=True)
-    for key, known in (('schedule', common.SCHEDULES), ('quant', ('tern', 'fp')), ('act', ('relu2', 'silu')),
-                       ('task', tasks.TASKS)):
-        if globals()[key] not in known:
-            configurator.fail(f'{key}={globals()[key]!r} is none of {", ".join(map(repr, known))}', rank0_only=True)
-    if n_embd % (2 * n_head) or n_head % n_kv_head:
-        configurator.fail(f'n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and that of n_kv_head={n_kv_head}',
-                          rank0_only=True)
-    micro = micro_batch_size or batch_size // world
-    if micro < 1 or batch_size % (micro * world):
-        configurator.fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes',
-                          rank0_only=True)
-    accumulation = batch_size // (micro * world)
-    last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
-    has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
-    resume_path = (last_path if init_from == 'resume' or (resume == 'auto' and has_run)
-                   else '' if resume == 'auto' else resume)
-    elsewhere = resume_path and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
-    if has_run and (elsewhere or not resume_path) and not (overwrite or estimate):
-        configurator.fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another '
-                          'folder, or --overwrite=True to lose it', rank0_only=True)
+    micro, accumulation = common.split_batch(batch_size, micro_batch_size, world)
+    last_path, best_path, resume_path, elsewhere = common.find_run(
+        out_dir, os.path.join(out_dir, 'last.pt') if init_from == 'resume' else resume, overwrite or estimate)
 
     # --------------------------------------------------------------------------------------------------------- data
     folder = tokens.dataset_dir(dataset)
@@ -283,16 +275,15 @@ def main():
         train_data, val_data = tokens.load(folder, 'train'), tokens.load(folder, 'val')
         for split, data in (('train', train_data), ('val', val_data)):
             if len(data) <= block_size:
-                configurator.fail(f'{dataset}: {len(data)} {split} tokens, block_size={block_size} needs more', rank0_only=True)
+                fail(f'{dataset}: {len(data)} {split} tokens, block_size={block_size} needs more')
         tokenizer = train_data.tokenizer
+        bits_per_byte = len(val_data) / val_data.n_bytes / math.log(2)     # nats per token -> bits per byte of text
         train_tokens, n_vocab = len(train_data), tokenizer.vocab_size
         if vocab_size not in (0, n_vocab):
-            configurator.fail(f'{dataset} has a vocabulary of {n_vocab}, not of vocab_size={vocab_size}; type --vocab_size=0, '
-                              'or prepare it again', rank0_only=True)
-        bits_per_byte = len(val_data) / val_data.n_bytes / math.log(2)     # nats per token -> bits per byte of text
+            fail(f'{dataset} has a vocabulary of {n_vocab}, not of vocab_size={vocab_size}; type --vocab_size=0, or prepare it '
+                 'again')
         if task and tokenizer.name != 'byte':
-            configurator.fail(f'task={task} is scored in bytes, {dataset} has {tokenizer.name} tokens; type --dataset={task}',
-                              rank0_only=True)
+            fail(f'task={task} is scored in bytes, {dataset} has {tokenizer.name} tokens; type --dataset={task}')
         if task:
             held_out = tasks.read(task, tokenizer.decode_bytes(val_data.windows([0], len(val_data))[0].tolist()), dataset)
 
@@ -307,7 +298,7 @@ def main():
             state = common.read_checkpoint(init_from, 'train_bitnet')
             common.check_tokens(state, init_from, tokenizer, dataset)
             for key in ('n_head', 'n_kv_head', 'act', 'rope_theta'):     # tensors of one shape, another function
-                if state['model_config'][key] != globals()[key]:
+                if state['model_config'][key] != config[key]:
                     raise ValueError(f'{init_from} has {key}={state["model_config"][key]}; type --{key}=... as it has')
             if state['model_config']['quant'] != quant:
                 say(f'{init_from} has quant={state["model_config"]["quant"]}; its latent weights become those of quant={quant}')
@@ -315,46 +306,47 @@ def main():
     except ValueError as e:
         configurator.fail(str(e))
     model.to(dev)
+    low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
     packed_bytes, fp32_bytes = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
-    n_ternary = sum(m.weight.numel() for m in model.modules() if isinstance(m, layers.LowBit))
     rates = next(rates for most, *rates in PEAK_RATES[quant] if n_params <= most)
     first_lr = learning_rate or rates[0]
     last_lr = second_lr or (learning_rate * (2 / 3 if quant == 'tern' else 1) or rates[1])
-    say(f'{n_params:,} parameters, {n_ternary:,} of them ternary; '
+    say(f'{n_params:,} parameters, {sum(m.weight.numel() for m in low_bit):,} of them ternary; '
         f'packed {packed_bytes:,} bytes ({packed_bytes / 1e6:.1f} MB), fp32 {fp32_bytes:,} ({fp32_bytes / 1e6:.1f} MB)')
     say(f'{batch_size} sequences a step = {micro} x {accumulation} micro-steps x {world} processes '
         f'= {batch_size * block_size:,} tokens' + ('' if imagined else
         f'; {tokenizer.name} tokens, {len(train_data):,} train, {len(val_data):,} val'))
 
     # ---------------------------------------------------------------------------------------------------- optimizer
-    gains = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{'params': [p for p in model.parameters() if p.dim() > 1], 'weight_decay': weight_decay},
-                                   {'params': gains, 'weight_decay': 0.0}],
-                                  lr=first_lr, betas=(beta1, beta2), fused=dev.type in ('cpu', 'cuda'))
+    groups = [{'params': [p for p in model.parameters() if p.dim() > 1], 'decay': weight_decay},
+              {'params': [p for p in model.parameters() if p.dim() == 1], 'decay': 0.0}]
+    hidden = {p for p in model.blocks.parameters() if p.dim() > 1}
+    opt = optim.make(optimizer, groups, hidden, lr=first_lr, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
+                     seed=seed)
+    if optimizer == 'rsvd' and projected:
+        optim.attach(model, opt, verbose=rank_here == 0)
+    gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_model.parameters() if p.grad is not None})
     if estimate:
         ids = torch.randint(n_vocab, (micro if dev.type == 'cuda' else min(micro, 4), block_size + 1), device=dev)
-        for line in costs.estimate(model, torch.compile(model) if compile else model, optimizer, ids[:, :-1], ids[:, 1:], amp,
-                                   micro, batch_size * block_size, max_iters, world, tokens_per_s, train_tokens):
+        timed = torch.compile(model) if compile or (compile is None and dev.type == 'cuda') else model
+        for line in costs.estimate(model, timed, opt, ids[:, :-1], ids[:, 1:], amp, micro, batch_size * block_size, max_iters,
+                                   world, tokens_per_s, train_tokens):
             say(line)
         return common.close_processes()
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, wandb_id = 0, (math.inf, math.inf), None               # share of wrong answers, where there are any; val loss
     start_scales = {name: scale for name, (_, scale) in ternary_matrices(model).items()} if quant == 'tern' else {}
+    described = {**asdict(model_config), 'optimizer': optimizer} | ({'rank': rank, 'side': side} if optimizer == 'rsvd' else {})
     if resume_path:
         try:
-            state = common.read_last_checkpoint(resume_path, 'train_bitnet', set_aside=rank == 0)
+            state = common.read_last_checkpoint(resume_path, 'train_bitnet', set_aside=rank_here == 0)
             common.check_tokens(state, resume_path, tokenizer, dataset)
-            if state['model_config'] != asdict(model_config):
-                changed = [k for k, v in asdict(model_config).items() if state['model_config'].get(k) != v]
-                raise ValueError(f'{resume_path} has another {changed[0]} ({state["model_config"].get(changed[0])}, '
-                                 f'not {asdict(model_config)[changed[0]]}); resume with {out_dir}/config.py')
+            common.check_same(resume_path, {'optimizer': 'adamw', **state['config'], **state['model_config']}, described,
+                              f'resume with {out_dir}/config.py')
             common.load_model_state(model, state['model'], resume_path, HEAD)
-            asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
-            optimizer.load_state_dict(state['optimizer'])
-            for group, options in zip(optimizer.param_groups, asked, strict=True):
-                group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
+            common.load_optimizer(opt, state['optimizer'])
         except ValueError as e:
             configurator.fail(str(e))
         step, wandb_id = state['step'], state['wandb_id']
@@ -364,17 +356,19 @@ def main():
         say(f'resumed from {resume_path} at step {step}')
     if not common.ranks_agree(step, *best, len(train_data), common.checksum(model.parameters())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
-    if rank == 0:
+    if rank_here == 0:
         common.open_run(out_dir, 'train_bitnet', config, step, not resume_path or elsewhere)
-    run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id) if wandb_log and rank == 0 else None
-    wandb_id = run.id if run else wandb_id
+    run = None
+    if wandb_log and rank_here == 0:
+        run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id)
+        wandb_id = run.id if run else wandb_id
 
     # --------------------------------------------------------------------------------------------------------- loop
     raw_model = model
-    if compile:
+    if compile or (compile is None and dev.type == 'cuda'):
         model = torch.compile(model)
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if dev.type == 'cuda' else None)
+        model = common.distributed(model, dev, local_rank)
 
     def batch(data, starts):
         xy = data.windows(starts, block_size + 1)
@@ -391,7 +385,7 @@ def main():
         for i in range(0, len(starts), world):      # len(starts) is a multiple of world
             if common.any_rank(stopped()):
                 return None
-            x, y = batch(val_data, starts[i + rank])
+            x, y = batch(val_data, starts[i + rank_here])
             with amp:
                 total, n = total + raw_model(x, y).item() * y.numel(), n + y.numel()
         raw_model.train()
@@ -403,26 +397,18 @@ def main():
             return tasks.next_logits(raw_model, tokenizer, texts, dev).argmax(-1).tolist()
 
     def log(record):
-        if rank == 0:
+        if rank_here == 0:
             common.append_log(out_dir, record, run)
 
     def save(path, keep_previous=False):
-        if rank == 0:
-            try:
-                common.save_checkpoint(path, {
-                    'trainer': 'train_bitnet', 'step': step, 'model_config': asdict(model_config),
-                    'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'best_errors': best[0],
-                    'best_val_loss': best[1],
-                    'config': config, 'tokenizer': tokenizer.describe(), 'wandb_id': wandb_id,
-                    'start_scales': start_scales}, keep_previous)
-                return True
-            except OSError as e:                    # a full disk must not cost the run; the file before this one stays
-                print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
-        return False
+        return rank_here == 0 and common.save_or_warn(path, {
+            'trainer': 'train_bitnet', 'step': step, 'model_config': asdict(model_config), 'model': raw_model.state_dict(),
+            'optimizer': opt.state_dict(), 'best_errors': best[0], 'best_val_loss': best[1], 'config': config,
+            'tokenizer': tokenizer.describe(), 'wandb_id': wandb_id, 'start_scales': start_scales}, keep_previous)
 
-    profiler = common.step_profiler(out_dir, dev) if profile and rank == 0 else None
+    profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure = ''
+    failure, stop = '', False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
     model.train()
@@ -442,15 +428,19 @@ def main():
                 record = {'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
                           'val_bpb': val_loss * bits_per_byte}
                 errors = 0.0
-                if task and rank == 0:
+                if task and rank_here == 0:
+                    raw_model.eval()
                     scores = tasks.score(task, predict, held_out, seed)
+                    raw_model.train()
                     say(', '.join(f'{name} {hits:,} of {n:,}' for name, (hits, n) in scores.items()))
                     record |= {name: hits / n for name, (hits, n) in scores.items()}
                     errors = tasks.errors(scores)
+                errors = common.mean_over_ranks(errors, rank_here == 0)            # rank 0's, on all ranks
                 log(record)
                 if (errors, val_loss) < best:
-                    best = errors, val_loss
-                    save(best_path)
+                    before, best = best, (errors, val_loss)
+                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
+                        best = before
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
@@ -459,42 +449,40 @@ def main():
 
         # TRAINING SECTION BEGIN
         lr = common.lr_at(step, schedule, first_lr, min_lr, warmup_iters, max_iters, last_lr)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        if quant == 'tern' and schedule == 'two_stage':                 # a baseline has no second stage (Tips PDF)
-            optimizer.param_groups[0]['weight_decay'] = weight_decay if step < max_iters // 2 else 0.0
-        common.seed_step(seed, step, rank)
+        decays = schedule != 'two_stage' or step < max_iters // 2 or quant == 'fp'     # baselines decay to the end (Tips PDF)
+        for group in opt.param_groups:
+            group['lr'], group['weight_decay'] = lr, group['decay'] * decays
+        common.seed_step(seed, step, rank_here)
         starts = common.sample_indices(seed, step, len(train_data) - block_size, batch_size).reshape(accumulation, world, micro)
         loss_sum = torch.zeros((), device=dev)
         for i in range(accumulation):
-            x, y = batch(train_data, starts[i, rank])
+            x, y = batch(train_data, starts[i, rank_here])
             if world > 1:                           # DDP reads this flag in the forward pass
                 model.require_backward_grad_sync = i == accumulation - 1
             with amp:
                 loss = model(x, y)
             loss_sum += loss.detach()
             (loss / accumulation).backward()
-        grad_norm = nn.utils.get_total_norm([p.grad for p in raw_model.parameters() if p.grad is not None]).item()
+        grads = gradients()
+        grad_norm = nn.utils.get_total_norm(list(grads.values())).item()
         loss = common.mean_over_ranks(loss_sum.item(), accumulation)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            culprits = [n for n, p in raw_model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            failure = (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: '
-                       f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
-                       f'touched, the last checkpoint is of step {saved_step}; try a lower --learning_rate')
+            culprits = [n for n, p in raw_model.named_parameters() if p in grads and not grads[p].isfinite().all()]
+            failure = common.not_finite(loss, grad_norm, step, culprits, saved_step)
             break
         if grad_clip:
-            nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, torch.tensor(grad_norm, device=dev))
-        counted = quant == 'tern' and diag_interval and (step + 1) % diag_interval == 0 and rank == 0
-        before = ternary_matrices(raw_model) if counted and lr else None        # a last step of rate 0 flips nothing
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            common.clip_(grads.values(), grad_clip, grad_norm)
+        counted = quant == 'tern' and diag_interval and (step + 1) % diag_interval == 0 and rank_here == 0
+        codes = ternary_matrices(raw_model) if counted and lr else None        # a last step of rate 0 flips nothing
+        opt.step()
+        opt.zero_grad(set_to_none=True)
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1
         if counted:
             log({'step': step, 'tokens': step * batch_size * block_size}
-                | lowbit.count_codes(before, ternary_matrices(raw_model), start_scales))
-            del before
+                | lowbit.count_codes(codes, ternary_matrices(raw_model), start_scales))
+            del codes
         if profiler:
             profiler.step()
         if step % log_interval == 0 or step == max_iters:
@@ -502,31 +490,35 @@ def main():
             clock, timed_steps = time.perf_counter(), 0
             record = {'step': step, 'tokens': step * batch_size * block_size, 'loss': loss, 'lr': lr,
                       'grad_norm': grad_norm, 'ms': ms, 'tokens_per_s': batch_size * block_size / ms * 1e3,
-                      'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
+                      'peak_mem_bytes': common.peak_memory_bytes(dev), 'optimizer_bytes': optim.optimizer_bytes(opt),
+                      'energy_j': joules()}
             say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
                 f'{record["tokens_per_s"]:,.0f} tokens/s', flush=True)
             log(record)
 
     # ---------------------------------------------------------------------------------------------------------- end
+    if not failure and not stop and rank_here == 0:
+        try:
+            state = common.read_best(best_path, 'train_bitnet')
+            common.load_model_state(raw_model, state['model'], best_path)
+            meta = {'trainer': 'train_bitnet', 'step': state['step'], 'model_config': asdict(model_config),
+                    'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss'], 'task': task}
+            path = os.path.join(out_dir, 'packed.safetensors')
+            size = layers.save_packed(raw_model, path, meta)
+            log({'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'best_step': state['step'],
+                 'best_val_loss': state['best_val_loss']})
+            say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
+        except OSError as e:
+            failure = f'{e}; make room and type the same command with --resume=auto'
+        except ValueError as e:                     # the best weights are lost, the last ones are not
+            failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
     common.close_processes()
     if run:
         run.finish(exit_code=1 if failure else 0)
     if failure:
-        configurator.fail(failure, rank0_only=True)
+        fail(failure)
     if stop:
-        command = common.launched([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
-        kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
-        say(f'stopped at step {step}{kept}; go on with: {command}')
-    elif rank == 0 and os.path.exists(best_path):
-        state = common.read_checkpoint(best_path, 'train_bitnet')
-        raw_model.load_state_dict(state['model'])
-        meta = {'trainer': 'train_bitnet', 'step': state['step'], 'model_config': asdict(model_config),
-                'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss'], 'task': task}
-        path = os.path.join(out_dir, 'packed.safetensors')
-        size = layers.save_packed(raw_model, path, meta)
-        common.append_log(out_dir, {'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes,
-                                    'best_step': state['step'], 'best_val_loss': state['best_val_loss']})
-        say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
+        say(common.how_to_go_on([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'], step, saved_step))
 
 
 if __name__ == '__main__':

@@ -62,7 +62,11 @@ binary_alpha = 0.25            # starting scale of binary layers
 binary_alpha_final = 1.0       # ... of a binary head, whose logits have this standard deviation
 dropout = 0.0                  # after fc1 and fc2
 # optimizer
-optimizer = 'AdamW'            # Adam | AdamW | SGD | rSVD
+optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on matrices and kernels | adam | sgd
+rank = 16                      # rsvd: dimensions of the moments of matrices and kernels
+interval = 200                 # ... steps between two bases
+side = 'left'                  # ... of the basis: left | right | short
+projected = True               # ... a backward pass that makes no full gradients of real fc layers
 epochs = 30.0                  # times each training image is seen in all, also for a resumed run
 max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
 learning_rate = 1e-3           # peak
@@ -70,12 +74,10 @@ lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}    # times the 
 min_lr = 0.0                   # at the last step
 schedule = 'cosine'            # cosine | linear | constant
 warmup_iters = 100             # linear warm-up, steps
-weight_decay = 0.05            # on weights, not on gains, biases and scales; inside the gradient for Adam and SGD
-beta1 = 0.9                    # SGD: its momentum
+weight_decay = 0.05            # on weights, not on gains, biases and scales; inside the gradient for adam and sgd
+beta1 = 0.9                    # sgd: its momentum
 beta2 = 0.999
 grad_clip = 1.0                # global norm; 0: off
-rank = 16                      # rSVD: of its basis
-interval = 200                 # rSVD: steps between two bases
 # evaluation, saving and logging
 eval_interval = 0              # steps; 0: at the end of each epoch. The last step always has one
 log_interval = 20              # steps
@@ -86,12 +88,12 @@ wandb_run_name = ''            # '': model_name, or else the name of out_dir
 # system
 device = ''                    # '': cuda where there is one, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-compile = torch.cuda.is_available()   # torch.compile: pays on a GPU, on a CPU only in long runs
+compile = None                 # torch.compile; None: on cuda. On a CPU it pays only in long runs
 profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
 KINDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern', 'int4': 'int4'}
-OPTIMIZERS = ('Adam', 'AdamW', 'SGD', 'rSVD')
+OPTIMIZERS = (*optim.NAMES, 'adam', 'sgd')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,48 +202,36 @@ def main():
     say = print if rank_here == 0 else (lambda *a, **k: None)
     fail = lambda why: configurator.fail(why, rank0_only=True)
     wrong_kinds = [f'{layer}={kind!r}' for layer, kind in model_config.items() if kind not in KINDS]
+    common.check_config(
+        config | {'optimizer': optimizer.lower()},                     # AdamW, rSVD, ... as torch and papers write them
+        {'schedule': ('cosine', 'linear', 'constant'), 'optimizer': OPTIMIZERS, 'side': optim.SIDES,
+         'norm': ('channel', 'spatial', 'sample')},
+        dict.fromkeys(('batch_size', 'eval_batch_size', 'log_interval', 'save_interval', 'rank', 'interval'), 1)
+        | dict.fromkeys(('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'micro_batch_size',
+                         'eval_interval', 'num_workers'), 0))
     for wrong, why in (
-            (dtype not in ('', 'float32', 'bfloat16'), f'dtype={dtype!r} is neither float32 nor bfloat16'),
-            (schedule not in ('cosine', 'linear', 'constant'), f'schedule={schedule!r} is none of cosine, linear, constant'),
-            (optimizer not in OPTIMIZERS, f'optimizer={optimizer!r} is none of {", ".join(OPTIMIZERS)}'),
+            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
             (wrong_kinds, f'model_config: {", ".join(wrong_kinds)} is none of {", ".join(KINDS)}'),
-            (norm not in ('channel', 'spatial', 'sample'), f'norm={norm!r} is none of channel, spatial, sample'),
             (len(channels) != 5 or len(fc) != 2 or min(channels + fc) < 1, f'channels={channels}, fc={fc}: not 5 and 2 widths'),
             (filter_dimension not in (1, 3, 5, 7), f'filter_dimension={filter_dimension} is no odd number up to 7'),
             (len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1 or crop_ratio < 1,
              f'crop_scale={crop_scale}, crop_ratio={crop_ratio}: shares from 0 to 1, the smaller one first, and 1 or more'),
             (not 0 < eval_crop <= 1, f'eval_crop={eval_crop} is a share above 0 and at most 1'),
             (image_size < 16, f'image_size={image_size} leaves nothing after four halvings; type --image_size=16 or more'),
-            (set(lr_scale) != {'bin', 'tern', 'int4', 'alpha'} or min(lr_scale.values()) < 0, f'lr_scale={lr_scale}'),
+            (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} is 0 or more'),
             (not 0 <= dropout < 1, f'dropout={dropout} is a share below 1'),
             (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final start above 0'),
-            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
-            (not min(learning_rate, min_lr, weight_decay) >= 0, 'learning_rate, min_lr and weight_decay are 0 or more'),
             (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train')):
         if wrong:
             fail(why)
-    at_least = dict.fromkeys(('micro_batch_size', 'eval_interval', 'warmup_iters', 'num_workers', 'grad_clip'), 0)
-    at_least |= dict.fromkeys(('batch_size', 'eval_batch_size', 'log_interval', 'save_interval', 'rank', 'interval'), 1)
-    for key, least in at_least.items():
-        if config[key] < least:
-            fail(f'{key}={config[key]} must be {least} or more')
-    amp = torch.autocast(dev.type, torch.bfloat16, enabled=dtype == 'bfloat16' or (dtype == '' and dev.type == 'cuda'))
+    amp = common.autocast(dev, dtype)
     torch.set_float32_matmul_precision('high')
     torch.backends.cudnn.benchmark = True
-    micro = micro_batch_size or batch_size // world
-    if micro < 1 or batch_size % (micro * world):
-        fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes')
+    micro, accumulation = common.split_batch(batch_size, micro_batch_size, world)
     has_norm = {model_config['conv9'], model_config['conv10']} != {'binary'} or residual and channels[3] != channels[4]
     if micro == 1 and image_size < 32 and has_norm:             # the fifth block, of which one pixel is left
         fail(f'micro_batch_size=1 at image_size={image_size} leaves a BatchNorm one number to normalise; type a larger one')
-    accumulation = batch_size // (micro * world)
-    last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
-    has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
-    resume_path = (last_path if has_run else '') if resume == 'auto' else resume
-    elsewhere = resume_path and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
-    if has_run and (elsewhere or not resume_path) and not overwrite:
-        fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another folder, or '
-             '--overwrite=True to lose it')
+    last_path, best_path, resume_path, elsewhere = common.find_run(out_dir, resume, overwrite)
 
     # --------------------------------------------------------------------------------------------------------- data
     folder = tokens.dataset_dir(dataset)
@@ -311,36 +301,40 @@ def main():
     scalars = {n: p for n, p in model.named_parameters() if p.dim() < 2 and not n.endswith('alpha')}
     alphas = [p for n, p in model.named_parameters() if n.endswith('alpha')]
     groups = [{'params': [matrices.pop(id(m.weight)) for m in low_bit if m.kind == kind],
-               'weight_decay': weight_decay, 'lr_scale': lr_scale[kind]} for kind in layers.KINDS[1:]]
-    groups += [{'params': list(matrices.values()), 'weight_decay': weight_decay, 'lr_scale': 1.0},
-               {'params': list(scalars.values()), 'weight_decay': 0.0, 'lr_scale': 1.0},
-               {'params': alphas, 'weight_decay': 0.0, 'lr_scale': lr_scale['alpha']}]
-    groups = [g for g in groups if g['params']]
-    if optimizer == 'rSVD':
-        opt = optim.RSVDAdam(groups, lr=learning_rate, betas=(beta1, beta2), rank=rank, interval=interval, seed=seed)
-    elif optimizer == 'SGD':
-        opt = torch.optim.SGD(groups, lr=learning_rate, momentum=beta1, nesterov=beta1 > 0)
+               'decay': weight_decay, 'lr_scale': lr_scale[kind]} for kind in layers.KINDS[1:]]
+    groups += [{'params': list(matrices.values()), 'decay': weight_decay, 'lr_scale': 1.0},
+               {'params': list(scalars.values()), 'decay': 0.0, 'lr_scale': 1.0},
+               {'params': alphas, 'decay': 0.0, 'lr_scale': lr_scale['alpha']}]
+    name = optimizer.lower()
+    if name in optim.NAMES:
+        hidden = {p for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith('alpha')
+                  and not (name == 'muon' and n in ('conv1.weight', 'final.weight'))}       # input and output are AdamW's
+        opt = optim.make(name, groups, hidden, lr=learning_rate, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
+                         seed=seed)
     else:
-        opt = getattr(torch.optim, optimizer)(groups, lr=learning_rate, betas=(beta1, beta2), fused=dev.type in ('cpu', 'cuda'))
+        groups = [{**g, 'weight_decay': g['decay']} for g in groups if g['params']]
+        if name == 'sgd':
+            opt = torch.optim.SGD(groups, lr=learning_rate, momentum=beta1, nesterov=beta1 > 0)
+        else:
+            opt = torch.optim.Adam(groups, lr=learning_rate, betas=(beta1, beta2), fused=dev.type in ('cpu', 'cuda'))
+    if name == 'rsvd' and projected:
+        optim.attach(model, opt, verbose=rank_here == 0)
+    gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_model.parameters() if p.grad is not None})
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, wandb_id = 0, [-1.0, 0], None       # best: top-1 and its step
     digests = [train_data.digest, val_data.digest]
-    described = {'model_config': asdict(net_config), 'images': seen, 'data': digests, 'optimizer': optimizer}
+    described = {**asdict(net_config), **seen, 'data': digests, 'optimizer': name}
+    described |= {'rank': rank, 'side': side} if name == 'rsvd' else {}
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'train_cnn', set_aside=rank_here == 0)
-            was = {**state, 'optimizer': state['config']['optimizer']}
-            for key, value in described.items():
-                if was[key] != value:
-                    changed = [k for k in value if was[key].get(k) != value[k]][0] if isinstance(value, dict) else key
-                    raise ValueError(f'{resume_path} has another {changed}; resume with {out_dir}/config.py, or start from its '
-                                     f'weights alone with --init_from={resume_path}')
+            was = {'side': 'left', **state['config'], **state['model_config'], **state['images'], 'data': state['data']}
+            was['optimizer'] = was['optimizer'].lower()
+            common.check_same(resume_path, was, described, f'resume with {out_dir}/config.py, or start from its weights alone '
+                              f'with --init_from={resume_path}')
             common.load_model_state(model, state['model'], resume_path)
-            asked = [{k: v for k, v in g.items() if k != 'params'} for g in opt.param_groups]
-            opt.load_state_dict(state['optimizer'])
-            for group, options in zip(opt.param_groups, asked, strict=True):
-                group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
+            common.load_optimizer(opt, state['optimizer'])
         except ValueError as e:
             configurator.fail(str(e))
         step, wandb_id = state['step'], state['wandb_id']
@@ -358,11 +352,10 @@ def main():
 
     # --------------------------------------------------------------------------------------------------------- loop
     raw_model = model
-    if compile:
+    if compile or (compile is None and dev.type == 'cuda'):
         model = torch.compile(model)
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if dev.type == 'cuda' else None)
-        model.broadcast_buffers = False             # the argument of this name is on its way out
+        model = common.distributed(model, dev, local_rank)
     # A BatchNorm normalises by the images of one micro-batch on one rank. Its running statistics, which evaluation uses and
     # checkpoints hold, are the mean over micro-batches and ranks: 2 processes equal 1 with 2 micro-steps.
     statistics = [b for n, b in raw_model.named_buffers() if n.endswith(('running_mean', 'running_var'))]
@@ -407,16 +400,10 @@ def main():
             common.append_log(out_dir, record, run)
 
     def save(path, keep_previous=False):
-        if rank_here == 0:
-            try:
-                common.save_checkpoint(path, {
-                    'trainer': 'train_cnn', 'step': step, 'model_config': asdict(net_config), 'images': seen,
-                    'data': digests, 'model': raw_model.state_dict(), 'optimizer': opt.state_dict(), 'best': best,
-                    'config': config, 'wandb_id': wandb_id}, keep_previous)
-                return True
-            except OSError as e:                    # a full disk must not cost the run; the file before this one stays
-                print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
-        return False
+        return rank_here == 0 and common.save_or_warn(path, {
+            'trainer': 'train_cnn', 'step': step, 'model_config': asdict(net_config), 'model': raw_model.state_dict(),
+            'optimizer': opt.state_dict(), 'best': best, 'config': config, 'images': seen, 'data': digests,
+            'wandb_id': wandb_id}, keep_previous)
 
     input_speed = 0.0
     if step < total_iters:                          # what reading, cropping and scaling alone can do
@@ -458,7 +445,7 @@ def main():
                      'top1': found[1], 'top5': found[2]})
                 if found[1] > best[0]:
                     before, best = best, [found[1], step]
-                    if not common.any_rank(save(best_path)):           # a full disk: all ranks know of it
+                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
                         best = before
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
@@ -489,17 +476,15 @@ def main():
             if world > 1:
                 dist.all_reduce(flat)
             torch._foreach_copy_(statistics, list((flat / (world * accumulation)).split([len(b) for b in statistics])))
-        grad_norm = nn.utils.get_total_norm([p.grad for p in raw_model.parameters() if p.grad is not None]).item()
+        grads = gradients()
+        grad_norm = nn.utils.get_total_norm(list(grads.values())).item()
         loss = common.mean_over_ranks(loss_sum.item(), accumulation)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            culprits = [n for n, p in raw_model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            failure = (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: '
-                       f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
-                       f'touched, the last checkpoint is {f"of step {saved_step}" if saved_step > 0 else "not made yet"}; '
-                       'try a lower --learning_rate')
+            culprits = [n for n, p in raw_model.named_parameters() if p in grads and not grads[p].isfinite().all()]
+            failure = common.not_finite(loss, grad_norm, step, culprits, saved_step)
             break
         if grad_clip:
-            nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, torch.tensor(grad_norm, device=dev))
+            common.clip_(grads.values(), grad_clip, grad_norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
         # TRAINING SECTION END
@@ -512,7 +497,8 @@ def main():
             clock, timed_steps = time.perf_counter(), 0
             record = {'step': step, 'max_iters': total_iters, 'samples': step * batch_size, 'loss': loss, 'lr': lr,
                       'grad_norm': grad_norm, 'ms': ms, 'samples_per_s': batch_size / ms * 1e3,
-                      'input_samples_per_s': input_speed, 'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
+                      'input_samples_per_s': input_speed, 'peak_mem_bytes': common.peak_memory_bytes(dev),
+                      'optimizer_bytes': optim.optimizer_bytes(opt), 'energy_j': joules()}
             say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
                 f'{record["samples_per_s"]:,.0f} images/s', flush=True)
             log(record)
@@ -522,7 +508,7 @@ def main():
     if not failure and not stop:
         common.any_rank(False)                      # all wait for the last save
         try:
-            state = common.read_checkpoint(best_path, 'train_cnn')
+            state = common.read_best(best_path, 'train_cnn')
             common.load_model_state(raw_model, state['model'], best_path)
             meta = {'trainer': 'train_cnn', 'step': state['step'], 'model_config': asdict(net_config), 'images': seen}
             layers.pack(raw_model)                  # what is reported from here on is of the packed weights
@@ -546,11 +532,9 @@ def main():
     if run:
         run.finish(exit_code=1 if failure else 0)
     if failure:
-        configurator.fail(failure, rank0_only=True)
+        fail(failure)
     if stop:
-        command = common.launched([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
-        kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
-        say(f'stopped at step {step}{kept}; go on with: {command}')
+        say(common.how_to_go_on([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'], step, saved_step))
 
 
 if __name__ == '__main__':

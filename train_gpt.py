@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import common
 import configurator
 import layers
+import optim
 from readers import tokens
 
 # run
@@ -47,6 +48,11 @@ binary_blocks = ()             # or which ones, e.g. (0, 3, 5); counted from 0
 binary_alpha = 1.0             # starting scale of binary q, k, v and MLP input layers
 binary_alpha_out = 0.05        # ... of the layers that add to the residual stream; the embedding starts at 0.02
 # optimizer
+optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on the blocks' matrices, AdamW on the rest
+rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices; the rest gets AdamW
+interval = 200                 # ... steps between two bases
+side = 'right'                 # ... of the basis: left | right (keeps the fewest activations) | short
+projected = True               # ... a backward pass that makes no full gradients of full-precision layers
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 1e-3           # peak
 lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0, 'alpha': 0.02}   # times the learning rate: latent weights, binary scales
@@ -69,7 +75,7 @@ wandb_run_name = ''            # '': the name of out_dir
 # system
 device = ''                    # '': cuda where there is one, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-compile = torch.cuda.is_available()   # torch.compile: pays on a GPU, on a CPU only in long runs
+compile = None                 # torch.compile; None: on cuda. On a CPU it pays only in long runs
 profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
@@ -225,10 +231,11 @@ def load_gpt2(model, name):
 def low_bit_blocks():
     """binary_blocks, or the first n_binary; one clear line for numbers that name no block."""
     if n_binary and binary_blocks:
-        configurator.fail('give n_binary or binary_blocks, not both; type --n_binary=0 to use binary_blocks')
+        configurator.fail('give n_binary or binary_blocks, not both; type --n_binary=0 to use binary_blocks', rank0_only=True)
     chosen = tuple(binary_blocks) or tuple(range(n_binary))
     if not 0 <= n_binary <= n_layer or any(not 0 <= i < n_layer for i in chosen):
-        configurator.fail(f'blocks {chosen or n_binary} are not all among 0 .. {n_layer - 1} (n_layer={n_layer})')
+        configurator.fail(f'blocks {chosen or n_binary} are not all among 0 .. {n_layer - 1} (n_layer={n_layer})',
+                          rank0_only=True)
     return chosen
 
 
@@ -237,44 +244,33 @@ def low_bit_blocks():
 
 def main():
     # ------------------------------------------------------------------------------------------------------- set-up
-    rank, local_rank, world, dev = common.setup_processes(device)
+    rank_here, local_rank, world, dev = common.setup_processes(device)
     stopped = common.stop_flag()
-    say = print if rank == 0 else (lambda *a, **k: None)
-    amp_dtype = {'float32': None, 'bfloat16': torch.bfloat16,
-                 '': torch.bfloat16 if dev.type == 'cuda' else None}.get(dtype, 'unknown')
-    if amp_dtype == 'unknown':
-        configurator.fail(f"dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16", rank0_only=True)
-    amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
+    say = print if rank_here == 0 else (lambda *a, **k: None)
+    fail = lambda why: configurator.fail(why, rank0_only=True)
+    common.check_config(
+        config, {'schedule': common.SCHEDULES, 'optimizer': optim.NAMES, 'side': optim.SIDES, 'qkv_proj': layers.KINDS,
+                 'c_proj': layers.KINDS, 'mlp_proj': layers.KINDS},
+        dict.fromkeys(('batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval',
+                       'save_interval', 'rank', 'interval'), 1)
+        | dict.fromkeys(('learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters'), 0))
+    for wrong, why in (
+            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
+            (n_embd % n_head, f'n_embd={n_embd} is no multiple of n_head={n_head}')):
+        if wrong:
+            fail(why)
+    amp = common.autocast(dev, dtype)
     torch.set_float32_matmul_precision('high')
-    for key in ('batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval',
-                'save_interval'):
-        if globals()[key] < 1:
-            configurator.fail(f'{key}={globals()[key]} must be 1 or more', rank0_only=True)
-    if not (min(learning_rate, min_lr, weight_decay, grad_clip, warmup_iters) >= 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
-        configurator.fail('learning_rate, min_lr, weight_decay, grad_clip and warmup_iters are 0 or more, beta1 and beta2 '
-                          'shares below 1', rank0_only=True)
-    if schedule not in common.SCHEDULES:
-        configurator.fail(f'schedule={schedule!r} is none of {", ".join(common.SCHEDULES)}', rank0_only=True)
-    micro = micro_batch_size or batch_size // world
-    if micro < 1 or batch_size % (micro * world):
-        configurator.fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes',
-                          rank0_only=True)
-    accumulation = batch_size // (micro * world)
-    last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
-    has_run = os.path.exists(last_path) or os.path.exists(common.previous_path(last_path))
-    resume_path = (last_path if init_from == 'resume' or (resume == 'auto' and has_run)
-                   else '' if resume == 'auto' else resume)
-    elsewhere = resume_path and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
-    if has_run and (elsewhere or not resume_path) and not overwrite:
-        configurator.fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another '
-                          'folder, or --overwrite=True to lose it', rank0_only=True)
+    micro, accumulation = common.split_batch(batch_size, micro_batch_size, world)
+    last_path, best_path, resume_path, elsewhere = common.find_run(
+        out_dir, os.path.join(out_dir, 'last.pt') if init_from == 'resume' else resume, overwrite)
 
     # --------------------------------------------------------------------------------------------------------- data
     folder = tokens.dataset_dir(dataset)
     train_data, val_data = tokens.load(folder, 'train'), tokens.load(folder, 'val')
     for split, data in (('train', train_data), ('val', val_data)):
         if len(data) <= block_size:
-            configurator.fail(f'{dataset}: {len(data)} {split} tokens, block_size={block_size} needs more', rank0_only=True)
+            fail(f'{dataset}: {len(data)} {split} tokens, block_size={block_size} needs more')
     tokenizer = train_data.tokenizer
     bits_per_byte = len(val_data) / val_data.n_bytes / math.log(2)     # nats per token -> bits per byte of text
 
@@ -283,11 +279,6 @@ def main():
                              n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias, qkv_proj=qkv_proj, c_proj=c_proj,
                              mlp_proj=mlp_proj, binary_blocks=low_bit_blocks(), binary_alpha=binary_alpha,
                              binary_alpha_out=binary_alpha_out)
-    for kind in (qkv_proj, c_proj, mlp_proj):
-        if kind not in layers.KINDS:
-            configurator.fail(f'projection kind {kind!r} is none of {", ".join(layers.KINDS)}', rank0_only=True)
-    if n_embd % n_head:
-        configurator.fail(f'n_embd={n_embd} is no multiple of n_head={n_head}', rank0_only=True)
     torch.manual_seed(seed)                                            # same weights on every rank
     try:
         model = GPT(model_config)
@@ -317,46 +308,49 @@ def main():
     # in a dozen steps, and the branch's weights are never learnt.
     alphas = [scalars.pop(n) for n in list(scalars) if n.endswith('alpha')]
     groups = [{'params': [matrices.pop(id(m.weight)) for m in low_bit if m.kind == kind],
-               'weight_decay': weight_decay, 'lr_scale': lr_scale[kind]} for kind in layers.KINDS[1:]]
-    groups += [{'params': list(matrices.values()), 'weight_decay': weight_decay, 'lr_scale': 1.0},
-               {'params': list(scalars.values()), 'weight_decay': 0.0, 'lr_scale': 1.0},
-               {'params': alphas, 'weight_decay': 0.0, 'lr_scale': lr_scale['alpha']}]
-    optimizer = torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=(beta1, beta2),
-                                  fused=dev.type in ('cpu', 'cuda'))
+               'decay': weight_decay, 'lr_scale': lr_scale[kind]} for kind in layers.KINDS[1:]]
+    groups += [{'params': list(matrices.values()), 'decay': weight_decay, 'lr_scale': 1.0},
+               {'params': list(scalars.values()), 'decay': 0.0, 'lr_scale': 1.0},
+               {'params': alphas, 'decay': 0.0, 'lr_scale': lr_scale['alpha']}]
+    hidden = {p for n, p in model.blocks.named_parameters() if n.endswith('weight') and p.dim() > 1}
+    opt = optim.make(optimizer, groups, hidden, lr=learning_rate, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
+                     seed=seed)
+    if optimizer == 'rsvd' and projected:
+        optim.attach(model, opt, verbose=rank_here == 0)
+    gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_model.parameters() if p.grad is not None})
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best_val_loss, wandb_id = 0, math.inf, None
+    described = {**asdict(model_config), 'optimizer': optimizer} | ({'rank': rank, 'side': side} if optimizer == 'rsvd' else {})
     if resume_path:
         try:
-            state = common.read_last_checkpoint(resume_path, 'train_gpt', set_aside=rank == 0)
+            state = common.read_last_checkpoint(resume_path, 'train_gpt', set_aside=rank_here == 0)
             common.check_tokens(state, resume_path, tokenizer, dataset)
-            if state['model_config'] != asdict(model_config):
-                changed = [k for k, v in asdict(model_config).items() if state['model_config'].get(k) != v]
-                raise ValueError(f'{resume_path} has another {changed[0]} ({state["model_config"].get(changed[0])}, '
-                                 f'not {asdict(model_config)[changed[0]]}); resume with {out_dir}/config.py')
+            common.check_same(resume_path, {'optimizer': 'adamw', **state['config'], **state['model_config']}, described,
+                              f'resume with {out_dir}/config.py')
             common.load_model_state(model, state['model'], resume_path)
-            asked = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
-            optimizer.load_state_dict(state['optimizer'])
-            for group, options in zip(optimizer.param_groups, asked, strict=True):
-                group.update(options)               # the state is the checkpoint's, the hyperparameters are this run's
+            common.load_optimizer(opt, state['optimizer'])
         except ValueError as e:
             configurator.fail(str(e))
-        step, best_val_loss, wandb_id = state['step'], math.inf if elsewhere else state['best_val_loss'], state['wandb_id']
+        step, wandb_id = state['step'], state['wandb_id']
+        best_val_loss = math.inf if elsewhere else state['best_val_loss']
         del state
         say(f'resumed from {resume_path} at step {step}')
     if not common.ranks_agree(step, best_val_loss, len(train_data), common.checksum(model.parameters())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
-    if rank == 0:
+    if rank_here == 0:
         common.open_run(out_dir, 'train_gpt', config, step, not resume_path or elsewhere)
-    run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id) if wandb_log and rank == 0 else None
-    wandb_id = run.id if run else wandb_id
+    run = None
+    if wandb_log and rank_here == 0:
+        run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id)
+        wandb_id = run.id if run else wandb_id
 
     # --------------------------------------------------------------------------------------------------------- loop
     raw_model = model
-    if compile:
+    if compile or (compile is None and dev.type == 'cuda'):
         model = torch.compile(model)
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if dev.type == 'cuda' else None)
+        model = common.distributed(model, dev, local_rank)
 
     def batch(data, starts):
         xy = data.windows(starts, block_size + 1)
@@ -373,31 +367,25 @@ def main():
         for i in range(0, len(starts), world):      # len(starts) is a multiple of world
             if common.any_rank(stopped()):
                 return None
-            x, y = batch(val_data, starts[i + rank])
+            x, y = batch(val_data, starts[i + rank_here])
             with amp:
                 total, n = total + raw_model(x, y).item() * y.numel(), n + y.numel()
         raw_model.train()
         return common.mean_over_ranks(total, n)
 
     def log(record):
-        if rank == 0:
+        if rank_here == 0:
             common.append_log(out_dir, record, run)
 
     def save(path, keep_previous=False):
-        if rank == 0:
-            try:
-                common.save_checkpoint(path, {
-                    'trainer': 'train_gpt', 'step': step, 'model_config': asdict(model_config),
-                    'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'best_val_loss': best_val_loss,
-                    'config': config, 'tokenizer': tokenizer.describe(), 'wandb_id': wandb_id}, keep_previous)
-                return True
-            except OSError as e:                    # a full disk must not cost the run; the file before this one stays
-                print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
-        return False
+        return rank_here == 0 and common.save_or_warn(path, {
+            'trainer': 'train_gpt', 'step': step, 'model_config': asdict(model_config), 'model': raw_model.state_dict(),
+            'optimizer': opt.state_dict(), 'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.describe(),
+            'wandb_id': wandb_id}, keep_previous)
 
-    profiler = common.step_profiler(out_dir, dev) if profile and rank == 0 else None
+    profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure = ''
+    failure, stop = '', False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
     model.train()
@@ -414,12 +402,12 @@ def main():
             stop = val_loss is None
             if not stop:
                 say(f'step {step}: val loss {val_loss:.4f} nats, {val_loss * bits_per_byte:.4f} bits per byte')
-                record = {'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
-                          'val_bpb': val_loss * bits_per_byte}
-                log(record)
+                log({'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
+                     'val_bpb': val_loss * bits_per_byte})
                 if val_loss < best_val_loss:
-                    best_val_loss = val_loss
-                    save(best_path)
+                    before, best_val_loss = best_val_loss, val_loss
+                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
+                        best_val_loss = before
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
@@ -428,33 +416,31 @@ def main():
 
         # TRAINING SECTION BEGIN
         lr = common.lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second_lr or learning_rate * 2 / 3)
-        for group in optimizer.param_groups:
-            group['lr'] = lr * group['lr_scale']
-            if schedule == 'two_stage' and group['weight_decay']:
-                group['weight_decay'] = weight_decay if step < max_iters // 2 else 0.0
-        common.seed_step(seed, step, rank)
+        decays = schedule != 'two_stage' or step < max_iters // 2
+        for group in opt.param_groups:
+            group['lr'], group['weight_decay'] = lr * group['lr_scale'], group['decay'] * decays
+        common.seed_step(seed, step, rank_here)
         starts = common.sample_indices(seed, step, len(train_data) - block_size, batch_size).reshape(accumulation, world, micro)
         loss_sum = torch.zeros((), device=dev)
         for i in range(accumulation):
-            x, y = batch(train_data, starts[i, rank])
+            x, y = batch(train_data, starts[i, rank_here])
             if world > 1:                           # DDP reads this flag in the forward pass
                 model.require_backward_grad_sync = i == accumulation - 1
             with amp:
                 loss = model(x, y)
             loss_sum += loss.detach()
             (loss / accumulation).backward()
-        grad_norm = nn.utils.get_total_norm([p.grad for p in raw_model.parameters() if p.grad is not None]).item()
+        grads = gradients()
+        grad_norm = nn.utils.get_total_norm(list(grads.values())).item()
         loss = common.mean_over_ranks(loss_sum.item(), accumulation)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            culprits = [n for n, p in raw_model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            failure = (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: '
-                       f'{culprits[0] if culprits else "none, their sum overflows"}; the weights of step {step} were not '
-                       f'touched, the last checkpoint is of step {saved_step}; try a lower --learning_rate')
+            culprits = [n for n, p in raw_model.named_parameters() if p in grads and not grads[p].isfinite().all()]
+            failure = common.not_finite(loss, grad_norm, step, culprits, saved_step)
             break
         if grad_clip:
-            nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, torch.tensor(grad_norm, device=dev))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            common.clip_(grads.values(), grad_clip, grad_norm)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1
@@ -465,31 +451,35 @@ def main():
             clock, timed_steps = time.perf_counter(), 0
             record = {'step': step, 'tokens': step * batch_size * block_size, 'loss': loss, 'lr': lr,
                       'grad_norm': grad_norm, 'ms': ms, 'tokens_per_s': batch_size * block_size / ms * 1e3,
-                      'peak_mem_bytes': common.peak_memory_bytes(dev), 'energy_j': joules()}
+                      'peak_mem_bytes': common.peak_memory_bytes(dev), 'optimizer_bytes': optim.optimizer_bytes(opt),
+                      'energy_j': joules()}
             say(f'step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, '
                 f'{record["tokens_per_s"]:,.0f} tokens/s', flush=True)
             log(record)
 
     # ---------------------------------------------------------------------------------------------------------- end
+    if not failure and not stop and rank_here == 0:
+        try:
+            state = common.read_best(best_path, 'train_gpt')
+            common.load_model_state(raw_model, state['model'], best_path)
+            meta = {'trainer': 'train_gpt', 'step': state['step'], 'model_config': asdict(model_config),
+                    'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss']}
+            path = os.path.join(out_dir, 'packed.safetensors')
+            size = layers.save_packed(raw_model, path, meta)
+            log({'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'best_step': state['step'],
+                 'best_val_loss': state['best_val_loss']})
+            say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
+        except OSError as e:
+            failure = f'{e}; make room and type the same command with --resume=auto'
+        except ValueError as e:                     # the best weights are lost, the last ones are not
+            failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
     common.close_processes()
     if run:
         run.finish(exit_code=1 if failure else 0)
     if failure:
-        configurator.fail(failure, rank0_only=True)
+        fail(failure)
     if stop:
-        command = common.launched([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'])
-        kept = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
-        say(f'stopped at step {step}{kept}; go on with: {command}')
-    elif rank == 0 and os.path.exists(best_path):
-        state = common.read_checkpoint(best_path, 'train_gpt')
-        raw_model.load_state_dict(state['model'])
-        meta = {'trainer': 'train_gpt', 'step': state['step'], 'model_config': asdict(model_config),
-                'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss']}
-        path = os.path.join(out_dir, 'packed.safetensors')
-        size = layers.save_packed(raw_model, path, meta)
-        common.append_log(out_dir, {'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes,
-                                    'best_step': state['step'], 'best_val_loss': state['best_val_loss']})
-        say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
+        say(common.how_to_go_on([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'], step, saved_step))
 
 
 if __name__ == '__main__':

@@ -52,7 +52,7 @@ model_config = {  # per-layer choices
     'a': 'fp', 'rank': 8, 'scale': 0.5, 'tied': True, 'sub': {'x': 1}, 'list': [1, 2], 'any': None,
 }
 _private = 3
-nothing = None
+switch = None  # decided later
 def function():
     local = 1
     return local
@@ -67,7 +67,7 @@ if __name__ == '__main__':
 '''
 MODEL_CONFIG = "{'a': 'fp', 'rank': 8, 'scale': 0.5, 'tied': True, 'sub': {'x': 1}, 'list': [1, 2], 'any': None}"
 KEYS = ('out_dir resume learning_rate min_lr betas max_iters clip n_layer n_head compile blocks names free grid mixed '
-        'stages model_config').split()
+        'stages model_config switch').split()
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def direct(tmp_path, capsys):
 # keys and the two ways of loading a trainer
 
 def test_keys_are_plain_top_level_assignments(trainer):
-    """Keys are the public plain names assigned above the call, in source order; imports, None, nested names are not."""
+    """Keys are the public plain names assigned above the call, in source order; imports and nested names are not."""
     config, printed = trainer()
     assert list(config) == KEYS and printed == ''
     assert config['clip'] == math.inf and config['n_head'] == 6 and config['max_iters'] == 5000
@@ -192,7 +192,7 @@ def test_nan_on_the_command_line(trainer):
     ("--model_config={'sub': {'y': 1}}", "--model_config['sub']['y'] is not a key; its keys are ['x']"),
     ('--learning_rat=1', '--learning_rat is not a key; did you mean learning_rate?'),
     ('--learning-rate=1', 'did you mean learning_rate?'), ('--zzz=1', '--zzz is not a key; --help lists them'),
-    ('--pi=3', '--pi is not a key'), ('--after=1', 'is not a key'), ('--nothing=1', 'is not a key'),
+    ('--pi=3', '--pi is not a key'), ('--after=1', 'is not a key'), ('--switch=maybe', '--switch needs True, False or None'),
     ('--=1', 'is not a key'), ('--', 'is not a key'),
     ('-lr=1', "cannot read '-lr=1': options are --key=value"), ('notes.txt', 'config files end in .py'),
     ('max_iters=3', 'did you mean --max_iters=3?'), ('-max_iters=3', 'did you mean --max_iters=3?'),
@@ -233,6 +233,16 @@ def test_types_come_from_the_default(direct):
 
 # -----------------------------------------------------------------------------
 # config files
+
+def test_a_default_of_none_is_a_switch(direct):
+    """None, True and False, in files and as text; anything else is an error; a saved config keeps None."""
+    for words, value in (((), None), (('--switch=true',), True), (('--switch=0',), False),
+                         (('--switch=on', '--switch=None'), None)):
+        assert direct(*words)['switch'] is value
+    assert direct('a.py', files={'a.py': 'switch = False'})['switch'] is False
+    assert direct('b.py', files={'b.py': 'switch = None'})['switch'] is None
+    assert 'b.py line 1: switch needs True, False or None' in direct('b.py', files={'b.py': 'switch = 1'})
+
 
 def test_min_lr_from_learning_rate(direct):
     """A file sees the values before it, from the trainer, other files and the command line."""
@@ -400,6 +410,7 @@ layers
   --mixed="(1, 'a')"
   --stages="({{'w': 1}}, {{'w': 2}})"
   --model_config="{MODEL_CONFIG}"  per-layer choices
+  {'--switch=None':<38}  decided later
 '''
 
 

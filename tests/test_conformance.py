@@ -21,7 +21,7 @@ SHARED = {
     'eval_interval': int, 'eval_iters': int, 'log_interval': int, 'save_interval': int, 'batch_size': int,
     'micro_batch_size': int, 'block_size': int, 'learning_rate': float, 'min_lr': float, 'warmup_iters': int,
     'weight_decay': float, 'beta1': float, 'beta2': float, 'grad_clip': float, 'n_layer': int, 'n_head': int,
-    'n_embd': int, 'dropout': float, 'bias': bool, 'device': str, 'dtype': str, 'compile': bool, 'profile': bool,
+    'n_embd': int, 'dropout': float, 'bias': bool, 'device': str, 'dtype': str, 'compile': bool | None, 'profile': bool,
     'wandb_log': bool, 'wandb_project': str, 'wandb_run_name': str}
 # A CNN has no heads, an evaluation of a whole split no eval_iters.
 NOT_EVERYWHERE = {'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'eval_iters', 'beta1', 'beta2',
@@ -65,7 +65,8 @@ def test_shared_keys_have_one_name_and_type(trainer):
     """The keys of DESIGN in every trainer, with these types; what only some have, has one type where it is."""
     for key, value in trainer.keys.items():
         if key in SHARED:
-            assert type(value) is SHARED[key], f'{key} = {value!r} must be {SHARED[key].__name__}'
+            assert isinstance(value, SHARED[key]) and (type(value) is not bool or SHARED[key] in (bool, bool | None)), \
+                f'{key} = {value!r} must be {SHARED[key]}'
     missing = [key for key in SHARED if key not in trainer.keys and key not in NOT_EVERYWHERE]
     assert not missing
     if trainer.path.name == 'train_gpt.py':
@@ -77,7 +78,8 @@ def test_other_keys_agree_between_trainers():
     kinds = {}
     for path in TRAINERS:
         for key, value in Trainer(path).keys.items():
-            kinds.setdefault(key, {}).setdefault(type(value).__name__, []).append(path.name)
+            kind = 'bool' if value is None else type(value).__name__           # a switch that the trainer decides itself
+            kinds.setdefault(key, {}).setdefault(kind, []).append(path.name)
     assert not {key: found for key, found in kinds.items() if len(found) > 1}
 
 
