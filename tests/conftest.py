@@ -214,7 +214,7 @@ def assert_same_state(a, b):
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
     one, two = a['optimizer']['state'], b['optimizer']['state']
     assert one.keys() == two.keys() and len(one) > 10
-    assert all(torch.equal(one[i][k], two[i][k]) for i in one for k in one[i])
+    assert all(torch.equal(torch.as_tensor(one[i][k]), torch.as_tensor(two[i][k])) for i in one for k in one[i])
 
 
 def free_port():

@@ -45,7 +45,7 @@ tokens.TokenData.windows = windows
 GROUPS = """
 import common, json, sys
 def seed_step(seed, step, rank, plain=common.seed_step):
-    groups = sys._getframe(1).f_locals['optimizer'].param_groups
+    groups = sys._getframe(1).f_locals['opt'].param_groups
     with open('groups', 'a') as f:
         print(json.dumps([[g['lr'], g['weight_decay'], [p.dim() for p in g['params']]] for g in groups]), file=f)
     plain(seed, step, rank)

@@ -40,7 +40,8 @@ NO_BATCHNORM = (kinds('binary'), '--residual=False')
 
 # What the trainer says it found at its end, kept as numbers, not drawn.
 REPORT = PATCH = """
-import numpy, pictures
+import numpy
+from report import pictures
 pictures.report = lambda out_dir, data, guesses, surety: numpy.savez(out_dir + '/report.npz', guesses=guesses, surety=surety)
 """
 # The trainer's own variables in a step, found from the function that it calls there.

@@ -500,7 +500,7 @@ MISTAKES = [
     (('--batch_size=0',), 'batch_size=0'),
     (('--block_size=4000',), 'val tokens, block_size=4000 needs more'),
     (('--block_size=50000',), '40000 train tokens, block_size=50000 needs more'),
-    (('--qkv_proj=binary',), "'binary' is none of fp, bin, tern, int4"),
+    (('--qkv_proj=binary',), "'binary' is none of 'fp', 'bin', 'tern', 'int4'"),
     (('--c_proj=fp16',), "'fp16' is none of"), (('--mlp_proj=',), "'' is none of"),
     (('--dtype=float16',), "dtype='float16'; type --dtype=float32 or --dtype=bfloat16"),
     (('--n_embd=33',), 'n_embd=33 is no multiple of n_head=2'),
