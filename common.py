@@ -297,9 +297,9 @@ def read_checkpoint(path, trainer=None, mmap=False):
     return state
 
 
-def read_best(path, trainer):
+def read_best(path, trainer, was_saved):
     """read_checkpoint() of best.pt at the end of a run. Raises OSError where no save of it succeeded."""
-    if not os.path.exists(path):
+    if not was_saved:
         raise OSError(f'{path} could not be saved')
     return read_checkpoint(path, trainer)
 
@@ -366,7 +366,8 @@ def check_same(path, saved, wanted, advice):
     """Raises ValueError naming the first key of the dict `wanted` that has another value in `saved`, which `path` holds."""
     for key, value in wanted.items():
         if saved.get(key) != value:
-            raise ValueError(f'{path} has another {key} ({saved.get(key)}, not {value}); {advice}')
+            both = f'{saved.get(key)}, not {value}'                     # not where it is a digest or a whole table
+            raise ValueError(f'{path} has another {key}{f" ({both})" * (len(both) < 80)}; {advice}')
 
 
 def check_tokens(state, path, tokenizer, dataset):

@@ -499,7 +499,7 @@ def main():
     # ---------------------------------------------------------------------------------------------------------- end
     if not failure and not stop and rank_here == 0:
         try:
-            state = common.read_best(best_path, 'train_bitnet')
+            state = common.read_best(best_path, 'train_bitnet', best[1] < math.inf)
             common.load_model_state(raw_model, state['model'], best_path)
             meta = {'trainer': 'train_bitnet', 'step': state['step'], 'model_config': asdict(model_config),
                     'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss'], 'task': task}

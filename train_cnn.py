@@ -508,7 +508,7 @@ def main():
     if not failure and not stop:
         common.any_rank(False)                      # all wait for the last save
         try:
-            state = common.read_best(best_path, 'train_cnn')
+            state = common.read_best(best_path, 'train_cnn', best[0] >= 0)
             common.load_model_state(raw_model, state['model'], best_path)
             meta = {'trainer': 'train_cnn', 'step': state['step'], 'model_config': asdict(net_config), 'images': seen}
             layers.pack(raw_model)                  # what is reported from here on is of the packed weights

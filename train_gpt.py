@@ -460,7 +460,7 @@ def main():
     # ---------------------------------------------------------------------------------------------------------- end
     if not failure and not stop and rank_here == 0:
         try:
-            state = common.read_best(best_path, 'train_gpt')
+            state = common.read_best(best_path, 'train_gpt', best_val_loss < math.inf)
             common.load_model_state(raw_model, state['model'], best_path)
             meta = {'trainer': 'train_gpt', 'step': state['step'], 'model_config': asdict(model_config),
                     'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss']}

@@ -418,7 +418,8 @@ def test_log_and_validation_loss_by_hand(unbroken, sums):
     cwd = unbroken()
     records = [r for r in common.read_log(cwd / 'out') if 'loss' in r]
     for step, r in enumerate(records, 1):
-        assert set(r) == {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'peak_mem_bytes', 'energy_j'}
+        assert set(r) == {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'peak_mem_bytes',
+                          'optimizer_bytes', 'energy_j'}
         assert r['step'] == step and r['tokens'] == step * 64 and r['tokens_per_s'] == pytest.approx(64 / r['ms'] * 1e3)
     assert len(records) == 20 and records[-1]['loss'] < records[0]['loss'] - 1
     best = checkpoint(cwd, 'best.pt')
@@ -563,7 +564,7 @@ def test_estimate_measures_the_speed(start, train, folder):
     """Of one process, and of two as fast as this one: micro-steps, then one update; hours are those of the tokens of all steps
     at that speed. With two, gradients on their way take memory as well."""
     options = ('--estimate=True', '--max_iters=1_000_000')
-    fast = 'import costs; costs.mean_seconds.__defaults__ = (0.05,)'
+    fast = 'from report import costs; costs.mean_seconds.__defaults__ = (0.05,)'
     done = train(*options, cwd=folder(), patch=fast)
     found = estimated(done)
     assert 'tokens/s measured here on 2 x 16 tokens,' in done.out and found['speed'][0] > 10
@@ -630,10 +631,10 @@ MISTAKES = [
     *(((f'--{key}=0',), f'{key}=0 must be 1 or more') for key in (
         'batch_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'eval_interval', 'eval_iters',
         'log_interval', 'save_interval')),
-    *(((f'--{key}=-1',), 'are 0 or more') for key in (
-        'learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'diag_interval', 'tokens_per_s',
-        'beta1')),
-    (('--beta2=1',), 'beta1 and beta2 shares below 1'), (('--rope_theta=0',), 'rope_theta above 0'),
+    *(((f'--{key}=-1',), 'must be 0 or more') for key in (
+        'learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'diag_interval', 'tokens_per_s')),
+    (('--beta1=-1',), 'beta1=-1.0, beta2=0.95 are shares below 1'),
+    (('--beta2=1',), 'beta2=1.0 are shares below 1'), (('--rope_theta=0',), 'rope_theta=0.0 must be above 0'),
     (('--batch_size=9',), 'batch_size=9 is no multiple of micro_batch_size=2 x 1 processes'),
     (('--micro_batch_size=-2',), 'batch_size=4 is no multiple of micro_batch_size=-2'),
     (('--block_size=100',), 'val tokens, block_size=100 needs more'), (('--dataset=nosuch',), 'data/nosuch'),

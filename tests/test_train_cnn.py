@@ -286,7 +286,8 @@ def test_steps_by_hand(train, folder, other_data):
 def test_speed_of_the_input(train, folder, workers):
     """Reading takes a fifth of a second a micro-batch of four: what is printed and logged is what so many threads can do."""
     slow = """
-import crops, time
+import time
+from readers import crops
 crops.random_boxes = lambda *args, plain=crops.random_boxes: time.sleep(0.2) or plain(*args)
 """
     cwd = folder()
@@ -412,7 +413,7 @@ def test_what_is_logged(unbroken):
     where = unbroken()
     records = common.read_log(where / 'out')
     for step, r in enumerate((r for r in records if 'loss' in r), 1):
-        assert set(r) == {'step', 'samples', 'loss', 'lr', 'grad_norm'} | MEASURED - {'tokens_per_s'}
+        assert set(r) == {'step', 'samples', 'loss', 'lr', 'grad_norm', 'optimizer_bytes'} | MEASURED - {'tokens_per_s'}
         assert r['step'] == step and r['samples'] == 8 * step and r['peak_mem_bytes'] > 50e6 and r['energy_j'] != 0
         assert r['samples_per_s'] == pytest.approx(8 / r['ms'] * 1e3) and r['input_samples_per_s'] > 100
         assert r['lr'] == common.lr_at(step - 1, 'cosine', 1e-2, 0, 2, 12)
@@ -863,7 +864,7 @@ def test_changed_labels_are_another_data_set(train, folder, tmp_path):
     assert {p.name: p.read_bytes() for p in (cwd / 'out').iterdir()} == before
 
 
-@pytest.mark.parametrize('damage', ['', 'truncated', 'flipped at 1/2'])
+@pytest.mark.parametrize('damage', ['', 'truncated', 'empty'])
 def test_a_lost_best_is_one_line(train, folder, unbroken, damage):
     """At the end of a run whose last evaluation was not the best: best.pt is missing or damaged. The last weights are untouched
     and can be gone on from as it says."""
@@ -905,7 +906,7 @@ def test_other_checkpoints_are_refused_in_one_line(train, folder, unbroken, othe
                          ('--fc=8,4', 'fc'), ('--residual=False', 'residual'), ('--image_size=20', 'size'),
                          (f'--dataset={other_data}', 'n_classes'), ('--optimizer=SGD', 'optimizer')):
         text = line(good, option)
-        assert f'{bad} has another {what}; ' in text and f'--init_from={bad}' in text
+        assert re.search(rf'{bad} has another {what}( \(|; )', text) and f'--init_from={bad}' in text
     assert 'has another data; ' in line(good | {'data': 'sha256 of another'})
     assert 'does not fit this model' in line(good | {'model': {k: t for k, t in good['model'].items() if k != 'fc1.weight'}})
     assert not (cwd / 'out').exists()
@@ -914,7 +915,7 @@ def test_other_checkpoints_are_refused_in_one_line(train, folder, unbroken, othe
 MISTAKES = [
     (("--model_config={'conv11': 'binary'}",), "'conv11'"), (("--model_config={'conv1': 'bin'}",), "conv1='bin'"),
     (("--model_config={'fc1': 'reel', 'fc2': 'fp'}",), "fc1='reel', fc2='fp' is none of binary, real, ternary, int4"),
-    (('--model_config=binary',), 'model_config'), (('--norm=layer',), "norm='layer' is none of channel, spatial, sample"),
+    (('--model_config=binary',), 'model_config'), (('--norm=layer',), "norm='layer' is none of 'channel', 'spatial', 'sample'"),
     (('--crop_scale=0,1',), 'crop_scale=(0.0, 1.0)'), (('--crop_scale=0.5,0.4',), 'crop_scale=(0.5, 0.4)'),
     (('--crop_scale=0.5',), 'crop_scale=(0.5,)'), (('--crop_scale=()',), 'crop_scale=()'),
     (('--crop_scale=0.5,1.1',), 'crop_scale=(0.5, 1.1)'), (('--crop_ratio=0.9',), 'crop_ratio=0.9'),
@@ -922,7 +923,8 @@ MISTAKES = [
     (('--channels=4,4,8,8',), 'channels=(4, 4, 8, 8)'), (('--channels=4,4,8,8,0',), 'channels=(4, 4, 8, 8, 0)'),
     (('--channels=()',), 'channels=()'), (('--fc=8',), 'fc=(8,)'), (('--eval_crop=0',), 'eval_crop=0.0'),
     (('--eval_crop=1.5',), 'eval_crop=1.5'), (('--dropout=1',), 'dropout=1.0'), (('--binary_alpha=0',), 'binary_alpha'),
-    (('--optimizer=adam',), "optimizer='adam' is none of Adam, AdamW, SGD, rSVD"), (('--schedule=two_stage',), 'two_stage'),
+    (('--optimizer=ada',), "optimizer='ada' is none of 'adamw', 'rsvd', 'muon', 'adam', 'sgd'"),
+    (('--schedule=two_stage',), 'two_stage'),
     (('--dtype=float16',), "dtype='float16'"), (('--epochs=0', '--max_iters=0'), 'epochs=0.0'), (('--max_iters=-1',), '-1'),
     (('--batch_size=9',), 'batch_size=9 is no multiple of micro_batch_size=4 x 1 processes'),
     (('--batch_size=0',), 'batch_size=0'), (('--num_workers=-1',), 'num_workers=-1'), (('--rank=0',), 'rank=0'),

@@ -606,7 +606,8 @@ def test_log_says_what_design_promises(unbroken):
     """The columns of a training record, with units that fit together; energy is null where nothing measures it."""
     records = [r for r in common.read_log(unbroken() / 'out') if 'loss' in r]
     for step, r in enumerate(records, 1):
-        assert set(r) >= {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'peak_mem_bytes', 'energy_j'}
+        assert set(r) >= {'step', 'tokens', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'peak_mem_bytes',
+                          'optimizer_bytes', 'energy_j'}
         assert r['step'] == step and r['tokens'] == step * 8 * 32 and r['peak_mem_bytes'] > 50e6
         assert r['tokens_per_s'] == pytest.approx(8 * 32 / r['ms'] * 1e3) and r['energy_j'] != 0
     val = [r for r in common.read_log(unbroken() / 'out') if 'val_loss' in r]
