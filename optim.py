@@ -1,9 +1,10 @@
 """
-Adam whose moments, and if wanted whose gradients, live in r dimensions.
+Adam whose moments, and if wanted whose gradients, live in r dimensions; Muon beside AdamW.
 
     opt = RSVDAdam(model.parameters(), lr=2e-4, rank=16)  # moments of the projected gradient (GaLore, arXiv 2403.03507)
     attach(model, opt)                                    # and the full gradients of linear layers never exist
     TopRAdamW(model.parameters(), fraction=0.1)           # AdamW on the largest tenth of each gradient
+    MuonAdamW([{'params': matrices, 'muon': True}, {'params': others}], lr=1e-3)
     optimizer_bytes(opt), memory_report(model, opt, peak_bytes)
 
 For a gradient G (m, n) and an orthonormal P (m, r) of its leading left singular vectors, made anew every `interval` steps
@@ -12,7 +13,7 @@ by a randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061):
     R = P^T G;  M = b1 M + (1 - b1) R;  V = b2 V + (1 - b2) R^2;  W = (1 - lr wd) W - lr scale P (M^ / (sqrt V^ + eps))
 
 M^, V^ bias-corrected. The moments take r n numbers instead of m n. Read in this order: functions of tensors, the optimizer,
-the projected backward pass, TopRAdamW, reports.
+the projected backward pass, TopRAdamW, MuonAdamW, reports.
 """
 import math
 
@@ -597,6 +598,59 @@ def keep_top_(t, fraction):
     kept = flat[top]
     return t.zero_().view(-1).index_copy_(0, top, kept).view_as(t) if t.is_contiguous() else t.copy_(
         torch.zeros_like(flat).index_copy_(0, top, kept).view_as(t))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon beside AdamW
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch.optim.Muon on the groups with 'muon': True, torch.optim.AdamW on the others, as one optimizer.
+
+    Muon orthogonalises the momentum of each matrix (Newton-Schulz in bf16); its update has the RMS of AdamW's (match_rms_adamw,
+    arXiv 2502.16982), so both take the same learning rate. Its state is one tensor per matrix instead of two. It is for the
+    matrices inside a network: give embeddings, the head, biases and gains to AdamW. A weight (out, in, h, w) is taken as
+    (out, in h w), in any memory format. A group may hold any option of its optimizer (momentum, betas, eps, ...) and other
+    keys. Raises ValueError for a muon parameter of fewer than two dimensions, and as the two do for options out of range.
+    """
+
+    def __init__(self, groups, lr, *, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.1, fused=None):
+        # step() gives them the groups and the state.
+        self._muon = torch.optim.Muon([{'params': []}], lr, weight_decay, momentum, adjust_lr_fn='match_rms_adamw')
+        self._adamw = torch.optim.AdamW([{'params': []}], lr, betas, weight_decay=weight_decay, fused=fused)
+        super().__init__(groups, {'muon': False})
+
+    def add_param_group(self, group):
+        muon = group.setdefault('muon', False)
+        super().add_param_group({**(self._muon if muon else self._adamw).defaults, **group})
+        for p in self.param_groups[-1]['params'] if muon else ():
+            if p.dim() < 2:
+                raise ValueError(f'MuonAdamW: Muon is for matrices, not for a parameter of shape {tuple(p.shape)}')
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        # The groups may have been edited and the state loaded since the last step: both parts get what is there now.
+        self._adamw.param_groups, self._adamw.state = [g for g in self.param_groups if not g['muon']], self.state
+        self._muon.param_groups, self._muon.state, copies = [], {}, []
+        for group in self.param_groups:
+            if group['muon']:
+                matrices = []
+                for p in group['params']:
+                    if p.grad is not None:
+                        W = p.detach().flatten(1)   # a copy where a convolution's weight is in channels_last
+                        W.grad = p.grad.flatten(1)
+                        self._muon.state[W] = self.state[p]
+                        matrices.append(W)
+                        if W.data_ptr() != p.data_ptr():
+                            copies.append((p, W))
+                self._muon.param_groups.append({**group, 'params': matrices})
+        self._adamw.step()
+        self._muon.step()
+        for p, W in copies:
+            p.copy_(W.view_as(p))
+        self._muon.param_groups, self._muon.state = [], {}         # no gradient outlives zero_grad()
+        return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------

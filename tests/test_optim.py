@@ -2,6 +2,7 @@
 import copy
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 import optim
-from optim import RSVDAdam, TopRAdamW, attach, detach, memory_report, optimizer_bytes
+from optim import MuonAdamW, RSVDAdam, TopRAdamW, attach, detach, memory_report, optimizer_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {
@@ -649,6 +650,106 @@ def test_ranks_stay_bit_identical_for_50_steps(attached, tmp_path):
     assert max((state[k] - t).abs().max().item() for k, t in model.state_dict().items()) < 1e-4
     if attached:
         assert sent == 4 * 2 * (50 + 7 + 40 + 24 + 3) < full / 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MuonAdamW
+
+
+def muon_groups(model, **more):
+    """Matrices and kernels on Muon, with two learning rates; tables, biases and the head on AdamW."""
+    inner = [p for n, p in model.named_parameters() if n in ('up.weight', 'conv.weight')]
+    other = [p for n, p in model.named_parameters() if n == 'down.weight']
+    rest = [p for p in model.parameters() if not any(p is q for q in inner + other)]
+    return [{'params': inner, 'muon': True, **more}, {'params': rest, 'weight_decay': 0.0, 'lr_scale': 2.0},
+            {'params': other, 'muon': True, 'momentum': .9, 'lr_scale': .5}]
+
+
+def muon_train(model, optimizers, steps, start=0):
+    """Every third step is without the gradient of one matrix and one bias; the learning rate differs at each step."""
+    for step, (ids, labels) in enumerate(batches(steps, start), start):
+        with torch.autocast('cpu', torch.bfloat16):
+            F.cross_entropy(model(ids), labels).backward()
+        if step % 3 == 1:
+            model.up.weight.grad = model.head.bias.grad = None
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = 1e-2 / (step + 1) * group.get('lr_scale', 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def muon_pair():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(Net())
+    return models
+
+
+@pytest.mark.parametrize('fused', [None, True])
+def test_muon_adamw_is_muon_and_adamw(fused):
+    """10 steps of torch's two optimizers, each on its own groups, with learning rates set at each step: the same bits."""
+    a, b = muon_pair()
+    ours = MuonAdamW(muon_groups(a), 1e-2, fused=fused)
+    up, rest, down = muon_groups(b)
+    muon = torch.optim.Muon([{k: v for k, v in g.items() if k != 'muon'} for g in (up, down)], 1e-2, weight_decay=.1,
+                            momentum=.95, adjust_lr_fn='match_rms_adamw')
+    adamw = torch.optim.AdamW([rest], 1e-2, betas=(.9, .95), weight_decay=.1, fused=fused)
+    muon_train(a, [ours], 10)
+    muon_train(b, [muon, adamw], 10)
+    assert distance(a, b) == 0 and distance(a, Net()) > .1
+    assert optimizer_bytes(ours) == optimizer_bytes(muon) + optimizer_bytes(adamw)
+    assert optimizer_bytes(ours) == memory_report(a, ours, 0)['optimizer'] == 4 * (
+        2 * 24 * 40 + 2 * (24 * (50 + 7 + 3) + 40 + 3) + 5)
+    assert [set(ours.state[p]) for p in (a.up.weight, a.up.bias)] == [{'momentum_buffer'}, {'step', 'exp_avg', 'exp_avg_sq'}]
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_muon_takes_a_kernel_as_a_matrix(layout):
+    """(6, 5, 3, 3) is trained as (6, 45), in either memory format, which it keeps."""
+    torch.manual_seed(0)
+    start = torch.randn(6, 5, 3, 3)
+    kernel, matrix = nn.Parameter(start.clone().to(memory_format=layout)), nn.Parameter(start.view(6, 45).clone())
+    optimizers = [MuonAdamW([{'params': [p], 'muon': True}], .1) for p in (kernel, matrix)]
+    for _ in range(5):
+        g = torch.randn(6, 5, 3, 3)
+        kernel.grad, matrix.grad = g.to(memory_format=layout), g.view(6, 45)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(kernel.flatten(1), matrix) and (kernel - start).abs().max() > .1
+    assert kernel.is_contiguous(memory_format=layout)
+    assert optimizer_bytes(optimizers[0]) == optimizer_bytes(optimizers[1]) == kernel.nbytes
+
+
+def test_muon_adamw_resumes_to_the_bit():
+    """11 steps, a weights_only file, 12 more in a new optimizer whose options came from the file: as 23 in one."""
+    a, b = muon_pair()
+    b.load_state_dict({k: torch.zeros_like(t) for k, t in b.state_dict().items()})
+    one, two = (MuonAdamW(muon_groups(m, momentum=momentum), 1e-2, fused=True) for m, momentum in ((a, .8), (b, .95)))
+    muon_train(a, [one], 11)
+    file = io.BytesIO()
+    torch.save({'m': a.state_dict(), 'o': one.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert saved['o'].keys() == {'state', 'param_groups'} and sorted(saved['o']['state']) == list(range(7))
+    b.load_state_dict(saved['m'])
+    two.load_state_dict(saved['o'])
+    muon_train(a, [one], 23, start=11)
+    muon_train(b, [two], 23, start=11)
+    assert distance(a, b) == 0
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert one.state[p].keys() == two.state[q].keys()
+        assert all(torch.equal(t, two.state[q][key]) for key, t in one.state[p].items())
+
+
+def test_muon_refuses_vectors():
+    for shape in ((7,), ()):
+        with pytest.raises(ValueError, match=rf'MuonAdamW: .*{re.escape(str(shape))}'):
+            MuonAdamW([{'params': [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(shape))], 'muon': True}], .1)
+    for wrong in (dict(lr=-1.), dict(lr=.1, momentum=-1.), dict(lr=.1, betas=(1., .9))):
+        with pytest.raises(ValueError, match='(?i)rate|momentum|beta'):
+            MuonAdamW([nn.Parameter(torch.zeros(3, 4))], **wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
