@@ -15,6 +15,7 @@ by a randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061):
 M^, V^ bias-corrected. The moments take r n numbers instead of m n. Read in this order: functions of tensors, the optimizer,
 the projected backward pass, TopRAdamW, MuonAdamW, reports.
 """
+import contextlib
 import math
 
 import torch
@@ -35,6 +36,26 @@ def sketch_generator(seed, *numbers, device='cpu'):
     return torch.Generator(device).manual_seed(seed >> 1)
 
 
+@contextlib.contextmanager
+def full_precision(device_type):
+    """Products of fp32 matrices are made in fp32: no TF32 or bf16 by torch.set_float32_matmul_precision, no autocast. With TF32
+    the columns of a basis are orthonormal to 5e-4 instead of 4e-7. The setting is one for all threads of the process."""
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        of_all = torch.get_float32_matmul_precision()
+    except RuntimeError:                            # each backend has its own
+        of_all = 'highest'
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(of_all)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
 def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, generator=None, start=None):
     """(U, s): orthonormal U (m, k) of the leading left singular vectors and singular values s (k,) of an m x n matrix G
     known only by its products, k = min(rank + oversample, m, n); fp32, on the generator's device.
@@ -42,7 +63,7 @@ def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, ge
     multiply(X (n, k)) = G X and multiply_t(Y (m, k)) = G^T Y. Halko et al., algorithms 4.4 and 5.1: the range of G Omega,
     n_iter power iterations with orthonormalisation in between, the SVD of what remains, from the eigenvectors of its
     (k, k) Gram matrix in fp64. start (m, j): a basis to begin from, e.g. the last one, in place of columns of Omega. None
-    when the products are not finite.
+    when the products are not finite. Call it in full_precision().
     """
     m, n = shape
     k = min(rank + oversample, m, n)
@@ -251,31 +272,32 @@ class RSVDAdam(torch.optim.Optimizer):
         state = self.state[p]
         if not self.due(p, group) or state.get('fresh_at') == state['step'] or p in self.failed:
             return
-        _, rank, shape = self.low_rank(p, group)
-        generator = sketch_generator(group['seed'], self._index[p], state.get('refreshes', 0), device=p.device)
-        old = state.get('basis')
-        found = range_basis(multiply, multiply_t, shape, rank, oversample=group['oversample'], n_iter=group['n_iter'],
-                            generator=generator, start=old if group['warm_start'] else None)
-        if found is None:                           # not finite: whoever looks at R shall see it and leave the step out
-            self.failed.add(p)
-            if old is None:
-                state['basis'] = torch.full((shape[0], rank), math.nan, device=p.device)
-            return
-        basis, s = found
-        if group['energy']:
-            n, product = min((shape[1], multiply), (shape[0], multiply_t), key=lambda one: one[0])
-            total = 0.0                             # |G|^2 through products with unit vectors, 256 at a time
-            for i in range(0, n, 256):
-                block = torch.zeros(n, min(256, n - i), device=p.device)
-                block[i:i + 256].fill_diagonal_(1.0)
-                total = total + product(block).square().sum()
-            rank = choose_rank(s, total, group['energy'], min(group['rank_min'], rank), rank)
-        basis = basis[:, :rank].contiguous()
-        if group['state_dtype'] != 'fp32':
-            basis = basis.bfloat16()
-        if 'exp_avg' in state and (group['rotate'] or rank != old.shape[1]):
-            self._keep(p, group, *carry((held(state, 'exp_avg'), held(state, 'exp_avg_sq')), old, basis, group['rotate']))
-        state.update(basis=basis, refreshes=state.get('refreshes', 0) + 1, fresh_at=state['step'])
+        with full_precision(p.device.type):
+            _, rank, shape = self.low_rank(p, group)
+            generator = sketch_generator(group['seed'], self._index[p], state.get('refreshes', 0), device=p.device)
+            old = state.get('basis')
+            found = range_basis(multiply, multiply_t, shape, rank, oversample=group['oversample'], n_iter=group['n_iter'],
+                                generator=generator, start=old if group['warm_start'] else None)
+            if found is None:                           # not finite: whoever looks at R shall see it and leave the step out
+                self.failed.add(p)
+                if old is None:
+                    state['basis'] = torch.full((shape[0], rank), math.nan, device=p.device)
+                return
+            basis, s = found
+            if group['energy']:
+                n, product = min((shape[1], multiply), (shape[0], multiply_t), key=lambda one: one[0])
+                total = 0.0                             # |G|^2 through products with unit vectors, 256 at a time
+                for i in range(0, n, 256):
+                    block = torch.zeros(n, min(256, n - i), device=p.device)
+                    block[i:i + 256].fill_diagonal_(1.0)
+                    total = total + product(block).square().sum()
+                rank = choose_rank(s, total, group['energy'], min(group['rank_min'], rank), rank)
+            basis = basis[:, :rank].contiguous()
+            if group['state_dtype'] != 'fp32':
+                basis = basis.bfloat16()
+            if 'exp_avg' in state and (group['rotate'] or rank != old.shape[1]):
+                self._keep(p, group, *carry((held(state, 'exp_avg'), held(state, 'exp_avg_sq')), old, basis, group['rotate']))
+            state.update(basis=basis, refreshes=state.get('refreshes', 0) + 1, fresh_at=state['step'])
 
     def _keep(self, p, group, M, V):
         state = self.state[p]

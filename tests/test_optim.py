@@ -377,6 +377,63 @@ def test_sketches_are_functions_of_seed_parameter_and_refresh():
     assert draws[0, 1, 2] == torch.randn(4, generator=optim.sketch_generator(0, 1, 2)).tolist()
 
 
+@pytest.mark.parametrize('attached', [False, True])
+def test_a_refresh_runs_in_full_precision(attached):
+    """torch.set_float32_matmul_precision and autocast do not reach it: the basis is that of a run without them, to the bit, and
+    afterwards both are as they were."""
+    def basis(precision, amp):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(96, 128, bias=False))
+        optimizer = RSVDAdam(model.parameters(), energy=.5, rank_min=2, rank_max=16)
+        if attached:
+            attach(model, optimizer, verbose=False)
+        x, y = torch.randn(64, 96), torch.randn(64, 128)
+        out = model(x)
+        if not attached:
+            out.backward(y)
+        torch.set_float32_matmul_precision(precision)
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            if attached:
+                out.backward(y)
+            optimizer.gradients()
+            assert torch.is_autocast_enabled('cpu') == amp
+        assert torch.get_float32_matmul_precision() == precision
+        return optimizer.state[model[0].weight]['basis']
+    try:
+        want = basis('highest', False)
+        torch.testing.assert_close(want.T @ want, torch.eye(want.shape[1]), atol=1e-5, rtol=0)
+        for precision, amp in (('high', False), ('medium', False), ('highest', True)):
+            found = basis(precision, amp)
+            torch.set_float32_matmul_precision('highest')
+            if attached or precision != 'medium':   # else G itself is a product in bf16
+                assert torch.equal(found, want), (precision, amp)
+            torch.testing.assert_close(found.T @ found, torch.eye(found.shape[1]), atol=1e-5, rtol=0)
+    finally:
+        torch.set_float32_matmul_precision('highest')
+
+
+def test_full_precision_is_left_as_it_was_found():
+    """After an error too, and where precisions were set for one backend only, which torch's older getter refuses to read."""
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        for setting in (('high', None), ('medium', None), ('highest', 'tf32')):
+            torch.set_float32_matmul_precision(setting[0])
+            if setting[1]:
+                places[0].fp32_precision = setting[1]
+            now = [place.fp32_precision for place in places]
+            with pytest.raises(KeyError), optim.full_precision('cpu'):
+                assert torch.get_float32_matmul_precision() == 'highest'
+                assert not {'tf32', 'bf16'} & {place.fp32_precision for place in places}
+                raise KeyError
+            assert [place.fp32_precision for place in places] == now
+            assert setting[1] or torch.get_float32_matmul_precision() == setting[0]
+    finally:
+        torch.set_float32_matmul_precision('highest')
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
 def test_interval_and_stagger():
     """interval 1 refreshes in every step (the reference does once); stagger=1: one first basis a step, none trained before."""
     model, optimizer = make(rank=2, interval=1)
