@@ -114,8 +114,9 @@ def adam_(Ms, Vs, Rs, b1, b2, root, eps):
 
 
 def fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, weight_decay, eps):
-    """torch's fused AdamW, step t = 1, 2, ...: lists of fp32 tensors, one pass over them, nothing of their size made."""
-    steps = [torch.tensor(t - 1.0, device=p.device) for p in params]                   # it counts the step itself
+    """torch's fused AdamW, step t = 1, 2, ...: lists of fp32 tensors on one device, one pass over them, nothing of their
+    size made."""
+    steps = torch.full((len(params),), t - 1.0, device=params[0].device).unbind()      # it counts the step itself
     adamw(list(params), list(grads), list(Ms), list(Vs), [], steps, fused=True, amsgrad=False, beta1=b1, beta2=b2, lr=lr,
           weight_decay=weight_decay, eps=eps, maximize=False)
 
@@ -394,7 +395,8 @@ class RSVDAdam(torch.optim.Optimizer):
             return
         grads, decay, size = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay'], lr
         if self._adam:
-            root = torch.tensor(math.sqrt(1 - b2 ** t), device=params[0].device)        # a new number is no new program
+            # A tensor, so that a new value does not recompile.
+            root = torch.full((), math.sqrt(1 - b2 ** t), device=params[0].device)
             Ns, size = self._adam(Ms, Vs, grads, b1, b2, root, group['eps']), -lr / (1 - b1 ** t)
         else:                                       # weights that are 0 hold the update afterwards, in one pass over it all
             Ns = [torch.zeros_like(g) for g in grads]

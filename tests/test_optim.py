@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -169,6 +171,32 @@ def test_identity_basis_is_adamw():
             o.zero_grad()
     torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-6, rtol=0)
     torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-6, rtol=0)
+
+
+def test_one_fused_step_makes_one_tensor_for_any_number_of_parameters():
+    """The step count, made on the device; the numbers are those of torch.optim.AdamW, at the first step and the thousandth."""
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+            made.extend(function for t in tree_leaves(out) if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in old
+                        or 'lift' in str(function))
+            return out
+    for t in (1, 1000):
+        made = []
+        ours, theirs = ([torch.randn(5, generator=torch.Generator().manual_seed(i)) for i in range(9)] for _ in 'ab')
+        grads, Ms, Vs = [p.cos() for p in ours], [p / 9 for p in ours], [p.square() for p in ours]
+        optimizer = torch.optim.AdamW(theirs, lr=.1, betas=(.8, .9), eps=1e-6, weight_decay=.2, fused=True)
+        for p, g, M, V in zip(theirs, grads, Ms, Vs, strict=True):
+            p.grad = g.clone()
+            optimizer.state[p].update(step=torch.tensor(t - 1.), exp_avg=M.clone(), exp_avg_sq=V.clone())
+        optimizer.step()
+        with Made():
+            optim.fused_adamw_(ours, grads, Ms, Vs, t, .8, .9, .1, .2, 1e-6)
+        assert len(made) == 1, made
+        for p, q, M, V in zip(ours, theirs, Ms, Vs, strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(M, optimizer.state[q]['exp_avg']) and torch.equal(V, optimizer.state[q]['exp_avg_sq'])
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
