@@ -56,21 +56,17 @@ def full_precision(device_type):
             place.fp32_precision = precision
 
 
-def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, generator=None, start=None):
+def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, generator=None):
     """(U, s): orthonormal U (m, k) of the leading left singular vectors and singular values s (k,) of an m x n matrix G
     known only by its products, k = min(rank + oversample, m, n); fp32, on the generator's device.
 
     multiply(X (n, k)) = G X and multiply_t(Y (m, k)) = G^T Y. Halko et al., algorithms 4.4 and 5.1: the range of G Omega,
     n_iter power iterations with orthonormalisation in between, the SVD of what remains, from the eigenvectors of its
-    (k, k) Gram matrix in fp64. start (m, j): a basis to begin from, e.g. the last one, in place of columns of Omega. None
-    when the products are not finite. Call it in full_precision().
+    (k, k) Gram matrix in fp64. None when the products are not finite. Call it in full_precision().
     """
     m, n = shape
     k = min(rank + oversample, m, n)
     omega = torch.randn(n, k, generator=generator, device=generator.device if generator else None)
-    if start is not None:
-        j = min(k, start.shape[1])
-        omega[:, :j] = multiply_t(start[:, :j].float())
     y = multiply(omega)
     if not y.isfinite().all():
         return None
@@ -100,17 +96,6 @@ def project_back_(W, basis, N, left, decay, size):
     """W (m, n) <- decay W + size P N, or decay W + size (Q N)^T: one pass over W, no temporary of its size."""
     b, N = basis.to(W.dtype), N.to(W.dtype)
     return W.addmm_(b, N, beta=decay, alpha=size) if left else W.addmm_(N.T, b.T, beta=decay, alpha=size)
-
-
-def adam_(Ms, Vs, Rs, b1, b2, root, eps):
-    """Adam's moments of lists of fp32 tensors, in place; gives M / (sqrt(V) / root + eps), root = sqrt(1 - b2^t)."""
-    torch._foreach_lerp_(Ms, Rs, 1 - b1)
-    torch._foreach_mul_(Vs, b2)
-    torch._foreach_addcmul_(Vs, Rs, Rs, 1 - b2)
-    Ns = torch._foreach_sqrt(Vs)
-    torch._foreach_div_(Ns, root)
-    torch._foreach_add_(Ns, eps)
-    return torch._foreach_div(Ms, Ns)
 
 
 def fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, weight_decay, eps):
@@ -191,12 +176,11 @@ class RSVDAdam(torch.optim.Optimizer):
     scale           times the update; GaLore's alpha
     side            left: R = P^T G, whatever the shape (the reference); right: R = G Q; short: the shorter side (GaLore)
     rotate          carry the moments into a new basis (see carry) instead of keeping their numbers
-    oversample, n_iter, warm_start     of the randomized SVD; warm_start begins from the last basis
+    oversample, n_iter     of the randomized SVD
     stagger         > 0: at most about so many weights get a new basis in one step, the first one too: they come in step 0,
                     1, 2, ... and a weight is not trained before it has a basis. 0: all at once
     state_dtype     fp32 | bf16 | 8bit for moments; the basis is fp32 or else bf16
     seed            of the sketches and of random rounding, with the index of the parameter and the refresh or step
-    compile         torch.compile the arithmetic of the moments
 
     Weights of more than two dimensions are taken as (shape[0], rest). State is tensors and numbers. Raises ValueError for
     options out of range. Gradients may be of any dtype. A step reads p.grad of a low-rank weight and sets it to None.
@@ -204,15 +188,14 @@ class RSVDAdam(torch.optim.Optimizer):
 
     def __init__(self, params, lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, rank=16, rank_fraction=0.0,
                  energy=0.0, rank_min=4, rank_max=128, interval=200, scale=1.0, side='left', rotate=False, oversample=4,
-                 n_iter=1, warm_start=False, stagger=0, state_dtype='fp32', seed=0, compile=False):
+                 n_iter=1, stagger=0, state_dtype='fp32', seed=0):
         self.slots = {}                             # {parameter: slot} of those whose gradient comes projected
         self.projected = {}                         # {parameter: R (r, n) fp32} of this step
         self.failed = set()                         # parameters whose refresh overflowed in this step
-        self._adam = torch.compile(adam_) if compile else None
         super().__init__(params, dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, rank_fraction=rank_fraction, energy=energy,
             rank_min=rank_min, rank_max=rank_max, interval=interval, scale=scale, side=side, rotate=rotate,
-            oversample=oversample, n_iter=n_iter, warm_start=warm_start, stagger=stagger, state_dtype=state_dtype, seed=seed))
+            oversample=oversample, n_iter=n_iter, stagger=stagger, state_dtype=state_dtype, seed=seed))
 
     def add_param_group(self, group):
         g = {**self.defaults, **group}
@@ -278,7 +261,7 @@ class RSVDAdam(torch.optim.Optimizer):
             generator = sketch_generator(group['seed'], self._index[p], state.get('refreshes', 0), device=p.device)
             old = state.get('basis')
             found = range_basis(multiply, multiply_t, shape, rank, oversample=group['oversample'], n_iter=group['n_iter'],
-                                generator=generator, start=old if group['warm_start'] else None)
+                                generator=generator)
             if found is None:                           # not finite: whoever looks at R shall see it and leave the step out
                 self.failed.add(p)
                 if old is None:
@@ -393,24 +376,19 @@ class RSVDAdam(torch.optim.Optimizer):
         if plain and all(t.is_contiguous() for t in (*params, *grads)):                 # the kernel does not look at strides
             fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, group['weight_decay'], group['eps'])
             return
-        grads, decay, size = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay'], lr
-        if self._adam:
-            # A tensor, so that a new value does not recompile.
-            root = torch.full((), math.sqrt(1 - b2 ** t), device=params[0].device)
-            Ns, size = self._adam(Ms, Vs, grads, b1, b2, root, group['eps']), -lr / (1 - b1 ** t)
-        else:                                       # weights that are 0 hold the update afterwards, in one pass over it all
-            Ns = [torch.zeros_like(g) for g in grads]
-            fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
+        grads, decay = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay']
+        Ns = [torch.zeros_like(g) for g in grads]   # weights that are 0 hold the update afterwards, in one pass over it all
+        fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
         for p, M, V, N in zip(params, Ms, Vs, Ns, strict=True):
             if not full:
                 self._keep(p, group, M, V)
             if low:
                 W = p.flatten(1)                    # a copy where a convolution's weight is in channels_last
-                project_back_(W, self.state[p]['basis'], N, self.low_rank(p, group)[0], decay, size * group['scale'])
+                project_back_(W, self.state[p]['basis'], N, self.low_rank(p, group)[0], decay, lr * group['scale'])
                 if W.data_ptr() != p.data_ptr():
                     p.copy_(W.view_as(p))
             else:
-                p.mul_(decay).add_(N.to(p.dtype), alpha=size)
+                p.mul_(decay).add_(N.to(p.dtype), alpha=lr)
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -576,15 +554,6 @@ def attach(model, optimizer, verbose=True):
         print(f'projected backward pass: {len(optimizer.slots)} weights'
               + (f'; with full gradients: {", ".join(f"{n} ({why})" for n, why in left_alone.items())}' if left_alone else ''))
     return left_alone
-
-
-def detach(model, optimizer):
-    """Undo attach(); the optimizer's state stays."""
-    for m in model.modules():
-        if isinstance(m, tuple(PROJECTED.values())):
-            m.__class__ = type(m).__base__
-            del optimizer.slots[m.weight], m.slot
-            m.weight.requires_grad_(True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
