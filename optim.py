@@ -182,8 +182,9 @@ class RSVDAdam(torch.optim.Optimizer):
     state_dtype     fp32 | bf16 | 8bit for moments; the basis is fp32 or else bf16
     seed            of the sketches and of random rounding, with the index of the parameter and the refresh or step
 
-    Weights of more than two dimensions are taken as (shape[0], rest). State is tensors and numbers. Raises ValueError for
-    options out of range. Gradients may be of any dtype. A step reads p.grad of a low-rank weight and sets it to None.
+    Weights of more than two dimensions are taken as (shape[0], rest). A matrix of one row or column, as are stacked scales, has
+    a single direction to be projected on: give it rank 0. State is tensors and numbers. Raises ValueError for options out of
+    range. Gradients may be of any dtype. A step reads p.grad of a low-rank weight and sets it to None.
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, rank=16, rank_fraction=0.0,
@@ -222,6 +223,9 @@ class RSVDAdam(torch.optim.Optimizer):
         for i, p in zip(ids, self._index, strict=True):
             for key, t in state_dict['state'].get(i, {}).items():
                 self.state[p][key] = t.to(p.device, copy=True) if torch.is_tensor(t) else t
+        for group in self.param_groups:             # torch has made new dicts of the groups
+            for p in self.slots.keys() & set(group['params']):
+                self.slots[p].group = group
 
     @staticmethod
     def low_rank(p, group):
