@@ -207,6 +207,33 @@ def test_atomic_write_leaves_no_temporary_file(tmp_path):
         common.atomic_write(tmp_path / 'no_folder' / 'x', lambda tmp: open(tmp, 'w').write('new'))
 
 
+MODES = """
+import os
+from safetensors.numpy import save_file
+import numpy as np
+plain = os.umask
+os.umask = None                                     # it would show 0 to every other thread for a moment
+import common
+for umask in (0o022, 0o077, 0o002):
+    plain(umask)
+    for name, write in (('open', lambda tmp: open(tmp, 'w').write('x')),
+                        ('safetensors', lambda tmp: save_file({'x': np.zeros(3)}, tmp)),
+                        ('private', lambda tmp: os.close(os.open(tmp + 'x', os.O_CREAT, 0o600)) or os.replace(tmp + 'x', tmp))):
+        for _ in 'ab':                              # a new file, and over an old one
+            common.atomic_write(f'{name}{umask}', write)
+            print(name, oct(umask), oct(os.stat(f'{name}{umask}').st_mode & 0o777))
+"""
+
+
+def test_files_have_the_mode_that_the_umask_says(start, tmp_path):
+    """Also those that their writer makes for the owner alone, and though the umask is never set to be read."""
+    (tmp_path / 'm.py').write_text(MODES)
+    done = start('m.py', cwd=tmp_path, real=True).wait()    # a fork has imported common already
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == [f'{name} {oct(umask)} {oct(0o666 & ~umask)}' for umask in (0o022, 0o077, 0o002)
+                                     for name in ('open', 'safetensors', 'private') for _ in 'ab']
+
+
 def test_checkpoint_round_trip(saved):
     """Tensors bit for bit, plain types as they were; the file says with which versions it was written."""
     common.save_checkpoint(str(saved), state(more=(1, 2.5, 'x', None, {'a': [True]}), best=math.inf))
