@@ -17,6 +17,7 @@ import resource
 import shlex
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -211,10 +212,6 @@ def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second
 # files that are whole or absent, and checkpoints
 
 
-_umask = os.umask(0)                                # only setting it tells it, and no other thread should see that
-os.umask(_umask)
-
-
 def atomic_write(path, write):
     """write(temporary path) in the same folder, flush to disk, rename to `path`. The old file stays until then.
 
@@ -224,10 +221,14 @@ def atomic_write(path, write):
         os.remove(left)
     tmp = f'{path}.tmp{os.getpid()}'
     try:
+        # The kernel applies the umask, which cannot be read without setting it for all threads. What safetensors writes is for
+        # its owner alone.
+        os.close(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = stat.S_IMODE(os.stat(tmp).st_mode)
         write(tmp)
         with open(tmp, 'rb') as f:
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~_umask)              # what safetensors writes is for its owner alone
+        os.chmod(tmp, mode)
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:            # torch.save reports a full disk as RuntimeError
         raise OSError(f'could not write {path}: {_first_line(e)}') from e

@@ -15,6 +15,7 @@ by a randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061):
 M^, V^ bias-corrected. The moments take r n numbers instead of m n. Read in this order: functions of tensors, the optimizer,
 the projected backward pass, TopRAdamW, MuonAdamW, reports.
 """
+import contextlib
 import math
 
 import torch
@@ -35,21 +36,37 @@ def sketch_generator(seed, *numbers, device='cpu'):
     return torch.Generator(device).manual_seed(seed >> 1)
 
 
-def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, generator=None, start=None):
+@contextlib.contextmanager
+def full_precision(device_type):
+    """Products of fp32 matrices are made in fp32: no TF32 or bf16 by torch.set_float32_matmul_precision, no autocast. With TF32
+    the columns of a basis are orthonormal to 5e-4 instead of 4e-7. The setting is one for all threads of the process."""
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        of_all = torch.get_float32_matmul_precision()
+    except RuntimeError:                            # each backend has its own
+        of_all = 'highest'
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(of_all)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, generator=None):
     """(U, s): orthonormal U (m, k) of the leading left singular vectors and singular values s (k,) of an m x n matrix G
     known only by its products, k = min(rank + oversample, m, n); fp32, on the generator's device.
 
     multiply(X (n, k)) = G X and multiply_t(Y (m, k)) = G^T Y. Halko et al., algorithms 4.4 and 5.1: the range of G Omega,
     n_iter power iterations with orthonormalisation in between, the SVD of what remains, from the eigenvectors of its
-    (k, k) Gram matrix in fp64. start (m, j): a basis to begin from, e.g. the last one, in place of columns of Omega. None
-    when the products are not finite.
+    (k, k) Gram matrix in fp64. None when the products are not finite. Call it in full_precision().
     """
     m, n = shape
     k = min(rank + oversample, m, n)
     omega = torch.randn(n, k, generator=generator, device=generator.device if generator else None)
-    if start is not None:
-        j = min(k, start.shape[1])
-        omega[:, :j] = multiply_t(start[:, :j].float())
     y = multiply(omega)
     if not y.isfinite().all():
         return None
@@ -81,20 +98,10 @@ def project_back_(W, basis, N, left, decay, size):
     return W.addmm_(b, N, beta=decay, alpha=size) if left else W.addmm_(N.T, b.T, beta=decay, alpha=size)
 
 
-def adam_(Ms, Vs, Rs, b1, b2, root, eps):
-    """Adam's moments of lists of fp32 tensors, in place; gives M / (sqrt(V) / root + eps), root = sqrt(1 - b2^t)."""
-    torch._foreach_lerp_(Ms, Rs, 1 - b1)
-    torch._foreach_mul_(Vs, b2)
-    torch._foreach_addcmul_(Vs, Rs, Rs, 1 - b2)
-    Ns = torch._foreach_sqrt(Vs)
-    torch._foreach_div_(Ns, root)
-    torch._foreach_add_(Ns, eps)
-    return torch._foreach_div(Ms, Ns)
-
-
 def fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, weight_decay, eps):
-    """torch's fused AdamW, step t = 1, 2, ...: lists of fp32 tensors, one pass over them, nothing of their size made."""
-    steps = [torch.tensor(t - 1.0, device=p.device) for p in params]                   # it counts the step itself
+    """torch's fused AdamW, step t = 1, 2, ...: lists of fp32 tensors on one device, one pass over them, nothing of their
+    size made."""
+    steps = torch.full((len(params),), t - 1.0, device=params[0].device).unbind()      # it counts the step itself
     adamw(list(params), list(grads), list(Ms), list(Vs), [], steps, fused=True, amsgrad=False, beta1=b1, beta2=b2, lr=lr,
           weight_decay=weight_decay, eps=eps, maximize=False)
 
@@ -169,28 +176,27 @@ class RSVDAdam(torch.optim.Optimizer):
     scale           times the update; GaLore's alpha
     side            left: R = P^T G, whatever the shape (the reference); right: R = G Q; short: the shorter side (GaLore)
     rotate          carry the moments into a new basis (see carry) instead of keeping their numbers
-    oversample, n_iter, warm_start     of the randomized SVD; warm_start begins from the last basis
+    oversample, n_iter     of the randomized SVD
     stagger         > 0: at most about so many weights get a new basis in one step, the first one too: they come in step 0,
                     1, 2, ... and a weight is not trained before it has a basis. 0: all at once
     state_dtype     fp32 | bf16 | 8bit for moments; the basis is fp32 or else bf16
     seed            of the sketches and of random rounding, with the index of the parameter and the refresh or step
-    compile         torch.compile the arithmetic of the moments
 
-    Weights of more than two dimensions are taken as (shape[0], rest). State is tensors and numbers. Raises ValueError for
-    options out of range. Gradients may be of any dtype. A step reads p.grad of a low-rank weight and sets it to None.
+    Weights of more than two dimensions are taken as (shape[0], rest). A matrix of one row or column, as are stacked scales, has
+    a single direction to be projected on: give it rank 0. State is tensors and numbers. Raises ValueError for options out of
+    range. Gradients may be of any dtype. A step reads p.grad of a low-rank weight and sets it to None.
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, rank=16, rank_fraction=0.0,
                  energy=0.0, rank_min=4, rank_max=128, interval=200, scale=1.0, side='left', rotate=False, oversample=4,
-                 n_iter=1, warm_start=False, stagger=0, state_dtype='fp32', seed=0, compile=False):
+                 n_iter=1, stagger=0, state_dtype='fp32', seed=0):
         self.slots = {}                             # {parameter: slot} of those whose gradient comes projected
         self.projected = {}                         # {parameter: R (r, n) fp32} of this step
         self.failed = set()                         # parameters whose refresh overflowed in this step
-        self._adam = torch.compile(adam_) if compile else None
         super().__init__(params, dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, rank_fraction=rank_fraction, energy=energy,
             rank_min=rank_min, rank_max=rank_max, interval=interval, scale=scale, side=side, rotate=rotate,
-            oversample=oversample, n_iter=n_iter, warm_start=warm_start, stagger=stagger, state_dtype=state_dtype, seed=seed))
+            oversample=oversample, n_iter=n_iter, stagger=stagger, state_dtype=state_dtype, seed=seed))
 
     def add_param_group(self, group):
         g = {**self.defaults, **group}
@@ -217,6 +223,9 @@ class RSVDAdam(torch.optim.Optimizer):
         for i, p in zip(ids, self._index, strict=True):
             for key, t in state_dict['state'].get(i, {}).items():
                 self.state[p][key] = t.to(p.device, copy=True) if torch.is_tensor(t) else t
+        for group in self.param_groups:             # torch has made new dicts of the groups
+            for p in self.slots.keys() & set(group['params']):
+                self.slots[p].group = group
 
     @staticmethod
     def low_rank(p, group):
@@ -251,31 +260,32 @@ class RSVDAdam(torch.optim.Optimizer):
         state = self.state[p]
         if not self.due(p, group) or state.get('fresh_at') == state['step'] or p in self.failed:
             return
-        _, rank, shape = self.low_rank(p, group)
-        generator = sketch_generator(group['seed'], self._index[p], state.get('refreshes', 0), device=p.device)
-        old = state.get('basis')
-        found = range_basis(multiply, multiply_t, shape, rank, oversample=group['oversample'], n_iter=group['n_iter'],
-                            generator=generator, start=old if group['warm_start'] else None)
-        if found is None:                           # not finite: whoever looks at R shall see it and leave the step out
-            self.failed.add(p)
-            if old is None:
-                state['basis'] = torch.full((shape[0], rank), math.nan, device=p.device)
-            return
-        basis, s = found
-        if group['energy']:
-            n, product = min((shape[1], multiply), (shape[0], multiply_t), key=lambda one: one[0])
-            total = 0.0                             # |G|^2 through products with unit vectors, 256 at a time
-            for i in range(0, n, 256):
-                block = torch.zeros(n, min(256, n - i), device=p.device)
-                block[i:i + 256].fill_diagonal_(1.0)
-                total = total + product(block).square().sum()
-            rank = choose_rank(s, total, group['energy'], min(group['rank_min'], rank), rank)
-        basis = basis[:, :rank].contiguous()
-        if group['state_dtype'] != 'fp32':
-            basis = basis.bfloat16()
-        if 'exp_avg' in state and (group['rotate'] or rank != old.shape[1]):
-            self._keep(p, group, *carry((held(state, 'exp_avg'), held(state, 'exp_avg_sq')), old, basis, group['rotate']))
-        state.update(basis=basis, refreshes=state.get('refreshes', 0) + 1, fresh_at=state['step'])
+        with full_precision(p.device.type):
+            _, rank, shape = self.low_rank(p, group)
+            generator = sketch_generator(group['seed'], self._index[p], state.get('refreshes', 0), device=p.device)
+            old = state.get('basis')
+            found = range_basis(multiply, multiply_t, shape, rank, oversample=group['oversample'], n_iter=group['n_iter'],
+                                generator=generator)
+            if found is None:                           # not finite: whoever looks at R shall see it and leave the step out
+                self.failed.add(p)
+                if old is None:
+                    state['basis'] = torch.full((shape[0], rank), math.nan, device=p.device)
+                return
+            basis, s = found
+            if group['energy']:
+                n, product = min((shape[1], multiply), (shape[0], multiply_t), key=lambda one: one[0])
+                total = 0.0                             # |G|^2 through products with unit vectors, 256 at a time
+                for i in range(0, n, 256):
+                    block = torch.zeros(n, min(256, n - i), device=p.device)
+                    block[i:i + 256].fill_diagonal_(1.0)
+                    total = total + product(block).square().sum()
+                rank = choose_rank(s, total, group['energy'], min(group['rank_min'], rank), rank)
+            basis = basis[:, :rank].contiguous()
+            if group['state_dtype'] != 'fp32':
+                basis = basis.bfloat16()
+            if 'exp_avg' in state and (group['rotate'] or rank != old.shape[1]):
+                self._keep(p, group, *carry((held(state, 'exp_avg'), held(state, 'exp_avg_sq')), old, basis, group['rotate']))
+            state.update(basis=basis, refreshes=state.get('refreshes', 0) + 1, fresh_at=state['step'])
 
     def _keep(self, p, group, M, V):
         state = self.state[p]
@@ -370,23 +380,19 @@ class RSVDAdam(torch.optim.Optimizer):
         if plain and all(t.is_contiguous() for t in (*params, *grads)):                 # the kernel does not look at strides
             fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, group['weight_decay'], group['eps'])
             return
-        grads, decay, size = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay'], lr
-        if self._adam:
-            root = torch.tensor(math.sqrt(1 - b2 ** t), device=params[0].device)        # a new number is no new program
-            Ns, size = self._adam(Ms, Vs, grads, b1, b2, root, group['eps']), -lr / (1 - b1 ** t)
-        else:                                       # weights that are 0 hold the update afterwards, in one pass over it all
-            Ns = [torch.zeros_like(g) for g in grads]
-            fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
+        grads, decay = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay']
+        Ns = [torch.zeros_like(g) for g in grads]   # weights that are 0 hold the update afterwards, in one pass over it all
+        fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
         for p, M, V, N in zip(params, Ms, Vs, Ns, strict=True):
             if not full:
                 self._keep(p, group, M, V)
             if low:
                 W = p.flatten(1)                    # a copy where a convolution's weight is in channels_last
-                project_back_(W, self.state[p]['basis'], N, self.low_rank(p, group)[0], decay, size * group['scale'])
+                project_back_(W, self.state[p]['basis'], N, self.low_rank(p, group)[0], decay, lr * group['scale'])
                 if W.data_ptr() != p.data_ptr():
                     p.copy_(W.view_as(p))
             else:
-                p.mul_(decay).add_(N.to(p.dtype), alpha=size)
+                p.mul_(decay).add_(N.to(p.dtype), alpha=lr)
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -552,15 +558,6 @@ def attach(model, optimizer, verbose=True):
         print(f'projected backward pass: {len(optimizer.slots)} weights'
               + (f'; with full gradients: {", ".join(f"{n} ({why})" for n, why in left_alone.items())}' if left_alone else ''))
     return left_alone
-
-
-def detach(model, optimizer):
-    """Undo attach(); the optimizer's state stays."""
-    for m in model.modules():
-        if isinstance(m, tuple(PROJECTED.values())):
-            m.__class__ = type(m).__base__
-            del optimizer.slots[m.weight], m.slot
-            m.weight.requires_grad_(True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
