@@ -544,8 +544,12 @@ def main():
     if save and 'time_rounds' in _changed:
         configurator.fail('time_rounds has no use with --save; leave it out')
     start, before = time.perf_counter(), resident_bytes()
-    dev, _ = sample.pick_device(device, 'float32')
-    subject = subjects.load(ckpt, dev, config)
+    dev = common.setup_processes(device)[-1]
+    if subjects.is_ours(ckpt):
+        path = sample.find_checkpoint(ckpt)
+        subject = subjects.Trained(path, *sample.load(path), dev, config)
+    else:
+        subject = subjects.load(ckpt, dev, config)
     for key in sorted(_changed & subject.unused):
         configurator.fail(f'{key} has no use for {subject.name}; leave --{key} out')
     replace.unfuse(subject.model).requires_grad_(mode == 'prune')

@@ -129,7 +129,8 @@ def test_save_and_load(call, home, tmp_path, monkeypatch, scheme, skip):
     assert about['quantized'] and (skip == '') == isinstance(model.wte, replace.PackedEmbedding)
     for key, value in {'skip': skip, 'group': 32, 'windows': 8}.items():
         monkeypatch.setattr(ptq, key, value)
-    subject = subjects.load(str(home / 'out/gpt'), torch.device('cpu'), dict.fromkeys(ptq.config, ''))
+    best = str(home / 'out/gpt/best.pt')
+    subject = subjects.Trained(best, *sample.load(best), torch.device('cpu'), dict.fromkeys(ptq.config, ''))
     replace.unfuse(subject.model)
     ptq.quantize(subject, subject.model, scheme)
     ids = subject.ids(24)
