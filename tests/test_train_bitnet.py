@@ -563,7 +563,7 @@ def test_estimate_measures_the_speed(start, train, folder):
     """Of one process, and of two as fast as this one: micro-steps, then one update; hours are those of the tokens of all steps
     at that speed. With two, gradients on their way take memory as well."""
     options = ('--estimate=True', '--max_iters=1_000_000')
-    fast = 'import costs; costs.mean_seconds.__defaults__ = (0.05,)'
+    fast = 'from report import costs; costs.mean_seconds.__defaults__ = (0.05,)'
     done = train(*options, cwd=folder(), patch=fast)
     found = estimated(done)
     assert 'tokens/s measured here on 2 x 16 tokens,' in done.out and found['speed'][0] > 10
