@@ -118,9 +118,9 @@ def test_mistakes_picture(tmp_path):
     """Ten tiles of 12 pixels, each eightfold and with its pixels unblurred, captions below; none at all says so."""
     pixels = RANDOM.integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)
     captions = ['pizza, taken for steak 87%'] * 9 + ['Ärgerlich_langes_Wort_ohne_Ende ' * 2]
-    pictures.mistakes_png(tmp_path / 'a.png', pixels, captions, columns=4)
+    pictures.mistakes_png(tmp_path / 'a.png', pixels, captions)
     page = np.asarray(Image.open(tmp_path / 'a.png'))
-    assert page.shape[1] == 4 * (96 + 8) + 8 and page.shape[0] > 3 * (96 + 8)
+    assert page.shape[1] == 8 * (96 + 8) + 8 and page.shape[0] > 2 * (96 + 8)
     assert (page[8:104:8, 8:104:8] == pixels[0]).all() and (page[15:104:8, 15:104:8] == pixels[0]).all()
     below = page[104:104 + 28, 8:104]
     assert below.min() < 100 and (page[8:104, 104:112] == 255).all()
