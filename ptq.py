@@ -82,10 +82,15 @@ SCHEMES = {'half': ('', 'half', {}), 'int8': ('', 'int8', {}), 'int8a8': ('', 'i
            **{f'{method}{n}': (method, f'int{n}', {}) for n in (4, 3, 2) for method in ('rtn', 'awq', 'gptq')},
            'tern': ('rtn', 'tern', {}), 'bin': ('rtn', 'bin', {}),
            'bnb8': ('bnb', 'int8', {}), 'bnb_nf4': ('bnb', 'nf4', {}), 'bnb_nf4dq': ('bnb', 'nf4dq', {})}
-# what looks at an option: beginnings of names
-USERS = {'skip': ('',), 'group': ('rtn', 'awq', 'gptq', 'tern', 'bin'), 'windows': ('awq', 'gptq'), 'act_order': ('gptq',),
-         'clip': ('gptq',), 'damp': ('gptq',)}
-METHODS = ('magnitude', 'global', '2:4', 'wanda', 'wanda2:4')
+# method of a scheme: the options that it looks at; with a group it leaves grouped codes behind
+METHODS = {'': (), 'bnb': (), 'rtn': ('group',), 'awq': ('group', 'windows'),
+           'gptq': ('group', 'windows', 'act_order', 'clip', 'damp')}
+# a method that looks at inputs -> (codes, scale, zero) of a weight, and a scale of the inputs where it has one
+CALIBRATED = {'awq': lambda weight, moments, levels: calibrate.awq(weight, moments, levels, group),
+              'gptq': lambda weight, moments, levels: calibrate.gptq(weight, moments, levels, group, act_order=act_order,
+                                                                     clip=clip, damp=damp)}
+OPTIONS = ('skip', *dict.fromkeys(key for keys in METHODS.values() for key in keys))
+PRUNING = ('magnitude', 'global', '2:4', 'wanda', 'wanda2:4')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +100,7 @@ METHODS = ('magnitude', 'global', '2:4', 'wanda', 'wanda2:4')
 def rule(name):
     """(kind, options) of the layers that scheme `name` leaves behind."""
     method, kind, options = SCHEMES[name]
-    return (kind, options) if method in ('', 'bnb') else ('group', {'levels': kind, 'group': group})
+    return ('group', {'levels': kind, 'group': group}) if 'group' in METHODS[method] else (kind, options)
 
 
 def quantize(subject, model, name, alone=False):
@@ -118,15 +123,14 @@ def quantize(subject, model, name, alone=False):
         layer = model.get_submodule(n)
         weight = layer.weight.detach()
         try:
-            found = calibrate.awq(weight, moments, levels, group) if method == 'awq' else \
-                calibrate.gptq(weight, moments, levels, group, act_order=act_order, clip=clip, damp=damp)
+            found = CALIBRATED[method](weight, moments, levels)
         except ValueError as e:
             raise ValueError(f'{n}: {e}') from None
-        later[n] = GroupLinear.from_codes(layer, levels, group, *found), options | {'scaled_input': method == 'awq'}
+        later[n] = GroupLinear.from_codes(layer, levels, group, *found), options | {'scaled_input': len(found) > 3}
         if not alone:
             put(n, *later.pop(n))
 
-    if method in ('gptq', 'awq'):
+    if method in CALIBRATED:
         linears = [n for n, m in wanted.items() if isinstance(m, nn.Linear)]
         calibrate.for_each_layer(model, subject.calibration(windows, seed), subject.run, linears, visit)
         for n, found in later.items():
@@ -162,7 +166,7 @@ def check(subject, names):
     wanted = replace.layers_of(subject.model, skip)
     for name in names:
         kind, options = rule(name)
-        if name.startswith('bnb'):
+        if SCHEMES[name][0] == 'bnb':
             if not importlib.util.find_spec('bitsandbytes'):
                 raise ValueError(f'scheme {name} needs bitsandbytes; type: pip install bitsandbytes')
             continue
@@ -176,14 +180,14 @@ def check(subject, names):
                 except ValueError as e:
                     raise ValueError(f'scheme {name} does not fit {n}: {e}') from None
     refuse_unused(names, ', '.join(names))
-    if any(name.startswith(USERS['windows']) for name in names):
+    if any(SCHEMES[name][0] in CALIBRATED for name in names):
         subject.calibration(1, seed)
 
 
 def refuse_unused(names, what):
     """Raises ValueError for an option that was given and none of the schemes `names` looks at."""
-    for key, users in USERS.items():
-        if key in _changed and not any(name.startswith(users) for name in names):
+    for key in OPTIONS:
+        if key in _changed and not any(key == 'skip' or key in METHODS[SCHEMES[name][0]] for name in names):
             raise ValueError(f'{key} has no use for {what}; leave --{key} out')
 
 
@@ -234,7 +238,7 @@ def evaluated(subject, model, name, first, described, **row):
 
 def compare(subject, folder):
     model, done = subject.model, subject.about['quantized']
-    every = [n for n in SCHEMES if not n.startswith('bnb') or importlib.util.find_spec('bitsandbytes')]
+    every = [n for n in SCHEMES if SCHEMES[n][0] != 'bnb' or importlib.util.find_spec('bitsandbytes')]
     names = chosen(schemes, every, SCHEMES)
     if done and schemes:
         raise ValueError(f'{subject.name} is quantized already; leave --schemes out to evaluate it')
@@ -270,7 +274,7 @@ def compare(subject, folder):
 def save_quantized(subject, folder, start, before):
     """--save: quantize in place, layer by layer, so that one full-precision model is all that is ever held. start, before:
     time and resident bytes before the model was loaded."""
-    names = chosen(schemes, [], [n for n in SCHEMES if not n.startswith('bnb')])
+    names = chosen(schemes, [], [n for n in SCHEMES if SCHEMES[n][0] != 'bnb'])
     if len(names) != 1:
         raise ValueError(f'--save keeps one model, {len(names)} schemes were asked for; type e.g. --schemes=gptq4')
     if subject.about['quantized']:
@@ -381,7 +385,7 @@ PRUNED = [('method', 'method', ''), ('amount', 'share', '.2f'), ('zeros', 'zeros
 
 
 def prune(subject, folder):
-    jobs = [(m, a) for m in chosen(methods, [], METHODS) for a in ((0.5,) if m.endswith('2:4') else amounts)]
+    jobs = [(m, a) for m in chosen(methods, [], PRUNING) for a in ((0.5,) if m.endswith('2:4') else amounts)]
     if not jobs or any(not 0 <= a <= 1 for _, a in jobs):
         raise ValueError(f'methods={methods!r}, amounts={amounts}: give methods, and shares from 0 to 1, where 1.0 is all')
     if save and len(jobs) != 1:
@@ -536,16 +540,20 @@ def main():
             configurator.fail(f'{key}={globals()[key]} makes no sense; type --{key}={least} or more')
     if damp > 1:
         configurator.fail(f'damp={damp} makes no sense; type --damp=1 or less')
-    used = {'compare': {'schemes', 'save', 'time_rounds', *USERS}, 'sensitivity': {'scheme', *USERS},
+    used = {'compare': {'schemes', 'save', 'time_rounds', *OPTIONS}, 'sensitivity': {'scheme', *OPTIONS},
             'prune': {'methods', 'amounts', 'retrain_iters', 'retrain_lr', 'save', 'skip', 'windows'},
-            'choose': {'scheme', 'bits', *USERS}}
+            'choose': {'scheme', 'bits', *OPTIONS}}
     for key in sorted(_changed & set.union(*used.values()) - used[mode]):
         configurator.fail(f'{key} has no use in {mode}; leave --{key} out')
     if save and 'time_rounds' in _changed:
         configurator.fail('time_rounds has no use with --save; leave it out')
     start, before = time.perf_counter(), resident_bytes()
-    dev, _ = sample.pick_device(device, 'float32')
-    subject = subjects.load(ckpt, dev, config)
+    dev = common.setup_processes(device)[-1]
+    if subjects.is_ours(ckpt):
+        path = sample.find_checkpoint(ckpt)
+        subject = subjects.Trained(path, *sample.load(path), dev, config)
+    else:
+        subject = subjects.load(ckpt, dev, config)
     for key in sorted(_changed & subject.unused):
         configurator.fail(f'{key} has no use for {subject.name}; leave --{key} out')
     replace.unfuse(subject.model).requires_grad_(mode == 'prune')

@@ -48,6 +48,7 @@ _defaults = dict(globals())
 _words = [f'--mode={word}' if word in _MODES else word for word in sys.argv[1:]]
 config = configurator.override(globals(), _words, quiet=True)   # file.py ... --key=value, later wins; stdout is the text alone
 
+# trainer of a language model: (model, its config); sample.py, ptq.py and bench.py know the trainers from here
 MODELS = {'train_gpt': (GPT, GPTConfig), 'train_bitnet': (BitNet, BitNetConfig)}
 
 

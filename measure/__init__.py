@@ -1,1 +1,1 @@
-"""What bench.py measures, and how: in turns, a fresh process for each variant."""
+"""Measures time, memory and error for bench.py, each variant in a fresh process and all of them in turns."""

@@ -1,1 +1,1 @@
-"""What acts on a trained model: Hugging Face folders, adapters, formats, calibration, replacement of layers."""
+"""Works on a model that is trained already: Hugging Face folders, LoRA adapters, calibration, and the replacement of layers."""

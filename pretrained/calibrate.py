@@ -60,7 +60,7 @@ class _Enough(Exception):
     pass
 
 
-class _Observed:
+class Observed:
     """Moments of the inputs of the named layers while in a with block. stop: a pass ends, by _Enough, as soon as each has been
     called, before the last of them, most often a head, makes logits that nobody looks at; further calls are not seen. Clear
     `called` before a pass."""
@@ -122,7 +122,7 @@ def for_each_layer(model, batches, run, names, visit):
     for (name, block), (following, _) in itertools.zip_longest(blocks, blocks[1:], fillvalue=('', None)) if inside else ():
         here = [n for n in names if n.startswith(f'{name}.')]
         if here:
-            with _Observed(model, here) as found:
+            with Observed(model, here) as found:
                 for args, kwargs in calls[name]:
                     block(*args, **kwargs)
             for n in here:
@@ -134,7 +134,7 @@ def for_each_layer(model, batches, run, names, visit):
                 calls[following][at] = _with_hidden(*calls[following][at], y[0] if isinstance(y, tuple) else y)
         calls.pop(name)
     if rest:
-        observed = _Observed(model, rest, stop=bool(blocks))           # without blocks there may be loops
+        observed = Observed(model, rest, stop=bool(blocks))           # without blocks there may be loops
         with observed as found:
             for batch in batches:
                 observed.called.clear()
@@ -153,7 +153,7 @@ def _with_hidden(args, kwargs, hidden):
 # one layer
 
 
-def _shrunk(groups, H, levels):
+def shrunk(groups, H, levels):
     """group_grid of groups (out, n, group) with the least error of the output among SHRINKS, each group on its own.
     H (n, group, group): the diagonal blocks."""
     best = scale = zero = None
@@ -213,7 +213,7 @@ def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01
     H = H[order[:, None], order] if act_order else H
     U = inverse_root(H, damp)
     del H
-    grid = lambda w, at: _shrunk(w, blocks[at], levels) if clip else group_grid(w, levels)
+    grid = lambda w, at: shrunk(w, blocks[at], levels) if clip else group_grid(w, levels)
     return tuple(in_blocks(lambda rows: _gptq(rows.float(), U, order, grid, levels, group, act_order), weight, PART).values())
 
 
@@ -283,7 +283,7 @@ def awq(weight, moments, levels, group):
 
     def rounded(rows):
         groups = (rows.float() / inverse).unflatten(1, (-1, group))
-        scale, zero = _shrunk(groups, blocks, levels)
+        scale, zero = shrunk(groups, blocks, levels)
         codes = to_grid(groups, scale, zero, levels).to(torch.uint8)
         return {'codes': codes.flatten(1), 'scale': scale[..., 0], 'zero': zero[..., 0]}
     return *in_blocks(rounded, weight, PART).values(), inverse

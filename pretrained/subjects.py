@@ -1,12 +1,12 @@
 """
 What ptq.py works on: a trained model, the data that tell how good it is, and texts to look at its inputs with.
 
-    subject = checkpoints.load('out/wikitext2_bpe', dev, settings)
+    subject = load('gpt2', dev, settings)           # or Trained(path, model, tokenizer, about, dev, settings)
     subject.loss(subject.model), subject.calibration(128, seed), subject.run(model, batch)
 
-Three kinds with one face: checkpoints and packed files of train_gpt.py and train_bitnet.py on the validation windows of
-their training; language models of transformers (a folder, or an id like gpt2) on a text file; sequence classifiers of
-transformers, such as finetune_cls.py writes, on a folder of labelled texts.
+Three kinds with the same methods: language models of this project's trainers on the validation windows of their training;
+language models of transformers (a folder, or an id like gpt2) on a text file; sequence classifiers of transformers, such as
+finetune_cls.py writes, on a folder of labelled texts.
 """
 import contextlib
 import functools
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 import common
 import layers
-import sample
 from configurator import fail
 from pretrained import hf, replace
 from readers import texts, tokens
@@ -30,16 +29,16 @@ PACKED = 'packed.safetensors'    # of a folder of transformers that ptq.py saved
 
 
 class Trained:
-    """A language model of train_gpt.py or train_bitnet.py; its loss is over the batches of its trainer's evaluations.
+    """A language model of one of our trainers; its loss is over the batches of its trainer's evaluations.
 
-    name, model (evaluation mode, on `dev`), meta (dict: what a packed file says of it), about (of sample.load), trained: the
-    loss that the trainer wrote down for these very batches, or None."""
+    path, model, tokenizer, about: a checkpoint and what sample.load() made of it. Attributes: name (path), model (evaluation
+    mode, on `dev`), meta (dict: what a packed file says of it), about, trained: the loss that the trainer wrote down for
+    these very batches, or None."""
     unit, causal, accuracy = 'nats per token', True, None
     unused = {'text', 'calibration'}                # keys of ptq.py that have no use for it
 
-    def __init__(self, path, dev, s):
-        self.name, self.dev = sample.find_checkpoint(path), dev
-        self.model, self.tokenizer, self.about = sample.load(self.name)
+    def __init__(self, path, model, tokenizer, about, dev, s):
+        self.name, self.model, self.tokenizer, self.about, self.dev = path, model, tokenizer, about, dev
         config = self.about['config']
         own = lambda key, default: s[key] or config.get(key, default)
         self.dataset, self.seed = own('dataset', ''), config.get('seed', 1337)
@@ -321,12 +320,15 @@ class Classifier(_Folder):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def load(path, dev, settings):
-    """The subject that `path` is: a run's folder or one of its files, a file of ptq.py, a folder or id of transformers.
-    settings: dict of ptq.py's dataset, text, calibration, eval_iters, batch_size, block_size; 0 or '' for its own."""
+def is_ours(path):
+    """Whether `path` is a run of our trainers or one of its files, and not a folder or id of transformers."""
     ours = os.path.isfile(path) or os.path.isdir(path) and not os.path.isfile(os.path.join(path, 'config.json'))
-    if ours or path.startswith(('out/', './', '/')) and not os.path.isdir(path):
-        return Trained(path, dev, settings)
+    return ours or path.startswith(('out/', './', '/')) and not os.path.isdir(path)
+
+
+def load(path, dev, settings):
+    """A Causal or a Classifier: the model of transformers that `path` is, a folder (ptq.py's too) or an id.
+    settings: dict of ptq.py's dataset, text, calibration, eval_iters, batch_size, block_size; 0 or '' for its own."""
     try:
         packed = os.path.join(path, PACKED)
         kind = layers.read_packed(packed, tensors_too=False)[0]['kind'] if os.path.isfile(packed) else hf.kind_of(path)

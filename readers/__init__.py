@@ -1,1 +1,1 @@
-"""What goes in: token files, documents, labelled texts, images, crops of them, tasks."""
+"""Reads what a run is trained on: token files, documents, labelled texts, images, their crops, and generated tasks."""

@@ -267,7 +267,7 @@ def _open(folder, settings, splits, classes, size, argv):
     files = [path for split in tokens.SPLITS for name in FILES if (path := folder / f'{split}_{name}').exists()]
     if files and not old:
         raise ValueError(f'{files[0]} is there and no prepare.py wrote it; move it, or give another --out_dir')
-    script = tokens._show(Path(sys.argv[0]).resolve())
+    script = tokens.shown(Path(sys.argv[0]).resolve())
     record = wanted | {'command': shlex.join(['python', script, *map(str, argv)]), 'complete': False, 'progress': {
         split: {'place': None, 'seen': 0, 'rows': 0, 'bytes': [0] * 3, 'crc32': [0] * 3, 'sum': [0] * 3, 'squares': [0] * 3,
                 'skipped': [], 'done': False} for split in splits}}

@@ -219,21 +219,21 @@ class TokenData:
                 row[filled:filled + len(part)] = part
                 filled, shard = filled + len(part), shard + 1
         if out.size and out.max() >= self.vocab_size:  # on a GPU this would be an unreadable device assert
-            fail(f'{_show(self.folder)} holds token {out.max()}, its vocabulary has {self.vocab_size}; '
-                 f'the file is damaged; delete {_show(self.folder)}/*.bin and run: {_command(self.folder)}')
+            fail(f'{shown(self.folder)} holds token {out.max()}, its vocabulary has {self.vocab_size}; '
+                 f'the file is damaged; delete {shown(self.folder)}/*.bin and run: {_command(self.folder)}')
         return torch.from_numpy(out)
 
     @functools.cached_property
     def tokenizer(self):
         """The Tokenizer these tokens were made with."""
         if self.name not in TOKENIZER_FILE:
-            fail(f'{_show(self.paths[0])} was made with an unknown tokenizer, {self.name!r}')
+            fail(f'{shown(self.paths[0])} was made with an unknown tokenizer, {self.name!r}')
         file = TOKENIZER_FILE[self.name]
         if file and not (self.folder / file).is_file():
-            fail(f'{_show(self.folder / file)} is missing; run: {_command(self.folder)}')
+            fail(f'{shown(self.folder / file)} is missing; run: {_command(self.folder)}')
         text = (self.folder / file).read_bytes().decode('utf-8', 'replace') if file else ''
         if hashlib.sha256(f'{self.name}\0{text}'.encode()).digest()[:16] != self.digest:
-            fail(f'{_show(self.folder / file)} is not the tokenizer of the tokens beside it; '
+            fail(f'{shown(self.folder / file)} is not the tokenizer of the tokens beside it; '
                  f'run: {_command(self.folder)}')
         return from_description({'name': self.name, 'text': text})
 
@@ -243,21 +243,21 @@ def load(folder, split):
     folder, headers = Path(folder), {}
     record = _read_record(folder)
     if record and not record['complete']:
-        fail(f'{_show(folder)} is unfinished; run: {_command(folder)}')
+        fail(f'{shown(folder)} is unfinished; run: {_command(folder)}')
     try:
         for path in _shard_files(folder):
             headers[path] = read_header(path)
             first_path, first = next(iter(headers.items()))
             if any(headers[path][key] != first[key] for key in ('name', 'vocab_size', 'digest')):
-                raise ValueError(f'{_show(path)} and {_show(first_path)} were made with different tokenizers')
+                raise ValueError(f'{shown(path)} and {shown(first_path)} were made with different tokenizers')
         paths = [path for path in headers if path.name.startswith(split + '_')]
         if not paths:
-            fail(f'no tokens in {_show(folder)}; run: {_command(folder)}' if not headers else
-                 f'no {split} tokens in {_show(folder)}; run: {_command(folder)}')
+            fail(f'no tokens in {shown(folder)}; run: {_command(folder)}' if not headers else
+                 f'no {split} tokens in {shown(folder)}; run: {_command(folder)}')
         found = {'shards': len(paths), 'tokens': sum(headers[path]['n_tokens'] for path in paths)}
         wanted = {key: record[split][key] for key in found} if record else found
         if found != wanted or [path.name for path in paths] != [_shard_name(split, i) for i in range(len(paths))]:
-            raise ValueError(f'{_show(folder)} lacks some of its {split} files')
+            raise ValueError(f'{shown(folder)} lacks some of its {split} files')
     except ValueError as error:
         fail(f'{error}; run: {_command(folder)}')
     return TokenData(folder, paths, [headers[path] for path in paths])
@@ -269,16 +269,16 @@ def read_header(path):
         raw = file.read(HEADER.size)
         size = os.fstat(file.fileno()).st_size
     if not raw.startswith(MAGIC):
-        raise ValueError(f'{_show(path)} is not a nanobit token file')
+        raise ValueError(f'{shown(path)} is not a nanobit token file')
     if len(raw) < HEADER.size:
-        raise ValueError(f'{_show(path)} is cut short ({size} bytes)')
+        raise ValueError(f'{shown(path)} is cut short ({size} bytes)')
     _, version, width, n_tokens, n_bytes, vocab_size, name, digest, _, crc = HEADER.unpack(raw)
     if crc != binascii.crc32(raw[:-4]):
-        raise ValueError(f'{_show(path)} has a damaged header')
+        raise ValueError(f'{shown(path)} has a damaged header')
     if version != VERSION:
-        raise ValueError(f'{_show(path)} has format version {version}, this program reads {VERSION}')
+        raise ValueError(f'{shown(path)} has format version {version}, this program reads {VERSION}')
     if n_tokens < 1 or size != HEADER.size + n_tokens * width:
-        raise ValueError(f'{_show(path)} is {size:,} bytes, its {n_tokens:,} tokens need '
+        raise ValueError(f'{shown(path)} is {size:,} bytes, its {n_tokens:,} tokens need '
                          f'{HEADER.size + n_tokens * width:,}; it was cut or damaged')
     return {'n_tokens': n_tokens, 'n_bytes': n_bytes, 'width': width, 'vocab_size': vocab_size,
             'name': name.rstrip(b'\0').decode(), 'digest': digest}
@@ -295,7 +295,7 @@ def _shard_files(folder):
     return sorted(path for path in folder.iterdir() if re.fullmatch(r'(train|val)_\d{6}\.bin', path.name))
 
 
-def _show(path):
+def shown(path):
     """A path as a user types it: from the repository's root where it lies inside, whole elsewhere."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
@@ -308,7 +308,7 @@ def _command(folder):
         return record['command']
     for parent in (folder, folder.parent):
         if (parent / 'prepare.py').is_file():
-            return f'python {_show(parent / "prepare.py")}' + (f' --name={folder.name}' if parent != folder else '')
+            return f'python {shown(parent / "prepare.py")}' + (f' --name={folder.name}' if parent != folder else '')
     scripts = [path for path in ROOT.glob('data/*/prepare.py') if re.search(r'readers import .*tokens', path.read_text())]
     names = ', '.join(sorted(path.parent.name for path in scripts))
     return f'python data/NAME/prepare.py, where NAME is one of: {names}'
@@ -394,13 +394,13 @@ def open_folder(folder, settings, argv):
             damage = str(error)
         if record['settings'] == settings and not damage:
             if record['complete']:
-                print(f'{_show(folder)} is complete with the same settings; left as it is')
+                print(f'{shown(folder)} is complete with the same settings; left as it is')
             return record
-        print(f'{_show(folder)} {"is damaged (" + damage + ")" if damage else "has other settings"}; made anew')
+        print(f'{shown(folder)} {"is damaged (" + damage + ")" if damage else "has other settings"}; made anew')
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*_shard_files(folder), *folder.glob('*.tmp'), *(folder / f for f in TOKENIZER_FILE.values() if f)]:
         path.unlink(missing_ok=True)
-    command = shlex.join(['python', _show(Path(sys.argv[0]).resolve()), *argv])
+    command = shlex.join(['python', shown(Path(sys.argv[0]).resolve()), *argv])
     record = {'settings': settings, 'command': command, 'complete': False, 'train': {}, 'val': {}}
     save_record(folder, record)
     return record
@@ -422,7 +422,7 @@ def finish(folder, record):
         print(f'{split}: {count["tokens"]:,} tokens for {count["bytes"]:,} bytes of text '
               f'in {len(paths)} file{"s" * (len(paths) != 1)}')
     save_record(folder, record)
-    print(f'wrote {_show(folder)}')
+    print(f'wrote {shown(folder)}')
 
 
 def run(main):

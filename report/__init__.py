@@ -1,1 +1,1 @@
-"""What a run tells: scores, tables, costs and pictures."""
+"""Says what a run costs and what came out of it: estimates, scores with their intervals, tables, and pictures."""

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from common import atomic_write
 
 MISTAKES = 40           # the surest ones, in mistakes.png
+COLUMNS = 8             # of mistakes.png
 INCHES = 25             # of a side of confusion.png at most: 3,000 pixels
 LABELLED = 150          # classes that still have their names beside confusion.png; more would not fit
 
@@ -76,7 +77,7 @@ def confusion_png(path, counts, classes):
         atomic_write(path, lambda tmp: fig.savefig(tmp, format='png'))
 
 
-def mistakes_png(path, pixels, captions, columns=8):
+def mistakes_png(path, pixels, captions):
     """Write a grid of pixels, uint8 (n, s, s, 3), each with its caption below. Images under 96 pixels are enlarged by a
     whole number, so that their pixels stay squares. No images: a picture that says so. Raises OSError."""
     import matplotlib  # its font: Pillow's own has no more than Latin letters
@@ -89,7 +90,7 @@ def mistakes_png(path, pixels, captions, columns=8):
         side, gap, line = scale * pixels.shape[1], 8, 14
         lines = [_wrapped(escaped(caption), font, side) for caption in captions]
         width, height = side + gap, side + gap + line * max(map(len, lines))
-        columns = min(columns, len(captions))
+        columns = min(COLUMNS, len(captions))
         page = Image.new('RGB', (columns * width + gap, -(-len(captions) // columns) * height + gap), 'white')
         draw = ImageDraw.Draw(page)
         for number, (image, words) in enumerate(zip(pixels, lines, strict=True)):

@@ -6,8 +6,10 @@ import numpy as np
 
 from readers.texts import read_columns
 
+SEED, DRAWS = 42, 10_000        # of the bootstrap behind each interval
 
-def metrics(labels, predictions, n_labels, seed=42, draws=10_000):
+
+def metrics(labels, predictions, n_labels):
     """Accuracy and F1 of predictions (n,) against labels (n,), both ids in [0, n_labels), with 95% intervals.
 
     Returns a dict: accuracy, accuracy_low, accuracy_high, f1, f1_low, f1_high, f1_kind, n. f1_kind is 'binary' for two
@@ -29,9 +31,9 @@ def metrics(labels, predictions, n_labels, seed=42, draws=10_000):
     is_binary = n_labels == 2
     cells, counts = np.unique(labels * n_labels + predictions, return_counts=True)
     rows, columns = np.eye(n_labels)[cells // n_labels], np.eye(n_labels)[cells % n_labels]         # (cells, n_labels)
-    generator, drawn, step = np.random.default_rng(seed), [], max(1, 5_000_000 // (len(cells) + n_labels))
-    for first in range(0, draws, step):
-        table = generator.multinomial(n, counts / n, min(step, draws - first)).astype(float)        # (draws, cells)
+    generator, drawn, step = np.random.default_rng(SEED), [], max(1, 5_000_000 // (len(cells) + n_labels))
+    for first in range(0, DRAWS, step):
+        table = generator.multinomial(n, counts / n, min(step, DRAWS - first)).astype(float)        # (draws, cells)
         hits, marked = table @ (rows * columns), table @ (rows + columns)       # 2 TP and 2 TP + FP + FN, of each label
         with np.errstate(invalid='ignore'):
             f1 = 2 * hits / marked                                              # 0 / 0: that label does not occur
@@ -66,7 +68,7 @@ def detectable(n, discordant):
     return high
 
 
-def compare(labels, a, b, names=('a', 'b'), seed=42, draws=10_000):
+def compare(labels, a, b, names=('a', 'b')):
     """Is b better than a? labels, a, b: (n,) labels and two models' predictions for the same rows, in the same terms.
 
     Returns a dict: n, accuracy_a, accuracy_b, difference (b - a) with its 95% interval difference_low, difference_high;
@@ -83,7 +85,7 @@ def compare(labels, a, b, names=('a', 'b'), seed=42, draws=10_000):
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     p = float(binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
     kinds = np.array([only_a, only_b, n - only_a - only_b]) / n
-    drawn = np.random.default_rng(seed).multinomial(n, kinds, draws)
+    drawn = np.random.default_rng(SEED).multinomial(n, kinds, DRAWS)
     low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / n, (2.5, 97.5)).tolist()
     difference, smallest = (only_b - only_a) / n, detectable(n, (only_a + only_b) / n)
     if p < 0.05:

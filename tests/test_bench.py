@@ -1,6 +1,7 @@
 """bench.py: BigNet's published bytes, peaks and differences by hand, the commands' exits, a bundle that is always the same."""
 import argparse
 import hashlib
+import importlib.util
 import io
 import json
 import subprocess
@@ -11,11 +12,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-import bench
 import common
 import layers
 from conftest import ROOT
-from measure import optimizers
+from measure import forms, optimizers
 
 OPTIONS = argparse.Namespace(rank=32, alpha=32.0, base='bignet', dim=1024, seed=0, device='cpu', batch=4, threads=1)
 
@@ -27,7 +27,7 @@ def run(*args, **kwargs):
 
 def formed(name, dim=1024):
     torch.manual_seed(0)
-    return bench.form(bench.BigNet(dim), name, OPTIONS)
+    return forms.form(forms.BigNet(dim), name, OPTIONS)
 
 
 @pytest.mark.parametrize('name, n_bytes, trainable, elements', [
@@ -38,17 +38,17 @@ def formed(name, dim=1024):
     ('qlora', 16_629_760, 1_189_888, 11_825_152)])              # 15.859
 def test_bignet_to_the_byte(name, n_bytes, trainable, elements):
     """Bytes, trainable numbers and elements of BigNet's forms as published or derived; under the course's bounds."""
-    c = bench.counts(formed(name))
+    c = forms.counts(formed(name))
     assert (c['actual_bytes'], c['theoretical_bytes'], c['trainable'], c['elements']) == (n_bytes, n_bytes, trainable, elements)
     assert c['parameters'] == 18_903_040 + (1_179_648 if 'lora' in name else 0) == c['trainable'] + c['frozen']
     if 'lora' in name:
         assert trainable < 1.5e6 and elements < 25e6 and n_bytes < 50e6 and (name == 'lora' or n_bytes < 20e6)
 
 
-@pytest.mark.parametrize('name', bench.FORMS)
+@pytest.mark.parametrize('name', forms.FORMS)
 def test_formula_is_what_the_tensors_take(name):
     """The bytes by formula, from shapes alone, are those of the tensors, in every form, also of an odd width."""
-    c = bench.counts(formed(name, 72))
+    c = forms.counts(formed(name, 72))
     adapters = 18 * 2 * 4 * 72 * 32 if 'lora' in name else 0
     assert c['theoretical_bytes'] == c['actual_bytes'] < 4 * (18 * 72 * 73 + 5 * 2 * 72) + adapters
 
@@ -69,8 +69,8 @@ def test_peak_by_hand():
 def test_compare_by_hand(monkeypatch, capsys):
     """max, mean and relative differences of a form's outputs are those of two models with the same weights and inputs."""
     a = argparse.Namespace(**{**vars(OPTIONS), 'name': 'int4'})
-    answer = next(bench.compare_worker(a))
-    model, inputs = bench.base_model('bignet', 0, 'cpu')
+    answer = next(forms.compare_worker(a, None))
+    model, inputs = forms.base_model(a, None)
     x = inputs(4)
     with torch.no_grad():
         right = model(x)
@@ -142,9 +142,9 @@ def test_optim_command(tmp_path):
 
 def test_peers_are_optional(monkeypatch):
     """Packages that are not installed are left out; one that does not work says why and its process lives on."""
-    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     assert optimizers.block_variants([4, 8]) == ['adamw', 'rsvd 4', 'rsvd 8', 'full SVD']
-    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: name)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
     assert optimizers.block_variants([4]) == ['adamw', 'rsvd 4', 'galore 4', 'bitsandbytes 8bit', 'full SVD']
 
     def broken(name, params):
@@ -207,7 +207,7 @@ def test_finetune_command(tmp_path):
 
 
 def test_without_transformers_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit) as e:
         optimizers.distilbert(argparse.Namespace(dim=64))
     err = capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_clipping_takes_the_range_with_the_least_error():
     w, x = weight(1, 16), torch.randn(500, 16, generator=torch.Generator().manual_seed(3))
     w[0, 3], x[:, 3] = 4.0, x[:, 3] * 1e-3
     m = moments(x)
-    scale, zero = (t[..., 0] for t in calibrate._shrunk(w[:, None], m.H[None], 'int3'))
+    scale, zero = (t[..., 0] for t in calibrate.shrunk(w[:, None], m.H[None], 'int3'))
     plain = group_grid(w[:, None], 'int3')[0][..., 0]
     assert scale < 0.6 * plain
     error = lambda s, z: output_error(w, (to_grid(w, s, z, 'int3') - z) * s, m)
@@ -245,7 +245,7 @@ def test_each_layer_sees_what_comes_out_of_the_layers_before_it_as_they_are_now(
     def visit(name, found):
         block = next((b for b in blocks if name.startswith(f'{b}.')), '')
         if not any(n.startswith(f'{block}.') for n in seen) or not block:      # the first of its block
-            with calibrate._Observed(plain, [name]) as expected, torch.no_grad():
+            with calibrate.Observed(plain, [name]) as expected, torch.no_grad():
                 for ids in batches:
                     run(plain, ids)
             assert torch.allclose(found.H, expected[name].H, rtol=1e-4, atol=1e-4), name
@@ -291,7 +291,7 @@ def test_an_encoder_and_a_decoder():
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != 'lm_head']
     batches, seen = [torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(2)], {}
     run = lambda net, ids: net(input_ids=ids, use_cache=False)
-    with calibrate._Observed(model, names) as expected, torch.no_grad():
+    with calibrate.Observed(model, names) as expected, torch.no_grad():
         for ids in batches:
             run(model, ids)
     calibrate.for_each_layer(model, batches, run, names, lambda n, m: seen.update({n: m}))

@@ -41,12 +41,12 @@ def open_text(path):
     return text
 
 
-def cut(text, fraction=VAL_FRACTION):
-    """Where the validation split begins: the line end nearest to `fraction` before the end, with text on both sides.
+def cut(text):
+    """Where the validation split begins: the line end nearest to VAL_FRACTION before the end, with text on both sides.
 
     A text without such a line end is cut between two characters; one of a single character cannot be cut: None.
     """
-    wanted = int(len(text) * (1 - fraction))
+    wanted = int(len(text) * (1 - VAL_FRACTION))
     line_ends = [text.rfind(b'\n', 0, wanted) + 1, text.find(b'\n', wanted) + 1]
     inside = [end for end in line_ends if 0 < end < len(text)]
     if inside:

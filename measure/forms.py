@@ -1,0 +1,253 @@
+"""bench.py's measurements of whole models in compressed forms: their bytes and peaks, their error, whether they still learn."""
+import os
+import re
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import configurator
+import layers
+from common import peak_above, peak_memory_bytes
+from measure.turns import Worker, device_name, measure, mib, show
+
+
+class BigNet(nn.Sequential):
+    """6 residual blocks of three Linear(dim, dim), ReLU between, LayerNorm between blocks: 18,903,040 parameters at 1,024.
+    The model of a course on deep learning (UT Austin), whose compressed forms are a common first exercise."""
+
+    class Block(nn.Sequential):
+        def __init__(self, dim):
+            super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+        def forward(self, x):
+            return x + super().forward(x)
+
+    def __init__(self, dim=1024):
+        super().__init__(*(m for i in range(6) for m in ([nn.LayerNorm(dim)] if i else []) + [self.Block(dim)]))
+
+
+FORMS = {'half': 'half', 'int8': 'int8', 'int4': 'int4', 'nf4': 'nf4', 'fit4': 'fit4', 'ternary': 'tern', 'binary': 'bin',
+         'lora': ('lora', 'half'), 'qlora': ('lora', 'int4'), 'lora-nf4': ('lora', 'nf4'), 'lora-fit4': ('lora', 'fit4'),
+         'lora-ternary': ('lora', 'tern'), 'lora-binary': ('lora', 'bin'), 'lowrank': 'lowrank'}
+# The course's bounds, max and mean, on the distance of outputs from the full-precision ones.
+BOUNDS = {'half': (1e-2, 1e-3), 'lora': (5e-3, 5e-4), 'int4': (.5, .1), 'qlora': (.5, .1)}
+
+
+def base_model(a, load):
+    """(model, inputs(n)) of a.base: BigNet with weights of a.seed, a Hugging Face folder, or what load(path) gives of a run."""
+    torch.manual_seed(a.seed)
+    if a.base == 'bignet':
+        model, inputs = BigNet(a.dim), lambda n: torch.randn(n, a.dim)
+    elif os.path.isfile(os.path.join(a.base, 'config.json')):
+        try:
+            from transformers import AutoModel
+        except ImportError:
+            configurator.fail(f'{a.base} is a Hugging Face folder; type: pip install transformers')
+        model = AutoModel.from_pretrained(a.base, local_files_only=True, dtype=torch.float32)
+        inputs = lambda n: torch.randint(model.config.vocab_size, (n, 64))
+    else:
+        model = load(a.base)
+        inputs = lambda n: torch.randint(model.config.vocab_size, (n, model.config.block_size))
+    return model.to(a.device), lambda n: inputs(n).to(a.device)
+
+
+def form(model, name, a):
+    """The model with its nn.Linear layers, but for tied ones, in the form `name`; unchanged for a base's own name."""
+    if name not in FORMS:
+        return model
+    kind, base = FORMS[name] if isinstance(FORMS[name], tuple) else (FORMS[name], None)
+    options = {'lora': dict(rank=a.rank, alpha=a.alpha, base=base), 'lowrank': dict(rank=a.rank)}.get(kind, {})
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in embeddings}
+    if not linears:
+        others = sorted({type(m).__name__ for m in model.modules() if getattr(m, 'weight', None) is not None})
+        configurator.fail(f'{a.base} has no nn.Linear to convert, only {", ".join(others)}; give another model')
+    try:
+        layers.convert(model, {n: (kind, options) for n in linears}, verbose=False, packed=True)
+    except ValueError as e:
+        configurator.fail(f'{e}; give other options')
+    for m in model.modules():                       # biases stay trainable, as in the course; under an adapter they do not
+        if isinstance(m, layers.Linear4bit | layers.Int8Linear) and base is None and m.bias is not None:
+            m.bias.requires_grad_(True)
+    return model
+
+
+def theoretical_bytes(module):
+    """Bytes of one module by the formula of its format, from its shape alone; None for a module without one."""
+    n = getattr(module, 'in_features', 0) * getattr(module, 'out_features', 0)
+    out = getattr(module, 'out_features', 0)
+    bias = 0 if getattr(module, 'bias', None) is None else 4 * out
+    if isinstance(module, layers.Linear4bit):
+        groups = -(-n // module.group)
+        scale = {'fp16': 2 * groups, 'fp32': 4 * groups, '8bit': groups + 4 * -(-groups // 256), 'log8': groups + 4}
+        return groups * module.group // 2 + scale[module.scales] + bias
+    if isinstance(module, layers.Int8Linear):
+        return n + 4 * out + bias
+    if isinstance(module, layers.HalfLinear):
+        return 2 * n + bias // 2
+    if isinstance(module, layers.TernaryLinear):
+        return -(-module.in_features // 4) * out + 4 * module.chunks + bias + 4 * module.in_features * module.norm
+    if isinstance(module, layers.BinaryLinear):
+        held = getattr(module, 'packed_bias', None)
+        return -(-module.in_features // 8) * out + (0 if held is None else -(-out // 8)) + 4 * module.alpha.numel()
+    if isinstance(module, layers.LowRankLinear):
+        return 4 * module.rank * (module.in_features + out + 1) + bias
+    if isinstance(module, layers.LoRALinear):
+        return 4 * module.rank * (module.in_features + out)             # and its base, a module of its own
+    if isinstance(module, nn.Linear):
+        return 4 * n + bias
+    return None
+
+
+def counts(model):
+    """{parameters: as numbers of the network, whatever holds them; elements: of the tensors that do; bytes, by formula
+    and summed over tensors}. A tied weight counts once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = layers.model_bytes(model)[1] // 4
+    theory, seen = 0, set()
+    for m in model.modules():
+        own = {id(t) for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]}
+        by_formula = theoretical_bytes(m) if not own & seen else 0
+        theory += sum(tensors[i].nbytes for i in own - seen) if by_formula is None else by_formula
+        seen |= own
+    return {'trainable': trainable, 'frozen': total - trainable, 'parameters': total,
+            'elements': sum(t.numel() for t in tensors.values()), 'theoretical_bytes': theory,
+            'actual_bytes': sum(t.nbytes for t in tensors.values())}
+
+
+def output(model, x):
+    y = model(x)
+    return y if torch.is_tensor(y) else y[0]
+
+
+def stats_worker(a, load):
+    model, inputs = base_model(a, load)
+    model, x, held = form(model, a.name, a).train(), inputs(a.batch), {}
+    cuda = a.device == 'cuda'
+
+    def forward():
+        held['y'] = output(model, x)
+    y = output(model, x)                            # libraries set themselves up on first use
+    y.float().square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    del y
+    up = peak_above(forward, cuda)
+    loss = held.pop('y').float().square().mean()
+    after = peak_above(loss.backward, cuda)
+    yield {**counts(model), 'forward_bytes': up, 'backward_bytes': after, 'resident_bytes': peak_memory_bytes()}
+
+
+def stats(a):
+    """Parameters, bytes and peaks of a model's compressed forms."""
+    names = split_names(a)
+    print(f'{a.base}, batch {a.batch}, {a.device} ({device_name(a)}), torch {torch.__version__}; MiB. forward: most alive '
+          'at once above\nthe model itself; backward: the same above what the forward pass left, gradients included')
+    millions = lambda n: f'{n / 1e6:.2f} M'
+    show(measure(names, 'stats', a),
+         [('name', 'form', ''), ('trainable', 'trainable', millions), ('frozen', 'frozen', millions),
+          ('parameters', 'total', millions), ('elements', 'elements', millions), ('theoretical_bytes', 'theoretical', mib),
+          ('actual_bytes', 'actual', mib), ('actual_bytes', 'bytes', ','), ('forward_bytes', 'forward', mib),
+          ('backward_bytes', 'backward', mib)], a.json)
+
+
+def compare_worker(a, load):
+    model, inputs = base_model(a, load)
+    x = inputs(a.batch)
+    with torch.no_grad():
+        model.eval()
+        right = output(model, x).float()
+        off = (output(form(model, a.name, a).eval(), x).float() - right).abs()
+    bounds = BOUNDS.get(a.name, (None, None)) if a.base == 'bignet' else (None, None)
+    yield {'max': off.max().item(), 'mean': off.mean().item(), 'relative': (off.norm() / right.norm()).item(),
+           'max_bound': bounds[0], 'mean_bound': bounds[1]}
+
+
+def compare(a):
+    """Distance of the outputs of compressed forms from those of the full-precision model, same weights, same inputs."""
+    names = split_names(a)
+    print(f'{a.base}, batch {a.batch}, {a.device} ({device_name(a)}), torch {torch.__version__}; |output - output in full '
+          'precision|, and the root mean square of it over that of the output')
+    rows = measure(names, 'compare', a)
+    show(rows, [('name', 'form', ''), ('max', 'max', '.2e'), ('max_bound', 'bound', '.0e'), ('mean', 'mean', '.2e'),
+                ('mean_bound', 'bound', '.0e'), ('relative', 'relative', '.4f')], a.json)
+    bounded = [r for r in rows if r['max_bound'] is not None]
+    if over := [r['name'] for r in bounded if not (r['max'] <= r['max_bound'] and r['mean'] <= r['mean_bound'])]:
+        sys.exit(f'error: over its bound: {", ".join(over)}')
+
+
+def fit_worker(a):
+    """Noise with random binary labels, learnt by heart: a linear head is trained with whatever the form leaves trainable."""
+    for line in sys.stdin:
+        seed = int(line)
+        torch.manual_seed(seed)
+        model = nn.Sequential(form(BigNet(a.dim).to(a.device), a.name, a), nn.Linear(a.dim, 1, device=a.device), nn.Flatten(0))
+        x = torch.randn(1000, a.dim, device=a.device)
+        labels = torch.randint(2, (1000,), device=a.device).float()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=a.lr)
+        generator, losses, times, right = torch.Generator().manual_seed(seed), [], [], []
+        for _ in range(a.steps):
+            pick = torch.randint(1000, (a.batch,), generator=generator)
+            start = time.perf_counter()
+            logits = model(x[pick])
+            loss = F.binary_cross_entropy_with_logits(logits, labels[pick])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            times.append((time.perf_counter() - start) * 1e3)
+            right.append(((logits > 0) == labels[pick].bool()).float().mean().item())
+        with torch.no_grad():
+            logits = model(x)
+            loss = F.binary_cross_entropy_with_logits(logits, labels).item()
+            accuracy = ((logits > 0) == labels.bool()).float().mean().item()
+        print(f'{a.name} seed {seed}: ' + ', '.join(f'step {i} loss {losses[i]:.4f} accuracy {right[i]:.0%}'
+              for i in range(0, a.steps, max(1, a.steps // 4))) + f'; on all, loss {loss:.4f} accuracy {accuracy:.1%}',
+              file=sys.stderr, flush=True)
+        yield {'seed': seed, 'loss': loss, 'accuracy': accuracy, 'first_loss': losses[0], 'ms': statistics.median(times),
+               'trainable': sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def fit(a):
+    """A small training loop on BigNet's forms; exit status 1 if one does not learn."""
+    if not re.fullmatch(r'\d+(,\d+)*', a.seeds):
+        configurator.fail(f'--seeds={a.seeds} are no numbers; type e.g. --seeds=1,2,3')
+    rows = []
+    for name in split_names(a):
+        if a.base != 'bignet':
+            configurator.fail('fit is for BigNet; type one of its forms')
+        worker = Worker(dict(vars(a), run=None, bench='fit', name=name))
+        answers = [worker.ask(seed) for seed in a.seeds.split(',')]
+        worker.close()
+        losses = [r['loss'] for r in answers]
+        # The head alone, everything else frozen, reaches 0.89 to 0.92 in 200 steps: adapters that learn do better.
+        trains = name in ('bignet', 'lowrank') or 'lora' in name
+        rows.append({'bench': 'fit', 'name': name, 'loss': statistics.mean(losses),
+                     'sd': statistics.stdev(losses) if len(losses) > 1 else None, 'losses': losses, 'threads': a.threads,
+                     'accuracy': min(r['accuracy'] for r in answers), 'wanted': .97 if trains else .8,
+                     'ms': statistics.median(r['ms'] for r in answers),
+                     'trainable': answers[0]['trainable'], 'steps': a.steps, 'batch': a.batch, 'lr': a.lr, 'seeds': a.seeds,
+                     'device': device_name(a), 'torch': torch.__version__})
+    print(f'{a.steps} steps of {a.batch} of 1,000 noise samples, AdamW {a.lr:g}, seeds {a.seeds}; loss in nats, lowest '
+          f'accuracy; {a.device} ({device_name(a)}), {a.threads} threads, torch {torch.__version__}')
+    show(rows, [('name', 'form', ''), ('trainable', 'trainable', ','), ('loss', 'loss', '.4f'), ('sd', 'sd', '.4f'),
+                ('accuracy', 'accuracy', '.1%'), ('ms', 'ms/step', '.1f')], a.json)
+    if bad := [r['name'] for r in rows if not r['accuracy'] > r['wanted']]:
+        sys.exit(f'error: did not learn: {", ".join(bad)} (wanted: {bad[0]} above '
+                 f'{next(r["wanted"] for r in rows if r["name"] == bad[0]):.0%})')
+
+
+def split_names(a):
+    """The forms asked for; a path or bignet among them becomes the base. One line for a name that is neither."""
+    bases = dict.fromkeys(n for n in a.names if n not in FORMS)
+    a.base = next(iter(bases), 'bignet')
+    if len(bases) > 1:
+        configurator.fail(f'one model at a time; type only one of {", ".join(bases)}')
+    for name in a.names:
+        if name not in (*FORMS, 'bignet') and (name != a.base or not os.path.exists(name)):
+            configurator.fail(f'{name!r} is no form and no file; type one of bignet, {", ".join(FORMS)} or a checkpoint')
+    return a.names

@@ -1,0 +1,110 @@
+"""bench.py's measurements of single linear layers: bits, error and time of every kind beside nn.Linear."""
+import importlib.util
+import json
+import re
+import sys
+
+import torch
+import torch.nn as nn
+
+import configurator
+import layers
+from measure.turns import device_name, in_turns, median_ms, middle, ratio, show
+
+LAYERS = {'linear': None, 'linear trained': None, 'half': 'half', 'int8': 'int8',
+          'int8 act': ('int8', dict(activations='int8')), 'int4': 'int4',
+          'nf4': 'nf4', 'nf4 8bit': ('nf4', dict(scales='8bit')), 'fit4': 'fit4', 'fit4 64': ('fit4', dict(group=64)),
+          'ternary': 'tern', 'binary': 'bin', 'lora half': ('lora', dict(rank=32, base='half')),
+          'lora int4': ('lora', dict(rank=32, base='int4')), 'lora nf4': ('lora', dict(rank=32, base='nf4')),
+          'lora fit4': ('lora', dict(rank=32, base='fit4')), 'lowrank': ('lowrank', dict(rank=64)), 'bitsandbytes nf4': None,
+          'bitsandbytes nf4 8bit': None, 'bitsandbytes nf4 eval': None}
+
+
+def make_layer(name, columns, rows, device, dtype):
+    """(layer, bits per weight, relative RMS error) of a layer with N(0,1) weights, no bias, frozen but for adapters and
+    low rank, computing in dtype. 'bitsandbytes nf4 eval' is what its layer becomes in evaluation on a CPU with bf16
+    instructions: another arrangement of the weights, arithmetic in bf16 whatever the input, no backward pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(columns, rows, bias=False, device=device))
+    w = nn.init.normal_(model[0].weight).detach().clone()
+    if name in ('linear', 'linear trained'):
+        return model[0].requires_grad_(name == 'linear trained').to(dtype), 32, 0.0
+    if name.startswith('bitsandbytes'):
+        import bitsandbytes
+        layer = bitsandbytes.nn.Linear4bit(columns, rows, bias=False, compute_dtype=dtype, quant_type='nf4',
+                                           compress_statistics=name.endswith('8bit'))
+        layer.load_state_dict({'weight': w.cpu()})
+        layer = layer.to(device)
+        state = layer.weight.quant_state
+        q = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).float()
+        held = [layer.weight, state.absmax] + ([state.state2.absmax] if state.nested else [])
+        layer.train(not name.endswith('eval'))
+        return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
+    layers.convert(model, {'0': LAYERS[name]}, verbose=False, packed=True)
+    layer = model[0]
+    base = getattr(layer, 'base', layer)
+    q = (base.effective_weight() if isinstance(base, layers.LowBit) else base.weight.float() if name != 'lowrank'
+         else (base.A * base.c @ base.B).detach())
+    if name == 'binary':                            # its output is normalised: the scale that fits best is the layer's
+        q = q * (q * w).sum() / q.square().sum()
+    held = [t for t in [*base.parameters(), *base.buffers()]]
+    if name == 'ternary':
+        held.remove(base.gain)                      # of the RMSNorm that it has inside
+    return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
+
+
+def layers_worker(a):
+    rows = {}
+    for line in sys.stdin:
+        ask = json.loads(line)
+        tokens, columns, outs = ask['shape']
+        if (columns, outs) not in rows:
+            rows[columns, outs] = make_layer(a.name, columns, outs, a.device, getattr(torch, a.dtype))
+        layer, bits, error = rows[columns, outs]
+        x = torch.randn(tokens, columns, device=a.device, dtype=getattr(torch, a.dtype))
+        g = torch.randn(tokens, outs, device=a.device, dtype=x.dtype)
+
+        def forward(layer=layer, x=x):
+            with torch.inference_mode():
+                layer(x)
+
+        def both(layer=layer, x=x, g=g):
+            x.grad = None
+            layer.zero_grad(set_to_none=True)
+            layer(x.requires_grad_()).backward(g)
+        cuda = a.device == 'cuda'
+        yield {'bits': bits, 'error': error, 'forward_ms': median_ms(forward, ask['seconds'], cuda),
+               'both_ms': None if a.name.endswith('eval') else median_ms(both, ask['seconds'], cuda)}
+
+
+def every_layer(a):
+    """Every kind of layer: bits per weight, error on normal weights, time beside a frozen nn.Linear."""
+    names = a.kinds.split(',') if a.kinds else [n for n in LAYERS if 'bits' not in n
+                                                or importlib.util.find_spec('bitsandbytes')]
+    if unknown := [n for n in names if n not in LAYERS]:
+        configurator.fail(f'{unknown[0]!r} is no kind of layer; type --kinds= and some of {",".join(LAYERS)}')
+    if not re.fullmatch(r'[1-9]\d*x[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*x[1-9]\d*)*', a.shapes):
+        configurator.fail(f'--shapes={a.shapes} is not tokens x in x out; type e.g. --shapes=1x1024x1024,32x1024x4096')
+    shapes = [tuple(map(int, s.split('x'))) for s in a.shapes.split(',')]
+    names = [n for n in names if n != 'linear']
+    names.insert(0, 'linear')
+    rows = []
+    for shape in shapes:
+        ask = json.dumps({'shape': shape, 'seconds': a.seconds})
+        workers, answers = in_turns([dict(vars(a), run=None, bench='layers', name=n) for n in names], a.rounds, ask, ask)
+        for worker in workers:
+            worker.close()
+        base = answers[0]
+        for name, found in zip(names, answers, strict=True):
+            ms = {k: middle(found, k) for k in ('forward_ms', 'both_ms')}
+            by = {k.replace('ms', 'ratio'): ratio(found, base, k) for k in ms}
+            rows.append({'bench': 'layers', 'name': name, 'bits': found[0]['bits'], 'error': found[0]['error'], **ms, **by,
+                         'tokens': shape[0], 'in': shape[1], 'out': shape[2], 'dtype': a.dtype, 'threads': a.threads,
+                         'device': device_name(a), 'torch': torch.__version__})
+        one = rows[-len(names)]
+        print(f'{one["tokens"]} tokens x {one["in"]} -> {one["out"]}, {a.dtype}, {a.device} ({one["device"]}), {a.threads} '
+              f'threads, torch {torch.__version__}, {a.rounds} rounds')
+        show(rows[-len(names):], [('name', 'layer', ''), ('bits', 'bits/weight', '.3f'), ('error', 'relative RMS', '.4f'),
+                                  ('forward_ms', 'forward ms', '.3f'), ('forward_ratio', '×', '.2f'),
+                                  ('both_ms', 'with backward ms', '.3f'), ('both_ratio', '×', '.2f')], a.json)
+        print()

@@ -1,0 +1,137 @@
+"""bench.py's measurements of language models: time and memory of a whole training step, of each kind of layer."""
+import runpy
+import statistics
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import configurator
+import layers
+from common import peak_memory_bytes
+from measure.turns import device_name, in_turns, mib, peak_bytes, resident_bytes, show, times_ms
+from report import costs
+
+# Dense bf16 peak of a card without sparsity, from its data sheet, for the share of it that a model's arithmetic uses.
+PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12}
+
+
+class PlainGPT(nn.Module):
+    """The fp model of train_gpt.py in plain PyTorch, for knowing what its low-bit frame costs when nothing is low-bit."""
+
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
+        super().__init__()
+        self.n_head, d = n_head, n_embd
+        self.wte, self.wpe = nn.Embedding(vocab_size, d), nn.Embedding(block_size, d)
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            'ln_1': nn.LayerNorm(d, bias=False), 'qkv': nn.Linear(d, 3 * d, bias=False), 'out': nn.Linear(d, d, bias=False),
+            'ln_2': nn.LayerNorm(d, bias=False), 'up': nn.Linear(d, 4 * d, bias=False), 'down': nn.Linear(4 * d, d, bias=False),
+        }) for _ in range(n_layer))
+        self.ln_f = nn.LayerNorm(d, bias=False)
+
+    def forward(self, ids, targets):
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        for b in self.blocks:
+            q, k, v = b['qkv'](b['ln_1'](x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + b['out'](y.transpose(1, 2).flatten(2))
+            x = x + b['down'](F.gelu(b['up'](b['ln_2'](x))))
+        return F.cross_entropy(F.linear(self.ln_f(x), self.wte.weight).flatten(0, 1), targets.flatten())
+
+
+# model of train_<name>.py: its kinds, and what in its config makes every matrix of that kind
+KINDS = {'gpt': ('plain', *layers.KINDS), 'bitnet': ('fp', 'tern')}
+ALL_OF = {'gpt': lambda kind, n_layer: dict(qkv_proj=kind, c_proj=kind, mlp_proj=kind,
+                                            binary_blocks=() if kind == 'fp' else tuple(range(n_layer))),
+          'bitnet': lambda kind, n_layer: dict(quant=kind)}
+
+
+def make_model(kind, a, models):
+    """The model of the trainer in the sizes of `a`, all its matrices of `kind`. models: {trainer: (model, its config)}."""
+    if kind == 'plain':
+        return PlainGPT(a.vocab_size, a.block_size, a.n_layer, a.n_head, a.n_embd)
+    make, shape = models[f'train_{a.model}']
+    sizes = {f.name: getattr(a, f.name) for f in fields(shape) if hasattr(a, f.name)}
+    return make(shape(**sizes, **ALL_OF[a.model](kind, a.n_layer)))
+
+
+def train_worker(a, models):
+    """For each line (a number of steps, or memory) one answer."""
+    cuda = a.device == 'cuda'
+    torch.manual_seed(0)
+    ids = torch.randint(a.vocab_size, (a.batch_size, a.block_size + 1), device=a.device)
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))                # the matmul library's own set-up is not the model's
+    before = resident_bytes()
+    model = make_model(a.name, a, models).to(a.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    step_model = torch.compile(model) if a.compile else model
+
+    def step():
+        with torch.autocast(a.device, torch.bfloat16, enabled=a.dtype == 'bfloat16'):
+            loss = step_model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for line in sys.stdin:
+        if line == 'memory\n':
+            yield {'peak_bytes': peak_bytes(model, optimizer, step, cuda),
+                   'resident_bytes': peak_memory_bytes() - before,
+                   'parameters': sum(p.numel() for p in model.parameters()),
+                   'flops_per_token': costs.flops_per_token(model, a.n_layer, a.n_embd, a.block_size)}
+            continue
+        times = times_ms(step, int(line), cuda)
+        if cuda:
+            torch.cuda.empty_cache()                            # the other variants' processes share the card
+        yield {'ms': times}
+
+
+def train(a):
+    """Median ms of a whole training step (forward, backward, clip, AdamW) and peak memory, per kind and dtype."""
+    if a.gpt2 and (a.fineweb95m or a.model == 'bitnet'):
+        configurator.fail('--gpt2 is the shape of another model; type one of --gpt2, --fineweb95m and --model=bitnet')
+    if a.gpt2:
+        a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size = 12, 12, 768, 1024, 50304
+    if a.fineweb95m:
+        shape = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'config' / 'fineweb95m.py'))
+        a.model = 'bitnet'
+        for key in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'vocab_size', 'batch_size', 'block_size'):
+            setattr(a, key, shape[key])
+    a.kinds = a.kinds or {'gpt': 'plain,fp,bin,tern,int4', 'bitnet': 'fp,tern'}[a.model]
+    variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
+    known = (*KINDS[a.model], 'float32', 'bfloat16')
+    if wrong := [v for v in (*a.kinds.split(','), *a.dtypes.split(',')) if v not in known]:
+        configurator.fail(f'{wrong[0]!r} is no kind or dtype; type some of {",".join(known[:-2])}, float32,bfloat16')
+    workers, answers = in_turns([dict(vars(a), run=None, bench='train', name=kind, dtype=dtype) for kind, dtype in variants],
+                                a.rounds, 3, a.steps)            # 3 steps to warm up (and compile)
+    memory = {}
+    for v, worker in zip(variants, workers, strict=True):
+        memory[v] = worker.ask('memory')
+        worker.close()
+    times = {v: [statistics.median(r['ms']) for r in found] for v, found in zip(variants, answers, strict=True)}
+    tokens, name = a.batch_size * a.block_size, device_name(a)
+    peak = next((f for card, f in PEAK_FLOPS.items() if card in name), None) if a.device == 'cuda' else None
+    flops = tokens * memory[variants[0]]['flops_per_token'] if peak else None
+    print(f'training step, {a.model}, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, '
+          f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
+          f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: of the process, above its start')
+    rows = []
+    for kind, dtype in variants:
+        mine, base = times[kind, dtype], times.get(('fp', dtype), times[kind, dtype])
+        ms = statistics.median(mine)
+        ratio = statistics.median(m / b for m, b in zip(mine, base, strict=True))
+        mine_bytes, base_bytes = memory[kind, dtype], memory.get(('fp', dtype), memory[kind, dtype])
+        memory_ratio, resident_ratio = (mine_bytes[k] / base_bytes[k] for k in ('peak_bytes', 'resident_bytes'))
+        rows.append({'bench': 'train', 'model': a.model, 'kind': kind, 'dtype': dtype, 'ms': ms, 'ms_min': min(mine),
+                     'ms_max': max(mine), 'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes,
+                     'peak_ratio': memory_ratio, 'resident_ratio': resident_ratio,
+                     'mfu': flops / ms * 1e3 / peak if flops else None,
+                     'batch_size': a.batch_size, 'block_size': a.block_size, 'n_layer': a.n_layer, 'n_embd': a.n_embd,
+                     'threads': a.threads, 'compile': a.compile, 'device': name, 'torch': torch.__version__})
+    show(rows, [('kind', 'kind', ''), ('dtype', 'dtype', ''), ('ms', 'ms/step', '.1f'), ('ratio', 'x fp', '.2f'),
+                ('tokens_per_s', 'tokens/s', ',.0f'), ('peak_bytes', 'peak MiB', mib), ('peak_ratio', 'x fp', '.2f'),
+                ('resident_bytes', 'resident', mib), ('resident_ratio', 'x fp', '.2f')]
+         + [('mfu', 'MFU', '.1%')] * bool(flops), a.json)

@@ -1,0 +1,132 @@
+"""The layout: which files there are, and which may import which. A new file needs one line in ROOT_FILES or ROOMS."""
+import ast
+import subprocess
+import sys
+from pathlib import PurePosixPath
+
+import pytest
+
+from conftest import ROOT
+
+TRAINERS = ('train_gpt', 'train_bitnet', 'train_cnn', 'finetune_cls')
+TOOLS = ('ptq', 'sample', 'bench', 'plot')
+ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'pyproject.toml', 'LICENSE', 'kernels.c',
+              *(f'{name}.py' for name in ('configurator', 'common', 'layers', 'quant', 'optim', *TRAINERS, *TOOLS))}
+ROOMS = {'readers': 'tokens documents texts images crops tasks',
+         'pretrained': 'hf adapters formats calibrate replace subjects',
+         'report': 'scores tables costs figure plot_cls plot_ptq pictures',
+         'measure': 'turns forms matrices steps optimizers convolutions'}
+FOLDERS = {*ROOMS, 'config', 'data', 'tests', 'results'}
+
+# From the ground up. A module imports lower floors only; inside a room, data/, results/ and the tools also its neighbours.
+FLOORS = (('quant', 'configurator', 'optim'), ('layers',), ('common',), ('readers',), ('pretrained', 'report', 'data'),
+          TRAINERS, ('measure',), ('tools', 'results'), ('tests',))
+NEIGHBOURS = {*ROOMS, 'data', 'tools', 'results', 'tests'}
+# What goes beyond the floors: all that a module may import, and all that may import a room or a trainer.
+IMPORTS_ONLY = {'layers': {'quant'}}
+IMPORTED_ONLY_BY = {'measure': {'measure', 'bench', 'ptq', 'results', 'tests'},
+                    **{trainer: {'sample', 'measure', 'results', 'tests'} for trainer in TRAINERS}}
+
+
+def tracked():
+    """Paths of the repository's files, from git; in an unpacked zip those of the folders."""
+    git = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
+    paths = git.stdout.split('\n') if git.returncode == 0 else [
+        p.relative_to(ROOT).as_posix() for where in (ROOT, *map(ROOT.joinpath, FOLDERS))
+        for p in (where.glob('*') if where == ROOT else where.rglob('*.py')) if p.is_file()]
+    return [PurePosixPath(p) for p in paths if p and (ROOT / p).is_file()]
+
+
+MODULES = {'.'.join(p.with_suffix('').parts).removesuffix('.__init__'): p for p in tracked() if p.suffix == '.py'}
+
+
+def group(module):
+    """readers.tokens -> readers, bench -> tools, layers -> layers."""
+    top = module.split('.')[0]
+    return 'tools' if top in TOOLS else top
+
+
+def imports(module):
+    """Yields (line, module) for each import of a module of the repository, wherever it is in the file."""
+    path = MODULES[module]
+    beside = '.'.join(path.parts[:-1])              # a script also finds the files of its own folder
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            names = [(alias.name,) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            where = '.'.join([*path.parts[:-node.level], *filter(None, [node.module])]) if node.level else node.module
+            names = [(f'{where}.{alias.name}', where) for alias in node.names]
+        else:
+            continue
+        for choices in names:
+            known = [m for name in choices for m in (name, f'{beside}.{name}') if m in MODULES]
+            if known:
+                yield node.lineno, known[0]
+
+
+ARROWS = {module: list(imports(module)) for module in MODULES if group(module) != 'config'}
+
+
+def floor(module):
+    return next((i for i, floor in enumerate(FLOORS) if group(module) in floor), None)
+
+
+def test_the_root_and_each_room_hold_the_files_of_the_layout():
+    """A new file has one line here, and a folder one room; an __init__.py is a sentence about its room and nothing else."""
+    paths = [p for p in tracked() if not p.parts[0].startswith('.')]
+    found = {p.name for p in paths if len(p.parts) == 1}
+    assert found == ROOT_FILES, f'files of the root that ROOT_FILES lacks, or the other way round: {sorted(found ^ ROOT_FILES)}'
+    assert {p.parts[0] for p in paths if len(p.parts) > 1} == FOLDERS
+    for room, names in ROOMS.items():
+        found, wanted = {'/'.join(p.parts[1:]) for p in paths if p.parts[0] == room}, {'__init__.py'}
+        wanted |= {f'{name}.py' for name in names.split()}
+        assert found == wanted, f'files of {room}/ that ROOMS lacks, or the other way round: {sorted(found ^ wanted)}'
+        said = ast.parse((ROOT / room / '__init__.py').read_text(encoding='utf-8'))
+        assert len(said.body) == 1 and ast.get_docstring(said).count('.') == 1, f'{room}/__init__.py is not one sentence'
+
+
+@pytest.mark.parametrize('module', ARROWS)
+def test_imports_go_down(module):
+    """tools -> measure -> trainers -> pretrained, report -> readers -> common -> layers -> quant."""
+    path, own = MODULES[module], floor(module)
+    assert own is not None, f'{path} is on no floor; name its group in FLOORS'
+    for line, other in ARROWS[module]:
+        arrow = f'{path}:{line} imports {other}'
+        if group(other) == group(module):
+            assert group(module) in NEIGHBOURS, f'{arrow}, itself'
+        else:
+            assert floor(other) is not None and floor(other) < own, (
+                f'{arrow}, which is not on a lower floor ({group(module)} -> {group(other)}); '
+                'move what it needs down, or let the caller hand it in')
+        assert group(other) in IMPORTS_ONLY.get(module, {group(other)}), (
+            f'{arrow}, but {module} may import only {", ".join(IMPORTS_ONLY[module])}')
+        users = IMPORTED_ONLY_BY.get(group(other))
+        assert not users or {module, group(module)} & users, (
+            f'{arrow}, which only {", ".join(sorted(users))} may import; '
+            + ('take the model from sample.MODELS' if other in TRAINERS else 'move what it needs to a lower floor'))
+
+
+def test_no_import_leads_back():
+    """No module imports itself through others, by imports inside of functions neither."""
+    done = set()
+
+    def visit(module, path):
+        assert module not in path, f'{" -> ".join([*path[path.index(module):], module])} is a circle; move what both need down'
+        if module not in done:
+            for _, other in ARROWS.get(module, ()):
+                visit(other, [*path, module])
+            done.add(module)
+    for module in ARROWS:
+        visit(module, [])
+
+
+@pytest.mark.parametrize('files, work', [
+    (('optim.py',), 'import optim; optim.RSVDAdam(torch.nn.Linear(8, 8).parameters(), rank=2)'),
+    (('layers.py', 'quant.py', 'kernels.c'),
+     "import layers; layers.linear('tern', 8, 4)(torch.ones(2, 8)).sum().backward(); layers.linear('int4', 16, 4)")])
+def test_files_that_can_be_copied_out(tmp_path, files, work):
+    """The optimizers and the layers work in a folder of their own."""
+    for name in files:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    done = subprocess.run([sys.executable, '-E', '-c', f'import torch; {work}'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
