@@ -514,7 +514,7 @@ def train(a):
 
 
 BUNDLED = ('*.py', '*.c', '*.md', '*.txt', '*.toml', 'LICENSE', 'Makefile', 'config/*.py', 'data/*/prepare.py', 'tests/*.py',
-           'results/*.py', 'results/*/*.py')
+           'results/*.py')
 
 
 def bundle(a):
