@@ -297,7 +297,7 @@ def apart(key, spec, scale=1):
 
 def ms_cell(g):
     text = f'{statistics.median(r["ms"] for r in g["runs"]):.0f}'
-    if g['ratio'] and g['pairs']:                   # the load of the machine changes between pairs
+    if g['paired_ms'] and g['pairs']:                 # the load of the machine changes between pairs
         text += f' ({statistics.median(a["ms"] / b["ms"] for a, b in g["pairs"]):.2f} ×)'
     return text
 
@@ -326,38 +326,21 @@ GAMES = {'legal moves in games': lambda g: spread([50 * (r['random_legal'] + r['
          'against perfect: won, drawn, lost': percent('perfect_wins', 'perfect_draws', 'perfect_losses'), **ENDS}
 
 
-def losses_caption(name, one):
-    token = 'of a trained BPE' if name in SUBWORDS else 'here a byte'
-    return (f'{one["step"]:,} steps, {one["tokens"]:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the '
-            'last step; the gap is paired by seed; ms/step on one core, another run on the other'
-            + (', × of the twin beside it.' if paired_ms(name) else '.'))
-
-
-def photographs_caption(name, one):
-    return (f'{one["step"]:,} steps, {one["samples"]:,} images seen; at the last step, in percent, mean ± sd over seeds; the '
-            'gap in points, paired by seed; share of the parameters that are binary.')
-
-
-def accuracies_caption(name, one):
-    return (f'{one["parameters"]:,} parameters, {one["steps"]:,} steps, {one["n"]} sentences to evaluate; mean ± sd over '
-            'seeds; accuracy in percent, the gap in points and paired by seed. Of a step, measured apart (`--steps`), one '
-            'thread: bytes of optimizer state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, '
-            '× those of AdamW.')
-
-
-def task_caption(name, one):
-    return (f'{one["step"]:,} steps, {one["tokens"]:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with '
-            f'its evaluations on {one["threads"]} thread{"s" * (one["threads"] > 1)}, some beside other work.'
-            + (' Games: 200 against each, an illegal move loses.' if name == 'tictactoe' else ''))
-
-
-# what the first column is called, the caption behind the config, the other columns
-TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant', losses_caption, LOSSES)) | {
-    'sst2': ('method', accuracies_caption, ACCURACIES), 'food10': ('layers', photographs_caption, PHOTOGRAPHS),
-    'arithmetic': ('model', task_caption, SUMS), 'tictactoe': ('model', task_caption, GAMES)}
 SUBWORDS = ('blocks', 'tinystories')                # the others' tokens are bytes
-PICTURES = ('quality', 'blocks', 'depth', 'tinystories')
-paired_ms = lambda name: EXPERIMENTS[name].script == 'train_bitnet.py'
+LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the last step; the gap '
+        'is paired by seed; ms/step on one core, another run on the other{pairs}.')
+TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
+        '{threads} thread{s}, some beside other work.')
+# what the first column is called, the caption, the other columns
+TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
+    'sst2': ('method', '{parameters:,} parameters, {steps:,} steps, {n} sentences to evaluate; mean ± sd over seeds; accuracy '
+             'in percent, the gap in points and paired by seed. Of a step, measured apart (`--steps`), one thread: bytes of '
+             'optimizer state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × those of '
+             'AdamW.', ACCURACIES),
+    'food10': ('layers', '{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap '
+               'in points, paired by seed; share of the parameters that are binary.', PHOTOGRAPHS),
+    'arithmetic': ('model', TASK, SUMS),
+    'tictactoe': ('model', TASK + ' Games: 200 against each, an illegal move loses.', GAMES)}
 
 
 def run_table(name):
@@ -367,11 +350,14 @@ def run_table(name):
     found, (column, caption, columns) = runs_of(name), TABLES[name]
     base = found.get(baseline) or sys.exit(f'error: no finished run of {baseline}; run: python results/runs.py {name}')
     steps = {r['variant']: r for r in keep.read(name) if 'seed' not in r}
-    groups = [{'label': f'{variants[v][0]} (n={len(runs)})', 'runs': list(runs.values()), 'ratio': paired_ms(name),
+    paired = EXPERIMENTS[name].script == 'train_bitnet.py'
+    groups = [{'label': f'{variants[v][0]} (n={len(runs)})', 'runs': list(runs.values()), 'paired_ms': paired,
                'pairs': [(runs[s], base[s]) for s in runs if s in base],
                'step': steps.get(v, {}), 'base_step': steps.get(baseline)} for v, runs in found.items()]
-    one = next(iter(base.values())) if caption is not task_caption else groups[0]['runs'][0]
-    return [f'`{config}`: {caption(name, one)}', '', *table({column: '{label}'} | columns, groups)]
+    one = next(iter(base.values()))
+    caption = caption.format(**one, s='s' * ((one['threads'] or 1) > 1), pairs=', × of the twin beside it' * paired,
+                             token='of a trained BPE' if name in SUBWORDS else 'here a byte')
+    return [f'`{config}`: {caption}', '', *table({column: '{label}'} | columns, groups)]
 
 
 def by_step(rows, value, first_column, column):
@@ -510,7 +496,7 @@ def write_tables(name):
         if text := next(iter(runs.values())).get('text'):
             lines += ['', f'{variants[v][0]}, first seed, `{shlex.join(STORY)}`:', '']
             lines += [f'> {line}'.rstrip() for line in text.strip().split('\n')]
-    if name in PICTURES:
+    if TABLES[name][1] is LOSS:
         picture(name)
     keep.publish(name, lines)
 
