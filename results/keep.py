@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+MIB = 2 ** 20
 sys.path.append(str(ROOT))
 from report.figure import load_config  # noqa: E402
 
@@ -91,6 +92,11 @@ def replace(name, rows, same):
         write(f'{name}.jsonl', ''.join(json.dumps(r) + '\n' for r in kept[:at] + rows + kept[at:]))
 
 
+def put(name, run):
+    """Put the line `run` into results/<name>.jsonl in the place of that variant's and seed's."""
+    replace(name, [run], lambda r: (r['variant'], r.get('seed')) == (run['variant'], run.get('seed')))
+
+
 def condensed(records):
     """Records of a log.jsonl -> what is kept of them: the median time of a step, peak memory, evaluations, the last record of
     a run that has come to its end. Of steps between evaluations nothing else is kept."""
@@ -101,8 +107,7 @@ def condensed(records):
 
 
 def keep_run(name, out, **about):
-    """Keep the run of folder `out` in results/<name>.jsonl, in the place of that variant's and seed's; about: its variant and
-    seed, and what else is known of it."""
+    """Keep the run of folder `out`; about: its variant and seed, and what else is known of it."""
     import torch
 
     import common
@@ -113,7 +118,7 @@ def keep_run(name, out, **about):
     if (out / 'results.yaml').exists():                     # of finetune_cls.py, written at its end
         import yaml
         run['results'] = yaml.safe_load((out / 'results.yaml').read_text(encoding='utf-8'))
-    replace(name, [run], lambda r: (r['variant'], r.get('seed')) == (about['variant'], about['seed']))
+    put(name, run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ def headline(name):
     lines = (ROOT / 'results' / f'{name}.md').read_text(encoding='utf-8').splitlines()
     header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line.startswith('|')]
     cells = {}
-    for row in rows:                                        # of several with one label the first
+    for row in rows:                                        # the first of several with one label
         cells.setdefault(re.sub(r' \(n=\d+\)$|`', '', row[0]), row)
     return f'{column}: ' + '; '.join(f'{label} {cells[label][header.index(column)]}' for label in labels if label in cells)
 

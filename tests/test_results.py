@@ -57,8 +57,7 @@ def test_a_run_takes_the_place_of_its_like(tmp_path, monkeypatch):
     (tmp_path / 'results').mkdir()
     monkeypatch.setattr(keep, 'ROOT', tmp_path)
     for variant, seed, loss in (('fp', 1, 1.5), ('bin', 1, 2.5), ('fp', 2, 3.5), ('fp', 1, 4.5)):
-        run = {'variant': variant, 'seed': seed, 'loss': loss}
-        keep.replace('x', [run], lambda r, run=run: (r['variant'], r['seed']) == (run['variant'], run['seed']))
+        keep.put('x', {'variant': variant, 'seed': seed, 'loss': loss})
     assert [(r['variant'], r['seed'], r['loss']) for r in keep.read('x')] == [('fp', 1, 4.5), ('bin', 1, 2.5), ('fp', 2, 3.5)]
     assert [p.name for p in tmp_path.glob('results/*')] == ['x.jsonl']
 
