@@ -402,7 +402,7 @@ def picture(name):
     axes.set(xlabel='training tokens', ylabel=f'validation loss, nats per {"token" if name in SUBWORDS else "byte"}',
              title='one line per seed')
     axes.legend(frameon=False, title='first seed, last value', bbox_to_anchor=(1, 1), loc='upper left')
-    figure.savefig(ROOT / 'results' / f'{name}.png', dpi=130)
+    figure.savefig(ROOT / 'results' / f'{name}.png', dpi=100)
     keep.shrink(name)
 
 
