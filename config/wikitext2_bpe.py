@@ -1,7 +1,7 @@
 # A 5.9M-parameter full-precision GPT on WikiText-2, a trained vocabulary of 4,096, for ptq.py to quantize and take apart.
-# expected val loss: in results/ptq_schemes.md; its log is results/ptq/wikitext2_bpe.jsonl
+# expected val loss: in results/ptq_schemes.md; its run is in results/wikitext2_bpe.jsonl
 # hardware: 2 cores
-# time: in its log, ms x 2,400
+# time: ms x 2,400 there
 # python train_gpt.py config/wikitext2_bpe.py
 out_dir = 'out/wikitext2_bpe'
 # data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=4096 --name=wikitext2_bpe

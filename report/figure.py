@@ -116,7 +116,3 @@ def save(fig, out, what):
     except (OSError, ValueError) as e:
         fail(f'cannot write {out} ({e}); type --out=some/existing/folder/picture.png')
     print(f'{out}: {what}')
-
-
-# -----------------------------------------------------------------------------
-# loss

@@ -5,92 +5,100 @@ The tables of ptq.py: one model, quantized, pruned and taken apart, by the comma
     python train_gpt.py config/wikitext2_bpe.py
     python results/ptq.py                          # all of them, prune takes longest
     python results/ptq.py sensitivity              # one of ptq, prune, sensitivity, choose, big
-    python results/ptq.py --table                  # from the rows alone
+    python results/ptq.py --table                  # from the kept rows alone
     python results/runs.py blocks                  # train with the blocks that `choose` chose, and with others
 
-Rows go to results/ptq/, tables to results/ptq_*.md and into README.md. No number in them is typed by hand.
+Rows go to results/ptq_*.jsonl, tables and pictures beside them and into README.md. No number in them is typed by hand.
 """
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 
-from runs import ROOT, publish
+import keep
+from keep import ROOT, number, table
 
-FOLDER = ROOT / 'results' / 'ptq'
-CKPT = ['--ckpt=out/wikitext2_bpe', '--out=results/ptq']
-PARTS = {'ptq': ['ptq.py', *CKPT],
-         'prune': ['ptq.py', 'prune', *CKPT],
-         'sensitivity': ['ptq.py', 'sensitivity', *CKPT, '--scheme=bin'],
-         'choose': ['ptq.py', 'choose', *CKPT, '--bits=16.6'],
-         'big': ['results/ptq.py', 'gpt2-shape']}
-
-
-def rows(name):
-    path = FOLDER / f'{name}.jsonl'
-    return [json.loads(line) for line in open(path)] if path.exists() else []
+CKPT = ['--ckpt=out/wikitext2_bpe', '--out=out/ptq']
+# part: what is run, where its rows are kept
+PARTS = {'ptq': (['ptq.py', *CKPT], 'ptq_schemes'),
+         'prune': (['ptq.py', 'prune', *CKPT], 'ptq_prune'),
+         'sensitivity': (['ptq.py', 'sensitivity', *CKPT, '--scheme=bin'], 'ptq_sensitivity'),
+         'choose': (['ptq.py', 'choose', *CKPT, '--bits=16.6'], 'ptq_sensitivity'),
+         'big': (['results/ptq.py', 'gpt2-shape'], 'ptq_big')}
 
 
-def lines(columns, found):
-    return ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|'] + [
-        '| ' + ' | '.join(c(r) if callable(c) else c.format(**r) for c in columns.values()) + ' |' for r in found]
+def of_choose(row):
+    return 'taken' in row
 
 
-def of(key, spec, none='-'):
-    return lambda r: none if r.get(key) is None else format(r[key], spec)
-
-
-def table_ptq():
-    found = rows('ptq')
+def schemes(found):
     r = found[-1]
-    columns = {'scheme': '`{scheme}`', 'bits/weight': of('bits', '.2f'), 'val loss': '{loss:.4f}',
-               'difference': of('delta', '+.4f'), 'perplexity': '{perplexity:,.1f}', 'ms, 1 token': of('ms_1', '.2f'),
-               '× fp': of('ratio_1', '.2f'), 'ms/token, many': of('ms_many', '.3f'), '× fp ': of('ratio_many', '.2f'),
-               'file bytes': '{file_bytes:,}', 'smaller': of('compression', '.2f')}
+    columns = {'scheme': '`{scheme}`', 'bits/weight': number('bits', '.2f'), 'val loss': '{loss:.4f}',
+               'difference': number('delta', '+.4f'), 'perplexity': '{perplexity:,.1f}', 'ms, 1 token': number('ms_1', '.2f'),
+               '× fp': number('ratio_1', '.2f'), 'ms/token, many': number('ms_many', '.3f'),
+               '× fp ': number('ratio_many', '.2f'), 'file bytes': '{file_bytes:,}', 'smaller': number('compression', '.2f')}
     return [f'`config/wikitext2_bpe.py`, {r["device"]}, torch {r["torch"]}; the block matrices are quantized, the head and '
             f'embeddings are not (`skip={r["skip"]}`); groups of {r["group"]}; GPTQ and AWQ saw {r["windows"]} windows of the '
             'training split; loss in nats per token of a BPE over the batches of the training\'s evaluations; times in turns '
-            'with the full-precision model.', '', *lines(columns, found)]
+            'with the full-precision model.', '', *table(columns, found)]
 
 
-def table_prune():
-    found = rows('prune')
+def prune(found):
     columns = {'method': '{method}', 'share': '{amount:.2f}', 'zeros': '{zeros:.4f}', 'val loss': '{pruned_loss:.4f}',
-               'retrained': '{loss:.4f}', 'difference': of('delta', '+.4f'), 'file bytes': '{file_bytes:,}',
-               'smaller': of('compression', '.2f')}
+               'retrained': '{loss:.4f}', 'difference': number('delta', '+.4f'), 'file bytes': '{file_bytes:,}',
+               'smaller': number('compression', '.2f')}
     r = found[-1]
     return [f'The same model; AdamW {r["retrain_lr"]:g}, {r["retrain_iters"]} updates with the zeros kept; the difference is '
             'to the model after as many updates without zeros; the file has a bit for each weight and what is not 0 in fp32.',
-            '', *lines(columns, found)]
+            '', *table(columns, found)]
 
 
-def table_sensitivity():
-    found = rows('sensitivity')
+def sensitivity(found):
+    taken, found = list(filter(of_choose, found)), [r for r in found if not of_choose(r)]
     deltas = {(r['block'], r['kind']): r['delta'] for r in found}
     blocks, kinds = (list(dict.fromkeys(r[k] for r in found)) for k in ('block', 'kind'))
-    columns = {'block': '{block}', **{f'`{k}`' if k != 'all' else 'all': (lambda r, k=k: format(deltas[r['block'], k], '+.4f'))
-                                      for k in kinds}}
+    columns = {'block': '{}'.format, **{f'`{k}`' if k != 'all' else 'all': (lambda b, k=k: format(deltas[b, k], '+.4f'))
+                                        for k in kinds}}
     r = found[0]
     text = [f'By how much the validation loss, {r["base_loss"]:.4f}, rises with these layers alone as `{r["scheme"]}`, '
-            f'{r["bits"]:.2f} bits a weight, without any training.', '', *lines(columns, [{'block': b} for b in blocks])]
-    taken = rows('choose')
+            f'{r["bits"]:.2f} bits a weight, without any training.', '', *table(columns, blocks)]
     if taken:
         text += ['', '`choose` took, each time beside those before: '
                  + ', '.join(f'{r["taken"]} ({r["delta"]:+.4f})' for r in taken) + '.']
     return text
 
 
-def table_big():
-    found = rows('big')
+def big(found):
     columns = {'scheme': '`{scheme}`', 'left as they are': lambda r: r['skip'] or 'none', 'seconds': '{seconds:.0f}',
                'bits/weight': '{bits:.2f}', 'most memory of the process, bytes': '{peak:,}', 'above its start': '{above:,}',
                '× fp32 model': '{ratio:.2f}', 'file bytes': '{size:,}'}
     r = found[0]
     return [f'A GPT-2 of 124M, random weights ({r["fp32"]:,} bytes in fp32, read from a checkpoint), {r["windows"]} '
             f'calibration windows of {r["block"]} tokens, {r["device"]}, {r["threads"]} threads; `--save`, from before the '
-            'model is read to the whole file.', '', *lines(columns, found)]
+            'model is read to the whole file.', '', *table(columns, found)]
+
+
+def tabulate(name):
+    """Write the table of results/<name>.jsonl and draw its picture."""
+    from report import plot_ptq
+    found, path = keep.read(name), ROOT / 'results' / f'{name}.png'
+    if all(map(of_choose, found)):                  # what was chosen stands below the table of sensitivity
+        return
+    title = f'{found[-1].get("ckpt")}: nats per token'
+    if name == 'ptq_schemes':
+        plot_ptq.sizes(path, found, title)
+    elif name == 'ptq_prune':                       # rows without updates are those that `zeros_from` speaks of
+        found = [r for r in found if r['retrain_iters']]
+        plot_ptq.shares(path, found, f'{title}, {found[-1]["retrain_iters"]} updates')
+    elif name == 'ptq_sensitivity':
+        cells = {(r['block'], r['kind']): r['delta'] for r in found if not of_choose(r)}
+        blocks, kinds = (list(dict.fromkeys(k for k in column if k != 'all')) for column in zip(*cells, strict=True))
+        plot_ptq.heat(path, blocks, kinds, cells, f'{found[0]["ckpt"]}: {found[0]["scheme"]}, nats per token')
+    if path.exists():
+        keep.shrink(name)
+    lines = {'ptq_schemes': schemes, 'ptq_prune': prune, 'ptq_sensitivity': sensitivity, 'ptq_big': big}[name](found)
+    keep.publish(name, lines)
 
 
 def gpt2_shape():
@@ -122,7 +130,8 @@ def gpt2_shape():
                         f'--save={work}/q.safetensors'], cwd=ROOT, check=True)
         row = json.loads((work / 'save.jsonl').read_text())
         found.append(row | {'fp32': fp32, 'ratio': row['above'] / fp32})
-    (FOLDER / 'big.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in found))
+    (ROOT / 'out' / 'ptq').mkdir(exist_ok=True)
+    (ROOT / 'out' / 'ptq' / 'big.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in found))
 
 
 def main():
@@ -130,17 +139,18 @@ def main():
     parser.add_argument('part', nargs='?', choices=[*PARTS, 'gpt2-shape'])
     parser.add_argument('--table', action='store_true', help='compute nothing')
     a = parser.parse_args()
-    FOLDER.mkdir(exist_ok=True)
     if a.part == 'gpt2-shape':
-        sys.path.insert(0, str(ROOT))
         return gpt2_shape()
+    names = []
     for part in [a.part] if a.part else PARTS:
+        command, name = PARTS[part]
+        names.append(name)
         if not a.table:
-            subprocess.run([sys.executable, *PARTS[part]], cwd=ROOT, check=True, env=os.environ)
-        table = {'ptq': table_ptq, 'prune': table_prune, 'sensitivity': table_sensitivity, 'choose': table_sensitivity,
-                 'big': table_big}[part]
-        if rows({'choose': 'sensitivity'}.get(part, part)):
-            publish(f'ptq_{"sensitivity" if part == "choose" else "schemes" if part == "ptq" else part}', table())
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+            new = [json.loads(line) for line in open(ROOT / 'out' / 'ptq' / f'{part}.jsonl')]
+            keep.replace(name, new, lambda r, part=part: of_choose(r) == (part == 'choose'))
+    for name in dict.fromkeys(names):
+        tabulate(name)
 
 
 if __name__ == '__main__':

@@ -12,31 +12,41 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py speed                                                  # bench.py train, its table
     python results/runs.py bitnet_speed                                           # ... of train_bitnet.py's model
     python results/runs.py stats | fit | layers | optim | optim_bytes | finetune | conv   # bench.py's other commands
-    python results/runs.py quality --table                                        # from the logs alone
+    python results/runs.py [quality] --table                                      # one or all, from the kept runs alone
 
-Runs the trainer once per variant and seed (interrupted: run again, it goes on), keeps each log in results/<name>/,
-writes results/<name>.md (and .png), and puts the table into README.md. No number in them is typed by hand.
+Runs the trainer once per variant and seed in out/<name>/ (interrupted: run again, it goes on), keeps each run in a line of
+results/<name>.jsonl, writes results/<name>.md and .png, its place in README.md and the index results/README.md. No number
+in them is typed by hand.
 """
 import argparse
+import collections
 import contextlib
 import json
 import os
-import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import keep
+from benches import BENCHES, bench_table
+from keep import MIB, ROOT, number, table
+
+
+def chosen_blocks():
+    """The option with the blocks that `ptq.py choose` took, by results/ptq.py; None before that."""
+    taken = sorted(int(r['taken'].rpartition('.')[2]) for r in keep.read('ptq_sensitivity') if 'taken' in r)
+    return f'--binary_blocks={",".join(map(str, taken))}' if taken else None
+
+
 LOW = '--n_binary=6 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
 BIN = "--n_binary=6 --lr_scale={'bin':1.0,'alpha':1.0}"
 BIN_2 = BIN + ' --learning_rate=2e-3 --min_lr=2e-4'
-EXPERIMENTS = {                                     # name: config, baseline, {variant: (label, what it changes)}
-    'quality': ('config/wikitext2.py', 'fp', {
+Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
+EXPERIMENTS = {
+    'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
         'bin3': ('3 of 6 blocks binary', '--n_binary=3'),
         'bin3_fast': ('... their scales at the full learning rate', "--n_binary=3 --lr_scale={'alpha':1.0}"),
@@ -46,15 +56,15 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
     # Random halves: random.Random(0).sample(range(6), 3), and of 1, each sorted.
-    'blocks': ('config/wikitext2_blocks.py', 'first', {
-        'chosen': ('those that ptq.py choose took', 'results/ptq/chosen.py'),
+    'blocks': Experiment('train_gpt.py', 'config/wikitext2_blocks.py', 'first', '1,2,3', {
+        'chosen': ('those that ptq.py choose took', chosen_blocks()),
         'first': ('the first half', '--binary_blocks=0,1,2'),
         'last': ('the last half', '--binary_blocks=3,4,5'),
         'random_a': ('a random half, 0,3,5', '--binary_blocks=0,3,5'),
         'random_b': ('another, 0,1,4', '--binary_blocks=0,1,4'),
         'fp': ('none: full precision', ''),
     }),
-    'depth': ('config/pycode_bin12.py', 'fp', {
+    'depth': Experiment('train_gpt.py', 'config/pycode_bin12.py', 'fp', '1', {
         'fp': ('12 blocks, full precision', '--n_binary=0'),
         'bin12': ('12 of 12 binary', ''),
         'bin12_alpha25': ('... and every scale starting at 0.25, as the reference',
@@ -63,7 +73,7 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'bin12_lr4': ('... 4 x the learning rate', '--learning_rate=1.6e-2 --min_lr=1.6e-3'),
     }),
     # 3 of 6 blocks binary, where the recipe for all-binary models failed. Made with trials of train_gpt.py; given up early.
-    'scales': ('config/wikitext2.py', 'fp', {
+    'scales': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1', {
         'fp': ('full precision', None),
         'full': ('3 of 6 blocks binary, scales at the full rate', None),
         'a02': ('... and starting at 0.02 on the way out instead of 0.05', None),
@@ -77,8 +87,8 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
         'al005': ('... 0.005', None),
         'exp': ('scales as exp(s), s at the full rate', None),
     }),
-    # Batches of 16. Variants with None were made with options or initial values that train_gpt.py does not have (any more).
-    'recipe': ('config/wikitext2.py', 'fp_4', {
+    # Variants with None were made with options or initial values that train_gpt.py does not have (any more).
+    'recipe': Experiment('train_gpt.py', 'config/wikitext2.py --batch_size=16', 'fp_4', '1337', {
         'fp_2': ('full precision, learning rate 2e-3', '--learning_rate=2e-3 --min_lr=2e-4'),
         'fp_4': ('full precision, 4e-3', ''),
         'fp_8': ('full precision, 8e-3', '--learning_rate=8e-3 --min_lr=8e-4'),
@@ -100,8 +110,8 @@ EXPERIMENTS = {                                     # name: config, baseline, {v
     }),
 }
 FAST = '--learning_rate=1e-3 --method='
-CLASSIFIED = {                                      # the same of finetune_cls.py
-    'sst2': ('config/sst2_scratch.py', 'full', {
+EXPERIMENTS |= {
+    'sst2': Experiment('finetune_cls.py', 'config/sst2_scratch.py', 'full', '1,2,3', {
         'full': ('AdamW, all weights', ''),
         'rsvd64': ('rSVD, rank 64', FAST + 'rsvd --rank=64'),
         'rsvd16': ('rSVD, rank 16', FAST + 'rsvd'),
@@ -120,9 +130,9 @@ CLASSIFIED = {                                      # the same of finetune_cls.p
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
 REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
 BINARY = REAL.replace('real', 'binary')
-# the same of train_cnn.py; first: python data/images/prepare.py --dir ... --name=food10 --size=80
-PHOTOGRAPHS = {
-    'food10': ('config/images_mixed.py --dataset=images/food10', 'real', {
+# first: python data/images/prepare.py --dir ... --name=food10 --size=80
+EXPERIMENTS |= {
+    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3', {
         'real': ('all real', REAL),
         'mixed': ("the reference's five binary: conv1, conv2, fc1, fc2, final", ''),
         'mixed70': ('conv8, conv9, conv10 binary', REAL.replace("'conv8':'real','conv9':'real','conv10':'real'",
@@ -133,9 +143,8 @@ PHOTOGRAPHS = {
         'tern': ('all ternary', REAL.replace('real', 'ternary')),
         'int4': ('all 4-bit', REAL.replace('real', 'int4')),
     }),
-}
-PHOTOGRAPHS |= {                                    # what was tried on the way, one seed, a third of the steps
-    'food10_recipe': (PHOTOGRAPHS['food10'][0] + ' --epochs=10', 'real', {
+    # What was tried on the way, one seed, a third of the steps.
+    'food10_recipe': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real', '1337', {
         'real': ('all real', REAL),
         'real_lr3': ('... 3 x the learning rate', REAL + ' --learning_rate=3e-3'),
         'mixed_a1': ('conv1, conv2, fc1, fc2, final binary, scales at the rate of the rest', "--lr_scale={'alpha':1.0}"),
@@ -164,50 +173,39 @@ PHOTOGRAPHS |= {                                    # what was tried on the way,
 TWINS = {'tern': ('ternary', ''),
          'fp_two': ('full precision, the same rates', '--quant=fp --second_lr=1.3333e-3'),
          'fp': ('full precision, without the second stage', '--quant=fp')}
-# the same of train_bitnet.py; first: python data/<name>/prepare.py, tinystories with --file where there is no network
-BITNETS = {
-    'arithmetic': ('config/arithmetic.py', 'fp_two', TWINS),
-    'tictactoe': ('config/tictactoe.py', 'fp_two', TWINS),
-    'tinystories': ('config/tinystories_small.py', 'fp_two', TWINS),
+# first: python data/<name>/prepare.py, tinystories with --file where there is no network
+EXPERIMENTS |= {
+    'arithmetic': Experiment('train_bitnet.py', 'config/arithmetic.py', 'fp_two', '1337', TWINS),
+    'tictactoe': Experiment('train_bitnet.py', 'config/tictactoe.py', 'fp_two', '1337', TWINS),
+    'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp_two', '1,2,3', TWINS),
 }
-EXPERIMENTS |= CLASSIFIED | PHOTOGRAPHS | BITNETS
-SUBWORDS = (*BITNETS, 'blocks')                    # the others' tokens are bytes
-DEFAULT_SEEDS = dict.fromkeys(('quality', 'blocks', 'sst2', 'food10', 'tinystories'), '1,2,3')
-DEFAULT_SEEDS |= dict.fromkeys(('recipe', 'food10_recipe', 'arithmetic', 'tictactoe'), '1337')
-DEFAULT_SEEDS |= dict.fromkeys(('depth', 'scales'), '1')
+BY_STEP = ('scales', 'recipe', 'food10_recipe')     # tables of losses along the run: runs given up early are in them
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
 
 
 def train(name, variant, seed, threads):
-    """One run, resumed if it was interrupted; its log ends up in results/<name>/<variant>_s<seed>.jsonl."""
-    config, _, variants = EXPERIMENTS[name]
-    out = f'out/{name}/{variant}_s{seed}'
-    extra = ['--batch_size=16'] if name == 'recipe' else []
-    script = next((s for s, names in (('finetune_cls.py', CLASSIFIED), ('train_cnn.py', PHOTOGRAPHS),
-                                      ('train_bitnet.py', BITNETS)) if name in names), 'train_gpt.py')
-    command = [sys.executable, script, *config.split(), *extra, *variants[variant][1].split(),
-               f'--seed={seed}', f'--out_dir={out}', '--resume=auto']
-    os.makedirs(ROOT / out, exist_ok=True)
-    if not finished(ROOT / out / 'log.jsonl') or name in CLASSIFIED:
-        with timed(ROOT / out), open(ROOT / out / 'stdout.txt', 'a') as f:
+    """One run, resumed if it was interrupted, kept in results/<name>.jsonl."""
+    script, config, _, _, variants = EXPERIMENTS[name]
+    out = ROOT / 'out' / name / f'{variant}_s{seed}'
+    command = [sys.executable, script, *config.split(), *variants[variant][1].split(), f'--seed={seed}',
+               f'--out_dir={out.relative_to(ROOT)}', '--resume=auto']
+    os.makedirs(out, exist_ok=True)
+    if not finished(out):
+        with timed(out), open(out / 'stdout.txt', 'a') as f:
             subprocess.run(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, check=True,
                            env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
-    log = ROOT / 'results' / name / f'{variant}_s{seed}.jsonl'
-    shutil.copy(ROOT / out / 'log.jsonl', log)
-    if name in CLASSIFIED:                          # what the run found at its end is one more line
-        import yaml
-        found = yaml.safe_load((ROOT / out / 'results.yaml').read_text())
-        with open(log, 'a') as f:
-            f.write(json.dumps({'step': found['steps'], 'results': found}) + '\n')
-    else:                                           # the time it took, evaluations and all; None where a part was killed
-        *before, last = log.read_text().splitlines()
-        parts = json.loads((ROOT / out / 'seconds.json').read_text())
-        last = json.loads(last) | {'seconds': None if None in parts else round(sum(parts)), 'threads': threads}
-        log.write_text('\n'.join([*before, json.dumps(last)]) + '\n')
+    parts = json.loads((out / 'seconds.json').read_text())
+    keep.keep_run(name, out, variant=variant, seed=seed, config=config, options=variants[variant][1], threads=threads,
+                  seconds=None if None in parts else round(sum(parts)))     # evaluations and all
     print(f'{variant} seed {seed}: done', flush=True)
 
 
-def finished(log):
-    return log.exists() and 'packed_file_bytes' in json.loads(log.read_text().splitlines()[-1])
+def finished(out):
+    log = out / 'log.jsonl'
+    return (out / 'results.yaml').exists() or (
+        log.exists() and 'packed_file_bytes' in json.loads(log.read_text().splitlines()[-1]))
 
 
 @contextlib.contextmanager
@@ -224,407 +222,224 @@ def timed(out):
         path.write_text(json.dumps([*parts, time.monotonic() - start]))
 
 
-def logs(name, variant):
-    """Paths of the logs of one variant, by seed."""
-    return sorted(p for p in (ROOT / 'results' / name).glob('*.jsonl') if re.fullmatch(rf'{variant}_s\d+', p.stem))
-
-
-def summary(name):
-    """{variant: {seed: dict}} of the finished logs: val loss and bits per byte at the end, ms, memory, bytes."""
-    found = {}
-    for variant in EXPERIMENTS[name][2]:
-        for path in logs(name, variant):
-            records = [json.loads(line) for line in open(path)]
-            steps = [r for r in records if 'ms' in r]
-            last = [r for r in records if 'val_loss' in r][-1]
-            end = records[-1]
-            if 'packed_file_bytes' not in end:
-                continue
-            found.setdefault(variant, {})[int(path.stem.rsplit('_s', 1)[1])] = {
-                'loss': last['val_loss'], 'bpb': last['val_bpb'], 'step': last['step'], 'tokens': last['tokens'],
-                'ms': statistics.median(r['ms'] for r in steps), 'peak': max(r['peak_mem_bytes'] for r in steps),
-                'packed': end['packed_file_bytes'], 'fp32': end['fp32_bytes']}
-    return found
-
-
-def mean_sd(values):
-    sd = f'{statistics.stdev(values):.4f}' if len(values) > 1 else '-'
-    return f'{statistics.mean(values):.4f} ± {sd}'
-
-
-def table(name, found):
-    """Markdown lines: mean ± sd over seeds; the gap to the baseline is paired by seed, both saw the same batches."""
-    config, baseline, variants = EXPERIMENTS[name]
-    base = found[baseline]
-    one = next(iter(base.values()))
-    token = 'of a trained BPE' if name in SUBWORDS else 'here a byte'
-    lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; mean ± sd over seeds; loss in nats per token '
-             f'({token}) at the last step; the gap is paired by seed; ms/step on one core, another run on the other'
-             + (', × of the twin beside it.' if name in BITNETS else '.'), '',
-             '| variant | val loss | bits per byte | gap | ms/step | peak resident MiB | packed file bytes |',
-             '|---|---|---|---|---|---|---|']
-    for variant, runs in found.items():
-        both = sorted(runs.keys() & base.keys())
-        gap = '-' if variant == baseline or not both else mean_sd([runs[s]['loss'] - base[s]['loss'] for s in both])
-        rows = list(runs.values())
-        ms = f'{statistics.median(r["ms"] for r in rows):.0f}'
-        if name in BITNETS and both:                # the load of the machine changes between pairs
-            ms += f' ({statistics.median(runs[s]["ms"] / base[s]["ms"] for s in both):.2f} ×)'
-        lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {mean_sd([r["loss"] for r in rows])} | '
-                     f'{statistics.mean(r["bpb"] for r in rows):.4f} | {gap} | {ms} | '
-                     f'{statistics.median(r["peak"] for r in rows) / 2 ** 20:.0f} | {rows[0]["packed"]:,} |')
-    return lines
-
-
 def measure_steps(name, steps=160):
     """Memory and time of a step of each variant, one after the other on one core of an idle machine, which the runs behind
-    the accuracies did not have: a line for each in results/<name>/steps.jsonl."""
+    the accuracies did not have: lines without a seed in results/<name>.jsonl."""
     import yaml
-    config, _, variants = EXPERIMENTS[name]
-    rows = []
-    for variant in (v for v in variants if logs(name, v)):
+    config, variants = EXPERIMENTS[name].config, EXPERIMENTS[name].variants
+    for variant in runs_of(name):
         out = f'out/{name}/steps_{variant}'
         subprocess.run([sys.executable, 'finetune_cls.py', config, *variants[variant][1].split(), f'--max_iters={steps}',
                         f'--out_dir={out}', '--overwrite=True'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
                        env=dict(os.environ, OMP_NUM_THREADS='1'))
         found = yaml.safe_load((ROOT / out / 'results.yaml').read_text())
-        rows.append({'variant': variant, 'steps': steps} | {k: found[k] for k in (
-            'ms_per_step', 'peak_bytes', 'optimizer_bytes', 'gradient_bytes', 'basis_ranks')})
-        print(rows[-1], flush=True)
-    (ROOT / 'results' / name / 'steps.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-
-
-def accuracy_table(name):
-    """Markdown lines for runs of finetune_cls.py: mean ± sd over seeds, points; the gap is paired by seed."""
-    config, baseline, variants = EXPERIMENTS[name]
-    found = {v: {int(p.stem.rsplit('_s', 1)[1]): json.loads(open(p).readlines()[-1])['results'] for p in logs(name, v)}
-             for v in variants}
-    points = lambda values: f'{statistics.mean(values) * 100:.2f}' + (
-        f' ± {statistics.stdev(values) * 100:.2f}' if len(values) > 1 else '')
-    base = found[baseline]
-    if not base:
-        sys.exit(f'error: no finished run of {baseline} in results/{name}; run: python results/runs.py {name}')
-    path = ROOT / 'results' / name / 'steps.jsonl'
-    steps = {r['variant']: r for r in map(json.loads, open(path))} if path.exists() else {}
-    full, one = steps.get(baseline), next(iter(base.values()))
-    lines = [f'`{config}`: {one["parameters"]:,} parameters, {one["steps"]:,} steps, {one["n"]} sentences to evaluate; mean ± '
-             'sd over seeds; accuracy in percent, the gap in points and paired by seed. Of a step, measured apart '
-             f'(`--steps`), one thread: bytes of optimizer state, KiB of gradients, MiB of all tensors alive at once, '
-             'milliseconds with refreshes, × those of AdamW.', '',
-             '| method | accuracy | gap | evaluation loss | trained | optimizer bytes | gradients | peak | ms | × |',
-             '|---|---|---|---|---|---|---|---|---|---|']
-    for variant, runs in found.items():
-        both, rows = sorted(runs.keys() & base.keys()), list(runs.values())
-        if rows:
-            gap = '-' if variant == baseline or not both else points([runs[s]['accuracy'] - base[s]['accuracy'] for s in both])
-            r = steps.get(variant)
-            step = ' | '.join(('-',) * 5 if r is None else (
-                f'{r["optimizer_bytes"]:,}', f'{r["gradient_bytes"] / 1024:,.0f}', f'{r["peak_bytes"] / MIB:.1f}',
-                f'{r["ms_per_step"]:.0f}', f'{r["ms_per_step"] / full["ms_per_step"]:.2f}'))
-            lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {points([r["accuracy"] for r in rows])} | {gap} | '
-                         f'{mean_sd([r["eval_loss"] for r in rows])} | {rows[0]["trained_parameters"]:,} | {step} |')
-    return lines
-
-
-def photograph_table(name):
-    """Markdown lines for runs of train_cnn.py: mean ± sd over seeds at the last step; the gap is paired by seed."""
-    config, baseline, variants = EXPERIMENTS[name]
-    found = {}
-    for variant in variants:
-        for path in logs(name, variant):
-            records = [json.loads(line) for line in open(path)]
-            if 'packed_file_bytes' in records[-1]:  # finished
-                found.setdefault(variant, {})[int(path.stem.rsplit('_s', 1)[1])] = records[-1] | [
-                    r for r in records if 'top1' in r][-1]
-    base = found.get(baseline) or sys.exit(f'error: no finished run of {baseline}; run: python results/runs.py {name}')
-    points = lambda values: f'{statistics.mean(values) * 100:.2f}' + (
-        f' ± {statistics.stdev(values) * 100:.2f}' if len(values) > 1 else '')
-    one = next(iter(base.values()))
-    lines = [f'`{config}`: {one["step"]:,} steps, {one["samples"]:,} images seen; at the last step, in percent, mean ± sd over '
-             'seeds; the gap in points, paired by seed; share of the parameters that are binary.', '',
-             '| layers | top-1 | gap | top-5 | val loss | binary share | packed file bytes |', '|---|---|---|---|---|---|---|']
-    for variant, runs in found.items():
-        both, rows = sorted(runs.keys() & base.keys()), list(runs.values())
-        gap = '-' if variant == baseline or not both else points([runs[s]['top1'] - base[s]['top1'] for s in both])
-        lines.append(f'| {variants[variant][0]} (n={len(rows)}) | {points([r["top1"] for r in rows])} | {gap} | '
-                     f'{points([r["top5"] for r in rows])} | {spread([r["val_loss"] for r in rows], 4)} | '
-                     f'{rows[0]["binary_share"]:.1%} | {rows[0]["packed_file_bytes"]:,} |')
-    return lines
-
-
-def task_table(name):
-    """Markdown lines for arithmetic and tic-tac-toe: what was right at the last step, and the time it took."""
-    config, _, variants = EXPERIMENTS[name]
-    shown = {'arithmetic': {'exact match of held-out problems': ['exact_match']},
-             'tictactoe': {'legal moves in games': ['in_games'], '... in validation games': ['legal_moves'],
-                           'all games that can happen to it: lost, ended by an illegal move': ['lines_lost', 'lines_illegal'],
-                           'against random: won, drawn, lost': ['random_wins', 'random_draws', 'random_losses'],
-                           'against perfect: won, drawn, lost': ['perfect_wins', 'perfect_draws', 'perfect_losses']}}
-    found, curves = {}, {}
-    for variant, (label, _) in variants.items():
-        for path in logs(name, variant):
-            if not finished(path):
-                continue
-            records = [json.loads(line) for line in open(path)]
-            scored = [r for r in records if 'exact_match' in r or 'legal_moves' in r]
-            r = records[-1] | scored[-1]
-            r['in_games'] = (r.get('random_legal', 0) + r.get('perfect_legal', 0)) / 2
-            r['minutes'] = None if r['seconds'] is None else r['seconds'] / 60
-            found.setdefault(label, []).append(r)
-            curves[f'{label}, seed {path.stem.rsplit("_s", 1)[1]}'] = {r['step']: r.get('exact_match') for r in scored}
-    if not found:
-        sys.exit(f'error: no finished run in results/{name}; run: python results/runs.py {name}')
-    one = next(iter(found.values()))[0]
-    lines = [f'`{config}`: {one["step"]:,} steps, {one["tokens"]:,} tokens; at the last step, mean ± sd over n seeds; minutes '
-             f'of a run with its evaluations on {one["threads"]} thread{"s" * (one["threads"] > 1)}, some beside other work.'
-             + (' Games: 200 against each, an illegal move loses.' if name == 'tictactoe' else ''), '',
-             '| model | ' + ' | '.join(shown[name]) + ' | val loss | minutes | packed file bytes |',
-             '|---' * (len(shown[name]) + 4) + '|']
-    for label, rows in found.items():
-        cells = [' '.join(spread([r[key] * 100 for r in rows], 2, '%') for key in keys) for keys in shown[name].values()]
-        lines.append(f'| {label} (n={len(rows)}) | ' + ' | '.join(cells) + f' | {spread([r["val_loss"] for r in rows], 4)} | '
-                     f'{spread([r["minutes"] for r in rows], 1)} | {rows[0]["packed_file_bytes"]:,} |')
-    if name == 'arithmetic':
-        steps = sorted({s for row in curves.values() for s in row})
-        lines += ['', '| exact match at step | ' + ' | '.join(f'{s:,}' for s in steps) + ' |', '|---' * (len(steps) + 1) + '|']
-        lines += [f'| {label} | ' + ' | '.join(f'{row[s]:.1%}' if s in row else '' for s in steps) + ' |'
-                  for label, row in curves.items()]
-    return lines
-
-
-def spread(values, digits, unit=''):
-    """'99.66 ± 0.12%'; - where one was not measured."""
-    if None in values:
-        return '-'
-    sd = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.{digits}f}{sd}{unit}'
-
-
-def table_by_step(name):
-    """Markdown lines: validation loss along each run; a run given up early ends early."""
-    rows = {}
-    for variant, (label, _) in EXPERIMENTS[name][2].items():
-        for path in logs(name, variant):
-            rows[label, path.stem] = {r['step']: r['val_loss'] for r in map(json.loads, open(path)) if 'val_loss' in r}
-    steps = sorted({s for row in rows.values() for s in row if s})
-    unit = 'nats' if name in PHOTOGRAPHS else 'nats per byte'
-    return [f'`{EXPERIMENTS[name][0]}{" --batch_size=16" if name == "recipe" else ""}`: validation loss, {unit}, one seed.', '',
-            '| variant | ' + ' | '.join(f'step {s:,}' for s in steps) + ' |', '|---' * (len(steps) + 1) + '|',
-            *(f'| {label} | ' + ' | '.join(f'{row[s]:.4f}' if s in row else '' for s in steps) + ' |'
-              for (label, _), row in rows.items())]
-
-
-MIB = 2 ** 20
-
-
-def figure(key, spec):
-    """A cell of a number, - where there is none."""
-    return lambda r: '-' if r.get(key) is None else format(r[key] / MIB if key.endswith('_bytes') else r[key], spec)
-
-
-def step_caption(r):
-    model = 'train_bitnet.py' if r.get('model') == 'bitnet' else 'train_gpt.py'
-    return (f'The model of {model}, {r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, '
-            f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is '
-            'what is alive in tensors at once, resident what the process grew by.')
-
-
-STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×': '{ratio:.2f}',
-                'tokens/s': '{tokens_per_s:,.0f}', 'peak MiB': lambda r: mib(r, 'peak', 0), '× ': '{peak_ratio:.2f}',
-                'resident MiB': lambda r: mib(r, 'resident', 0), '×  ': '{resident_ratio:.2f}'}
-
-# name: what bench.py is asked, a line above the table from one row, columns (header, cell from a row)
-BENCHES = {
-    'bitnet_speed': (['train --model=bitnet --steps=2'], step_caption, STEP_COLUMNS),
-    'speed': (['train --steps=2'], step_caption, STEP_COLUMNS),
-    'stats': (['stats bignet half lora int4 qlora nf4 fit4 int8 ternary binary',
-               'compare half lora int4 qlora nf4 fit4 int8 ternary binary'],
-              lambda r: f'BigNet, {r["device"]}, torch {r["torch"]}, batch 32; MiB but for bytes; forward and backward: most '
-              'alive at once above the model itself, allocator peak; difference: of outputs from the full-precision ones, '
-              'same weights, same inputs.',
-              {'form': '{name}', 'trainable': '{trainable:,}', 'frozen': '{frozen:,}',
-               'by formula': lambda r: mib(r, 'theoretical'), 'actual': lambda r: mib(r, 'actual'),
-               'bytes': '{actual_bytes:,}', 'forward': lambda r: mib(r, 'forward'), 'backward': lambda r: mib(r, 'backward'),
-               'max difference': lambda r: f'{r["max"]:.1e}' if 'max' in r else '-',
-               'mean': lambda r: f'{r["mean"]:.1e}' if 'mean' in r else '-'}),
-    'fit': (['fit lora qlora lora-nf4 lora-fit4 lora-ternary lora-binary half int4 --seeds=1,2,3'],
-            lambda r: f'BigNet under a linear head, 1,000 samples of noise with random labels, {r["steps"]} steps of '
-            f'{r["batch"]}, AdamW {r["lr"]:g}, rank 32, seeds {r["seeds"]}, {r["device"]}, {r["threads"]} threads; loss in '
-            'nats over all samples at the end, mean ± sd.',
-            {'form': '{name}', 'trainable': '{trainable:,}', 'loss': '{loss:.4f} ± {sd:.4f}',
-             'lowest accuracy': '{accuracy:.1%}', 'ms/step': '{ms:.0f}'}),
-    'layers': (['layers --threads=1'],
-               lambda r: f'{r["in"]:,} x {r["out"]:,} weights, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}, '
-               f'{r["dtype"]} inputs; milliseconds and, in brackets, times a frozen nn.Linear in the same run; error: relative '
-               'RMS on N(0,1).',
-               {'layer': '{name}', 'bits/weight': '{bits:.3f}', 'error': '{error:.4f}'}),
-    'optim': (['optim'],
-              lambda r: f'The {4 * r["layers"]} block matrices of {r["layers"]} blocks of width {r["dim"]}, fp32, '
-              f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; MiB of optimizer state, milliseconds; a refresh '
-              'makes every basis anew and is what that takes beyond a plain step; amortised: with one in '
-              f'{r["interval"]} steps. full SVD: torch.linalg.svd of every matrix.',
-              {'optimizer': '{name}', 'MiB': figure('optimizer_bytes', '.1f'), 'ms/step': figure('ms', '.0f'),
-               '× AdamW': figure('ratio', '.2f'), '× GaLore of that rank': figure('galore_ratio', '.2f'),
-               'refresh ms': figure('refresh_ms', ',.0f'), '× full SVD': figure('svd_ratio', '.3f'),
-               'amortised ms': figure('amortised_ms', '.0f'), '× AdamW ': figure('amortised_ratio', '.2f')}),
-    'optim_bytes': (['optim-bytes'],
-                    lambda r: f'DistilBERT with 2 labels, fp32, a training step on {r["batch"]} x {r["tokens"]} tokens, '
-                    f'{r["device"]}, torch {r["torch"]}; optimizer: its tensors after a step; peak: all tensors alive at once '
-                    'in a step, weights and optimizer included; saved: of Adam\'s; rank of 768.',
-                    {'low rank': '{scheme}', 'rank': figure('rank', 'd'), 'optimizer bytes': '{optimizer_bytes:,}',
-                     'MiB': figure('optimizer_bytes', '.2f'), 'saved': figure('optimizer_saved', '.1%'),
-                     'peak MiB': figure('peak_bytes', '.0f'), 'saved ': figure('peak_saved', '.1%')}),
-    'finetune': (['finetune'],
-                 lambda r: f'DistilBERT with 2 labels, fp32, a whole training step on {r["batch"]} x {r["tokens"]} tokens, '
-                 f'dropout on, rank {r["rank"]}, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}; MiB; amortised: '
-                 f'with a refresh of every basis in {r["interval"]} steps; peak: most tensors alive at once in any step, also '
-                 'one of a refresh; saved: kept for the backward pass; all-reduce: what ranks send in a step.',
-                 {'variant': '{name}', 'ms/step': figure('ms', ',.0f'), 'amortised': figure('amortised_ms', ',.0f'),
-                  '× AdamW': figure('amortised_ms_x_adamw', '.2f'), '× LoRA': figure('amortised_ms_x_lora', '.2f'),
-                  'peak': figure('peak_bytes', ',.0f'), '× AdamW ': figure('peak_x_adamw', '.2f'),
-                  '× LoRA ': figure('peak_x_lora', '.2f'), 'resident': figure('resident_bytes', ',.0f'),
-                  'saved': figure('saved_bytes', '.0f'), 'gradients': figure('gradient_bytes', '.1f'),
-                  'all-reduce': figure('sent_bytes', '.1f'), 'optimizer': figure('optimizer_bytes', '.1f')}),
-    'conv': (['conv --threads=1'],
-             lambda r: f'{r["batch"]} images of {r["image_size"]} pixels, {r["device"]}, {r["threads"]} thread, torch '
-             f'{r["torch"]}; milliseconds and, in brackets, times real layers of the same dtype: forward and backward of one '
-             '3x3 convolution with its normalisation and a ReLU, by channels x pixels of a side; then a training step of the '
-             'network, the most bytes of tensors alive in it, MiB, and the bytes it packs into.',
-             {'layers': '{name}', 'dtype': '{dtype}'}
-             | {f'{width} x {64 >> b}': (lambda r, key=f'{width}x{64 >> b}': times(r, key) if f'{key}_ms' in r else '-')
-                for b, width in enumerate((32, 64, 64, 128, 256))}
-             | {'network': lambda r: times(r, 'net'), 'peak': lambda r: f'{mib(r, "peak", 0)} ({r["peak_ratio"]:.2f})',
-                'packed bytes': '{packed_bytes:,}'}),
-}
-
-
-def times(row, what):
-    return '-' if row[f'{what}_ms'] is None else f'{row[f"{what}_ms"]:.3g} ({row[f"{what}_ratio"]:.2f})'
-
-
-def mib(row, key, digits=2):
-    return f'{row[key + "_bytes"] / MIB:.{digits}f}'
-
-
-def bench_table(name):
-    """Markdown lines from the rows that bench.py wrote into results/<name>.jsonl."""
-    rows = [json.loads(line) for line in open(ROOT / 'results' / f'{name}.jsonl')]
-    _, head, columns = BENCHES[name]
-    merged = {}                                     # rows of one variant are one, but for a layer's sizes and dtypes
-    for r in rows:
-        key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'bitnet_speed', 'conv') else None
-        if name == 'layers':
-            r[f't{r["tokens"]}'] = r
-        merged.setdefault(key, {}).update(r)
-    columns = dict(columns)
-    for t in dict.fromkeys(r['tokens'] for r in rows if name == 'layers'):
-        for what in ('forward', 'both'):
-            header = f'{t} token{"s" * (t > 1)}' + (', with backward' if what == 'both' else '')
-            columns[header] = lambda r, t=t, what=what: times(r[f't{t}'], what)
-    lines = [head(rows[0]), '', '| ' + ' | '.join(h.strip() for h in columns) + ' |', '|---' * len(columns) + '|']
-    return lines + ['| ' + ' | '.join(c(r) if callable(c) else c.format(**r) for c in columns.values()) + ' |'
-                    for r in merged.values()]
-
-
-def write_tables(name):
-    if name in BENCHES:
-        return publish(name, bench_table(name))
-    if name in CLASSIFIED:
-        return publish(name, accuracy_table(name))
-    if name in ('arithmetic', 'tictactoe'):
-        return publish(name, task_table(name))
-    if name == 'food10':
-        return publish(name, photograph_table(name))
-    if name in ('recipe', 'scales', 'food10_recipe'):
-        return publish(name, table_by_step(name))
-    found = summary(name)
-    if EXPERIMENTS[name][1] not in found:
-        sys.exit(f'error: no finished baseline run in results/{name}; run: python results/runs.py {name}')
-    publish(name, table(name, found) + shown_texts(name))
-    plot(name, found)
+        row = {'variant': variant, 'steps': steps} | {k: found[k] for k in (
+            'ms_per_step', 'peak_bytes', 'optimizer_bytes', 'gradient_bytes', 'basis_ranks')}
+        keep.put(name, row)
+        print(row, flush=True)
 
 
 STORY = ['--prompt=Once upon a time', '--max_new_tokens=160', '--temperature=0.7']
 
 
-def write_texts(name):
-    """What each variant's first seed goes on with after the same words, into results/<name>/<variant>.txt."""
-    for variant in EXPERIMENTS[name][2]:
-        run = next(iter(sorted((ROOT / 'out' / name).glob(f'{variant}_s*'))), None)
-        if run:
-            words = ['sample.py', f'--ckpt={run.relative_to(ROOT)}', *STORY]
-            told = subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-            (ROOT / 'results' / name / f'{variant}.txt').write_bytes(told.stdout)
+def keep_texts(name):
+    """Keep what each variant's first seed goes on with after the same words, as the 'text' of its line."""
+    first_seeds = {r['variant']: r for r in sorted(keep.read(name), key=lambda r: -r['seed'])}
+    for variant, run in first_seeds.items():
+        out = f'out/{name}/{variant}_s{run["seed"]}'
+        if (ROOT / out).exists():
+            told = subprocess.run([sys.executable, 'sample.py', f'--ckpt={out}', *STORY], cwd=ROOT, check=True,
+                                  capture_output=True).stdout.decode(errors='replace')
+            keep.put(name, run | {'text': told})
 
 
-def shown_texts(name):
-    """Markdown lines with the texts of write_texts(), where there are any."""
-    lines = []
-    for variant, (label, _) in EXPERIMENTS[name][2].items():
-        path = ROOT / 'results' / name / f'{variant}.txt'
-        if path.exists():
-            told = path.read_text(errors='replace').strip().split('\n')
-            lines += ['', f'{label}, first seed, `{shlex.join(STORY)}`:', '']
-            lines += [f'> {line}'.rstrip() for line in told]
-    return lines
+def runs_of(name, given_up=False):
+    """{variant: {seed: its line, with the figures of its last evaluation or of results.yaml}} of the runs that have come to
+    their end, or of those given up as well."""
+    runs = sorted((r for r in keep.read(name) if 'seed' in r), key=lambda r: r['seed'])
+    whole = lambda r: given_up or 'packed_file_bytes' in r or 'results' in r
+    found = {v: {r['seed']: r | r['evaluations'][-1] | r.get('results', {}) for r in runs if r['variant'] == v and whole(r)}
+             for v in EXPERIMENTS[name].variants}
+    return {v: by_seed for v, by_seed in found.items() if by_seed}
 
 
-def publish(name, lines):
-    """Write results/<name>.md and the place for it in README.md, and print it."""
-    text = '\n'.join(lines)
-    (ROOT / 'results' / f'{name}.md').write_text(text + '\n')
-    readme = (ROOT / 'README.md').read_text()
-    head, mark, rest = readme.partition(f'<!-- {name} -->\n')
-    if mark:
-        (ROOT / 'README.md').write_text(f'{head}{mark}{text}\n<!-- end -->{rest.partition("<!-- end -->")[2]}')
-    print(text)
+# ---------------------------------------------------------------------------------------------------------------------
+# tables of runs: a cell is made of a group, the runs of a variant and their pairs with the baseline's of the same seed
 
 
-def plot(name, found):
+def spread(values, digits, unit='', alone=''):
+    """'99.66 ± 0.12%'; - where one was not measured. alone: what one value has in the place of its deviation."""
+    if None in values:
+        return '-'
+    sd = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else alone
+    return f'{statistics.mean(values):.{digits}f}{sd}{unit}'
+
+
+def mean(key, digits=4, scale=1, unit='', alone=''):
+    return lambda g: spread([None if r[key] is None else r[key] * scale for r in g['runs']], digits, unit, alone)
+
+
+def gap(key, digits=4, scale=1, alone=''):
+    return lambda g: '-' if all(a is b for a, b in g['pairs']) else spread(
+        [(a[key] - b[key]) * scale for a, b in g['pairs']], digits, '', alone)
+
+
+def first(key, spec=','):
+    return lambda g: format(g['runs'][0][key], spec)
+
+
+def apart(key, spec, scale=1):
+    """Of a step that was measured apart from the runs."""
+    return lambda g: number(key, spec, scale)(g['step'])
+
+
+def ms_cell(g):
+    text = f'{statistics.median(r["ms"] for r in g["runs"]):.0f}'
+    if g['paired_ms'] and g['pairs']:               # the load of the machine changes between pairs
+        text += f' ({statistics.median(a["ms"] / b["ms"] for a, b in g["pairs"]):.2f} ×)'
+    return text
+
+
+LOSSES = {'val loss': mean('val_loss', alone=' ± -'),
+          'bits per byte': lambda g: f'{statistics.mean(r["val_bpb"] for r in g["runs"]):.4f}',
+          'gap': gap('val_loss', alone=' ± -'), 'ms/step': ms_cell,
+          'peak resident MiB': lambda g: f'{statistics.median(r["peak_mem_bytes"] for r in g["runs"]) / MIB:.0f}',
+          'packed file bytes': first('packed_file_bytes')}
+PHOTOGRAPHS = {'top-1': mean('top1', 2, 100), 'gap': gap('top1', 2, 100), 'top-5': mean('top5', 2, 100),
+               'val loss': mean('val_loss'), 'binary share': first('binary_share', '.1%'),
+               'packed file bytes': first('packed_file_bytes')}
+ACCURACIES = {'accuracy': mean('accuracy', 2, 100), 'gap': gap('accuracy', 2, 100), 'evaluation loss': mean('eval_loss'),
+              'trained': first('trained_parameters'), 'optimizer bytes': apart('optimizer_bytes', ','),
+              'gradients': apart('gradient_bytes', ',.0f', 1024), 'peak': apart('peak_bytes', '.1f', MIB),
+              'ms': apart('ms_per_step', '.0f'),
+              '×': lambda g: f'{g["step"]["ms_per_step"] / g["base_step"]["ms_per_step"]:.2f}' if g['step'] else '-'}
+percent = lambda *keys: lambda g: ' '.join(mean(key, 2, 100, '%')(g) for key in keys)
+minutes = lambda g: spread([None if r['seconds'] is None else r['seconds'] / 60 for r in g['runs']], 1)
+ENDS = {'val loss': mean('val_loss'), 'minutes': minutes, 'packed file bytes': first('packed_file_bytes')}
+SUMS = {'exact match of held-out problems': percent('exact_match'), **ENDS}
+GAMES = {'legal moves in games': lambda g: spread([50 * (r['random_legal'] + r['perfect_legal']) for r in g['runs']], 2, '%'),
+         '... in validation games': percent('legal_moves'),
+         'all games that can happen to it: lost, ended by an illegal move': percent('lines_lost', 'lines_illegal'),
+         'against random: won, drawn, lost': percent('random_wins', 'random_draws', 'random_losses'),
+         'against perfect: won, drawn, lost': percent('perfect_wins', 'perfect_draws', 'perfect_losses'), **ENDS}
+
+SUBWORDS = ('blocks', 'tinystories')                # the others' tokens are bytes
+LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the last step; the gap '
+        'is paired by seed; ms/step on one core, another run on the other{pairs}.')
+TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
+        '{threads} thread{s}, some beside other work.')
+# what the first column is called, the caption, the other columns
+TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
+    'sst2': ('method', '{parameters:,} parameters, {steps:,} steps, {n} sentences to evaluate; mean ± sd over seeds; accuracy '
+             'in percent, the gap in points and paired by seed. Of a step, measured apart (`--steps`), one thread: bytes of '
+             'optimizer state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × those of '
+             'AdamW.', ACCURACIES),
+    'food10': ('layers', '{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap '
+               'in points, paired by seed; share of the parameters that are binary.', PHOTOGRAPHS),
+    'arithmetic': ('model', TASK, SUMS),
+    'tictactoe': ('model', TASK + ' Games: 200 against each, an illegal move loses.', GAMES)}
+
+
+def run_table(name):
+    """Markdown lines: a row for each variant, mean ± sd over seeds; the gap to the baseline is paired by seed, both saw the
+    same batches."""
+    _, config, baseline, _, variants = EXPERIMENTS[name]
+    found, (column, caption, columns) = runs_of(name), TABLES[name]
+    base = found.get(baseline) or sys.exit(f'error: no finished run of {baseline}; run: python results/runs.py {name}')
+    steps = {r['variant']: r for r in keep.read(name) if 'seed' not in r}
+    paired = EXPERIMENTS[name].script == 'train_bitnet.py'
+    groups = [{'label': f'{variants[v][0]} (n={len(runs)})', 'runs': list(runs.values()), 'paired_ms': paired,
+               'pairs': [(runs[s], base[s]) for s in runs if s in base],
+               'step': steps.get(v, {}), 'base_step': steps.get(baseline)} for v, runs in found.items()]
+    one = next(iter(base.values()))
+    caption = caption.format(**one, s='s' * ((one['threads'] or 1) > 1), pairs=', × of the twin beside it' * paired,
+                             token='of a trained BPE' if name in SUBWORDS else 'here a byte')
+    return [f'`{config}`: {caption}', '', *table({column: '{label}'} | columns, groups)]
+
+
+def by_step(rows, value, first_column, column):
+    """Markdown lines of (label, {step: number}), a column for each step; a run given up early ends early."""
+    cell = lambda s: lambda row: value.format(row[1][s]) if s in row[1] else ''
+    steps = sorted({s for _, row in rows for s in row})
+    return table({first_column: lambda row: row[0]} | {column.format(s): cell(s) for s in steps}, rows)
+
+
+def write_tables(name):
+    _, config, _, _, variants = EXPERIMENTS.get(name, [None] * 5)
+    if name in BENCHES:
+        return keep.publish(name, bench_table(name))
+    if name in BY_STEP:
+        rows = [(variants[v][0], {e['step']: e['val_loss'] for e in r['evaluations'] if e['step']})
+                for v, runs in runs_of(name, given_up=True).items() for r in runs.values()]
+        unit = 'nats' if EXPERIMENTS[name].script == 'train_cnn.py' else 'nats per byte'
+        return keep.publish(name, [f'`{config}`: validation loss, {unit}, one seed.', '',
+                                   *by_step(rows, '{:.4f}', 'variant', 'step {:,}')])
+    lines = run_table(name)
+    if name == 'arithmetic':
+        rows = [(f'{variants[v][0]}, seed {seed}', {e['step']: e['exact_match'] for e in r['evaluations']})
+                for v, runs in runs_of(name).items() for seed, r in runs.items()]
+        lines += ['', *by_step(rows, '{:.1%}', 'exact match at step', '{:,}')]
+    for v, runs in runs_of(name).items():
+        if text := next(iter(runs.values())).get('text'):
+            lines += ['', f'{variants[v][0]}, first seed, `{shlex.join(STORY)}`:', '']
+            lines += [f'> {line}'.rstrip() for line in text.strip().split('\n')]
+    if TABLES[name][1] is LOSS:
+        picture(name)
+    keep.publish(name, lines)
+
+
+def picture(name):
+    """results/<name>.png: the validation losses of each run."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(9.5, 4.2), constrained_layout=True)
-    for i, variant in enumerate(found):
-        for n, path in enumerate(logs(name, variant)):
-            curve = [(r['tokens'], r['val_loss']) for r in map(json.loads, open(path)) if 'val_loss' in r and r['step']]
+    for i, (variant, runs) in enumerate(runs_of(name).items()):
+        for n, run in enumerate(runs.values()):
+            curve = [(e['tokens'], e['val_loss']) for e in run['evaluations'] if e['step']]
             axes.plot(*zip(*curve, strict=True), color=f'C{i}', lw=1, alpha=0.7,
-                      label=None if n else f'{EXPERIMENTS[name][2][variant][0]}: {curve[-1][1]:.3f}')
-    token = 'token' if name in SUBWORDS else 'byte'
-    axes.set(xlabel='training tokens', ylabel=f'validation loss, nats per {token}', title='one line per seed')
+                      label=None if n else f'{EXPERIMENTS[name].variants[variant][0]}: {curve[-1][1]:.3f}')
+    axes.set(xlabel='training tokens', ylabel=f'validation loss, nats per {"token" if name in SUBWORDS else "byte"}',
+             title='one line per seed')
     axes.legend(frameon=False, title='first seed, last value', bbox_to_anchor=(1, 1), loc='upper left')
-    figure.savefig(ROOT / 'results' / f'{name}.png', dpi=130)
+    figure.savefig(ROOT / 'results' / f'{name}.png', dpi=100)
+    keep.shrink(name)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('name', choices=[*EXPERIMENTS, *BENCHES])
+    parser.add_argument('name', nargs='?', choices=[*EXPERIMENTS, *BENCHES])
     parser.add_argument('--seeds', default='', help='e.g. 1,2,3')
     parser.add_argument('--only', default='', help='variants, separated by commas')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, each on its share of the cores')
     parser.add_argument('--table', action='store_true', help='train nothing')
     parser.add_argument('--steps', action='store_true', help='only memory and time of a step, of methods of finetune_cls.py')
     a = parser.parse_args()
+    if not a.name and not a.table:
+        parser.error('which one? or --table for the tables of all')
     if a.name in BENCHES and not a.table:
-        rows = ROOT / 'results' / f'{a.name}.jsonl'
+        rows = ROOT / 'out' / 'bench' / f'{a.name}.jsonl'
+        rows.parent.mkdir(parents=True, exist_ok=True)
         rows.unlink(missing_ok=True)
         for command in BENCHES[a.name][0]:
             subprocess.run([sys.executable, 'bench.py', *command.split(), f'--json={rows}'], cwd=ROOT, check=True)
+        keep.write(f'{a.name}.jsonl', rows.read_text())
     elif a.steps and not a.table:
         measure_steps(a.name)
     elif not a.table:
-        (ROOT / 'results' / a.name).mkdir(exist_ok=True)
+        variants = EXPERIMENTS[a.name].variants
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         threads = max(1, cores // a.jobs)
-        chosen = a.only.split(',') if a.only else [v for v, (_, o) in EXPERIMENTS[a.name][2].items() if o is not None]
-        if unknown := [v for v in chosen if EXPERIMENTS[a.name][2].get(v, (0, None))[1] is None]:
+        chosen = a.only.split(',') if a.only else [v for v, (_, options) in variants.items() if options is not None]
+        if unknown := [v for v in chosen if variants.get(v, (0, None))[1] is None]:
             parser.error(f'{unknown[0]} is no variant that can be run')
-        jobs = [(a.name, v, int(s), threads) for s in (a.seeds or DEFAULT_SEEDS[a.name]).split(',') for v in chosen]
+        jobs = [(a.name, v, int(s), threads) for s in (a.seeds or EXPERIMENTS[a.name].seeds).split(',') for v in chosen]
         with ThreadPoolExecutor(a.jobs) as pool:
             list(pool.map(lambda job: train(*job), jobs))
         if a.name == 'tinystories':
-            write_texts(a.name)
-    write_tables(a.name)
+            keep_texts(a.name)
+    for name in [a.name] if a.name else [*EXPERIMENTS, *BENCHES]:
+        write_tables(name)
 
 
 if __name__ == '__main__':

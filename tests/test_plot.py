@@ -10,7 +10,7 @@ import time
 import pytest
 
 import plot
-from report import plot_cls
+from report import figure, plot_cls, plot_runs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -152,7 +152,7 @@ def test_config_is_read_not_run(tmp_path):
     trap = tmp_path / 'trap'
     config = f'import os\nopen({str(trap)!r}, "w")\nmax_iters = 200\nmin_lr = max_iters / 10\nbetas = (0.9, -1)\n'
     run = make_run(tmp_path / 'a', records(), config)
-    assert plot.load_config(str(run)) == {'max_iters': 200, 'betas': (0.9, -1)}
+    assert figure.load_config(str(run)) == {'max_iters': 200, 'betas': (0.9, -1)}
     assert fields(run_plot('status', run))['step'] == '40 of 200 (20%)'
     assert not trap.exists()
     (run / 'config.py').unlink()
@@ -180,24 +180,24 @@ def test_loss_picture(tmp_path):
     image = matplotlib.image.imread(a / 'loss.png')
     assert image.shape[:2] == (750, 1200)
     assert 0.7 < rgb_share(image, '#ffffff') < 0.99
-    assert min(rgb_share(image, color) for color in plot.COLORS[:2]) > 5e-4
-    assert rgb_share(image, plot.COLORS[2]) == 0
+    assert min(rgb_share(image, color) for color in figure.COLORS[:2]) > 5e-4
+    assert rgb_share(image, figure.COLORS[2]) == 0
     run_plot('loss', b, f'--out={tmp_path}/only b.png', '--smooth=1')
-    assert rgb_share(matplotlib.image.imread(tmp_path / 'only b.png'), plot.COLORS[0]) > 5e-4
+    assert rgb_share(matplotlib.image.imread(tmp_path / 'only b.png'), figure.COLORS[0]) > 5e-4
 
 
 def test_smoothing_by_hand():
     """Mean of three: the ends have two neighbours' worth; of four: one before, two after."""
-    assert plot.smoothed([1, 2, 3, 7], 1) == [1, 2, 3, 7]
-    assert plot.smoothed([1, 2, 3, 7], 3) == [1.5, 2, 4, 5]
-    assert plot.smoothed([1, 2, 3, 7], 4) == [2, 3.25, 4, 5]
+    assert plot_runs.smoothed([1, 2, 3, 7], 1) == [1, 2, 3, 7]
+    assert plot_runs.smoothed([1, 2, 3, 7], 3) == [1.5, 2, 4, 5]
+    assert plot_runs.smoothed([1, 2, 3, 7], 4) == [2, 3.25, 4, 5]
 
 
 def test_legend_names_final_values():
     """The legend carries the last validation loss, its bits per byte, the best one where better, and the last mean."""
     log = records()
     log[-1] |= dict(val_loss=3.0, val_bpb=1.5)
-    fig, _ = plot.draw_loss({'a': log})
+    fig, _ = plot_runs.draw_loss({'a': log})
     (label,) = [text.get_text() for text in fig.axes[0].get_legend().get_texts()]
     assert label == 'a: val 3.000 = 1.500 bits/byte, best 2.532, train 2.024'  # 2 + 1/31 + 0.5 and 2 + 1/41
 
@@ -208,7 +208,7 @@ def test_bits_per_byte_axis_needs_one_tokenizer(other, valid):
     log = records(bpb_per_nat=other or 1)
     if other is None:
         log = [{k: v for k, v in r.items() if k != 'val_bpb'} for r in log]
-    fig, what = plot.draw_loss({'a': records(), 'b': log})
+    fig, what = plot_runs.draw_loss({'a': records(), 'b': log})
     right = fig.axes[0].child_axes
     assert len(right) == valid and ('no bits-per-byte axis' in what) != valid
     if valid:
@@ -219,11 +219,11 @@ def test_bits_per_byte_axis_needs_one_tokenizer(other, valid):
 
 def test_tokens_or_steps():
     """Tokens are the axis when every record has them (40 steps are 40,000 tokens), steps otherwise."""
-    fig, what = plot.draw_loss({'a': records()})
+    fig, what = plot_runs.draw_loss({'a': records()})
     assert fig.axes[0].dataLim.x1 == 40_000 and what.startswith('loss against tokens')
     assert fig.axes[0].get_ylabel() == 'loss (nats per token)'
     images = [{k: v for k, v in r.items() if k != 'tokens'} for r in records()]
-    fig, what = plot.draw_loss({'a': records(), 'b': images})
+    fig, what = plot_runs.draw_loss({'a': records(), 'b': images})
     assert fig.axes[0].dataLim.x1 == 40 and what.startswith('loss against step')
 
 
@@ -232,16 +232,16 @@ def test_first_drop_does_not_flatten_the_rest():
     losses are 2.005 to 2.1 or to the spike, and the axis ends a twentieth of that beyond."""
     for spike_at, top in ((0, 2.1), (30, 11)):
         log = [dict(step=s, tokens=s, loss=11.0 if s == spike_at else 2 + s / 1000) for s in range(101)]
-        fig, _ = plot.draw_loss({'a': log}, smooth=1)
+        fig, _ = plot_runs.draw_loss({'a': log}, smooth=1)
         pad = 0.05 * (top - 2.005)
         assert fig.axes[0].get_ylim() == pytest.approx((2.005 - pad, top + pad))
 
 
 def test_diagnostics_are_no_loss():
     """Records of diagnostics, without a loss or tokens, change nothing in the picture of the losses."""
-    fig, what = plot.draw_loss({'a': records()})
+    fig, what = plot_runs.draw_loss({'a': records()})
     other = {k: v for k, v in diagnosis(5).items() if k != 'tokens'}
-    with_them, same = plot.draw_loss({'a': [*records(), diagnosis(100), other]})
+    with_them, same = plot_runs.draw_loss({'a': [*records(), diagnosis(100), other]})
     assert same == what
     assert [line.get_xydata().tolist() for line in with_them.axes[0].lines] \
         == [line.get_xydata().tolist() for line in fig.axes[0].lines]
@@ -299,7 +299,7 @@ def test_diagnostics_by_hand():
     """Flips of 0.002 and 0.004 are 0.003 in the mean, 1 and 2 dead rows 3; scales of 1 and 4 times their start are 2 times
     it, in a band from 1 to 4. down has half of the flips, no dead row, an eighth of the scales."""
     log = [*records(), diagnosis(100), diagnosis(200, flips=(0.01, 0.03), dead=(0, 5), ratios=(2.0, 8.0))]
-    fig, what = plot.draw_diagnostics({'a': log})
+    fig, what = plot_runs.draw_diagnostics({'a': log})
     at = [100_000, 200_000]
     shares, flips, dead, scale = map(curves, fig.axes)
     assert shares == {'−1': (at, pytest.approx([0.29, 0.28])), '0': (at, [0.4, 0.4]), '+1': (at, pytest.approx([0.31, 0.32]))}
@@ -309,7 +309,7 @@ def test_diagnostics_by_hand():
     bands = [band.get_paths()[0].vertices for band in fig.axes[3].collections]
     assert [[(min(v[v[:, 0] == x, 1]), max(v[v[:, 0] == x, 1])) for x in at] for v in bands] \
         == [[(1, 4), (2, 8)], [(0.125, 0.5), (0.25, 1)]]
-    assert [line.get_color() for line in fig.axes[0].lines] == plot.COLORS[:3]
+    assert [line.get_color() for line in fig.axes[0].lines] == figure.COLORS[:3]
     assert legend(fig) == ['q', 'down'] and fig.get_suptitle() == '4 ternary matrices of a'
     assert [text.get_text() for text in fig.axes[0].get_legend().get_texts()] == ['−1', '0', '+1']
     assert [ax.get_xlabel() for ax in fig.axes] == ['', '', 'training tokens', 'training tokens']
@@ -322,7 +322,7 @@ def test_flips_of_zero(more, heights, scale):
     """A log axis as long as all flips are above 0. A zero is on it all the same, at its foot and labelled; null is nowhere,
     and changes nothing in the tokens that a panel is drawn against, which are those of the others."""
     log = [diagnosis(step, flips=flips) for step, flips in enumerate([*more, (0.002, 0.004)], 1)]
-    fig, _ = plot.draw_diagnostics({'a': log})
+    fig, _ = plot_runs.draw_diagnostics({'a': log})
     ax = fig.axes[1]
     assert curves(ax)['q'] == ([1000 * r['step'] for r in log[-len(heights) - 1:]], pytest.approx([*heights, 0.003]))
     assert ax.get_yscale() == scale and len({ax.get_xlim() for ax in fig.axes}) == 1
@@ -339,7 +339,7 @@ def test_flips_of_zero(more, heights, scale):
 
 def test_nothing_flips_or_dies():
     """All flips and dead rows 0: lines at 0, in whole rows, without a warning. A matrix of zeros has scale 0, not an error."""
-    fig, _ = plot.draw_diagnostics({'a': [diagnosis(s, flips=(0, 0), dead=(0, 0), ratios=(0.0, 4.0)) for s in (1, 2)]})
+    fig, _ = plot_runs.draw_diagnostics({'a': [diagnosis(s, flips=(0, 0), dead=(0, 0), ratios=(0.0, 4.0)) for s in (1, 2)]})
     fig.canvas.draw()
     assert [curves(ax)['q'][1] for ax in fig.axes[1:]] == [[0, 0], [0, 0], [0, 0]]
     assert [tick for tick in fig.axes[2].get_yticks() if 0 <= tick <= 1] == [0, 1]
@@ -349,11 +349,11 @@ def test_diagnostics_of_several_runs():
     """One colour for each run, its overall figures; against steps where one has no tokens."""
     a = [diagnosis(100), diagnosis(200) | dict(zero=0.5, flips=0.001, dead_rows=9, scale_drift=0.5)]
     b = [{k: v for k, v in diagnosis(100).items() if k != 'tokens'} | dict(zero=0.1)]
-    fig, what = plot.draw_diagnostics({'a': a, 'b': b})
+    fig, what = plot_runs.draw_diagnostics({'a': a, 'b': b})
     assert [curves(ax) for ax in fig.axes] == [
         {'a': ([100, 200], first), 'b': ([100], second)} for first, second in (
             ([0.4, 0.5], [0.1]), ([0.003, 0.001], [0.003]), ([7, 9], [7]), ([0.25, 0.5], [0.25]))]
-    assert [[line.get_color() for line in ax.lines] for ax in fig.axes] == [plot.COLORS[:2]] * 4
+    assert [[line.get_color() for line in ax.lines] for ax in fig.axes] == [figure.COLORS[:2]] * 4
     assert legend(fig) == ['a', 'b'] and fig.axes[3].get_xlabel() == 'step' and what.endswith('against step, 2 runs')
 
 
@@ -362,7 +362,7 @@ def test_diagnostics_in_grey():
     log = [diagnosis(s) for s in range(64)]
     for record in log:
         record['matrices'] = {f'0.{kind}': record['matrices']['0.q'] for kind in ('q', 'k', 'v', 'o', 'gate', 'up', 'down')}
-    fig, _ = plot.draw_diagnostics({'a': log})
+    fig, _ = plot_runs.draw_diagnostics({'a': log})
     marked = [tuple(range(64)[line.get_markevery()[0]::line.get_markevery()[1]]) for line in fig.axes[1].lines]
     assert len(sum(marked, ())) == len(set(sum(marked, ()))) == 56
     assert len({line.get_marker() for line in fig.axes[1].lines}) == 7
@@ -375,10 +375,10 @@ def test_diagnostics_picture(tmp_path):
     a, b = make_run(tmp_path / 'a', log), make_run(tmp_path / 'b', [r | dict(zero=0.1, flips=0.1) for r in log])
     assert run_plot('diagnostics', a, b).startswith(f'{a}/diagnostics.png: ')
     image = matplotlib.image.imread(a / 'diagnostics.png')
-    assert image.shape[:2] == (1125, 1650) and min(rgb_share(image, color) for color in plot.COLORS[:2]) > 1e-4
+    assert image.shape[:2] == (1125, 1650) and min(rgb_share(image, color) for color in figure.COLORS[:2]) > 1e-4
     assert run_plot('diagnostics', b, f'--out={tmp_path}/x.pdf').startswith(f'{tmp_path}/x.pdf: ')
     for runs in (['a'], [str(i) * 30 for i in range(9)]):
-        fig, _ = plot.draw_diagnostics(dict.fromkeys(runs, log))
+        fig, _ = plot_runs.draw_diagnostics(dict.fromkeys(runs, log))
         fig.canvas.draw()
         boxes = [thing.get_tightbbox() for thing in (*fig.axes, *fig.legends, *fig.texts)]
         assert all(0 <= box.x0 and 0 <= box.y0 and box.x1 <= 1100 and box.y1 <= 750 for box in boxes)
@@ -588,7 +588,7 @@ def test_run_pictures_are_saved(sweep, name):
     image = matplotlib.image.imread(sweep / 'rsvd' / f'{name}.png')
     assert image.shape[1] == 1200 and 0.5 < rgb_share(image, '#ffffff') < 0.99
     used = [0, 2, 3] if name == 'memory' else [0, 1]  # no buffers here
-    assert min(rgb_share(image, plot.COLORS[i]) for i in used) > 1e-4
+    assert min(rgb_share(image, figure.COLORS[i]) for i in used) > 1e-4
     assert run_plot(name, sweep, f'--out={sweep}/x.pdf').startswith(f'{sweep}/x.pdf: ')
 
 

@@ -1,0 +1,109 @@
+"""The tables of bench.py: what it is asked for each of them, and what they show of its rows. results/runs.py makes them."""
+import keep
+from keep import MIB, number, table
+
+
+def figure(key, spec):
+    """A cell of a number, bytes in MiB."""
+    return number(key, spec, MIB if key.endswith('_bytes') else 1)
+
+
+def step_caption(r):
+    model = 'train_bitnet.py' if r.get('model') == 'bitnet' else 'train_gpt.py'
+    return (f'The model of {model}, {r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, '
+            f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is '
+            'what is alive in tensors at once, resident what the process grew by.')
+
+
+STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×': '{ratio:.2f}',
+                'tokens/s': '{tokens_per_s:,.0f}', 'peak MiB': lambda r: mib(r, 'peak', 0), '× ': '{peak_ratio:.2f}',
+                'resident MiB': lambda r: mib(r, 'resident', 0), '×  ': '{resident_ratio:.2f}'}
+
+# name: what bench.py is asked, a line above the table from one row, columns (header, cell from a row)
+BENCHES = {
+    'bitnet_speed': (['train --model=bitnet --steps=2'], step_caption, STEP_COLUMNS),
+    'speed': (['train --steps=2'], step_caption, STEP_COLUMNS),
+    'stats': (['stats bignet half lora int4 qlora nf4 fit4 int8 ternary binary',
+               'compare half lora int4 qlora nf4 fit4 int8 ternary binary'],
+              lambda r: f'BigNet, {r["device"]}, torch {r["torch"]}, batch 32; MiB but for bytes; forward and backward: most '
+              'alive at once above the model itself, allocator peak; difference: of outputs from the full-precision ones, '
+              'same weights, same inputs.',
+              {'form': '{name}', 'trainable': '{trainable:,}', 'frozen': '{frozen:,}',
+               'by formula': lambda r: mib(r, 'theoretical'), 'actual': lambda r: mib(r, 'actual'),
+               'bytes': '{actual_bytes:,}', 'forward': lambda r: mib(r, 'forward'), 'backward': lambda r: mib(r, 'backward'),
+               'max difference': lambda r: f'{r["max"]:.1e}' if 'max' in r else '-',
+               'mean': lambda r: f'{r["mean"]:.1e}' if 'mean' in r else '-'}),
+    'fit': (['fit lora qlora lora-nf4 lora-fit4 lora-ternary lora-binary half int4 --seeds=1,2,3'],
+            lambda r: f'BigNet under a linear head, 1,000 samples of noise with random labels, {r["steps"]} steps of '
+            f'{r["batch"]}, AdamW {r["lr"]:g}, rank 32, seeds {r["seeds"]}, {r["device"]}, {r["threads"]} threads; loss in '
+            'nats over all samples at the end, mean ± sd.',
+            {'form': '{name}', 'trainable': '{trainable:,}', 'loss': '{loss:.4f} ± {sd:.4f}',
+             'lowest accuracy': '{accuracy:.1%}', 'ms/step': '{ms:.0f}'}),
+    'layers': (['layers --threads=1'],
+               lambda r: f'{r["in"]:,} x {r["out"]:,} weights, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}, '
+               f'{r["dtype"]} inputs; milliseconds and, in brackets, times a frozen nn.Linear in the same run; error: relative '
+               'RMS on N(0,1).',
+               {'layer': '{name}', 'bits/weight': '{bits:.3f}', 'error': '{error:.4f}'}),
+    'optim': (['optim'],
+              lambda r: f'The {4 * r["layers"]} block matrices of {r["layers"]} blocks of width {r["dim"]}, fp32, '
+              f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; MiB of optimizer state, milliseconds; a refresh '
+              'makes every basis anew and is what that takes beyond a plain step; amortised: with one in '
+              f'{r["interval"]} steps. full SVD: torch.linalg.svd of every matrix.',
+              {'optimizer': '{name}', 'MiB': figure('optimizer_bytes', '.1f'), 'ms/step': figure('ms', '.0f'),
+               '× AdamW': figure('ratio', '.2f'), '× GaLore of that rank': figure('galore_ratio', '.2f'),
+               'refresh ms': figure('refresh_ms', ',.0f'), '× full SVD': figure('svd_ratio', '.3f'),
+               'amortised ms': figure('amortised_ms', '.0f'), '× AdamW ': figure('amortised_ratio', '.2f')}),
+    'optim_bytes': (['optim-bytes'],
+                    lambda r: f'DistilBERT with 2 labels, fp32, a training step on {r["batch"]} x {r["tokens"]} tokens, '
+                    f'{r["device"]}, torch {r["torch"]}; optimizer: its tensors after a step; peak: all tensors alive at once '
+                    'in a step, weights and optimizer included; saved: of Adam\'s; rank of 768.',
+                    {'low rank': '{scheme}', 'rank': figure('rank', 'd'), 'optimizer bytes': '{optimizer_bytes:,}',
+                     'MiB': figure('optimizer_bytes', '.2f'), 'saved': figure('optimizer_saved', '.1%'),
+                     'peak MiB': figure('peak_bytes', '.0f'), 'saved ': figure('peak_saved', '.1%')}),
+    'finetune': (['finetune'],
+                 lambda r: f'DistilBERT with 2 labels, fp32, a whole training step on {r["batch"]} x {r["tokens"]} tokens, '
+                 f'dropout on, rank {r["rank"]}, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}; MiB; amortised: '
+                 f'with a refresh of every basis in {r["interval"]} steps; peak: most tensors alive at once in any step, also '
+                 'one of a refresh; saved: kept for the backward pass; all-reduce: what ranks send in a step.',
+                 {'variant': '{name}', 'ms/step': figure('ms', ',.0f'), 'amortised': figure('amortised_ms', ',.0f'),
+                  '× AdamW': figure('amortised_ms_x_adamw', '.2f'), '× LoRA': figure('amortised_ms_x_lora', '.2f'),
+                  'peak': figure('peak_bytes', ',.0f'), '× AdamW ': figure('peak_x_adamw', '.2f'),
+                  '× LoRA ': figure('peak_x_lora', '.2f'), 'resident': figure('resident_bytes', ',.0f'),
+                  'saved': figure('saved_bytes', '.0f'), 'gradients': figure('gradient_bytes', '.1f'),
+                  'all-reduce': figure('sent_bytes', '.1f'), 'optimizer': figure('optimizer_bytes', '.1f')}),
+    'conv': (['conv --threads=1'],
+             lambda r: f'{r["batch"]} images of {r["image_size"]} pixels, {r["device"]}, {r["threads"]} thread, torch '
+             f'{r["torch"]}; milliseconds and, in brackets, times real layers of the same dtype: forward and backward of one '
+             '3x3 convolution with its normalisation and a ReLU, by channels x pixels of a side; then a training step of the '
+             'network, the most bytes of tensors alive in it, MiB, and the bytes it packs into.',
+             {'layers': '{name}', 'dtype': '{dtype}'}
+             | {f'{width} x {64 >> b}': (lambda r, key=f'{width}x{64 >> b}': times(r, key) if f'{key}_ms' in r else '-')
+                for b, width in enumerate((32, 64, 64, 128, 256))}
+             | {'network': lambda r: times(r, 'net'), 'peak': lambda r: f'{mib(r, "peak", 0)} ({r["peak_ratio"]:.2f})',
+                'packed bytes': '{packed_bytes:,}'}),
+}
+
+
+def times(row, what):
+    return '-' if row[f'{what}_ms'] is None else f'{row[f"{what}_ms"]:.3g} ({row[f"{what}_ratio"]:.2f})'
+
+
+def mib(row, key, digits=2):
+    return f'{row[key + "_bytes"] / MIB:.{digits}f}'
+
+
+def bench_table(name):
+    """Markdown lines from the rows that bench.py wrote into results/<name>.jsonl."""
+    rows, (_, head, columns) = keep.read(name), BENCHES[name]
+    merged = {}                                     # rows of one variant are one, but for a layer's sizes and dtypes
+    for r in rows:
+        key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'bitnet_speed', 'conv') else None
+        if name == 'layers':
+            r[f't{r["tokens"]}'] = r
+        merged.setdefault(key, {}).update(r)
+    columns = dict(columns)
+    for t in dict.fromkeys(r['tokens'] for r in rows if name == 'layers'):
+        for what in ('forward', 'both'):
+            header = f'{t} token{"s" * (t > 1)}' + (', with backward' if what == 'both' else '')
+            columns[header] = lambda r, t=t, what=what: times(r[f't{t}'], what)
+    return [head(rows[0]), '', *table(columns, merged.values())]

@@ -1,0 +1,180 @@
+"""
+What results/ holds of an experiment and how it gets there: <name>.jsonl, <name>.md and where there are curves <name>.png.
+
+A line of <name>.jsonl is a run: variant, seed, the options it changed, versions, machine, median milliseconds and peak
+memory of its steps, what it packs into, its evaluations. null: not known. Of bench.py and ptq.py a line is one of their rows.
+Tables are made of these lines alone, and so are the places for them in README.md and the index in results/README.md.
+"""
+import json
+import os
+import re
+import statistics
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2 ** 20
+sys.path.append(str(ROOT))
+from report.figure import load_config  # noqa: E402
+
+# name: question, and the headline of its table: a column, then one or two rows. In the order of the index.
+INDEX = {
+    'quality': ('What do binary, ternary and 4-bit blocks cost a GPT on the same batches?',
+                'val loss', 'all binary', 'full precision'),
+    'depth': ('Do 12 of 12 binary blocks train stably?', 'val loss', '12 of 12 binary', '12 blocks, full precision'),
+    'scales': ('How fast may scales learn where full-precision blocks follow?',
+               'step 1,000', '... 0.02', '3 of 6 blocks binary, scales at the full rate'),
+    'recipe': ('Which rates and initial values do low-bit layers need?', 'step 1,500',
+               '... scales 1, 0.05, latent weights at a quarter of the rate', '... scales 1, 0.05'),
+    'speed': ('What does a training step of train_gpt.py take?', 'peak MiB', 'tern', 'fp'),
+    'arithmetic': ('Does a ternary model learn to add?',
+                   'exact match of held-out problems', 'ternary', 'full precision, the same rates'),
+    'tictactoe': ('Does a ternary model learn to play from games?',
+                  'against perfect: won, drawn, lost', 'ternary', 'full precision, the same rates'),
+    'tinystories': ('What does a ternary BitNet cost on stories?', 'val loss', 'ternary', 'full precision, the same rates'),
+    'bitnet_speed': ('What does a training step of train_bitnet.py take?', 'peak MiB', 'tern', 'fp'),
+    'food10': ('What do binary layers cost a CNN on photographs?', 'top-1', 'conv8, conv9, conv10 binary', 'all real'),
+    'food10_recipe': ('Which rates and normalisations do binary convolutions need?', 'step 586',
+                      '... scales at 10 x the rate', 'conv1, conv2, fc1, fc2, final binary, scales at the rate of the rest'),
+    'conv': ('What does a low-bit convolution take?', 'network', 'binary', 'real'),
+    'sst2': ('Which fine-tuning method reaches what, for which memory?', 'accuracy', 'rSVD, rank 16', 'AdamW, all weights'),
+    'finetune': ('What does a fine-tuning step of DistilBERT take?', 'peak', 'rsvd projected', 'adamw'),
+    'optim': ('What does a step of Adam in r dimensions take?', 'MiB', 'rsvd 16', 'adamw'),
+    'optim_bytes': ('Which share of its bytes does low-rank Adam save?', 'optimizer bytes', 'short, all matrices', 'Adam'),
+    'stats': ('How many bytes does each form of a network take?', 'actual', 'nf4', 'bignet'),
+    'fit': ('Does LoRA over low-bit weights learn?', 'loss', 'qlora', 'lora'),
+    'layers': ('What do single layers cost, in error and time?', 'error', 'fit4', 'nf4'),
+    'ptq_schemes': ('What does quantizing cost without training?', 'difference', 'gptq4', 'rtn4'),
+    'ptq_prune': ('What does pruning cost?', 'difference', 'wanda', 'magnitude'),
+    'ptq_sensitivity': ('Which blocks bear one bit worst?', 'all', 'blocks.0', 'blocks.2'),
+    'blocks': ('Do measured blocks train better as binary ones?',
+               'val loss', 'those that ptq.py choose took', 'the first half'),
+    'ptq_big': ('What does ptq.py need at the size of GPT-2?', 'seconds', 'gptq4', 'rtn4'),
+}
+WHOLE = {'quality', 'stats', 'blocks', 'finetune', 'arithmetic', 'food10', 'sst2'}      # one table a section of README.md
+MORE = """
+Beside them:
+
+- [negatives.md](negatives.md): what did not work, and what did.
+- [precision.txt](precision.txt): what the common term of {0, 1} weights costs in bf16, by
+  `python results/precision.py > results/precision.txt`.
+- `python results/fit4.py`: the levels of the format fit4.
+- `python results/runs.py --table` and `python results/ptq.py --table`: all tables, pictures and this page from the kept runs.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# keeping runs
+
+_lock = threading.Lock()        # runs.py keeps several runs at a time
+
+
+def read(name):
+    """List of the lines of results/<name>.jsonl as dicts; [] without it."""
+    path = ROOT / 'results' / f'{name}.jsonl'
+    return [json.loads(line) for line in open(path, encoding='utf-8')] if path.exists() else []
+
+
+def write(name, text):
+    """results/<name>, or README.md by '../README.md', whole or not at all."""
+    path = ROOT / 'results' / name
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    tmp.write_text(text, encoding='utf-8')
+    os.replace(tmp, path)
+
+
+def replace(name, rows, same):
+    """Put `rows` into results/<name>.jsonl in the place of those for which same(row)."""
+    with _lock:
+        old = read(name)
+        at = next((i for i, r in enumerate(old) if same(r)), len(old))
+        kept = [r for r in old if not same(r)]
+        write(f'{name}.jsonl', ''.join(json.dumps(r) + '\n' for r in kept[:at] + rows + kept[at:]))
+
+
+def put(name, run):
+    """Put the line `run` into results/<name>.jsonl in the place of that variant's and seed's."""
+    replace(name, [run], lambda r: (r['variant'], r.get('seed')) == (run['variant'], run.get('seed')))
+
+
+def condensed(records):
+    """Records of a log.jsonl -> what is kept of them: the median time of a step, peak memory, evaluations, the last record of
+    a run that has come to its end. Of steps between evaluations nothing else is kept."""
+    steps = [r for r in records if r.get('ms') is not None]
+    end = records[-1] if 'packed_file_bytes' in records[-1] else {}
+    return {'ms': statistics.median(r['ms'] for r in steps), 'peak_mem_bytes': max(r['peak_mem_bytes'] for r in steps),
+            **{k: v for k, v in end.items() if k != 'step'}, 'evaluations': [r for r in records if 'val_loss' in r]}
+
+
+def keep_run(name, out, **about):
+    """Keep the run of folder `out`; about: its variant and seed, and what else is known of it."""
+    import torch
+
+    import common
+    records = common.read_log(str(out))
+    device = torch.device(load_config(str(out)).get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    state = common.read_checkpoint(str(out / 'last.pt'), mmap=True)
+    run = {**about, 'versions': state['versions'], 'machine': common.device_name(device), **condensed(records)}
+    if (out / 'results.yaml').exists():                     # of finetune_cls.py, written at its end
+        import yaml
+        run['results'] = yaml.safe_load((out / 'results.yaml').read_text(encoding='utf-8'))
+    put(name, run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def table(columns, rows):
+    """Markdown lines. columns: {header: cell(row), or a format of its keys}; spaces tell equal headers apart."""
+    return ['| ' + ' | '.join(h.strip() for h in columns) + ' |', '|---' * len(columns) + '|'] + [
+        '| ' + ' | '.join(c(r) if callable(c) else c.format(**r) for c in columns.values()) + ' |' for r in rows]
+
+
+def number(key, spec, scale=1):
+    """A cell of one number of a row, - where there is none."""
+    return lambda r: '-' if r.get(key) is None else format(r[key] / scale if scale != 1 else r[key], spec)
+
+
+def publish(name, lines):
+    """Write results/<name>.md, the place for it in README.md and the index of results/, and print the table."""
+    text = '\n'.join(lines)
+    write(f'{name}.md', text + '\n')
+    shown = text if name in WHOLE else f'{headline(name)}. The whole table: [results/{name}.md](results/{name}.md).'
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    head, mark, rest = readme.partition(f'<!-- {name} -->\n')
+    if mark:
+        write('../README.md', f'{head}{mark}{shown}\n<!-- end -->{rest.partition("<!-- end -->")[2]}')
+    write('README.md', index())
+    print(text)
+
+
+def headline(name):
+    """'val loss: all binary 1.7591 ± 0.0024; full precision 1.6946 ± 0.0120', out of the first table of results/<name>.md."""
+    _, column, *labels = INDEX[name]
+    lines = (ROOT / 'results' / f'{name}.md').read_text(encoding='utf-8').splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line.startswith('|')]
+    cells = {}
+    for row in rows:                                        # the first of several with one label
+        cells.setdefault(re.sub(r' \(n=\d+\)$|`', '', row[0]), row)
+    return f'{column}: ' + '; '.join(f'{label} {cells[label][header.index(column)]}' for label in labels if label in cells)
+
+
+def index():
+    """Text of results/README.md."""
+    lines = ['# Results', '', 'Made by the commands below, this page too. A line of a `.jsonl` is a run, see `keep.py`.', '',
+             '| experiment | question | command | headline |', '|---|---|---|---|']
+    for name, (question, *_) in INDEX.items():
+        files = [p.name for p in (ROOT / 'results' / f'{name}.{end}' for end in ('md', 'jsonl', 'png')) if p.exists()]
+        if f'{name}.md' in files:
+            script, part = ('ptq.py', name[4:].replace('schemes', 'ptq')) if name.startswith('ptq_') else ('runs.py', name)
+            links = ', '.join(f'[{file.rpartition(".")[2]}]({file})' for file in files)
+            lines.append(f'| {name}: {links} | {question} | `python results/{script} {part}` | {headline(name)} |')
+    return '\n'.join(lines) + '\n' + MORE
+
+
+def shrink(name):
+    """Give results/<name>.png a palette of 256 colours: a third of the bytes."""
+    from PIL import Image
+    path = ROOT / 'results' / f'{name}.png'
+    Image.open(path).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
