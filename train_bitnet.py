@@ -6,7 +6,7 @@ Train a BitNet b1.58: weights -1, 0 and 1 with one scale a matrix, activations i
     torchrun --nproc_per_node=8 train_bitnet.py config/fineweb95m.py    # a node
     python train_bitnet.py config/fineweb95m.py --estimate=True         # what it costs, before it costs anything
 
-The model is that of transformers' BitNetForCausalLM (microsoft/bitnet-b1.58-2B-4T), see tests/test_hf.py. Constants,
+The model is that of transformers' BitNetForCausalLM (microsoft/bitnet-b1.58-2B-4T), see hf.bitnet_state(). Constants,
 model, then main() from top to bottom. Stop it with Ctrl-C at any time and go on with --resume=auto.
 """
 import math

@@ -265,3 +265,21 @@ def save_tokenizer(tokenizer, folder):
         tokenizer.save_pretrained(folder)
     except Exception as e:                          # noqa: BLE001  it has no other kind
         raise OSError(f'could not write the tokenizer to {folder}: {e}') from None
+
+
+def bitnet_state(state, c):
+    """State dict of train_bitnet.py's BitNet and its BitNetConfig -> that of transformers' BitNetForCausalLM: the same tensors,
+    fused ones taken apart. Of its gradients likewise."""
+    kv, out = c.n_embd // c.n_head * c.n_kv_head, {'model.embed_tokens.weight': state['wte.weight']}
+    out |= {'lm_head.weight': state['wte.weight'], 'model.norm.weight': state['norm.weight']}
+    for i in range(c.n_layer):
+        one = {k.removeprefix(f'blocks.{i}.'): t for k, t in state.items() if k.startswith(f'blocks.{i}.')}
+        q, k, v = one['attn.qkv_proj.weight'].split((c.n_embd, kv, kv))
+        gate, up = one['mlp.gate_up_proj.weight'].chunk(2)
+        layer = {'input_layernorm': one['attn.qkv_proj.gain'], 'post_attention_layernorm': one['mlp.gate_up_proj.gain'],
+                 'self_attn.q_proj': q, 'self_attn.k_proj': k, 'self_attn.v_proj': v,
+                 'self_attn.attn_sub_norm': one['attn.o_proj.gain'], 'self_attn.o_proj': one['attn.o_proj.weight'],
+                 'mlp.gate_proj': gate, 'mlp.up_proj': up, 'mlp.ffn_sub_norm': one['mlp.down_proj.gain'],
+                 'mlp.down_proj': one['mlp.down_proj.weight']}
+        out |= {f'model.layers.{i}.{name}.weight': t for name, t in layer.items()}
+    return out

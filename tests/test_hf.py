@@ -256,24 +256,6 @@ def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path):
         assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
 
 
-def bitnet_state(state, c):
-    """State dict of train_bitnet.py's BitNet and its BitNetConfig -> that of transformers' BitNetForCausalLM: the same tensors,
-    fused ones taken apart. A dict of gradients is translated in the same way."""
-    kv, out = c.n_embd // c.n_head * c.n_kv_head, {'model.embed_tokens.weight': state['wte.weight']}
-    out |= {'lm_head.weight': state['wte.weight'], 'model.norm.weight': state['norm.weight']}
-    for i in range(c.n_layer):
-        one = {k.removeprefix(f'blocks.{i}.'): t for k, t in state.items() if k.startswith(f'blocks.{i}.')}
-        q, k, v = one['attn.qkv_proj.weight'].split((c.n_embd, kv, kv))
-        gate, up = one['mlp.gate_up_proj.weight'].chunk(2)
-        layer = {'input_layernorm': one['attn.qkv_proj.gain'], 'post_attention_layernorm': one['mlp.gate_up_proj.gain'],
-                 'self_attn.q_proj': q, 'self_attn.k_proj': k, 'self_attn.v_proj': v,
-                 'self_attn.attn_sub_norm': one['attn.o_proj.gain'], 'self_attn.o_proj': one['attn.o_proj.weight'],
-                 'mlp.gate_proj': gate, 'mlp.up_proj': up, 'mlp.ffn_sub_norm': one['mlp.down_proj.gain'],
-                 'mlp.down_proj': one['mlp.down_proj.weight']}
-        out |= {f'model.layers.{i}.{name}.weight': t for name, t in layer.items()}
-    return out
-
-
 @pytest.mark.parametrize('act', ['relu2', 'silu'])
 @pytest.mark.parametrize('quant', ['tern', 'fp'])
 def test_a_bitnet_of_ours_is_that_of_transformers(monkeypatch, quant, act):
@@ -301,7 +283,7 @@ def test_a_bitnet_of_ours_is_that_of_transformers(monkeypatch, quant, act):
             if plain := getattr(kind.forward, '_torchdynamo_orig_callable', None):
                 monkeypatch.setattr(kind, 'forward', staticmethod(plain))
     ours, tol = dict(model.named_parameters()), 1e-4 if quant == 'fp' else 1e-2     # somewhere a code may be rounded otherwise
-    theirs.load_state_dict(bitnet_state(model.state_dict(), model.config))
+    theirs.load_state_dict(hf.bitnet_state(model.state_dict(), model.config))
     ids = torch.randint(96, (2, 17))
     with torch.no_grad():
         for T in (1, 7, 16):
@@ -312,7 +294,7 @@ def test_a_bitnet_of_ours_is_that_of_transformers(monkeypatch, quant, act):
     assert_close(loss, same, rtol=tol, atol=0)
     loss.backward()
     same.backward()
-    got = bitnet_state({name: p.grad for name, p in ours.items()}, model.config)
+    got = hf.bitnet_state({name: p.grad for name, p in ours.items()}, model.config)
     want = {name: p.grad for name, p in theirs.named_parameters()}
     assert got.keys() - {'lm_head.weight'} == want.keys() and len(want) == 2 + 3 * 11
     for name, g in want.items():
