@@ -517,7 +517,8 @@ def test_peak_memory_grows_with_what_is_held_and_stays(start, tmp_path):
     done = start('p.py', cwd=tmp_path).wait()
     assert done.code == 0, done.err
     before, during, after = map(int, done.out.split())
-    assert 30e6 < before < 8e9 and before + 350e6 < during < before + 600e6 and after >= during
+    # The kernel counts pages per processor and sums them up now and then: a few may be missing.
+    assert 30e6 < before < 8e9 and before + 350e6 < during < before + 600e6 and after > during - 4e6
 
 
 def test_energy_is_measured_or_none():
