@@ -15,6 +15,7 @@ from common import peak_memory_bytes
 from measure.turns import device_name, in_turns, measure, mib, middle, peak_bytes, ratio, resident_bytes, show, times_ms
 from optim import RSVDAdam, attach, memory_report, optimizer_bytes
 from pretrained.adapters import only_adapters
+from report import costs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a step of an optimizer
@@ -234,19 +235,6 @@ def refreshes(optimizer):
         yield
 
 
-def saved_for_backward(forward, model):
-    """(bytes that the graph of forward() keeps for the backward pass, each storage once and the model's not, its loss)."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    held = {}
-
-    def pack(t):
-        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = forward()
-    return sum(n for at, n in held.items() if at not in own), loss
-
-
 def sent_bytes(model, optimizer):
     """Bytes that DistributedDataParallel and attach() send in a step: fp32 gradients of what is trained, R of the others,
     and their refreshes' products, spread over the interval."""
@@ -265,12 +253,11 @@ def finetune_memory_worker(a):
     peak = lambda: peak_bytes(model, optimizer, step, a.device == 'cuda')
     peaks = {'first_bytes': max(peak() for _ in range(3))}
     first_bases(optimizer, step)
-    saved, loss = saved_for_backward(forward, model)
-    loss.backward()
+    saved = costs.saved_bytes(forward, model)
+    forward().backward()
     gradients = memory_report(model, optimizer, 0)['gradients']
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    del loss
     peaks['ordinary_bytes'] = peak()
     if a.name == 'rsvd projected':
         peaks['refresh_bytes'] = max(peak() for _ in refreshes(optimizer))
