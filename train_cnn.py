@@ -90,7 +90,8 @@ compile = torch.cuda.is_available()   # torch.compile: pays on a GPU, on a CPU o
 profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
-KINDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern', 'int4': 'int4'}
+WORDS = {'bin': 'binary', 'fp': 'real', 'tern': 'ternary'}             # what model_config says for these of layers.KINDS
+KINDS = {WORDS.get(kind, kind): kind for kind in layers.KINDS}
 OPTIMIZERS = ('Adam', 'AdamW', 'SGD', 'rSVD')
 
 
@@ -163,14 +164,14 @@ def predict_image():
     path = os.path.join(out_dir, 'best.pt') if resume in ('', 'auto') else resume
     try:
         if resume.endswith('.safetensors'):
-            meta, tensors = layers.read_packed(path)
+            meta, tensors = common.read_packed(path)
         else:
             meta = common.read_checkpoint(path, 'train_cnn')
         if meta.get('trainer') != 'train_cnn':
             raise ValueError(f'{path} was written by {meta.get("trainer")}.py, not train_cnn.py')
         model = CNN(CNNConfig(**meta['model_config']))
         if resume.endswith('.safetensors'):
-            layers.load_packed(model, tensors)
+            common.load_packed(model, tensors)
         else:
             common.load_model_state(model, meta['model'], path)
         seen = meta['images']
@@ -212,7 +213,7 @@ def main():
              f'crop_scale={crop_scale}, crop_ratio={crop_ratio}: shares from 0 to 1, the smaller one first, and 1 or more'),
             (not 0 < eval_crop <= 1, f'eval_crop={eval_crop} is a share above 0 and at most 1'),
             (image_size < 16, f'image_size={image_size} leaves nothing after four halvings; type --image_size=16 or more'),
-            (set(lr_scale) != {'bin', 'tern', 'int4', 'alpha'} or min(lr_scale.values()) < 0, f'lr_scale={lr_scale}'),
+            (not set(lr_scale) <= {*layers.KINDS, 'alpha'} or min(lr_scale.values()) < 0, f'lr_scale={lr_scale}'),
             (not 0 <= dropout < 1, f'dropout={dropout} is a share below 1'),
             (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final start above 0'),
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
@@ -311,7 +312,7 @@ def main():
     scalars = {n: p for n, p in model.named_parameters() if p.dim() < 2 and not n.endswith('alpha')}
     alphas = [p for n, p in model.named_parameters() if n.endswith('alpha')]
     groups = [{'params': [matrices.pop(id(m.weight)) for m in low_bit if m.kind == kind],
-               'weight_decay': weight_decay, 'lr_scale': lr_scale[kind]} for kind in layers.KINDS[1:]]
+               'weight_decay': weight_decay, 'lr_scale': lr_scale.get(kind, 1.0)} for kind in layers.KINDS[1:]]
     groups += [{'params': list(matrices.values()), 'weight_decay': weight_decay, 'lr_scale': 1.0},
                {'params': list(scalars.values()), 'weight_decay': 0.0, 'lr_scale': 1.0},
                {'params': alphas, 'weight_decay': 0.0, 'lr_scale': lr_scale['alpha']}]
@@ -530,7 +531,7 @@ def main():
             stop = found is None
             if rank_here == 0 and not stop:
                 path = os.path.join(out_dir, 'packed.safetensors')
-                size = layers.save_packed(raw_model, path, meta | {'top1': found[1]})
+                size = common.save_packed(raw_model, path, meta | {'top1': found[1]})
                 log({'step': step, 'model_name': model_name, 'gpu_type': gpu_type or common.device_name(dev),
                      'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'binary_share': shares['bin'],
                      'best_step': state['step'], 'best_top1': state['best'][0], 'packed_top1': found[1],
