@@ -1,6 +1,6 @@
 """
 What every trainer must do alike, as plain functions of plain arguments: processes, order of samples, learning rate,
-means over tokens and ranks, checkpoints, the run folder and its log, stop signals, memory and energy meters.
+means over tokens and ranks, checkpoints, packed files, the run folder and its log, stop signals, memory and energy meters.
 
 Nothing here knows a trainer, a model or a constants block. Two silently different copies of any of this would make a
 published number wrong; everything else belongs in the trainers.
@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import fail, save
+from layers import pack
 
 CHECKPOINT_VERSION = 1
 
@@ -379,6 +380,71 @@ def check_tokens(state, path, tokenizer, dataset):
 
 def versions():
     return {'python': platform.python_version(), 'torch': str(torch.__version__), 'numpy': np.__version__}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packed files: one safetensors file of a model whose low-bit layers are packed
+
+
+def save_packed(model, path, meta):
+    """Pack the model in place and write it as one safetensors file, `meta` (plain types) as JSON in its header.
+
+    Returns the size of the file in bytes. The file is whole or absent: written beside and renamed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    tensors = {name: t.contiguous().cpu() for name, t in _parameters_once(pack(model)).items()}
+    meta = dict(meta, checksum=_named_checksum(tensors))        # safetensors has none of its own
+
+    def write(tmp):
+        try:
+            save_file(tensors, tmp, {'nanobit': json.dumps(meta)})
+        except SafetensorError as e:                # a full disk, for one
+            raise OSError(e) from e
+    atomic_write(path, write)
+    return os.path.getsize(path)
+
+
+def read_packed(path, tensors_too=True):
+    """(meta, tensors) of a file of save_packed. Raises ValueError naming the file when it is not one. tensors_too=False: (meta,
+    None) from the header alone; the checksum of the tensors is not checked."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'pt') as f:
+            meta = json.loads((f.metadata() or {})['nanobit'])
+            tensors = {name: f.get_tensor(name) for name in f.keys()} if tensors_too else None  # noqa: SIM118  not a dict
+    except (OSError, SafetensorError, KeyError, ValueError) as e:
+        raise ValueError(f'{path} is not a packed nanobit model ({type(e).__name__}: {e})') from e
+    if not isinstance(meta, dict) or tensors_too and meta.get('checksum') != _named_checksum(tensors):
+        raise ValueError(f'{path} is damaged: its tensors do not match their checksum')
+    return meta, tensors
+
+
+def load_packed(model, tensors):
+    """Put the tensors of read_packed into a freshly made model of the same shape, in place; returns it packed.
+
+    Raises ValueError where they do not fit."""
+    wanted = _parameters_once(pack(model))
+    alike = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+    if wrong := sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if not alike(wanted[n], tensors[n])]:
+        raise ValueError(f'packed file and model do not fit each other: {wrong[:4]}')
+    for name, t in wanted.items():
+        t.copy_(tensors[name])
+    return model
+
+
+def _parameters_once(model):
+    """{name: tensor} of the state_dict with tied weights under their first name only."""
+    seen, unique = set(), {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        if id(t) not in seen:
+            seen.add(id(t))
+            unique[name] = t.detach()
+    return unique
+
+
+def _named_checksum(tensors):
+    return checksum(tensors[name] for name in sorted(tensors))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

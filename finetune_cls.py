@@ -122,7 +122,7 @@ def adapt(net, head):
     """Put the method into the model: which layers change and which parameters are trained."""
     if method in ('full', 'rsvd', 'rsvd_svt'):
         return
-    linears = [n for n, m in net.named_modules() if isinstance(m, layers.LINEARS) and f'{n}.weight' not in head]
+    linears = [n for n, m in net.named_modules() if layers.is_linear(m) and f'{n}.weight' not in head]
     chosen = [n for n in linears if n.rpartition('.')[2] in (targets or ATTENTION)]
     if not chosen:
         found = ','.join(sorted({n.rpartition('.')[2] for n in linears})) or '(it has none)'

@@ -1,84 +1,775 @@
 """
-Layers whose weights take 1, 1.58, 4, 8 or 16 bits, for training and packed for keeping; LoRA over any of them.
+Layers whose weights take 1, 1.58, 4, 8 or 16 bits, trained through the rounding and packed to codes; LoRA over any of them.
 
-    kind     class            weight used in the forward pass                            packed
-    bin      BinaryLinear     {0,1} by `w > mean(w)`; the output is normalised           1 bit  + alpha
-    tern     TernaryLinear    {-1,0,1} * mean|w|; the input is RMSNormed, then int8      2 bits + one scale
-    int4     Linear4bit       16 even levels between -absmax and absmax of 16 weights    4 bits + fp16 per group
-    nf4      Linear4bit       16 normal quantiles times the absmax of 64 weights         4 bits + fp16 per group
-    fit4     Linear4bit       16 fitted levels times a signed scale of 32 weights        4 bits + 8 per group
-    int8     Int8Linear       255 levels between -absmax and absmax of a row             8 bits + fp32 per row
-    group    GroupLinear      8, 4, 3, 2, 1.58 or 1 bits, a zero too (grouped.py)        + fp16 per group
-    half     HalfLinear       fp16 or bf16                                               16 bits
-    sparse   SparseLinear     a full-precision one in which many weights are 0 (same)    1 bit + 32 for what is not 0
-    lowrank  LowRankLinear    A diag(c) B                                                32 bits, fewer numbers
-    lora     LoRALinear       any of the above, frozen, + B A of its own                 as its base, + fp32 adapters
-    fp       nn.Linear        as it is                                                   32 bits
+    linear('bin', 256, 1024)                    a layer of one of FORMATS, the table at the end; conv2d() likewise
+    convert(model, {'blocks.*': 'tern'})        replaces layers of a model by name
+    pack(model)                                 drops the latent weights for packed codes, in place
 
-and BinaryEmbedding; convolutions are in conv.py. The first seven keep latent full-precision weights while training and
-let the gradient pass straight through the rounding (dL/dw := dL/dw_q). `layer.pack_()` drops the latent weights for
-packed codes; the same forward arithmetic then runs on the unpacked codes, so packing changes no logit.
+The formats of 8 bits and less keep latent full-precision weights while training and let the gradient pass straight through
+the rounding (dL/dw := dL/dw_q). `layer.pack_()` drops the latent weights for packed codes; the same forward arithmetic then
+runs on the unpacked codes, so packing changes no logit.
 
-Straight-through training usually needs MORE memory than fp training, because autograd keeps the rounded weight and
-every intermediate of the normalisation. Here the rounded weight is made again in the backward pass, the normalisation
-is undone from its own output, the ternary layer keeps the int8 activations its weight gradient is made of, and
-`act='gelu'` folds the activation in front of a layer into it, so that it is made again rather than kept. A frozen layer
-keeps nothing for its backward pass and, but under torch.compile, never holds more than a block of its decoded weights.
+Straight-through training usually needs MORE memory than fp training, because autograd saves the rounded weight and every
+intermediate of the normalisation. Here the backward pass recomputes the rounded weight and undoes the normalisation from its
+own output, the ternary layer saves the int8 activations that its weight gradient is made of, and `act='gelu'` folds the
+activation in front of a layer into it, so that it is recomputed rather than saved. A frozen layer saves nothing for its
+backward pass and, but under torch.compile, never holds more than a block of its decoded weights.
 
-What low-bit modules share is in lowbit.py, what turns weights into codes in quant.py, the products and their gradients
-in functional.py, adapters' files in adapters.py. Read here: low-bit modules; half, low rank and
-LoRA; convert() and pack(); files.
+Four parts: the products with their gradients, the base classes, the modules, and linear(), convert() and pack(). This file,
+quant.py, which turns weights into codes, and kernels.c can be copied out together.
 """
+import copy
 import fnmatch
-import json
 import math
-import os
+from collections import Counter
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from common import atomic_write, checksum
-from conv import BinaryConv2d, Conv4bit, TernaryConv2d, conv2d  # noqa: F401  one place to import layers from
-from functional import (ACTIVATIONS, EVERY_ACTIVATION, compute_dtype, frozen_linear, has_fast_int8, normalize,
-                        quantized_linear, straight_through, ternary_linear)
-from lowbit import Activation, Binary, FourBit, LowBit, all_finite, in_blocks  # noqa: F401  for who imports layers
-from pretrained.formats import GroupLinear, SparseLinear
-from quant import decode4, half_bits, pack_bits, product4, quantize_rows, scales4, ternarize, unpack_bits, wide
+from quant import (FORMATS4, SCALES4, binarize, decode4, half_bits, levels4, pack4, pack_bits, product4, quantize4,
+                   quantize_rows, scales4, ternarize, unpack_bits, wide)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# modules
+# products with their gradients: autograd functions that save as little as the exact gradient allows
+#
+#     straight_through(w, q)                        q forward, identity to w backward
+#     normalize(z, alpha, eps)                      alpha * (z - mean) / (std + eps), from its own output backward
+#     quantized_linear(x, w, b, alpha, ...)         a product with a rounded weight, recomputed in the backward pass
+#     quantized_conv(x, w, b, alpha, ...)           the same of a convolution
+#     ternary_linear(x, w, b, gain, ...)            RMSNorm, int8 activations, ternary weights
+#     frozen_linear(x, b, decoder, ...)             a product with a decoded weight, block by block, nothing saved
+
+TINY_ALPHA = 1e-6    # alpha is used no closer to 0 than this, so that y / alpha gives the normalised value back
+TINY_VAR = 1e-30     # keeps 1/std finite on constant input; the eps of the formula is added to std, not to the variance
 
 
-class BinaryLinear(Binary, nn.Module):
+def compute_dtype(x):
+    """What a matmul of x would run in: autocast's dtype inside autocast, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _relu2_glu(x):
+    gate, up = x.chunk(2, -1)
+    return F.relu(gate).square() * up
+
+
+def _relu2_glu_backward(g, x):
+    gate, up = x.chunk(2, -1)
+    gate = F.relu(gate)
+    return torch.cat([g * up * gate * 2, g * gate.square()], -1)
+
+
+def _silu_glu(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _silu_glu_backward(g, x):
+    gate, up = x.chunk(2, -1)
+    return torch.cat([torch.ops.aten.silu_backward(g * up, gate), g * F.silu(gate)], -1)
+
+
+# name: (forward, backward(grad, input))
+ACTIVATIONS = {None: (lambda x: x, lambda g, x: g),
+               'relu': (F.relu, lambda g, x: torch.ops.aten.threshold_backward(g, x, 0)),
+               'gelu': (F.gelu, torch.ops.aten.gelu_backward)}
+# Gated ones, of a gate and a value side by side: (..., 2 n) -> (..., n)
+GATED = {'relu2_glu': (_relu2_glu, _relu2_glu_backward), 'silu_glu': (_silu_glu, _silu_glu_backward)}
+EVERY_ACTIVATION = ACTIVATIONS | GATED
+
+
+class _StraightThrough(torch.autograd.Function):
+    """q in the forward pass, identity to w in the backward pass. (w + (q - w) would round q in its last digits.)"""
+    @staticmethod
+    def forward(ctx, w, q):
+        return q
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def _blocks(x, wanted=True):
+    """Slices of the rows of x. On the CPU some rows at a time, so that temporaries stay in the cache and never take the
+    memory of a whole activation; elsewhere, and under torch.compile, which fuse by themselves, one."""
+    rows = (len(x) if not wanted or x.device.type != 'cpu' or torch.compiler.is_compiling() else
+            max(1024 if x.dim() == 2 else 1, 2 ** 18 // max(1, math.prod(x.shape[1:]))))  # a product wants many rows
+    return [slice(i, i + rows) for i in range(0, len(x), rows)] if len(x) > rows else [slice(None)]
+
+
+def _normalize(z, alpha, ndim, eps):
+    """(y, rstd): y = alpha * (z - mean) / (std + eps) over the last `ndim` dimensions, population std; rstd = 1 / std."""
+    if z.device.type != 'cpu':
+        u, _, rstd = torch.native_layer_norm(wide(z), z.shape[-ndim:], None, None, TINY_VAR)
+        return u.mul_(alpha / (1 + eps * rstd)), rstd                       # 1/(std + eps) = rstd / (1 + eps rstd)
+    dims = tuple(range(-ndim, 0))                   # there layer_norm is slower, most of all for short rows
+    u = wide(z)
+    u = u - u[(..., *[slice(1)] * ndim)]            # else the mean of equal numbers is off by a rounding, and std far below eps
+    u -= u.mean(dims, keepdim=True)
+    norm = u
+    for dim in reversed(dims):                      # one after the other: it sums millions of squares with an error of 1e-4
+        norm = torch.linalg.vector_norm(norm, dim=dim, keepdim=True)
+    rstd = norm.square_().div_(math.prod(z.shape[-ndim:])).add_(TINY_VAR).rsqrt_()
+    return u.mul_(rstd / (1 + eps * rstd)).mul_(alpha), rstd
+
+
+def _normalize_backward(g, y, rstd, alpha, ndim, eps):
+    """(dz, dalpha) from dy and y itself, which the next operation mostly saves anyway: z need not be saved.
+
+    With u = y / alpha and g' = alpha * dy:  dz = (g' - mean(g') - u mean(g' u) (std + eps) / std) / (std + eps).
+    """
+    g, u = wide(g), wide(y) / alpha
+    slack = 1 + eps * rstd                                                  # (std + eps) / std
+    root = slack.sqrt()                                                     # shared between the two u's of the formula
+    dz = torch.ops.aten.native_layer_norm_backward(g * alpha, u, u.shape[-ndim:], torch.zeros_like(rstd), root, None, None,
+                                                   [True, False, False])[0].mul_(rstd / (slack * root))
+    return dz, (g * u).sum_to_size(alpha.shape)
+
+
+def _away_from_zero(alpha):
+    return torch.where(alpha.abs() < TINY_ALPHA, TINY_ALPHA, alpha)
+
+
+class _Normalize(torch.autograd.Function):
+    """_normalize over the last dimension of z, for an embedding. Saves y and rstd. alpha (1,)."""
+    @staticmethod
+    def forward(ctx, z, alpha, eps):
+        alpha = _away_from_zero(alpha)
+        y, rstd = torch.empty_like(z), torch.empty(*z.shape[:-1], 1, dtype=wide(z[:0]).dtype, device=z.device)
+        for rows in _blocks(z):
+            y[rows], rstd[rows] = _normalize(z[rows], alpha, 1, eps)
+        ctx.save_for_backward(y, rstd, alpha)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, rstd, alpha = ctx.saved_tensors
+        dz, galpha = torch.empty_like(y), torch.zeros_like(alpha, dtype=rstd.dtype)
+        for rows in _blocks(y):
+            dz[rows], part = _normalize_backward(g[rows], y[rows], rstd[rows], alpha, 1, ctx.eps)
+            galpha += part
+        return dz, galpha.to(alpha.dtype), None
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """y (N, out) = act(x) (N, in) @ wq.T + bq, and _normalize of that when alpha (chunks, 1) is given.
+
+    `wq, bq = quantize(w, b, dtype)`. Saves x, w, b and, with alpha, y and 1 / std; recomputes wq and act(x).
+    """
+    @staticmethod
+    def forward(ctx, x, w, b, alpha, quantize, act, eps):
+        wq, bq = quantize(w, b, x.dtype)
+        y, rstd, blocks = None, None, _blocks(x, alpha is not None or act is not None)
+        if alpha is not None:
+            alpha = _away_from_zero(alpha)
+            rstd = torch.empty(len(x), len(alpha), 1, dtype=wide(x[:0]).dtype, device=x.device)
+        for rows in blocks:
+            z = F.linear(ACTIVATIONS[act][0](x[rows]), wq, bq)
+            if alpha is not None:
+                z, rstd[rows] = _normalize(z.unflatten(-1, (len(alpha), -1)), alpha, 1, eps)
+                z = z.flatten(1)
+            if len(blocks) == 1:
+                y = z.to(x.dtype)
+            else:
+                y = x.new_empty(len(x), len(wq)) if y is None else y
+                y[rows] = z
+        ctx.save_for_backward(x, w, b, alpha, rstd, None if alpha is None else y)
+        ctx.quantize, ctx.act, ctx.eps = quantize, act, eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, w, b, alpha, rstd, y = ctx.saved_tensors
+        forward, backward = ACTIVATIONS[ctx.act]
+        broad = wide(g[:0]).dtype
+        wq, _ = ctx.quantize(w, b, x.dtype)
+        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        gw, gb, galpha = (torch.zeros_like(t, dtype=broad) if need and t is not None else None
+                          for t, need in zip((w, b, alpha), ctx.needs_input_grad[1:4], strict=True))
+        for rows in _blocks(x, alpha is not None or ctx.act is not None):
+            dz = g[rows]
+            if alpha is not None:
+                dz, part = _normalize_backward(*(t.unflatten(-1, (len(alpha), -1)) for t in (dz, y[rows])), rstd[rows], alpha,
+                                               1, ctx.eps)
+                dz = dz.flatten(1).to(x.dtype)
+                if galpha is not None:
+                    galpha += part
+            if gb is not None:
+                gb += dz.sum(0, dtype=broad)
+            if gw is not None:
+                _add_product(gw, dz, forward(x[rows]))
+            if gx is not None:
+                gx[rows] = backward(dz @ wq, x[rows])                       # (rows, out) @ (out, in)
+        gw, gb, galpha = (t if t is None else t.to(p.dtype) for t, p in ((gw, w), (gb, b), (galpha, alpha)))
+        return gx, gw, gb, galpha, None, None, None
+
+
+def _add_product(total, g, x):
+    """total (out, in) += g (rows, out).T @ x (rows, in), without a temporary where the dtypes allow."""
+    if total.dtype == g.dtype:
+        total.addmm_(g.T, x)
+    else:
+        total += g.T @ x
+
+
+class _QuantizedConv(torch.autograd.Function):
+    """y = conv2d(act(x), wq, bq), and _normalize of that over the channels of each pixel, the pixels of each channel or the
+    whole example when alpha (out,) is given; round_input: act(x) rounded to int8 by the largest of each example, straight
+    through. `wq, bq = quantize(w, b, dtype)`; conv: its stride, padding, dilation (pairs) and groups.
+
+    Saves x, w, b and, with alpha, y and 1 / std; recomputes wq and act(x).
+    """
+    @staticmethod
+    def forward(ctx, x, w, b, alpha, quantize, act, round_input, norm, eps, conv):
+        wq, bq = quantize(w, b, x.dtype)
+        y, rstd = F.conv2d(_conv_input(x, act, round_input), wq, bq, **conv), None
+        if alpha is not None:
+            alpha = _away_from_zero(alpha)
+            z, ndim = _by_norm(y, norm), 2 if norm == 'sample' else 1
+            scale = alpha if norm == 'channel' else alpha[:, None]
+            rstd = torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=wide(z[:0]).dtype, device=z.device)
+            for i in _blocks(z):
+                z[i], rstd[i] = _normalize(z[i], scale, ndim, eps)             # in place of the product
+            y = _from_norm(z, y.shape, norm)
+        keep_x = ctx.needs_input_grad[1] or act is not None and ctx.needs_input_grad[0]
+        ctx.save_for_backward(x if keep_x else None, w, b, alpha, rstd, None if alpha is None else y)
+        ctx.quantize, ctx.act, ctx.round_input, ctx.norm, ctx.eps, ctx.conv = quantize, act, round_input, norm, eps, conv
+        ctx.x_shape, ctx.dtype = x.shape, x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, w, b, alpha, rstd, y = ctx.saved_tensors
+        need_x, need_w, need_b, need_alpha = ctx.needs_input_grad[:4]
+        galpha = None
+        if alpha is not None:
+            scale = alpha if ctx.norm == 'channel' else alpha[:, None]
+            g, rows = _by_norm(g, ctx.norm), _by_norm(y, ctx.norm)
+            dz, galpha = torch.empty_like(rows), torch.zeros_like(scale, dtype=rstd.dtype)
+            for i in _blocks(rows):
+                dz[i], part = _normalize_backward(g[i], rows[i], rstd[i], scale, 2 if ctx.norm == 'sample' else 1, ctx.eps)
+                galpha += part
+            g = _from_norm(dz, y.shape, ctx.norm)
+            galpha = galpha.view(alpha.shape).to(alpha.dtype) if need_alpha else None
+        wq, bq = ctx.quantize(w, b, ctx.dtype)
+        # its layout is that of the gradient, whether or not its numbers are needed
+        a = _conv_input(x, ctx.act, ctx.round_input) if need_w else g.new_empty(()).expand(ctx.x_shape) if x is None else x
+        c = ctx.conv
+        gx, gw, gb = torch.ops.aten.convolution_backward(
+            g, a, wq, None if bq is None else [len(wq)], c['stride'], c['padding'], c['dilation'], False, [0, 0], c['groups'],
+            [need_x, need_w, bq is not None and need_b])
+        if need_x:
+            gx = ACTIVATIONS[ctx.act][1](gx, x)
+        return (gx, gw if gw is None else gw.to(w.dtype), gb if gb is None else gb.to(b.dtype), galpha, None, None, None, None,
+                None, None)
+
+
+def _conv_input(x, act, round_input):
+    x = ACTIVATIONS[act][0](x)
+    if not round_input:
+        return x
+    codes, scales = quantize_rows(wide(x).permute(0, 2, 3, 1).flatten(1))
+    return (codes * scales).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _by_norm(z, norm):
+    """(N, C, H, W) with what is normalised last: (N H W, C), a view of a channels_last tensor, or (N, C, H W)."""
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) if norm == 'channel' else z.flatten(2)
+
+
+def _from_norm(rows, shape, norm):
+    return rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2) if norm == 'channel' else rows.view(shape)
+
+
+# Without the int8 dot-product instructions torch._int_mm can be slower than the float product by far. Asked once, here:
+# torch.compile cannot trace the question.
+FAST_INT8_CPU = getattr(torch.cpu, '_is_vnni_supported', lambda: False)()
+
+
+def has_fast_int8(device):
+    return device.type == 'cpu' and FAST_INT8_CPU
+
+
+class _TernaryLinear(torch.autograd.Function):
+    """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales + b.
+
+    x (N, in), or (N, 2 in) where act is gated. Saves x, the int8 codes of the normalised input and per-token scalars:
+    dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` gives the ternary weight, a scale for each of
+    `rows` rows. gain None: x is normalised already.
+    The product of the codes is exact in int32, and in fp32 too as long as |sum| <= 128 * in < 2**24; under autocast it is
+    rounded to bf16 like any other product there.
+    """
+    @staticmethod
+    def forward(ctx, x, w, b, gain, weights, rows, eps, act, dtype):
+        q = x.new_empty(len(x), x.shape[1] // (1 + (act in GATED)), dtype=torch.int8)       # (N, in)
+        sx = wide(x[:, :1]).new_empty(len(x), 1)
+        rstd = None if gain is None else torch.empty_like(sx)
+        for i in _blocks(x):
+            a = wide(EVERY_ACTIVATION[act][0](x[i]))
+            if gain is not None:
+                rstd[i] = (torch.linalg.vector_norm(a, dim=-1, keepdim=True).square() / a.shape[-1] + eps).rsqrt()
+                a = (a * rstd[i]).mul_(gain)
+            q[i], sx[i] = quantize_rows(a)
+        t, sw = weights(w)                                                  # (out, in) int8, (chunks,)
+        if has_fast_int8(q.device) and min(*q.shape, len(t)) > 1:          # size-1 strides: pytorch/pytorch#195066
+            z, sx_z = torch._int_mm(q, t.T), sx                             # int32 (N, out)
+        else:
+            shrink = 2 ** -10 if dtype == torch.float16 else 1              # fp16 ends at 65504; the sums need not
+            z, sx_z = F.linear(q.to(dtype) * shrink, t.to(dtype)), sx / shrink
+        y = z * (sx_z * sw) if len(sw) == 1 else (z * sx_z).mul_(_of_rows(sw, rows))
+        if b is not None:
+            y += b
+        ctx.save_for_backward(None if gain is None and act is None else x, w, gain, q, sx, rstd)
+        ctx.weights, ctx.rows, ctx.act, ctx.x_dtype, ctx.x_shape = weights, rows, act, x.dtype, x.shape
+        return y.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, w, gain, q, sx, rstd = ctx.saved_tensors
+        forward, backward = EVERY_ACTIVATION[ctx.act]
+        need_w, need_x = ctx.needs_input_grad[1], ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.needs_input_grad[2] else None
+        gx = q.new_empty(ctx.x_shape, dtype=ctx.x_dtype) if need_x else None
+        gw = torch.zeros_like(w, dtype=sx.dtype) if need_w else None
+        ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
+        if need_x:
+            t, sw = ctx.weights(w)
+            wq = (t * _of_rows(sw, ctx.rows)[:, None]).to(g.dtype)
+        for i in _blocks(q):
+            if need_w:
+                _add_product(gw, g[i], (q[i] * sx[i]).to(g.dtype))
+            if need_x:
+                h = wide(g[i] @ wq)                                        # gradient at the quantizer = at its input
+                if rstd is not None:                                        # RMSNorm: n = gain * u, u = a * rstd
+                    u = wide(forward(x[i])) * rstd[i]
+                    p = h * u
+                    ggain += p.sum(0)
+                    along = (p @ gain.to(p.dtype)).unsqueeze(-1)
+                    h.mul_(gain)
+                    h.addcmul_(u, along, value=-1 / u.shape[-1]).mul_(rstd[i])      # (h - u mean(u h)) * rstd
+                gx[i] = h if ctx.act is None else backward(h.to(ctx.x_dtype), x[i])
+        gw = gw.to(w.dtype) if need_w else None
+        return gx, gw, gb, None if gain is None else ggain.to(gain.dtype), None, None, None, None, None
+
+
+def _of_rows(scales, rows):
+    """(sum(rows),): each of the scales (len(rows),) as often as it has rows."""
+    return scales.expand(*rows) if len(rows) == 1 else torch.cat([s.expand(n) for s, n in zip(scales, rows, strict=True)])
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """y (N, out) = x (N, in) @ W.T + b for a W that is not trained: decoder() gives a function weights(i, j) for its rows
+    i .. j - 1 in x's dtype.
+
+    A block of rows at a time, so that the decoded weight never exists whole and stays in the cache. Saves nothing, not
+    even what the decoder works with.
+    """
+    @staticmethod
+    def forward(ctx, x, b, decoder, blocks, product):
+        ctx.decoder, ctx.blocks = decoder, blocks
+        if product is not None and (y := product(x)) is not None:
+            return (y if b is None else y + b).to(x.dtype)
+        weights = decoder()
+        if len(blocks) == 1:
+            return F.linear(x, weights(*blocks[0]), b)
+        y = x.new_empty(len(x), blocks[-1][1])
+        for i, j in blocks:
+            y[:, i:j] = F.linear(x, weights(i, j), None if b is None else b[i:j])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        gx = None
+        if ctx.needs_input_grad[0]:
+            weights, ((i, j), *rest) = ctx.decoder(), ctx.blocks
+            gx = g[:, i:j] @ weights(i, j)
+            gx = wide(gx) if rest else gx                                   # a sum in bf16 is rounded at each block
+            for i, j in rest:
+                if gx.dtype == g.dtype:
+                    gx.addmm_(g[:, i:j], weights(i, j))
+                else:
+                    gx += g[:, i:j] @ weights(i, j)
+            gx = gx.to(g.dtype)
+        gb = g.sum(0, dtype=wide(g[:0]).dtype).to(g.dtype) if ctx.needs_input_grad[1] else None
+        return gx, gb, None, None, None
+
+
+def _row_blocks(shape, x, multiple=1):
+    """[(i, j), ...] over the rows of a weight of this shape; on the CPU of 1 MB for each thread."""
+    rows, columns = shape
+    if torch.compiler.is_compiling():
+        return [(0, rows)]
+    most = (min(16, torch.get_num_threads()) << 20) // x.element_size() if x.device.type == 'cpu' else 1 << 26
+    step = max(1, most // columns // multiple) * multiple
+    return [(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def frozen_linear(x, bias, decoder, shape, multiple=1, product=None):
+    """_FrozenLinear over x (..., in) in the compute dtype, to which bias is cast. multiple: blocks begin at multiples of so
+    many rows. product(x (N, in)) may give x W^T at once, or None."""
+    dtype = compute_dtype(x)
+    flat = x.reshape(-1, shape[1]).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    y = _FrozenLinear.apply(flat, bias, decoder, _row_blocks(shape, flat, multiple), product)
+    return y.view(*x.shape[:-1], shape[0])
+
+
+def plain_linear(x, weight, bias):
+    """F.linear in the compute dtype."""
+    dtype = compute_dtype(x)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+straight_through = _StraightThrough.apply
+normalize = _Normalize.apply
+quantized_linear = _QuantizedLinear.apply
+quantized_conv = _QuantizedConv.apply
+ternary_linear = _TernaryLinear.apply
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the base classes: LowBit; LowBitLinear and LowBitConv, by the shape of the product; Binary, Ternary and FourBit, by the
+# format of the weight. A module below is made of one of the two and one of the three.
+
+
+def in_blocks(encode, rows, size=1 << 20):
+    """encode(part) -> dict of tensors, for about `size` weights of `rows` (n, ...) at a time, the tensors concatenated:
+    temporaries are many times larger than the codes, and the matrix of a head may be half of a model. Parts are of whole 256
+    rows; on a GPU, where calls cost more than memory, they are larger."""
+    size = size if rows.device.type == 'cpu' else 1 << 26
+    parts = [encode(part) for part in rows.split(max(1, size // max(1, rows[:1].numel()) // 256) * 256)]
+    if len(parts) == 1:
+        return parts[0]
+
+    def whole(tensors):                             # under autocast cat() knows no fp16 on a CPU, with out= it asks nothing
+        return torch.cat(tensors, out=tensors[0].new_empty(sum(map(len, tensors)), *tensors[0].shape[1:]))
+    return {name: whole([part[name] for part in parts]) for name in parts[0]}
+
+
+def all_finite(tensors):
+    """Without a copy of any of them."""
+    return all(torch.isfinite(torch.stack(t.aminmax())).all() for t in tensors if t.numel())
+
+
+class LowBit(nn.Module):
+    """Latent `weight` (and `bias`) Parameters or, after pack_(), uint8 codes.
+
+    A subclass gives `kind`, its name in FORMATS, the `bits` of a code, encode() -> dict of buffers that hold the quantized
+    weight, its inverse decode() -> (weight, bias or None), _quantize(weight, bias, dtype) -> both as the product sees them,
+    and a forward() for both states. Raises ValueError for an activation that is none of `acts`.
+    """
+    packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: the dimension of the weight that the bias goes along
+
+    def __init__(self, shape, bias, act=None):
+        if act not in self.acts:
+            raise ValueError(f'{type(self).__name__}: act={act!r} must be in {list(self.acts)}')
+        super().__init__()
+        self.shape, self.act, self.eps = shape, act, 0.0
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(shape[self.bias_dim])) if bias else None
+        self.register_parameter('alpha', None)      # only a binary module scales its output
+        self._init_weight()
+
+    def pack_(self):
+        """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
+        if not self.packed:
+            if not all_finite(self.parameters(recurse=False)):
+                raise ValueError(f'{type(self).__name__}: weights must be finite to be packed')
+            with torch.no_grad():
+                self.hold_(self.encode())
+        return self
+
+    def hold_(self, buffers):
+        """Become a packed module of these buffers, as encode() gives them."""
+        del self.weight
+        if self.bias is not None and 'packed_bias' in buffers:
+            del self.bias
+            self.bias = None
+        self.weight = None
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        for p in self.parameters(recurse=False):
+            p.requires_grad_(False)
+        self.packed = True
+        return self
+
+    def unpack_(self):
+        """Back to a trainable layer whose weights are the quantized ones (the latent values are gone for good)."""
+        if self.packed:
+            with torch.no_grad():
+                weight, bias = self.decode()
+            for name in [n for n, _ in self.named_buffers(recurse=False)]:
+                delattr(self, name)
+            self.weight = nn.Parameter(weight)
+            if bias is not None:
+                self.bias = nn.Parameter(bias)
+            for p in self.parameters(recurse=False):
+                p.requires_grad_(True)
+            self.packed = False
+        return self
+
+    def effective_weight(self):
+        """fp32, of the weight's shape: what weight_input(x) is multiplied by, of a packed layer."""
+        return self.decode()[0].float()
+
+    def packed_bytes(self):
+        """Bytes of this layer when packed: codes, scales and whatever it keeps in full precision."""
+        with torch.no_grad():
+            held = dict(self.named_buffers(recurse=False)) if self.packed else self.encode()
+        dropped = {'weight'} | ({'bias'} if 'packed_bias' in held else set())
+        kept = [p for n, p in self.named_parameters(recurse=False) if n not in dropped]
+        return sum(t.numel() * t.element_size() for t in [*held.values(), *kept])
+
+
+class LowBitLinear(LowBit):
+    """A linear layer, (..., in) -> (..., out) in the compute dtype.
+
+    Trained, and packed where the output is normalised: the product with _quantize(weight). Packed otherwise: with what
+    decoder(dtype) gives, a function weights(i, j) of rows i .. j - 1, a block of rows at a time; blocks begin at multiples of
+    `row_multiple`. extra_repr() shows the attributes named in `shown`.
+    """
+    row_multiple, shown = 1, ()
+
+    def __init__(self, in_features, out_features, bias, act=None):
+        super().__init__((out_features, in_features), bias, act)
+        self.in_features, self.out_features = in_features, out_features
+
+    def _init_weight(self):
+        nn.init.normal_(self.weight, std=self.shape[1] ** -0.5)
+
+    def forward(self, x):
+        return self.product(x, self.act)
+
+    def product(self, x, act):
+        """act(x) times the weight, plus the bias, normalised where there is an alpha."""
+        dtype = compute_dtype(x)
+        if self.packed and self.alpha is None:
+            return frozen_linear(ACTIVATIONS[act][0](x.to(dtype)), self.bias, lambda: self.decoder(dtype), self.shape,
+                                 self.row_multiple, self.product_of_codes)
+        flat = x.reshape(-1, self.in_features).to(dtype)
+        y = quantized_linear(flat, self.weight, self.bias, self.alpha, self._quantize, act, self.eps)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def product_of_codes(self, x):
+        """x (tokens, in) times the packed weight without decoding it first; None where there is no kernel for it."""
+
+    def weight_input(self, x):
+        """What the weight is multiplied by, given the layer's input: what an adapter beside it has to see."""
+        return EVERY_ACTIVATION[self.act][0](x.to(compute_dtype(x)))
+
+    def merged(self, delta, requantize, x):
+        """A layer of weight effective_weight() + delta: this kind, packed, with requantize; else in the dtype of x."""
+        if requantize:
+            new = copy.deepcopy(self).unpack_()
+            new.weight.add_(self._latent_change(delta, x))
+            return new.pack_()
+        new = full_linear(self.effective_weight() + delta, self.bias, x.device, x.dtype)
+        return new if self.act is None else nn.Sequential(Activation(self.act), new)
+
+    def _latent_change(self, delta, x):
+        """What to add to the latent weight so that delta is added to the effective one."""
+        return delta
+
+    def extra_repr(self):
+        options = [f'{name}={getattr(self, name)}' for name in (*self.shown, 'packed')]
+        return f'{self.in_features}, {self.out_features}, {", ".join(options)}'
+
+
+class LowBitConv(LowBit):
+    """A convolution, (N, C, H, W) -> (N, out, H', W') in the compute dtype, arguments as of nn.Conv2d, with zero padding only.
+
+    act='relu' (or 'gelu') applies the activation in front of the layer inside of it and saves only the activation's input,
+    which the layer before it saves anyway where that is binary: then a convolution, its normalisation and its activation
+    leave one tensor for the backward pass, where Conv2d, BatchNorm2d and an in-place ReLU leave two.
+
+    With inputs in torch.channels_last the normalisation over the channels is one over adjacent numbers; others are copied.
+    Raises ValueError for an unknown act or padding, and groups that do not divide the channels.
+    """
+    norm, round_input = None, False
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act):
+        name, pair = type(self).__name__, lambda v: (v, v) if isinstance(v, int) else tuple(v)
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(f'{name}: groups={groups} must divide {in_channels} and {out_channels} channels')
+        if isinstance(padding, str) and padding not in ('same', 'valid'):
+            raise ValueError(f"{name}: padding={padding!r} must be 'same', 'valid' or numbers")
+        size, stride, dilation, uneven = pair(kernel_size), pair(stride), pair(dilation), ()
+        if padding == 'same':
+            if stride != (1, 1):
+                raise ValueError(f"{name}: padding='same' needs stride=1, not {stride}")
+            total = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+            padding = tuple(t // 2 for t in total)
+            if any(t % 2 for t in total):           # one more on the right and below, as nn.Conv2d has it
+                uneven = (0, total[1] % 2, 0, total[0] % 2)
+        padding = (0, 0) if padding == 'valid' else pair(padding)
+        super().__init__((out_channels, in_channels // groups, *size), bias, act)
+        self.conv, self.uneven = dict(stride=stride, padding=padding, dilation=dilation, groups=groups), uneven
+
+    def _init_weight(self):
+        nn.init.kaiming_normal_(self.weight, nonlinearity='relu')
+
+    def forward(self, x):
+        x = x.to(compute_dtype(x))
+        x = F.pad(x, self.uneven) if self.uneven else x
+        return quantized_conv(x, self.weight, self.bias, self.alpha, self._quantize, self.act, self.round_input, self.norm,
+                              self.eps, self.conv)
+
+    def extra_repr(self):
+        norm = f'norm={self.norm}, ' if self.norm else ''
+        return f'{self.shape}, {self.conv}, {norm}act={self.act}, packed={self.packed}'
+
+
+class Binary(LowBit):
+    """Bits of weight and bias, {0,1} by `w > mean(w)`; `chunks` slices of dim 0 have their own mean each. The product is
+    computed with bits minus `offset`; the output is normalised and multiplied by alpha, which is learnable."""
+    kind, bits, chunks, offset = 'bin', 1, 1, 0.5
+
+    def _init_weight(self):
+        nn.init.xavier_uniform_(self.weight)
+
+    def _init_alpha(self, alpha, shape, eps):
+        if not alpha > 0:
+            raise ValueError(f'alpha must start above 0, got {alpha}')
+        self.alpha, self.eps = nn.Parameter(torch.full(shape, float(alpha))), eps
+
+    def encode(self):
+        held = {'code': pack_bits(binarize(self.weight, self.chunks).flatten(1), 1)}
+        if self.bias is not None:
+            held['packed_bias'] = pack_bits(binarize(self.bias, self.chunks), 1)
+        return held
+
+    def decode(self):
+        return self._unpacked(torch.float32, 0.5)
+
+    def _unpacked(self, dtype, offset):
+        """(weight, bias or None) of a packed layer: bits minus `offset`."""
+        bits = lambda held, n: unpack_bits(held, 1, n).to(dtype).sub_(offset)
+        bias = bits(self.packed_bias, self.shape[self.bias_dim]) if hasattr(self, 'packed_bias') else None
+        return bits(self.code, math.prod(self.shape[1:])).view(self.shape), bias
+
+    def _quantize(self, weight, bias, dtype):
+        if self.packed:
+            return self._unpacked(dtype, self.offset)
+        return tuple(None if p is None else half_bits(p, self.chunks, dtype, self.offset) for p in (weight, bias))
+
+
+class Ternary(LowBit):
+    """Codes round(clip(W / s, -1, 1)) times s = mean|W|, one s for each of `chunks` (a number, or a tuple of rows)."""
+    kind, bits, chunks = 'tern', 2, 1
+
+    @property
+    def rows(self):
+        """Tuple of the rows of each chunk."""
+        return (self.shape[0] // self.chunks,) * self.chunks if isinstance(self.chunks, int) else tuple(self.chunks)
+
+    def ternary(self, weight=None):
+        """(codes int8 of the weight's shape, scales fp32, one for each chunk), of the latent `weight` (default: its own) or,
+        packed, of the codes."""
+        if self.packed:
+            codes = unpack_bits(self.code, 2, math.prod(self.shape[1:])).to(torch.int8).sub_(1)
+            return codes.view(self.shape), self.weight_scale
+        return ternarize((self.weight if weight is None else weight).detach(), self.chunks)
+
+    def encode(self):
+        codes, scales = self.ternary()
+        return {'code': pack_bits(codes.flatten(1) + 1, 2), 'weight_scale': scales}
+
+    def effective_weight(self):
+        codes, scales = self.ternary()
+        return (codes.flatten(1) * _of_rows(scales, self.rows)[:, None]).view(self.shape)
+
+    def decode(self):
+        return self._latent_change(self.effective_weight()), None
+
+    def _latent_change(self, delta, _=None):
+        # A latent of code * scale / share has mean|W| = scale again when `share` of the codes are not 0.
+        shares = (part.ne(0).float().mean().clamp_(min=1e-9) for part in self.ternary()[0].split(self.rows))
+        return torch.cat([part / share for part, share in zip(delta.split(self.rows), shares, strict=True)])
+
+    def _quantize(self, weight, bias, dtype):
+        return self.effective_weight().to(dtype), None if bias is None else bias.to(dtype)
+
+
+class FourBit(LowBit):
+    """Codes and scales of the flattened weight, see quantize4()."""
+    bits = 4
+
+    def _set_format(self, format, group, scales):
+        name = type(self).__name__
+        if format not in FORMATS4 or group < 0 or group % 2:
+            raise ValueError(f'{name}: format={format!r} must be in {list(FORMATS4)}, group={group} even')
+        scales = scales or FORMATS4[format].scales
+        if scales not in SCALES4 or (scales == 'log8') != (format == 'fit4'):
+            raise ValueError(f"{name}: scales={scales!r} must be in {SCALES4}; 'log8' is fit4's, and fit4's only")
+        self.format, self.group, self.scales = format, group or FORMATS4[format].group, scales
+        self.kind = 'int4' if format == 'uniform' else format
+
+    def encode(self):
+        def part(groups):
+            codes, held = quantize4(groups, self.format, self.group, self.scales)
+            return {'code': pack4(codes, self.format), **held}
+        # 8-bit scales go by 256 groups; those of fit4 by the largest weight of all
+        whole = self.scales == 'log8' or self.weight.numel() % self.group
+        held = part(self.weight) if whole else in_blocks(part, self.weight.reshape(-1, self.group))
+        if not torch.isfinite(scales4({k: t for k, t in held.items() if k != 'code'})).all():
+            raise ValueError(f'{type(self).__name__}: weights must be at most 65504 in size for scales={self.scales!r}')
+        return held
+
+    def held_scales(self):
+        """{name: buffer} of all but the codes, as scales4() and decode4() take them."""
+        return {name: t for name, t in self.named_buffers(recurse=False) if name != 'code'}
+
+    def decode(self):
+        return decode4(self.code, self.held_scales(), self.format)[:math.prod(self.shape)].view(self.shape), None
+
+    def _quantize(self, weight, bias, dtype):
+        if self.packed:
+            weight, _ = self.decode()
+        else:
+            codes, held = quantize4(weight, self.format, self.group, self.scales)
+            weight = levels4(codes, self.format).mul_(scales4(held)[:, None]).view(-1)[:weight.numel()].view(weight.shape)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the modules: low-bit linear layers, convolutions and an embedding; then half precision, low rank and LoRA
+
+
+class BinaryLinear(Binary, LowBitLinear):
     """Binary normalised linear layer (arXiv 2509.07025, alg. 1-2), (..., in) -> (..., out) in the compute dtype.
 
         z = W01 x + b01,  W01 = W > mean(W),  b01 = b > mean(b);   y = alpha * (z - mean(z)) / (std(z) + eps)
 
     mean and population std over the output features of each token; alpha is learnable (the paper has none; the
-    learnable scale is from the reproduction by Dao et al.) and starts at `alpha`: one per layer (`alpha_per='layer'`)
-    or one per output feature ('channel'). Computed with W01 - 1/2 (see half_bits). b starts at 0, i.e. all bits 0.
+    learnable scale is from the reproduction by Dao et al.), one number, and starts at `alpha`. Computed with W01 - 1/2 (see
+    half_bits). b starts at 0, i.e. all bits 0.
 
     chunks=3 treats the weight as 3 stacked matrices, each with its own mean, normalisation and alpha: a fused q, k, v
-    projection equal to three BinaryLinear layers. act='gelu' applies the activation to x first, and keeps only x.
+    projection equal to three BinaryLinear layers. act='gelu' applies the activation to x first, and saves only x.
     Raises ValueError for chunks that do not divide `out`, an unknown act, or alpha <= 0.
 
     Worked by hand, 2 x 2, no bias, alpha 1: W = [[.1, .7], [.4, .0]] has mean .3, W01 = [[0, 1], [1, 0]];
     x = [3, 5] -> z = [5, 3], mean 4, std 1 -> y = [1, -1] / (1 + 1e-5).
     """
-    def __init__(self, in_features, out_features, bias=True, *, chunks=1, alpha=0.25, alpha_per='layer', act=None,
-                 eps=1e-5):
-        super().__init__()
-        if out_features % chunks or alpha_per not in ('layer', 'channel') or act not in ACTIVATIONS:
-            raise ValueError(f'BinaryLinear({in_features}, {out_features}): chunks={chunks} must divide out_features, '
-                             f"alpha_per={alpha_per!r} be 'layer' or 'channel', act={act!r} in {list(ACTIVATIONS)}")
-        self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
-        self.chunks, self.act, self.eps = chunks, act, eps
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        nn.init.xavier_uniform_(self.weight)
-        self._init_alpha(alpha, (chunks, 1 if alpha_per == 'layer' else out_features // chunks))
+    shown = ('chunks', 'act')
+
+    def __init__(self, in_features, out_features, bias=True, *, chunks=1, alpha=0.25, act=None, eps=1e-5):
+        if out_features % chunks:
+            raise ValueError(f'BinaryLinear({in_features}, {out_features}): chunks={chunks} must divide out_features')
+        super().__init__(in_features, out_features, bias, act)
+        self.chunks = chunks
+        self._init_alpha(alpha, (chunks, 1), eps)
 
     def merged(self, delta, requantize, x):
         if not requantize:
@@ -87,110 +778,32 @@ class BinaryLinear(Binary, nn.Module):
 
     def _latent_change(self, delta, x):
         # y = alpha (z - mean z) / std z: what is to add delta x to y adds std / alpha times as much to z
-        z = F.linear(self.weight_input(x).reshape(-1, self.in_features).float(), *self._weights(torch.float32))
+        z = F.linear(self.weight_input(x).reshape(-1, self.in_features).float(), *self.decode())
         std = z.unflatten(-1, (self.chunks, -1)).std(-1, unbiased=False).mean(0)
-        alpha = self.alpha.expand(-1, self.out_features // self.chunks)
-        return (delta.unflatten(0, (self.chunks, -1)) * (std[:, None] / alpha).unsqueeze(-1)).flatten(0, 1)
-
-    def _quantize(self, weight, bias, dtype):
-        if self.packed:
-            return self._weights(dtype)
-        return half_bits(weight, self.chunks, dtype), None if bias is None else half_bits(bias, self.chunks, dtype)
-
-    def forward(self, x):
-        flat = x.reshape(-1, self.in_features).to(compute_dtype(x))
-        y = quantized_linear(flat, self.weight, self.bias, self.alpha, self._quantize, self.act, self.eps)
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self):
-        return f'{self.in_features}, {self.out_features}, chunks={self.chunks}, act={self.act}, packed={self.packed}'
+        return (delta.unflatten(0, (self.chunks, -1)) * (std[:, None] / self.alpha).unsqueeze(-1)).flatten(0, 1)
 
 
-class BinaryEmbedding(Binary, nn.Module):
-    """Binary normalised embedding (arXiv 2509.07025, alg. 4), ids (...) int -> (..., dim).
-
-    The row of bits of each id plus the bits of a bias, normalised over dim and scaled by alpha (one per layer). Only
-    the rows looked up are rounded; the mean is over the whole table.
-    """
-    def __init__(self, num_embeddings, embedding_dim, bias=True, *, alpha=0.25, eps=1e-5):
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.shape = num_embeddings, embedding_dim, (num_embeddings, embedding_dim)
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
-        self.bias = nn.Parameter(torch.zeros(embedding_dim)) if bias else None
-        nn.init.xavier_uniform_(self.weight)
-        self._init_alpha(alpha, (1,))
-
-    def forward(self, ids):
-        if self.packed:
-            e = unpack_bits(F.embedding(ids, self.code), 1, self.embedding_dim).to(self.alpha.dtype) - 0.5
-            if hasattr(self, 'packed_bias'):
-                e = e + self._bits('packed_bias', self.embedding_dim, e.dtype, 0.5)
-        else:
-            rows = F.embedding(ids, self.weight)
-            e = straight_through(rows, (wide(rows) > wide(self.weight).mean()).to(rows.dtype) - 0.5)
-            if self.bias is not None:
-                e = e + straight_through(self.bias, half_bits(self.bias))
-        return normalize(e, self.alpha, 1, self.eps)
-
-    def decode(self):
-        weight = self._bits('code', self.embedding_dim, torch.float32, 0.5)
-        bias = self._bits('packed_bias', self.embedding_dim, torch.float32, 0.5) if hasattr(self, 'packed_bias') else None
-        return weight, bias
-
-    def extra_repr(self):
-        return f'{self.num_embeddings}, {self.embedding_dim}, packed={self.packed}'
-
-
-class TernaryLinear(LowBit, nn.Module):
+class TernaryLinear(Ternary, LowBitLinear):
     """BitNet b1.58 linear layer (arXiv 2402.17764 and its Tips PDF), (..., in) -> (..., out) in the compute dtype.
 
         xq = int8(RMSNorm(x)) absmax per token;   wq = round(clip(W / s, -1, 1)) * s, s = mean|W|;   y = xq wq^T + b
 
     The RMSNorm is inside (with a learnable gain), so the layer wants an input that is NOT normalised; norm=False for
-    one that is, e.g. when several layers share an input. scale='mean'|'median'; chunks and act as in BinaryLinear: one
-    scale per chunk, and chunks=(8, 4, 4) are 3 of these many rows. act='relu2_glu' (relu(gate)^2 * up, as b1.58-2B-4T has)
-    and 'silu_glu' take x = [gate | up] (..., 2 in). Raises ValueError for chunks that do not make up `out`, an unknown
-    scale or act, or in > 131071 (the fp32 product of the codes would no longer be exact).
+    one that is, e.g. when several layers share an input. chunks and act as in BinaryLinear: one scale per chunk, and
+    chunks=(8, 4, 4) are 3 of these many rows. act='relu2_glu' (relu(gate)^2 * up, as b1.58-2B-4T has) and 'silu_glu' take
+    x = [gate | up] (..., 2 in). Raises ValueError for chunks that do not make up `out`, an unknown act, or in > 131071 (the
+    fp32 product of the codes would no longer be exact).
     """
-    kind, bits = 'tern', 2
+    acts, shown = EVERY_ACTIVATION, ('chunks', 'norm', 'act')
 
-    def __init__(self, in_features, out_features, bias=False, *, chunks=1, scale='mean', norm=True, act=None, eps=1e-5):
-        super().__init__()
+    def __init__(self, in_features, out_features, bias=False, *, chunks=1, norm=True, act=None, eps=1e-5):
         rows = (out_features // chunks,) * chunks if isinstance(chunks, int) else tuple(chunks)
-        if (sum(rows) != out_features or min(rows) < 1 or scale not in ('mean', 'median') or act not in EVERY_ACTIVATION
-                or in_features >= 2 ** 17):
+        if sum(rows) != out_features or min(rows) < 1 or in_features >= 2 ** 17:
             raise ValueError(f'TernaryLinear({in_features}, {out_features}): chunks={chunks} must make up out_features, '
-                             f"scale={scale!r} be 'mean' or 'median', act={act!r} in {list(EVERY_ACTIVATION)}, in < 131072")
-        self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
-        self.chunks, self.rows, self.scale, self.norm, self.act, self.eps = chunks, rows, scale, norm, act, eps
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+                             'in < 131072')
+        super().__init__(in_features, out_features, bias, act)
+        self.chunks, self.norm, self.eps = chunks, norm, eps
         self.gain = nn.Parameter(torch.ones(in_features)) if norm else None
-
-    def ternary(self, _=None):
-        """(codes int8 (out, in), scales fp32, one for each chunk)."""
-        if self.packed:
-            return unpack_bits(self.code, 2, self.in_features).to(torch.int8).sub_(1), self.weight_scale
-        return ternarize(self.weight.detach(), self.chunks, self.scale)
-
-    def encode(self):
-        codes, scales = self.ternary()
-        return {'code': pack_bits(codes + 1, 2), 'weight_scale': scales}
-
-    def decode(self):
-        # A latent of code * scale / share has mean|W| = scale again when `share` of the codes are not 0.
-        return self._latent_change(self.effective_weight()), None
-
-    def effective_weight(self):
-        codes, scales = self.ternary()
-        return torch.cat([part * s for part, s in zip(codes.split(self.rows), scales, strict=True)])
-
-    def _latent_change(self, delta, _=None):
-        if self.scale == 'median':
-            return delta
-        shares = (part.ne(0).float().mean().clamp_(min=1e-9) for part in self.ternary()[0].split(self.rows))
-        return torch.cat([part / share for part, share in zip(delta.split(self.rows), shares, strict=True)])
 
     def weight_input(self, x):
         x = super().weight_input(x)
@@ -205,17 +818,12 @@ class TernaryLinear(LowBit, nn.Module):
         return nn.Sequential(*([norm, new] if self.act is None else [new[0], norm, new[1]]))
 
     def forward(self, x):
-        weights = self.ternary if self.packed else partial(ternarize, chunks=self.chunks, scale=self.scale)
-        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, weights, self.rows, self.norm,
-                           self.eps, self.act, compute_dtype(x))
+        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.ternary, self.rows, self.eps,
+                           self.act, compute_dtype(x))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def extra_repr(self):
-        return (f'{self.in_features}, {self.out_features}, chunks={self.chunks}, scale={self.scale}, norm={self.norm}, '
-                f'act={self.act}, packed={self.packed}')
 
-
-class Linear4bit(FourBit, nn.Module):
+class Linear4bit(FourBit, LowBitLinear):
     """Linear layer with 4-bit weights, trained through the rounding or, after pack_(), frozen; (..., in) -> (..., out).
 
     format: 'uniform' (the course's BigNet: levels u / 15 * 2n - n), 'nf4' (arXiv 2305.14314), 'fit4' (quant.py; the least
@@ -225,61 +833,48 @@ class Linear4bit(FourBit, nn.Module):
     code uint8, absmax, absmax_top. Raises ValueError for an unknown format or scales, a group that is not even, an
     unknown act, and in pack_() for weights that are not finite or beyond the scale's range.
     """
+    shown = ('format', 'group', 'scales', 'act')
+
     def __init__(self, in_features, out_features, bias=True, *, format='uniform', group=0, scales='', act=None):
-        super().__init__()
-        if act not in ACTIVATIONS:
-            raise ValueError(f'Linear4bit: act={act!r} must be in {list(ACTIVATIONS)}')
+        super().__init__(in_features, out_features, bias, act)
         self._set_format(format, group, scales)
-        self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
-        self.act = act
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.row_multiple = self.group // math.gcd(in_features, self.group)
 
-    def forward(self, x):
-        if not self.packed:
-            flat = x.reshape(-1, self.in_features).to(compute_dtype(x))
-            y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, self.act, 0.0)
-            return y.view(*x.shape[:-1], self.out_features)
-        n, dtype = self.in_features, compute_dtype(x)
+    def decoder(self, dtype):
+        held, n, flat = self.held_scales(), self.in_features, None
+        held = {'absmax': scales4(held)} if self.scales == '8bit' else held     # decoded once, not once for each block
 
-        def decoder():
-            held = self._held()                     # 8-bit scales are decoded once, not once for each block
-            held = {'absmax': scales4(held)} if self.scales == '8bit' else held
-            flat = None
+        def weights(i, j):                          # rows of whole groups, but for the last, which may be filled up
+            nonlocal flat
+            end = -(-j * n // self.group) * self.group
+            flat = decode4(self.code, held, self.format, i * n, end, dtype, flat)
+            return flat[:(j - i) * n].view(j - i, n)
+        return weights
 
-            def weights(i, j):                      # rows of whole groups, but for the last, which may be filled up
-                nonlocal flat
-                end = -(-j * n // self.group) * self.group
-                flat = decode4(self.code, held, self.format, i * n, end, dtype, flat)
-                return flat[:(j - i) * n].view(j - i, n)
-            return weights
-        return frozen_linear(self.weight_input(x), self.bias, decoder, self.shape, self.group // math.gcd(n, self.group),
-                             lambda x: product4(x, self.code, self._held(), self.format, self.out_features))
+    def product_of_codes(self, x):
+        return product4(x, self.code, self.held_scales(), self.format, self.out_features)
 
-    def extra_repr(self):
-        return (f'{self.in_features}, {self.out_features}, format={self.format}, group={self.group}, scales={self.scales}, '
-                f'act={self.act}, packed={self.packed}')
+    def look_up(self, ids):
+        code = self.code.view(self.out_features, -1)[ids].flatten()
+        absmax = scales4(self.held_scales()).view(self.out_features, -1)[ids].flatten()
+        return decode4(code, {'absmax': absmax}, self.format).view(len(ids), self.in_features)
 
 
-class Int8Linear(LowBit, nn.Module):
+class Int8Linear(LowBitLinear):
     """Linear layer with int8 weights, one fp32 absmax / 127 per output row; (..., in) -> (..., out).
 
     Trained through the rounding or, after pack_(), frozen. activations='int8' rounds the input as well, to an absmax per
     token (LLM.int8, arXiv 2208.07339, without its outlier columns); packed and on a CPU with int8 instructions, the
-    product then runs in int8, exactly. Raises ValueError for other activations, and in pack_() for weights that are
-    not finite.
+    product then runs in int8, exactly. Raises ValueError for other activations, an unknown act, in > 131071, and in pack_()
+    for weights that are not finite.
     """
-    kind, bits = 'int8', 8
+    kind, bits, shown = 'int8', 8, ('activations', 'act')
 
     def __init__(self, in_features, out_features, bias=True, *, activations=None, act=None):
-        super().__init__()
-        if activations not in (None, 'int8') or act not in ACTIVATIONS or in_features >= 2 ** 17:
-            raise ValueError(f"Int8Linear: activations={activations!r} must be None or 'int8', act={act!r} in "
-                             f'{list(ACTIVATIONS)}, in={in_features} < 131072')
-        self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
-        self.activations, self.act = activations, act
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        if activations not in (None, 'int8') or in_features >= 2 ** 17:
+            raise ValueError(f"Int8Linear: activations={activations!r} must be None or 'int8', in={in_features} < 131072")
+        super().__init__(in_features, out_features, bias, act)
+        self.activations = activations
 
     def encode(self):
         def part(rows):
@@ -289,8 +884,11 @@ class Int8Linear(LowBit, nn.Module):
     def decode(self):
         return self.code * self.weight_scale, None
 
-    def _decoder(self, dtype):
-        return lambda: lambda i, j: self.code[i:j].to(self.weight_scale.dtype).mul_(self.weight_scale[i:j]).to(dtype)
+    def decoder(self, dtype):
+        return lambda i, j: self.code[i:j].to(self.weight_scale.dtype).mul_(self.weight_scale[i:j]).to(dtype)
+
+    def look_up(self, ids):
+        return self.code[ids] * self.weight_scale[ids]
 
     @staticmethod
     def _quantize(weight, bias, dtype):
@@ -298,32 +896,98 @@ class Int8Linear(LowBit, nn.Module):
         return (codes * scales).to(dtype), None if bias is None else bias.to(dtype)
 
     def forward(self, x):
-        dtype = compute_dtype(x)
-        flat = x.reshape(-1, self.in_features).to(dtype)
-        if not self.packed and not self.activations:
-            y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, self.act, 0.0)
-            return y.view(*x.shape[:-1], self.out_features)
-        flat = ACTIVATIONS[self.act][0](flat)
-        if self.activations:
-            codes, scales = quantize_rows(wide(flat.detach()))
-            no_gradient = not (torch.is_grad_enabled() and x.requires_grad)
-            if self.packed and no_gradient and has_fast_int8(x.device) and min(*codes.shape, self.out_features) > 1:
-                y = torch._int_mm(codes, self.code.T) * scales * self.weight_scale.T
-                return (y if self.bias is None else y + self.bias).to(dtype).view(*x.shape[:-1], self.out_features)
-            flat = straight_through(flat, (codes * scales).to(flat.dtype))
+        if not self.activations:
+            return super().forward(x)
+        x = self.weight_input(x)
+        codes, scales = quantize_rows(wide(x.detach()))
+        no_gradient = not (torch.is_grad_enabled() and x.requires_grad)
+        if self.packed and no_gradient and has_fast_int8(x.device) and min(len(scales.flatten()), *self.shape) > 1:
+            y = torch._int_mm(codes.reshape(-1, self.in_features), self.code.T) * scales.reshape(-1, 1) * self.weight_scale.T
+            return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return self.product(straight_through(x, (codes * scales).to(x.dtype)), None)
+
+
+class BinaryConv2d(Binary, LowBitConv):
+    """Binary normalised convolution (arXiv 2509.07025, alg. 3): as BinaryLinear with a convolution for the product, and an
+    alpha for each output channel. Its output is normalised: no BatchNorm behind it.
+
+    norm says over what: 'channel' at each pixel over the channels (default; the only one for which {0,1} and {-1,1} weights
+    are the same network), 'spatial' over the pixels of each (example, channel), 'sample' over all values of an example.
+    Raises ValueError for an unknown norm and alpha <= 0.
+    """
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, *,
+                 norm='channel', alpha=0.25, act=None, eps=1e-5):
+        if norm not in ('channel', 'spatial', 'sample'):
+            raise ValueError(f"BinaryConv2d: norm={norm!r} must be 'channel', 'spatial' or 'sample'")
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
+        # Only a mean over the channels removes the common term that subtracting 1/2 from every weight adds, and with
+        # groups it is no longer common: each group sums other inputs.
+        self.norm, self.offset = norm, 0.5 if norm == 'channel' and groups == 1 else 0.0
+        self._init_alpha(alpha, (out_channels,), eps)
+
+
+class TernaryConv2d(Ternary, LowBitConv):
+    """Ternary convolution, weights as of TernaryLinear (arXiv 2402.17764), on inputs rounded to int8 by the largest of each
+    example. Put a BatchNorm behind it. No RMSNorm inside: at one pixel of a photograph it would leave the hue and take the
+    brightness.
+    """
+    round_input = True
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=False, *,
+                 act=None):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
+
+
+class Conv4bit(FourBit, LowBitConv):
+    """Convolution with 4-bit weights; format, group and scales as in Linear4bit, over the weight flattened as (out, in, h, w).
+    Put a BatchNorm behind it. Raises ValueError as Linear4bit."""
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, *,
+                 format='uniform', group=0, scales='', act=None):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
+        self._set_format(format, group, scales)
+
+
+class BinaryEmbedding(Binary):
+    """Binary normalised embedding (arXiv 2509.07025, alg. 4), ids (...) int -> (..., dim).
+
+    The row of bits of each id plus the bits of a bias, normalised over dim and scaled by alpha (one per layer). Only
+    the rows looked up are rounded; the mean is over the whole table.
+    """
+    bias_dim = 1
+
+    def __init__(self, num_embeddings, embedding_dim, bias=True, *, alpha=0.25, eps=1e-5):
+        super().__init__((num_embeddings, embedding_dim), bias)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self._init_alpha(alpha, (1,), eps)
+
+    def forward(self, ids):
         if self.packed:
-            y = frozen_linear(flat, self.bias, self._decoder(dtype), self.shape)
+            e = unpack_bits(F.embedding(ids, self.code), 1, self.embedding_dim).to(self.alpha.dtype) - 0.5
+            if hasattr(self, 'packed_bias'):
+                e = e + (unpack_bits(self.packed_bias, 1, self.embedding_dim).to(e.dtype) - 0.5)
         else:
-            y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, None, 0.0)
-        return y.view(*x.shape[:-1], self.out_features)
+            rows = F.embedding(ids, self.weight)
+            e = straight_through(rows, (wide(rows) > wide(self.weight).mean()).to(rows.dtype) - 0.5)
+            if self.bias is not None:
+                e = e + straight_through(self.bias, half_bits(self.bias))
+        return normalize(e, self.alpha, self.eps)
 
     def extra_repr(self):
-        return (f'{self.in_features}, {self.out_features}, activations={self.activations}, act={self.act}, '
-                f'packed={self.packed}')
+        return f'{self.num_embeddings}, {self.embedding_dim}, packed={self.packed}'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# half precision, low rank, LoRA
+class Activation(nn.Module):
+    """One of EVERY_ACTIVATION by its name, gated ones included."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        return EVERY_ACTIVATION[self.act][0](x)
+
+    def extra_repr(self):
+        return self.act
 
 
 class HalfLinear(nn.Module):
@@ -342,14 +1006,24 @@ class HalfLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5).to(dtype), trainable)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), trainable) if bias else None
 
-    def _decoder(self, dtype):
-        return lambda: lambda i, j: self.weight[i:j].float().to(dtype)      # from fp16 to bf16 at once is five times slower
+    @classmethod
+    def from_linear(cls, linear, **options):
+        """A HalfLinear with weight and bias of nn.Linear `linear`. Raises ValueError where they are not finite in its dtype."""
+        with torch.device('meta'):                  # no random weights in fp32 that nobody uses
+            new = cls(linear.in_features, linear.out_features, linear.bias is not None, **options)
+        new = _copied(new.to_empty(device=linear.weight.device), linear.weight, linear.bias)
+        if not all_finite(new.parameters()):
+            raise ValueError(f'HalfLinear: weights must be finite and fit into {new.weight.dtype}')
+        return new
 
     def forward(self, x):
-        dtype = compute_dtype(x)
         if self.weight.requires_grad:
-            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-        return frozen_linear(x, self.bias, self._decoder(dtype), self.weight.shape)
+            return plain_linear(x, self.weight, self.bias)
+        dtype = compute_dtype(x)                    # from fp16 to bf16 at once is five times slower
+        return frozen_linear(x, self.bias, lambda: lambda i, j: self.weight[i:j].float().to(dtype), self.weight.shape)
+
+    def look_up(self, ids):
+        return self.weight[ids]
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, dtype={self.weight.dtype}, trainable={self.trainable}'
@@ -375,13 +1049,13 @@ class LowRankLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
-    def from_linear(cls, linear, rank, niter=2):
+    def from_linear(cls, linear, rank):
         """A LowRankLinear near nn.Linear `linear`; the random draw is torch's generator's."""
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, rank=rank).to(linear.weight.device)
         if not torch.isfinite(linear.weight).all():
             raise ValueError('LowRankLinear: weights must be finite')
         with torch.no_grad():
-            U, c, V = torch.svd_lowrank(linear.weight.float(), q=min(rank + 8, *linear.weight.shape), niter=niter)
+            U, c, V = torch.svd_lowrank(linear.weight.float(), q=min(rank + 8, *linear.weight.shape), niter=2)
             new._set(U[:, :rank], c[:rank], V[:, :rank].T)
             if linear.bias is not None:
                 new.bias.copy_(linear.bias)
@@ -406,6 +1080,14 @@ class LowRankLinear(nn.Module):
         fill = 0 if shrink else self.rank - rank
         self._set(F.pad(Qa @ U[:, :rank], (0, fill)), F.pad(c[:rank], (0, fill)), F.pad(Vh[:rank] @ Qb.T, (0, 0, 0, fill)))
         return kept
+
+    def with_ranks(self, A, B):
+        """A LowRankLinear of this one's product plus A (out, r) B (r, in), of r more ranks."""
+        new = LowRankLinear(self.in_features, self.out_features, self.bias is not None, rank=self.rank).to(A.device)
+        new._set(torch.cat([self.A, A], 1), F.pad(self.c, (0, len(B)), value=1.0), torch.cat([self.B, B]))
+        if self.bias is not None:
+            new.bias.copy_(self.bias)
+        return new
 
     def forward(self, x):
         dtype = compute_dtype(x)
@@ -456,30 +1138,23 @@ class LoRALinear(nn.Module):
         """(layer, damage): one layer for base and adapter, and {'max', 'mean'} of |its output - this one's| on inputs x.
 
         A full-precision base gives nn.Linear. A quantized one gives its decoded weights plus the adapter in fp32 (behind
-        the RMSNorm of a ternary one), or with requantize=True a packed layer of the same kind, which costs what it costs:
-        look at the damage. A binary base only has requantize=True, since its output is normalised; its adapter is scaled
-        to what reaches the output on x. A low-rank base takes the adapter's ranks, and drops as many with requantize=True.
+        the RMSNorm of a ternary one), or with requantize=True a packed layer of the same kind; the damage tells what that
+        costs. A binary base only has requantize=True, since its output is normalised; its adapter is scaled to what reaches
+        the output on x. A low-rank base takes the adapter's ranks, and drops as many with requantize=True.
         """
-        delta = self.lora_B @ self.lora_A * (self.alpha / self.rank)
-        base = self.base
-        if isinstance(base, LowBit):
-            new = base.merged(delta, requantize, x)
-        elif isinstance(base, LowRankLinear):
-            new = LowRankLinear(self.in_features, self.out_features, base.bias is not None, rank=base.rank).to(delta.device)
-            new._set(torch.cat([base.A, self.lora_B * (self.alpha / self.rank)], 1), F.pad(base.c, (0, self.rank), value=1.0),
-                     torch.cat([base.B, self.lora_A]))
-            if base.bias is not None:
-                new.bias.copy_(base.bias)
+        base, scale = self.base, self.alpha / self.rank
+        if isinstance(base, LowRankLinear):
+            new = base.with_ranks(self.lora_B * scale, self.lora_A)
             if requantize:
                 new.truncate(base.rank, shrink=True)
+        elif isinstance(base, LowBit):
+            new = base.merged(self.lora_B @ self.lora_A * scale, requantize, x)
         else:
-            new = nn.Linear(self.in_features, self.out_features, base.bias is not None, device=x.device,
-                            dtype=x.dtype if isinstance(base, HalfLinear) else base.weight.dtype)
-            new.weight.copy_(base.weight + delta)
-            if base.bias is not None:
-                new.bias.copy_(base.bias)
-            if requantize and isinstance(base, HalfLinear):
-                new = as_kind(new, 'half', {'dtype': base.weight.dtype}, True)
+            half = isinstance(base, HalfLinear)
+            weight = base.weight + self.lora_B @ self.lora_A * scale
+            new = full_linear(weight, base.bias, x.device, x.dtype if half else base.weight.dtype)
+            if requantize and half:
+                new = HalfLinear.from_linear(new, dtype=base.weight.dtype)
         training, self.training = self.training, False                  # no dropout while comparing
         try:
             off = (new(x).float() - self(x).float()).abs()
@@ -491,85 +1166,143 @@ class LoRALinear(nn.Module):
         return f'rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}'
 
 
-def _copied(new, old):
-    """`new` with the weight and bias of `old`."""
+def full_linear(weight, bias, device, dtype):
+    """nn.Linear with copies of weight and bias (or None)."""
+    return _copied(nn.Linear(*weight.shape[::-1], bias is not None, device=device, dtype=dtype), weight, bias)
+
+
+def _copied(new, weight, bias):
+    """The module `new` with this weight and bias."""
     with torch.no_grad():
-        new.weight.copy_(old.weight)
-        if getattr(old, 'bias', None) is not None:
-            new.bias.copy_(old.bias)
+        new.weight.copy_(weight)
+        if bias is not None:
+            new.bias.copy_(bias)
     return new
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# one entry each: make a layer, convert a model, pack a model, keep it in a file
+# the formats; one entry each: make a layer, convert a model, pack a model
 
-KINDS = ('fp', 'bin', 'tern', 'int4')                                       # for training from scratch
-COMPRESSED = ('half', 'int8', 'nf4', 'fit4', 'group', 'sparse', 'lowrank', 'lora')      # for what was trained
+
+class Format(NamedTuple):
+    """A way to keep weights: the modules that take the place of nn.Linear, nn.Conv2d and nn.Embedding (None: nothing does) and
+    the options they are made with. trains: from random weights, so that trainers offer it; else for weights that were
+    trained. act: takes an activation of its input. chunks: keeps a statistic of each of several stacked matrices.
+
+    A linear module has kind (its name in FORMATS), bits, in_features and out_features. Optional methods: from_linear(linear,
+    **options), for one that is not made like nn.Linear; look_up(ids), rows (n, in) of its packed weight, for an embedding."""
+    linear: type
+    conv: type | None = None
+    embedding: type | None = None
+    options: dict = {}
+    trains: bool = False
+    act: bool = False
+    chunks: bool = False
+
+
+# Every weight format, by name; behind it the weight that the forward pass uses, and what a packed one takes.
+# pretrained/formats.py adds group and sparse.
+FORMATS = {
+    # as it is, 32 bits
+    'fp': Format(nn.Linear, nn.Conv2d, trains=True),
+    # {0,1} by `w > mean(w)`, the output is normalised: 1 bit, alpha
+    'bin': Format(BinaryLinear, BinaryConv2d, BinaryEmbedding, trains=True, act=True, chunks=True),
+    # {-1,0,1} * mean|w|; the input is RMSNormed (not by a convolution), then int8: 2 bits, one scale
+    'tern': Format(TernaryLinear, TernaryConv2d, trains=True, act=True, chunks=True),
+    # 16 even levels between -absmax and absmax of 16 weights: 4 bits, fp16 per group
+    'int4': Format(Linear4bit, Conv4bit, options=dict(format='uniform'), trains=True, act=True),
+    # 16 normal quantiles times the absmax of 64 weights: 4 bits, fp16 per group
+    'nf4': Format(Linear4bit, options=dict(format='nf4'), act=True),
+    # 16 fitted levels times a signed scale of 32 weights: 4 bits, 8 per group
+    'fit4': Format(Linear4bit, options=dict(format='fit4'), act=True),
+    # 255 levels between -absmax and absmax of a row: 8 bits, fp32 per row
+    'int8': Format(Int8Linear, act=True),
+    # fp16 or bf16: 16 bits
+    'half': Format(HalfLinear),
+    # A diag(c) B: 32 bits, fewer numbers
+    'lowrank': Format(LowRankLinear),
+    # any linear layer, frozen, + B A of its own: as its base, + fp32 adapters
+    'lora': Format(LoRALinear),
+}
+KINDS = tuple(name for name, form in FORMATS.items() if form.trains)
+
+
+def is_linear(module):
+    """True for nn.Linear and the linear modules of all formats, but for LoRA, which goes over them."""
+    return isinstance(module, tuple(form.linear for name, form in FORMATS.items() if name != 'lora'))
 
 
 def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **options):
-    """A linear layer of one of KINDS, or half, int8, nf4, fit4, group, sparse. Options a kind has no use for are dropped only
-    where they change nothing: chunks without per-matrix statistics. Raises ValueError for an unknown kind, or act with fp."""
-    if kind == 'bin':
-        return BinaryLinear(in_features, out_features, bias, chunks=chunks, act=act, **options)
-    if kind == 'tern':
-        return TernaryLinear(in_features, out_features, bias, chunks=chunks, act=act, **options)
-    if kind in ('int4', 'nf4', 'fit4'):
-        options.setdefault('format', 'uniform' if kind == 'int4' else kind)
-        return Linear4bit(in_features, out_features, bias, act=act, **options)
-    if kind == 'int8':
-        return Int8Linear(in_features, out_features, bias, act=act, **options)
-    if kind in ('half', 'group', 'sparse') and act is None:
-        make = {'half': HalfLinear, 'group': GroupLinear, 'sparse': SparseLinear}[kind]
-        return make(in_features, out_features, bias, **options)
-    if kind == 'fp' and act is None and not options:
-        return nn.Linear(in_features, out_features, bias)
-    raise ValueError(f'kind={kind!r} must be one of {KINDS}, half, nf4, fit4, int8, group or sparse; fp takes no act or '
-                     f'options (got act={act!r}, {options})')
+    """A linear layer of one of FORMATS, but for lowrank and lora, which are made of another layer. chunks is dropped where it
+    changes nothing, for a kind without per-matrix statistics. Raises ValueError for another kind, act with a kind that takes
+    none, and options with fp."""
+    made = {name: form for name, form in FORMATS.items() if name not in ('lowrank', 'lora')}
+    if kind not in made or act is not None and not made[kind].act or kind == 'fp' and options:
+        raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}; act is for '
+                         f'{", ".join(name for name in made if made[name].act)}, and fp takes no options (got act={act!r}, '
+                         f'{options})')
+    form = made[kind]
+    inside = ({'act': act} if form.act else {}) | ({'chunks': chunks} if form.chunks else {})
+    return form.linear(in_features, out_features, bias, **form.options | inside | options)
 
 
-def _rule(rule):
-    return (rule, {}) if isinstance(rule, str) else rule
+def conv2d(kind, *shape, act=None, **options):
+    """A convolution of one of FORMATS that has them; shape and options as of nn.Conv2d. Raises ValueError for another kind, or
+    act with fp."""
+    made = {name: form for name, form in FORMATS.items() if form.conv}
+    if kind not in made or act is not None and not made[kind].act:
+        raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}, fp without act')
+    form = made[kind]
+    return form.conv(*shape, **form.options | ({'act': act} if form.act else {}) | options)
+
+
+def matching(names, pattern):
+    """Those of the names that a glob fits."""
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def set_module(model, name, new):
+    """Put the module `new` in the place of the module `name`, in the mode, training or evaluation, of that one."""
+    parent, _, leaf = name.rpartition('.')
+    setattr(model.get_submodule(parent), leaf, new.train(model.get_submodule(name).training))
 
 
 def as_kind(module, kind, options, packed):
     """A layer of `kind` with the weights of `module`, or what makes it of `module` itself, or None where there is none."""
-    bias = getattr(module, 'bias', None) is not None
+    form, bias = FORMATS[kind], getattr(module, 'bias', None)
     if kind == 'lora':
         options = dict(options)
         base, base_options = _rule(options.pop('base', 'fp'))
-        if base == 'fp' and isinstance(module, LINEARS):
+        if base == 'fp' and is_linear(module):
             LoRALinear(nn.Linear(1, 1), **options)  # an error in the options, before the layer itself is frozen and packed
             return partial(LoRALinear, module, **options)
         base = None if base == 'fp' else as_kind(module, base, base_options, True)
-        return LoRALinear(base, **options) if isinstance(base, LINEARS) else None
-    if isinstance(module, nn.Linear) and kind == 'lowrank':
-        return LowRankLinear.from_linear(module, **options)
-    if isinstance(module, nn.Linear) and kind == 'half':
-        with torch.device('meta'):                  # no random weights in fp32 that nobody uses
-            new = HalfLinear(module.in_features, module.out_features, bias, **options)
-        new = _copied(new.to_empty(device=module.weight.device), module)
-        if not all_finite(new.parameters()):
-            raise ValueError(f'HalfLinear: weights must be finite and fit into {new.weight.dtype}')
-        return new
-    if isinstance(module, nn.Linear) and packed and kind in ('int4', 'nf4', 'fit4', 'int8', 'group', 'sparse'):
-        with torch.device('meta'):                  # the weight itself is encoded, not a copy
-            new = linear(kind, module.in_features, module.out_features, bias, **options)
-        new.weight = module.weight
-        new.bias = nn.Parameter(module.bias.detach().clone()) if bias else None
-        return new.pack_()
+        return LoRALinear(base, **options) if is_linear(base) else None
     if isinstance(module, nn.Linear):
-        new = linear(kind, module.in_features, module.out_features, bias, **options)
-    elif isinstance(module, nn.Conv2d) and kind in KINDS and module.padding_mode == 'zeros':
+        if hasattr(form.linear, 'from_linear'):
+            return form.linear.from_linear(module, **options)
+        make = partial(linear, kind, module.in_features, module.out_features, bias is not None, **options)
+        if packed:
+            with torch.device('meta'):
+                new = make()
+            if {name for name, _ in new.named_parameters()} <= {'weight', 'bias'}:
+                new.weight = module.weight          # encoded itself, not a copy
+                new.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+                return new.pack_()
+    elif isinstance(module, nn.Conv2d) and form.conv and module.padding_mode == 'zeros':
         m = module
-        new = conv2d(kind, m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, bias,
-                     **options)
-    elif isinstance(module, nn.Embedding) and kind == 'bin' and module.max_norm is module.padding_idx is None:
-        new = BinaryEmbedding(module.num_embeddings, module.embedding_dim, bias=True, **options)
+        make = partial(conv2d, kind, m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups,
+                       bias is not None, **options)
+    elif isinstance(module, nn.Embedding) and form.embedding and module.max_norm is module.padding_idx is None:
+        make = partial(form.embedding, module.num_embeddings, module.embedding_dim, **form.options | options)
     else:
         return None
-    new = _copied(new.to(module.weight.device, module.weight.dtype), module)
+    new = _copied(make().to(module.weight.device, module.weight.dtype), module.weight, bias)
     return new.pack_() if packed else new
+
+
+def _rule(rule):
+    return (rule, {}) if isinstance(rule, str) else rule
 
 
 def convert(model, rules, verbose=True, packed=False):
@@ -584,25 +1317,25 @@ def convert(model, rules, verbose=True, packed=False):
     rules = {pattern: _rule(rule) for pattern, rule in rules.items()}
     inside = tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, LoRALinear))
     candidates = {n: m for n, m in model.named_modules(remove_duplicate=False)
-                  if isinstance(m, (*LINEARS, nn.Conv2d, nn.Embedding)) and not n.startswith(inside)}
+                  if (is_linear(m) or isinstance(m, nn.Conv2d | nn.Embedding)) and not n.startswith(inside)}
     if '' in candidates:
         raise ValueError('convert: a bare layer cannot be replaced in place; wrap it in nn.Sequential or use linear()')
-    uses = {}
-    for m in candidates.values():
-        if getattr(m, 'weight', None) is not None:
-            uses[id(m.weight)] = uses.get(id(m.weight), 0) + 1
+    rule_of = {}
     for pattern, (kind, options) in rules.items():
         for k in {kind, _rule(options.get('base', 'fp'))[0] if kind == 'lora' else kind}:
-            if k not in KINDS + COMPRESSED:
-                raise ValueError(f'convert: kind {k!r} of rule {pattern!r} must be one of {KINDS + COMPRESSED}')
-        if not fnmatch.filter(candidates, pattern):
+            if k not in FORMATS:
+                raise ValueError(f'convert: kind {k!r} of rule {pattern!r} must be one of {tuple(FORMATS)}')
+        names = matching(candidates, pattern)
+        if not names:
             raise ValueError(f'convert: rule {pattern!r} matches none of {list(candidates)}')
-    converted, left, made = {}, {}, {}
+        rule_of = dict.fromkeys(names, (kind, options)) | rule_of
+    uses = Counter(id(m.weight) for m in candidates.values() if getattr(m, 'weight', None) is not None)
+    made, left = {}, {}
     for name, module in candidates.items():
-        kind, options = next((rules[p] for p in rules if fnmatch.fnmatchcase(name, p)), ('fp', {}))
+        kind, options = rule_of.get(name, ('fp', {}))
         if kind == 'fp':
             left[name] = 'fp by rule or no rule'
-        elif uses.get(id(getattr(module, 'weight', None)), 0) > 1:
+        elif uses[id(getattr(module, 'weight', None))] > 1:
             left[name] = 'its weight is tied to another module'
         else:
             try:
@@ -613,23 +1346,18 @@ def convert(model, rules, verbose=True, packed=False):
                 base = options.get('base') if kind == 'lora' else None
                 left[name] = f'no {kind} form of {type(module).__name__}' + (f' with base={base!r}' if base else '')
             else:
-                made[name], converted[name] = new, kind
+                made[name] = new
     for name, new in made.items():                  # all of them or, on an error, none
-        parent, _, leaf = name.rpartition('.')
-        new = new() if isinstance(new, partial) else new
-        setattr(model.get_submodule(parent), leaf, new.train(candidates[name].training))
+        set_module(model, name, new() if isinstance(new, partial) else new)
     for module in model.modules():                  # low-bit layers need their output in the backward pass
-        if converted and getattr(module, 'inplace', False):
+        if made and getattr(module, 'inplace', False):
             module.inplace = False
     if verbose:
-        for name, kind in converted.items():
-            print(f'convert: {name} -> {kind}')
+        for name in made:
+            print(f'convert: {name} -> {rule_of[name][0]}')
         for name, why in left.items():
             print(f'convert: {name} left ({why})')
-    return list(converted)
-
-
-LINEARS = (nn.Linear, BinaryLinear, TernaryLinear, Linear4bit, Int8Linear, GroupLinear, SparseLinear, HalfLinear, LowRankLinear)
+    return list(made)
 
 
 def pack(model):
@@ -640,71 +1368,12 @@ def pack(model):
     return model
 
 
-def _parameters_once(model):
-    """{name: tensor} of the state_dict with tied weights under their first name only."""
-    seen, unique = set(), {}
-    for name, t in model.state_dict(keep_vars=True).items():
-        if id(t) not in seen:
-            seen.add(id(t))
-            unique[name] = t.detach()
-    return unique
-
-
 def model_bytes(model):
     """(packed, fp32) bytes of all parameters: low-bit layers packed and the rest in their dtype; everything in fp32."""
     low = [m for m in model.modules() if isinstance(m, LowBit)]
     inside = {id(p) for m in low for p in m.parameters(recurse=False)}
     rest = [p for p in model.parameters() if id(p) not in inside]
     latent = sum(math.prod(m.shape) for m in low if m.packed)           # and the biases that are bits now
-    latent += sum(m.shape[isinstance(m, BinaryEmbedding)] for m in low if hasattr(m, 'packed_bias'))
+    latent += sum(m.shape[m.bias_dim] for m in low if hasattr(m, 'packed_bias'))
     return (sum(m.packed_bytes() for m in low) + sum(p.numel() * p.element_size() for p in rest),
             4 * (sum(p.numel() for p in model.parameters()) + latent))
-
-
-def save_packed(model, path, meta):
-    """Pack the model in place and write it as one safetensors file, `meta` (plain types) as JSON in its header.
-
-    Returns the size of the file in bytes. The file is whole or absent: written beside and renamed.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    tensors = {name: t.contiguous().cpu() for name, t in _parameters_once(pack(model)).items()}
-    meta = dict(meta, checksum=_checksum(tensors))      # safetensors has none of its own
-
-    def write(tmp):
-        try:
-            save_file(tensors, tmp, {'nanobit': json.dumps(meta)})
-        except SafetensorError as e:                # a full disk, for one
-            raise OSError(e) from e
-    atomic_write(path, write)
-    return os.path.getsize(path)
-
-
-def read_packed(path, tensors_too=True):
-    """(meta, tensors) of a file of save_packed. Raises ValueError naming the file when it is not one. tensors_too=False: (meta,
-    None) from the header alone, whose word that the tensors are whole is not checked."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, 'pt') as f:
-            meta = json.loads((f.metadata() or {})['nanobit'])
-            tensors = {name: f.get_tensor(name) for name in f.keys()} if tensors_too else None  # noqa: SIM118  not a dict
-    except (OSError, SafetensorError, KeyError, ValueError) as e:
-        raise ValueError(f'{path} is not a packed nanobit model ({type(e).__name__}: {e})') from e
-    if not isinstance(meta, dict) or tensors_too and meta.get('checksum') != _checksum(tensors):
-        raise ValueError(f'{path} is damaged: its tensors do not match their checksum')
-    return meta, tensors
-
-
-def _checksum(tensors):
-    return checksum(tensors[name] for name in sorted(tensors))
-
-
-def load_packed(model, tensors):
-    """Put the tensors of read_packed into a freshly made model of the same shape, in place; returns it packed."""
-    wanted = _parameters_once(pack(model))
-    alike = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
-    if wrong := sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if not alike(wanted[n], tensors[n])]:
-        raise ValueError(f'packed file and model do not fit each other: {wrong[:4]}')
-    for name, t in wanted.items():
-        t.copy_(tensors[name])
-    return model

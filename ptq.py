@@ -194,7 +194,7 @@ def refuse_unused(names, what):
 def file_bytes(subject, model, described):
     """Size of the packed model as a file, with all that it takes to load it; bitsandbytes' tensors are kept as they are."""
     with tempfile.TemporaryDirectory() as folder:
-        return layers.save_packed(model, os.path.join(folder, 'packed.safetensors'), subject.meta | {'quantized': described})
+        return common.save_packed(model, os.path.join(folder, 'packed.safetensors'), subject.meta | {'quantized': described})
 
 
 def share_of(described, model):
@@ -454,12 +454,12 @@ def loss_with(subject, other, names, **where):
     model = subject.model
     own = {n: model.get_submodule(n) for n in names}
     for n in names:
-        replace.put(model, n, other.get_submodule(n))
+        layers.set_module(model, n, other.get_submodule(n))
     try:
         return subject.loss(model, **where)
     finally:
         for n, layer in own.items():
-            replace.put(model, n, layer)
+            layers.set_module(model, n, layer)
 
 
 def sensitivity(subject, folder):
@@ -485,7 +485,8 @@ def sensitivity(subject, folder):
     print(f'wrote {folder}/sensitivity.jsonl and {folder}/sensitivity.png')
 
 
-TRAINABLE = {'bin': 'bin', 'tern': 'tern', 'uniform16': 'int4'}         # scheme: kind of a layer of train_gpt.py
+# scheme: kind of a layer of train_gpt.py
+TRAINABLE = {kind: kind for kind in layers.KINDS if kind in SCHEMES} | {'uniform16': 'int4'}
 
 
 def choose(subject, folder):

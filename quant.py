@@ -54,19 +54,18 @@ def half_bits(w, chunks=1, dtype=None, offset=0.5):
     return bits.sub_(offset).view(w.shape).to(dtype or w.dtype)
 
 
-def ternarize(w, chunks=1, scale='mean'):
+def ternarize(w, chunks=1):
     """(codes, scales): codes int8 in {-1,0,1} of w's shape, scales fp32 (chunks,), so that w ~ codes * scale.
 
-    scale = mean|w| (arXiv 2402.17764, Tips PDF) or median|w| (arXiv 2407.09527) of each of `chunks` equal slices of dim 0,
-    or of slices of these many rows where it is a tuple; at least 1e-5.
+    scale = mean|w| (arXiv 2402.17764, Tips PDF) of each of `chunks` equal slices of dim 0, or of slices of these many rows
+    where it is a tuple; at least 1e-5.
     Worked by hand: [[1, -2], [0.2, 4.8]] has mean|w| = 2 -> round(w / 2) = [[0, -1], [0, 1]].
     """
     if not isinstance(chunks, int):
-        codes, scales = zip(*(ternarize(part, 1, scale) for part in w.split(chunks)), strict=True)
+        codes, scales = zip(*map(ternarize, w.split(chunks)), strict=True)
         return torch.cat(codes), torch.cat(scales)
     flat = wide(w.reshape(chunks, -1))
-    s = flat.abs()
-    s = (s.median(1, keepdim=True).values if scale == 'median' else s.mean(1, keepdim=True)).clamp_(min=1e-5)
+    s = flat.abs().mean(1, keepdim=True).clamp_(min=1e-5)
     return (flat / s).round_().clamp_(-1, 1).to(torch.int8).view(w.shape), s.flatten()
 
 

@@ -23,7 +23,6 @@ import torch
 
 import common
 import configurator
-import layers
 from pretrained import replace
 from readers import tasks, tokens
 from train_bitnet import HEAD, BitNet, BitNetConfig
@@ -69,14 +68,14 @@ def load(path):
         configurator.fail(f"{path} does not exist; type --ckpt=... and a run's out_dir, or make one with train_gpt.py")
     try:
         packed = path.endswith('.safetensors')
-        state, tensors = layers.read_packed(path) if packed else (common.read_last_checkpoint(path, mmap=True), None)
+        state, tensors = common.read_packed(path) if packed else (common.read_last_checkpoint(path, mmap=True), None)
         if state['trainer'] not in MODELS:
             raise ValueError(f'{path} was written by {state["trainer"]}.py, which trains no language model')
         make, shape = MODELS[state['trainer']]
         model = make(shape(**state['model_config']))
         replaced = state.get('quantized', {}) if packed else {}
         if packed:
-            layers.load_packed(replace.restore(model, replaced, tensors), tensors)
+            common.load_packed(replace.restore(model, replaced, tensors), tensors)
         else:
             common.load_model_state(model, state['model'], path, HEAD, assign=True)
             model.lm_head.weight = model.wte.weight

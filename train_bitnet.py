@@ -22,7 +22,6 @@ import torch.nn.functional as F
 import common
 import configurator
 import layers
-import lowbit
 import optim
 from readers import tasks, tokens
 from report import costs
@@ -236,6 +235,28 @@ def ternary_matrices(model):
             found |= {f'{i}.{name}': (part, scale)
                       for name, part, scale in zip(names.split(), codes.split(m.rows), scales.tolist(), strict=True)}
     return found
+
+
+def count_codes(before, after, start_scales):
+    """A log record of ternary matrices, before and after one step as {name: (codes, scale)}, and what their scales were at
+    the start: shares of the codes, share that the step flipped (None without `before`), rows that are all 0, and where the
+    scales went, by matrix and in all; scale_drift is the mean of |ln(scale / its start)|."""
+    matrices, sizes = {}, [codes.numel() for codes, _ in after.values()]
+    for name, (codes, scale) in after.items():
+        share = lambda which: which.sum().item() / which.numel()
+        matrices[name] = {'minus': share(codes < 0), 'zero': share(codes == 0), 'plus': share(codes > 0),
+                          'flips': share(codes != before[name][0]) if before else None,
+                          'dead_rows': (codes == 0).all(1).sum().item(), 'scale': scale,
+                          'scale_ratio': scale / start_scales[name]}
+    column = lambda key: [m[key] for m in matrices.values()]
+
+    def of_all(key):
+        values = column(key)
+        return None if None in values else math.fsum(map(math.prod, zip(values, sizes, strict=True))) / sum(sizes)
+
+    return {key: of_all(key) for key in ('minus', 'zero', 'plus', 'flips')} | {
+        'dead_rows': sum(column('dead_rows')), 'matrices': matrices,
+        'scale_drift': math.fsum(abs(math.log(ratio)) for ratio in column('scale_ratio')) / len(matrices)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,7 +502,7 @@ def main():
         step, timed_steps = step + 1, timed_steps + 1
         if counted:
             log({'step': step, 'tokens': step * batch_size * block_size}
-                | lowbit.count_codes(codes, ternary_matrices(raw_model), start_scales))
+                | count_codes(codes, ternary_matrices(raw_model), start_scales))
             del codes
         if profiler:
             profiler.step()
@@ -504,7 +525,7 @@ def main():
             meta = {'trainer': 'train_bitnet', 'step': state['step'], 'model_config': asdict(model_config),
                     'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss'], 'task': task}
             path = os.path.join(out_dir, 'packed.safetensors')
-            size = layers.save_packed(raw_model, path, meta)
+            size = common.save_packed(raw_model, path, meta)
             log({'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'best_step': state['step'],
                  'best_val_loss': state['best_val_loss']})
             say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')

@@ -92,7 +92,8 @@ compile = None                 # torch.compile; None: on cuda. On a CPU it pays 
 profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
-KINDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern', 'int4': 'int4'}
+WORDS = {'bin': 'binary', 'fp': 'real', 'tern': 'ternary'}             # what model_config says for these of layers.KINDS
+KINDS = {WORDS.get(kind, kind): kind for kind in layers.KINDS}
 OPTIMIZERS = (*optim.NAMES, 'adam', 'sgd')
 
 
@@ -165,14 +166,14 @@ def predict_image():
     path = os.path.join(out_dir, 'best.pt') if resume in ('', 'auto') else resume
     try:
         if resume.endswith('.safetensors'):
-            meta, tensors = layers.read_packed(path)
+            meta, tensors = common.read_packed(path)
         else:
             meta = common.read_checkpoint(path, 'train_cnn')
         if meta.get('trainer') != 'train_cnn':
             raise ValueError(f'{path} was written by {meta.get("trainer")}.py, not train_cnn.py')
         model = CNN(CNNConfig(**meta['model_config']))
         if resume.endswith('.safetensors'):
-            layers.load_packed(model, tensors)
+            common.load_packed(model, tensors)
         else:
             common.load_model_state(model, meta['model'], path)
         seen = meta['images']
@@ -301,7 +302,7 @@ def main():
     scalars = {n: p for n, p in model.named_parameters() if p.dim() < 2 and not n.endswith('alpha')}
     alphas = [p for n, p in model.named_parameters() if n.endswith('alpha')]
     groups = [{'params': [matrices.pop(id(m.weight)) for m in low_bit if m.kind == kind],
-               'decay': weight_decay, 'lr_scale': lr_scale[kind]} for kind in layers.KINDS[1:]]
+               'decay': weight_decay, 'lr_scale': lr_scale.get(kind, 1.0)} for kind in layers.KINDS[1:]]
     groups += [{'params': list(matrices.values()), 'decay': weight_decay, 'lr_scale': 1.0},
                {'params': list(scalars.values()), 'decay': 0.0, 'lr_scale': 1.0},
                {'params': alphas, 'decay': 0.0, 'lr_scale': lr_scale['alpha']}]
@@ -516,7 +517,7 @@ def main():
             stop = found is None
             if rank_here == 0 and not stop:
                 path = os.path.join(out_dir, 'packed.safetensors')
-                size = layers.save_packed(raw_model, path, meta | {'top1': found[1]})
+                size = common.save_packed(raw_model, path, meta | {'top1': found[1]})
                 log({'step': step, 'model_name': model_name, 'gpu_type': gpu_type or common.device_name(dev),
                      'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'binary_share': shares['bin'],
                      'best_step': state['step'], 'best_top1': state['best'][0], 'packed_top1': found[1],

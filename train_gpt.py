@@ -308,7 +308,7 @@ def main():
     # in a dozen steps, and the branch's weights are never learnt.
     alphas = [scalars.pop(n) for n in list(scalars) if n.endswith('alpha')]
     groups = [{'params': [matrices.pop(id(m.weight)) for m in low_bit if m.kind == kind],
-               'decay': weight_decay, 'lr_scale': lr_scale[kind]} for kind in layers.KINDS[1:]]
+               'decay': weight_decay, 'lr_scale': lr_scale.get(kind, 1.0)} for kind in layers.KINDS[1:]]
     groups += [{'params': list(matrices.values()), 'decay': weight_decay, 'lr_scale': 1.0},
                {'params': list(scalars.values()), 'decay': 0.0, 'lr_scale': 1.0},
                {'params': alphas, 'decay': 0.0, 'lr_scale': lr_scale['alpha']}]
@@ -465,7 +465,7 @@ def main():
             meta = {'trainer': 'train_gpt', 'step': state['step'], 'model_config': asdict(model_config),
                     'tokenizer': tokenizer.describe(), 'val_loss': state['best_val_loss']}
             path = os.path.join(out_dir, 'packed.safetensors')
-            size = layers.save_packed(raw_model, path, meta)
+            size = common.save_packed(raw_model, path, meta)
             log({'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'best_step': state['step'],
                  'best_val_loss': state['best_val_loss']})
             say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 import configurator
 import layers
 from measure.turns import device_name, in_turns, mib, middle, peak_bytes, ratio, show, times_ms
-from train_cnn import CNN, CNNConfig
+from train_cnn import CNN, KINDS, CNNConfig
 
 # name: (kind of layers.py or mixed, normalisation of binary layers)
 CONVS = {'real': ('fp', 'channel'), 'mixed': ('mixed', 'channel'), 'binary': ('bin', 'channel'),
          'binary spatial': ('bin', 'spatial'), 'binary sample': ('bin', 'sample'), 'ternary': ('tern', 'channel'),
          'int4': ('int4', 'channel')}
-NAMES = {'bin': 'binary', 'fp': 'real', 'tern': 'ternary', 'int4': 'int4'}
+NAMES = {kind: name for name, kind in KINDS.items()}
 CHANNELS = (32, 64, 64, 128, 256)
 
 

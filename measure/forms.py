@@ -30,9 +30,10 @@ class BigNet(nn.Sequential):
         super().__init__(*(m for i in range(6) for m in ([nn.LayerNorm(dim)] if i else []) + [self.Block(dim)]))
 
 
-FORMS = {'half': 'half', 'int8': 'int8', 'int4': 'int4', 'nf4': 'nf4', 'fit4': 'fit4', 'ternary': 'tern', 'binary': 'bin',
-         'lora': ('lora', 'half'), 'qlora': ('lora', 'int4'), 'lora-nf4': ('lora', 'nf4'), 'lora-fit4': ('lora', 'fit4'),
-         'lora-ternary': ('lora', 'tern'), 'lora-binary': ('lora', 'bin'), 'lowrank': 'lowrank'}
+WORDS = {'tern': 'ternary', 'bin': 'binary'}        # what a format is called here, where not as in layers.FORMATS
+FORMS = {WORDS.get(kind, kind): kind for kind in layers.FORMATS if kind not in ('fp', 'lora', 'group', 'sparse')}
+FORMS |= {{'half': 'lora', 'int4': 'qlora'}.get(name, f'lora-{name}'): ('lora', kind) for name, kind in FORMS.items()
+          if kind != 'lowrank'}
 # The course's bounds, max and mean, on the distance of outputs from the full-precision ones.
 BOUNDS = {'half': (1e-2, 1e-3), 'lora': (5e-3, 5e-4), 'int4': (.5, .1), 'qlora': (.5, .1)}
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common import atomic_write
-from layers import LINEARS, LoRALinear
+from layers import LoRALinear, is_linear, set_module
 
 PEFT = 'base_model.model.'      # what peft puts before a module's name
 
@@ -66,8 +66,7 @@ def merge_adapters(model, *inputs, requantize=False):
     model = bare(model)
     for name, m in list(model.named_modules(remove_duplicate=False)):               # a layer may have several names
         if id(m) in places:
-            parent, _, leaf = name.rpartition('.')
-            setattr(model.get_submodule(parent), leaf, merged[places[id(m)]][0].train(m.training))
+            set_module(model, name, merged[places[id(m)]][0])
     return {name: damage for name, (_, damage) in merged.items()}
 
 
@@ -146,7 +145,7 @@ def load_adapters(model, folder):
         except AttributeError:
             raise ValueError(f'{path} has adapters for {name}, which the model lacks') from None
         shape = (*A.shape, *B.shape)
-        if not isinstance(layer, (*LINEARS, LoRALinear)) \
+        if not (is_linear(layer) or name in present) \
                 or shape != (layer.rank if name in present else len(A), layer.in_features, layer.out_features, len(A)):
             raise ValueError(f'{path}: adapters {tuple(A.shape)}, {tuple(B.shape)} do not fit {name}, {layer}')
         alpha = next((v for key, v in (config.get('alpha_pattern') or {}).items() if re.match(rf'(.*\.)?({key})$', name)),
@@ -154,9 +153,8 @@ def load_adapters(model, folder):
         ready[name] = layer, A, B, alpha
     for name, (layer, A, B, alpha) in ready.items():
         if name not in present:
-            parent, _, leaf = name.rpartition('.')
-            layer = LoRALinear(layer, rank=len(A), dropout=config.get('lora_dropout', 0.0)).train(layer.training)
-            setattr(model.get_submodule(parent), leaf, layer)
+            layer = LoRALinear(layer, rank=len(A), dropout=config.get('lora_dropout', 0.0))
+            set_module(model, name, layer)
         layer.alpha = alpha
         with torch.no_grad():
             layer.lora_A.copy_(A)

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from lowbit import in_blocks
+from layers import in_blocks
 from quant import group_grid, to_grid
 
 BLOCK = 128         # columns whose errors are passed on at once

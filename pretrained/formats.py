@@ -1,19 +1,17 @@
 """
 The layers that post-training quantization and pruning leave behind: integers of 8, 4, 3, 2, 1.58 or 1 bits with a scale per
-group of a row; and weights of which only those that are not 0 are kept.
+group of a row; and weights of which only those that are not 0 are kept. Importing this module adds both to layers.FORMATS.
 
 calibrate.py finds the codes; convert(model, {'*': ('group', dict(levels='int4'))}) rounds to the nearest.
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from functional import compute_dtype, frozen_linear, quantized_linear
-from lowbit import LowBit, in_blocks
+from layers import FORMATS, Format, LowBitLinear, compute_dtype, in_blocks, plain_linear
 from quant import GRIDS, decode4, group_grid, pack_bits, product4, to_grid, unpack_bits
 
 
-class GroupLinear(LowBit, nn.Module):
+class GroupLinear(LowBitLinear):
     """Linear layer of integer weights, (..., in) -> (..., out); w ~ (code - zero) * scale for each `group` weights of a row.
 
     levels: 'int8' | 'int4' | 'int3' | 'int2' with a zero for each group, 'tern' (-s, 0, s) or 'bin' (-s, s), see
@@ -22,21 +20,18 @@ class GroupLinear(LowBit, nn.Module):
     scaling input_scale fp16 (in,), by which the input is multiplied. Raises ValueError for unknown levels and for a group that
     does not divide `in`, in pack_() for weights that are not finite or beyond fp16.
     """
-    kind = 'group'
+    kind, shown = 'group', ('levels', 'group')
 
     def __init__(self, in_features, out_features, bias=True, *, levels='int4', group=128, scaled_input=False):
-        super().__init__()
         if levels not in GRIDS:
             raise ValueError(f'GroupLinear: levels={levels!r} must be in {list(GRIDS)}')
         if group < 0 or group and in_features % group:
             fits = [g for g in (32, 64, 128, 256) if in_features % g == 0] or [in_features]
             raise ValueError(f'group={group} does not divide a row of {in_features} weights; type --group={fits[-1]}, or 0 for '
                              'whole rows')
-        self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
+        super().__init__(in_features, out_features, bias)
         self.levels, self.group, self.bits = levels, group or in_features, GRIDS[levels].bits
         self.scaled_input = scaled_input
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def encode(self):
         def part(rows):
@@ -60,12 +55,9 @@ class GroupLinear(LowBit, nn.Module):
         with torch.device('meta'):
             new = cls(linear.in_features, linear.out_features, linear.bias is not None, levels=levels, group=group,
                       scaled_input=input_scale is not None)
-        new.weight = None
-        for name, value in new.buffers_of(codes, scale, zero, input_scale).items():
-            new.register_buffer(name, value)
+        new.hold_(new.buffers_of(codes, scale, zero, input_scale))
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        new.packed = True
         return new.train(linear.training)
 
     def shifts(self, pick=slice(None)):
@@ -89,17 +81,19 @@ class GroupLinear(LowBit, nn.Module):
     def _in_whole_bytes(self):
         return self.bits <= 4 and self.in_features * self.bits % 8 == 0
 
-    def _product(self, x):
-        """x (tokens, in) times the packed weight, for a few tokens at once from the codes; None where kernels.c cannot."""
+    def product_of_codes(self, x):
         if not self._in_whole_bytes():
             return None
         held = {'absmax': self.weight_scale.view(-1)}
         y = product4(x, self.code.view(-1), held, f'codes{self.bits}', self.out_features)
         return y if y is None else y.sub_(x.float().unflatten(1, (-1, self.group)).sum(-1) @ self.shifts().T)
 
-    def effective_weight(self):
-        weight = self.rows(slice(None), self.shifts(), torch.float32)
+    def look_up(self, ids):
+        weight = self.rows(ids, self.shifts(ids), torch.float32)
         return weight * self.input_scale.float() if self.scaled_input else weight
+
+    def effective_weight(self):
+        return self.look_up(slice(None))
 
     def decode(self):
         weight = self.effective_weight()
@@ -116,33 +110,21 @@ class GroupLinear(LowBit, nn.Module):
 
     def forward(self, x):
         dtype = compute_dtype(x)
-        if not self.packed:
-            flat = x.reshape(-1, self.in_features).to(dtype)
-            y = quantized_linear(flat, self.weight, self.bias, None, self._quantize, None, 0.0)
-            return y.view(*x.shape[:-1], self.out_features)
-        x = x.to(dtype) * self.input_scale.to(dtype) if self.scaled_input else x
+        return super().forward(x.to(dtype) * self.input_scale.to(dtype) if self.packed and self.scaled_input else x)
 
-        def decoder():
-            shifts = self.shifts()
-            return lambda i, j: self.rows(slice(i, j), shifts[i:j], dtype)
-        return frozen_linear(x, self.bias, decoder, self.shape, 1, self._product)
-
-    def extra_repr(self):
-        return f'{self.in_features}, {self.out_features}, levels={self.levels}, group={self.group}, packed={self.packed}'
+    def decoder(self, dtype):
+        shifts = self.shifts()
+        return lambda i, j: self.rows(slice(i, j), shifts[i:j], dtype)
 
 
-
-class SparseLinear(LowBit, nn.Module):
+class SparseLinear(LowBitLinear):
     """Linear layer many of whose weights are 0, (..., in) -> (..., out). Packed buffers: code uint8 (out, in / 8), a bit for
     each weight, and values (n,), those that are not 0, row by row, in the dtype that they had; the same weights as before.
     Before pack_() an nn.Linear like any other."""
     kind, bits = 'sparse', 1
 
     def __init__(self, in_features, out_features, bias=True):
-        super().__init__()
-        self.in_features, self.out_features, self.shape = in_features, out_features, (out_features, in_features)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        super().__init__(in_features, out_features, bias)
 
     def encode(self):
         weight = self.weight.detach()
@@ -161,15 +143,12 @@ class SparseLinear(LowBit, nn.Module):
     def decode(self):
         return self.rows(0, self.out_features, [0], self.values.dtype), None
 
+    def decoder(self, dtype):
+        starts = self.starts()
+        return lambda i, j: self.rows(i, j, starts, dtype)
+
     def forward(self, x):
-        dtype = compute_dtype(x)
-        if not self.packed:
-            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return super().forward(x) if self.packed else plain_linear(x, self.weight, self.bias)
 
-        def decoder():
-            starts = self.starts()
-            return lambda i, j: self.rows(i, j, starts, dtype)
-        return frozen_linear(x, self.bias, decoder, self.shape)
 
-    def extra_repr(self):
-        return f'{self.in_features}, {self.out_features}, packed={self.packed}'
+FORMATS['group'], FORMATS['sparse'] = Format(GroupLinear), Format(SparseLinear)

@@ -4,16 +4,15 @@ whole is described in a packed file and built again.
 
     unfuse(model);  layers_of(model, skip)            what can be replaced, by name
     replace(model, name, 'nf4', {})                   a packed layer in its place, the head and its embedding in one
-    restore(model, described, tensors)                for layers.load_packed()
+    restore(model, described, tensors)                for common.load_packed()
 """
-import fnmatch
-
 import torch
 import torch.nn as nn
 
 import layers
+from layers import set_module
+from pretrained import formats  # noqa: F401  adds its layers to FORMATS
 from pretrained.calibrate import find_blocks
-from quant import decode4, scales4
 
 
 class PackedEmbedding(nn.Module):
@@ -22,7 +21,7 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, layer, dtype=torch.float32):
         super().__init__()
-        if layer.kind not in ('half', 'int8', 'int4', 'nf4', 'fit4', 'group'):
+        if not hasattr(layer, 'look_up'):
             raise ValueError(f'no embedding looks its rows up in a {layer.kind} layer')
         if layer.in_features % getattr(layer, 'group', 1):
             raise ValueError(f'rows of {layer.in_features} weights are not made of groups of {layer.group}')
@@ -30,33 +29,16 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = layer.out_features, layer.in_features
 
     def forward(self, ids):
-        layer, flat = self.layer, ids.flatten()
-        if layer.kind == 'group':
-            rows = layer.rows(flat, layer.shifts(flat), torch.float32)
-            rows = rows * layer.input_scale.float() if layer.scaled_input else rows
-        elif layer.kind == 'half':
-            rows = layer.weight[flat]
-        elif layer.kind == 'int8':
-            rows = layer.code[flat] * layer.weight_scale[flat]
-        else:                                       # sixteen levels, groups of the flattened matrix
-            code = layer.code.view(layer.out_features, -1)[flat].flatten()
-            absmax = scales4(layer._held()).view(layer.out_features, -1)[flat].flatten()
-            rows = decode4(code, {'absmax': absmax}, layer.format).view(len(flat), layer.in_features)
-        return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
+        return self.layer.look_up(ids.flatten()).to(self.dtype).view(*ids.shape, self.embedding_dim)
 
 
 def unfuse(model):
-    """Modules that can say themselves as modules of torch do, so that the nn.Linear inside can be replaced; returns model."""
+    """Replaces each module that defines unfused() by plain torch modules, so that the nn.Linear inside can be replaced; returns
+    model."""
     for name, module in list(model.named_modules()):
         if hasattr(module, 'unfused'):
-            put(model, name, module.unfused().train(module.training))
+            set_module(model, name, module.unfused())
     return model
-
-
-def put(model, name, new):
-    """Set the module `name` of the model."""
-    parent, _, leaf = name.rpartition('.')
-    setattr(model.get_submodule(parent), leaf, new)
 
 
 def tied_to(model, name):
@@ -81,7 +63,7 @@ def layers_of(model, skip):
     words = [w.strip() for w in skip.split(',') if w.strip()]
     skipped = set()
     for word in words:
-        here = {n for n in found if f'.{word}.' in f'.{n}.' or fnmatch.fnmatchcase(n, word)}
+        here = {*layers.matching(found, word), *(n for n in found if f'.{word}.' in f'.{n}.')}
         if word == 'embd':
             here |= {n for n, m in found.items() if isinstance(m, nn.Embedding)}
         elif word == 'head' and prefixes:
@@ -116,16 +98,16 @@ def replace(model, name, kind, options, new=None):
     entry = {'kind': kind, 'options': options, 'bias': getattr(old, 'bias', None) is not None}
     try:
         new = new or layers.as_kind(as_linear(old), kind, options, True)
-        new.requires_grad_(False).train(old.training)
+        new.requires_grad_(False)
         dtype = old.weight.dtype
         if isinstance(old, nn.Embedding):
             new, entry['embedding'] = PackedEmbedding(new, dtype), True
         elif partner:
-            put(model, partner, PackedEmbedding(new, dtype))
+            set_module(model, partner, PackedEmbedding(new, dtype))
             entry['tied'] = partner
     except ValueError as e:
         raise ValueError(f'{name}: {e}') from None
-    put(model, name, new)
+    set_module(model, name, new)
     return {name: entry}
 
 
@@ -149,13 +131,11 @@ def restore(model, described, tensors):
         if isinstance(new, layers.LowBit):
             if held['code'].numel() * 8 < rows * columns * new.bits:
                 raise ValueError(f'{name}: {held["code"].numel()} bytes of codes for {rows} x {columns} weights')
-            new.weight, new.packed = None, True
-            for key in held.keys() - {'bias'}:
-                new.register_buffer(key, torch.empty_like(held[key]))
-        new.to_empty(device='cpu').requires_grad_(False).train(old.training)
+            new.hold_({key: torch.empty_like(t) for key, t in held.items() if key != 'bias'})
+        new.to_empty(device='cpu').requires_grad_(False)
         if entry.get('embedding'):
             new = PackedEmbedding(new, old.weight.dtype)
         elif entry.get('tied'):
-            put(model, entry['tied'], PackedEmbedding(new, old.weight.dtype))
-        put(model, name, new)
+            set_module(model, entry['tied'], PackedEmbedding(new, old.weight.dtype))
+        set_module(model, name, new)
     return model

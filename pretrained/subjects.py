@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 import common
-import layers
 from configurator import fail
 from pretrained import hf, replace
 from readers import texts, tokens
@@ -64,14 +63,14 @@ class Trained:
             raise ValueError(f'save={path!r} is the model itself; type another file')
         if os.path.exists(path):
             with contextlib.suppress(ValueError):
-                if layers.read_packed(path, tensors_too=False)[0].get('quantized'):
+                if common.read_packed(path, tensors_too=False)[0].get('quantized'):
                     return
             raise ValueError(f'save={path!r} is there and not by ptq.py; type another file')
 
     def save(self, path, described):
         """Write the packed model; returns the size of its file. Raises OSError."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        return layers.save_packed(self.model, path, self.meta | {'quantized': described})
+        return common.save_packed(self.model, path, self.meta | {'quantized': described})
 
     def _tokens(self, split):
         data = tokens.load(tokens.dataset_dir(self.dataset), split)
@@ -131,7 +130,7 @@ class _Folder:
         """Header and tensors of the packed file of the folder, or None."""
         path = os.path.join(self.name, PACKED)
         try:
-            return layers.read_packed(path) if os.path.isfile(path) else None
+            return common.read_packed(path) if os.path.isfile(path) else None
         except ValueError as e:
             fail(f'{e}; save it again')
 
@@ -139,7 +138,7 @@ class _Folder:
         """net as it is, or with the layers of the packed file."""
         net, described = hf.plain_linears(net).eval(), packed[0]['quantized'] if packed else {}
         try:
-            return layers.load_packed(replace.restore(net, described, packed[1]), packed[1]) if packed else net
+            return common.load_packed(replace.restore(net, described, packed[1]), packed[1]) if packed else net
         except (ValueError, KeyError, AttributeError) as e:
             fail(f'{self.name}/{PACKED} does not fit the config.json beside it ({e}); save it again')
 
@@ -158,7 +157,7 @@ class _Folder:
         try:
             self.model.config.save_pretrained(part)
             hf.save_tokenizer(self.tokenizer, part)
-            size = layers.save_packed(self.model, os.path.join(part, PACKED), self.meta | {'quantized': described})
+            size = common.save_packed(self.model, os.path.join(part, PACKED), self.meta | {'quantized': described})
             if os.path.isdir(path):
                 os.rmdir(path)
             os.replace(part, path)
@@ -331,7 +330,7 @@ def load(path, dev, settings):
     settings: dict of ptq.py's dataset, text, calibration, eval_iters, batch_size, block_size; 0 or '' for its own."""
     try:
         packed = os.path.join(path, PACKED)
-        kind = layers.read_packed(packed, tensors_too=False)[0]['kind'] if os.path.isfile(packed) else hf.kind_of(path)
+        kind = common.read_packed(packed, tensors_too=False)[0]['kind'] if os.path.isfile(packed) else hf.kind_of(path)
     except ValueError as e:
         fail(str(e))
     return (Classifier if kind == 'classifier' else Causal)(path, dev, settings)

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layers
 import quant
+from common import load_packed, read_packed, save_packed
 from conftest import ranks, wait_all
 from layers import (HalfLinear, Int8Linear, Linear4bit, LoRALinear, LowRankLinear, TernaryLinear, convert, linear,
-                    load_packed, model_bytes, pack, read_packed, save_packed)
+                    model_bytes, pack)
 from quant import FIT4, NF4, SCALES4
 
 
@@ -414,6 +415,7 @@ def test_load_packed_refuses_scales_of_another_type(tmp_path):
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
 def test_compiled_equals_eager():
     """One graph of LoRA over nf4 and of each other packed layer: output and gradients of x and the adapters to 1e-5."""
+    torch.compiler.reset()                          # what other tests compiled would make these shapes dynamic
     others = ['int8', 'half', 'int4', 'fit4', ('nf4', dict(scales='8bit')), 'tern', 'bin']
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
     rules = {'0': ('lora', dict(rank=2, base='nf4'))} | {str(i): rule for i, rule in enumerate(others, 1)}

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from test_layers import activated, bits, check, filled, fixed, gradients, kept, normalize, off, straight_through  # noqa: F401
 from torch.testing import assert_close
 
-import functional
-from layers import (BinaryConv2d, Conv4bit, Linear4bit, TernaryConv2d, conv2d, convert, load_packed, model_bytes, pack,
-                    read_packed, save_packed)
+import layers
+from common import load_packed, read_packed, save_packed
+from layers import BinaryConv2d, Conv4bit, Linear4bit, TernaryConv2d, conv2d, convert, model_bytes, pack
 
 # ------------------------------------------------------------------------------ references: formulas and plain autograd
 
@@ -213,7 +213,7 @@ def test_a_bright_image_loses_nothing_in_bfloat16():
     in the product bf16 would lose a tenth of it, with the {-1/2,1/2} that is used the formula's value is within 1 %."""
     layer, x = filled(BinaryConv2d(64, 8, 3), torch.bfloat16), (torch.rand(2, 64, 5, 5) + 9).bfloat16()
     want = reference_bin(copy.deepcopy(layer).double(), {}, x.double())
-    z = F.conv2d(x, *(functional.straight_through(p, (p > p.float().mean()).to(p)) for p in (layer.weight, layer.bias)))
+    z = F.conv2d(x, *(layers.straight_through(p, (p > p.float().mean()).to(p)) for p in (layer.weight, layer.bias)))
     assert off(layer(x), want) < 0.01 < 0.05 < off(normalize(z.double(), layer.alpha.double().view(-1, 1, 1), 1), want)
 
 
@@ -255,7 +255,7 @@ def test_normalize_is_a_layer_norm(width, offset):
     exact, dims = z.double(), tuple(range(-len(width), 0))
     std = exact.std(dims, keepdim=True, unbiased=False)
     want = alpha * F.layer_norm(exact, width, eps=1e-30) * std / (std + eps)
-    got, rstd = functional._normalize(z, alpha, len(width), eps)
+    got, rstd = layers._normalize(z, alpha, len(width), eps)
     assert got.dtype == torch.float32
     assert_close(got.double(), want, rtol=0, atol=1e-6 * max(1, want.abs().max().item()))
     if math.prod(width) > 1:
@@ -267,11 +267,11 @@ def test_blocks_equal_the_whole(monkeypatch, norm):
     """More than 2^18 numbers are normalised some rows at a time: output and gradients equal those of all rows at once."""
     layer, _ = made('bin', torch.float32, padding=1, norm=norm)
     x = torch.randn(7, 4, 60, 90)
-    rows = functional._by_norm(layer(x), norm)
-    assert rows.numel() > 2 ** 18 and len(functional._blocks(rows)) > 1
+    rows = layers._by_norm(layer(x), norm)
+    assert rows.numel() > 2 ** 18 and len(layers._blocks(rows)) > 1
     v = torch.randn_like(layer(x))
     got = gradients(layer, layer, x, v)
-    monkeypatch.setattr(functional, '_blocks', lambda x, wanted=True: [slice(None)])
+    monkeypatch.setattr(layers, '_blocks', lambda x, wanted=True: [slice(None)])
     want = gradients(layer, layer, x, v)
     for name in want:                               # a sum over rows has another order
         assert_close(got[name], want[name], rtol=0, atol=1e-6 * max(1, want[name].abs().max().item()), msg=name)
@@ -487,6 +487,7 @@ def test_conv2d_makes_each_kind():
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='torch.compile needs a C++ compiler')
 def test_compiled_equals_eager():
     """torch.compile takes a net of the three kinds as one graph: output and gradients to 1e-5 of eager."""
+    torch.compiler.reset()                          # what other tests compiled would make these shapes dynamic
     model = nn.Sequential(BinaryConv2d(3, 4, 3, act='relu'), TernaryConv2d(4, 4, 2, padding='same', act='relu'),
                           Conv4bit(4, 5, 1, act='gelu'))
     x = torch.randn(2, 3, 7, 6)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+import common
 import layers
-import lowbit
 from pretrained import formats, replace
 from pretrained.formats import GroupLinear, SparseLinear
 from quant import GRIDS, group_grid, pack_bits, to_grid, unpack_bits
@@ -79,7 +79,7 @@ def test_a_large_matrix_is_packed_in_parts(kind, autocast, monkeypatch):
     linear = nn.Linear(2048, 1100)                  # three parts
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         found = layers.as_kind(copy.deepcopy(linear), kind, KINDS[kind], True).state_dict()
-    for module in (lowbit, layers, formats):
+    for module in (layers, formats):
         monkeypatch.setattr(module, 'in_blocks', lambda encode, rows: encode(rows))
     whole = layers.as_kind(linear, kind, KINDS[kind], True).state_dict()
     assert found.keys() == whole.keys() and all(torch.equal(found[k], whole[k]) and found[k].dtype == whole[k].dtype
@@ -175,10 +175,10 @@ def test_a_quantized_model_comes_back_from_its_file(kind, make, skip, tmp_path):
         weight = model.lm_head.weight.float() if kind == 'half' else model.lm_head.effective_weight()
         assert torch.equal(rows, weight[IDS])
     path = str(tmp_path / 'x.safetensors')
-    size = layers.save_packed(model, path, {'quantized': described})
-    meta, tensors = layers.read_packed(path)
+    size = common.save_packed(model, path, {'quantized': described})
+    meta, tensors = common.read_packed(path)
     assert sum(t.nbytes for t in tensors.values()) < size < sum(t.nbytes for t in tensors.values()) + 12_000
-    again = layers.load_packed(replace.restore(make(), meta['quantized'], tensors), tensors)
+    again = common.load_packed(replace.restore(make(), meta['quantized'], tensors), tensors)
     assert torch.equal(again(IDS), logits) and not any(p.requires_grad for m in again.modules() if isinstance(m, layers.LowBit)
                                                        for p in m.parameters())
     assert not skip or torch.equal(again.wte.weight, model.wte.weight)
@@ -189,8 +189,8 @@ def test_a_file_of_another_shape_is_refused(tmp_path):
     model, described = gpt(), {}
     for name in replace.layers_of(model, 'head,embd'):
         described |= replace.replace(model, name, 'nf4', {})
-    layers.save_packed(model, str(tmp_path / 'x.safetensors'), {})
-    tensors = layers.read_packed(str(tmp_path / 'x.safetensors'))[1]
+    common.save_packed(model, str(tmp_path / 'x.safetensors'), {})
+    tensors = common.read_packed(str(tmp_path / 'x.safetensors'))[1]
     wider = GPT(GPTConfig(vocab_size=96, block_size=16, n_layer=2, n_head=2, n_embd=128, bias=True))
     with pytest.raises(ValueError, match='bytes of codes for 384 x 128 weights'):
         replace.restore(wider, described, tensors)

@@ -159,7 +159,7 @@ def test_an_interrupted_save_leaves_no_half_file(home, start, tmp_path):
         assert path.read_bytes() == before
     assert start(*words, cwd=home).wait().code == 0
     assert path.read_bytes() != before and path.stat().st_mode & 0o777 == 0o666 & ~mask()
-    assert os.listdir(tmp_path) == ['q.safetensors'] and layers.read_packed(str(path))
+    assert os.listdir(tmp_path) == ['q.safetensors'] and common.read_packed(str(path))
 
 
 def test_a_full_precision_bitnet(call, tiny_data, tmp_path):

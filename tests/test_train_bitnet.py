@@ -437,8 +437,8 @@ def test_packed_file_is_the_same_model(unbroken, options):
     cwd = unbroken(*options)
     best = checkpoint(cwd, 'best.pt')
     model, path = model_of(best), cwd / 'out' / 'packed.safetensors'
-    meta, tensors = layers.read_packed(path)
-    packed = layers.load_packed(train_bitnet.BitNet(train_bitnet.BitNetConfig(**meta['model_config'])), tensors).eval()
+    meta, tensors = common.read_packed(path)
+    packed = common.load_packed(train_bitnet.BitNet(train_bitnet.BitNetConfig(**meta['model_config'])), tensors).eval()
     ids = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(all_logits(model, ids), all_logits(packed, ids))
     assert (best['step'] < 20) == ('--learning_rate=1' in options)

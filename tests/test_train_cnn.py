@@ -395,8 +395,8 @@ def test_every_kind_in_every_place_learns_and_packs_exactly(unbroken, data, shif
     last, path = log(where)[-1], where / 'out' / 'packed.safetensors'
     assert last['packed_file_bytes'] == path.stat().st_size > packed_bytes and last['fp32_bytes'] == fp32_bytes == 4 * n
     assert last['binary_share'] == pytest.approx(low['bin'] / n)
-    meta, tensors = layers.read_packed(path)
-    packed, crop = layers.load_packed(make(meta), tensors), meta['images']['eval_crop']
+    meta, tensors = common.read_packed(path)
+    packed, crop = common.load_packed(make(meta), tensors), meta['images']['eval_crop']
     assert sum(t.numel() * t.element_size() for n, t in tensors.items()
                if not n.endswith(('running_mean', 'running_var', 'num_batches_tracked'))) == packed_bytes
     found, report = logits(packed, data, crop), np.load(where / 'out' / 'report.npz')
@@ -665,11 +665,11 @@ def test_full_disk_at_the_end_is_one_line(train, folder, unbroken):
     whole, cwd = unbroken(*MIXED), folder()
     patch = """
 import layers, resource, signal
-def save_packed(*args, plain=layers.save_packed):
+def save_packed(*args, plain=common.save_packed):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     return plain(*args)
-layers.save_packed = save_packed
+common.save_packed = save_packed
 """
     line = one_error(train(*MIXED, cwd=cwd, patch=patch, code=2))
     assert 'could not write out/packed.safetensors' in line and 'make room and type the same command with --resume=auto' in line
@@ -777,7 +777,7 @@ def test_mistakes_of_predict_are_one_line(start, unbroken, pictures, tmp_path):
     (tmp_path / 'text.safetensors').write_text('not a network')
     (tmp_path / 'text.pt').write_text('not a network')
     common.save_checkpoint(str(tmp_path / 'gpt.pt'), {'trainer': 'train_gpt'})
-    layers.save_packed(torch.nn.Linear(2, 2), str(tmp_path / 'gpt.safetensors'), {'trainer': 'train_gpt'})
+    common.save_packed(torch.nn.Linear(2, 2), str(tmp_path / 'gpt.safetensors'), {'trainer': 'train_gpt'})
     cases = [(f'{tmp_path}/text.jpg', 'out/best.pt', 'text.jpg'), ('none.jpg', 'out/best.pt', 'none.jpg'),
              (picture, 'none.pt', 'none.pt does not exist'), (picture, 'none.safetensors', 'none.safetensors'),
              (tmp_path, 'out/best.pt', str(tmp_path)), (picture, f'{tmp_path}/gpt.pt', 'gpt.pt was written by train_gpt.py'),

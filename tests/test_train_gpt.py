@@ -553,8 +553,8 @@ def test_every_kind_learns_and_packs_exactly(train, folder, unbroken, kind):
     best = checkpoint(cwd, 'best.pt')
     model = train_gpt.GPT(train_gpt.GPTConfig(**best['model_config']))
     model.load_state_dict(best['model'])
-    meta, tensors = layers.read_packed(cwd / 'out' / 'packed.safetensors')
-    packed = layers.load_packed(train_gpt.GPT(train_gpt.GPTConfig(**meta['model_config'])), tensors)
+    meta, tensors = common.read_packed(cwd / 'out' / 'packed.safetensors')
+    packed = common.load_packed(train_gpt.GPT(train_gpt.GPTConfig(**meta['model_config'])), tensors)
     ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
     assert torch.equal(all_logits(model.eval(), ids), all_logits(packed.eval(), ids))
     assert meta['step'] == best['step'] and meta['val_loss'] == min(log(cwd, 'val_loss')) == best['best_val_loss']
