@@ -14,7 +14,7 @@ ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'pyproject.toml', 'LI
               *(f'{name}.py' for name in ('configurator', 'common', 'layers', 'quant', 'optim', *TRAINERS, *TOOLS))}
 ROOMS = {'readers': 'tokens documents texts images crops tasks',
          'pretrained': 'hf adapters formats calibrate replace subjects',
-         'report': 'scores tables costs figure plot_cls plot_ptq pictures',
+         'report': 'scores tables costs figure plot_cls plot_ptq plot_runs pictures',
          'measure': 'turns forms matrices steps optimizers convolutions'}
 FOLDERS = {*ROOMS, 'config', 'data', 'tests', 'results'}
 

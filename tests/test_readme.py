@@ -233,17 +233,23 @@ def test_adapters_block(tmp_path, monkeypatch):
     assert len(names['damage']) == 4 and not any(isinstance(m, layers.LoRALinear) for m in model.modules())
 
 
-def test_files_table():
-    """Each file of the Files table exists, each script of the top folder is in it, and so is each data set."""
-    table = dict(re.findall(r'^\| `([^`]+)` \| (.*) \|$', README.partition('\n## Files')[2].partition('\n## ')[0], re.M))
-    assert not [name for name in table if not list(ROOT.glob(name))]
-    assert not {p.name for p in ROOT.glob('*.py')} - set(table)
-    assert set(re.findall(r'`(\w+)`', table['data/*/prepare.py'])) == {p.parent.name for p in ROOT.glob('data/*/prepare.py')}
+def test_file_tree():
+    """Each file of the tree exists, each script of the root and of the rooms is in it, and so is each data set."""
+    tree, room, named = README.partition('\n## Files')[2].partition('```\n')[2].partition('```')[0], '', set()
+    for line in tree.splitlines():
+        room = line.split()[0] if re.match(r'\w+/ ', line) else room if line.startswith('  ') else ''
+        named |= {room + name if line.startswith('  ') else name for name in re.findall(r'[\w*/]+\.(?:py|c)\b', line)}
+    assert not [name for name in named if not list(ROOT.glob(name))]
+    ours = {p.relative_to(ROOT).as_posix() for glob in ('*.py', '*.c', '[mpr]*/*.py') for p in ROOT.glob(glob)}
+    assert not {name for name in ours if not name.startswith('results/') and '__init__' not in name} - named
+    sets = re.search(r'^data/.*\n(?: +`.*\n)*', tree, re.M)[0]
+    assert set(re.findall(r'`(\w+)`', sets)) == {p.parent.name for p in ROOT.glob('data/*/prepare.py')}
 
 
 def test_options_exist():
     """Each --option that the README names is a constant of train_gpt.py or an option of another script (or torchrun)."""
-    source = ''.join(p.read_text(encoding='utf-8') for glob in ('*.py', 'data/*/*.py', 'results/*.py') for p in ROOT.glob(glob))
+    source = ''.join(p.read_text(encoding='utf-8') for glob in ('*.py', '[mpr]*/*.py', 'data/*/*.py')
+                     for p in ROOT.glob(glob))
     named = set(re.findall(r'--(\w+)', ' '.join(SPANS + [block for _, block in BLOCKS]))) - {'key'}
     named -= {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}       # torchrun's
     assert not [name for name in sorted(named) if not re.search(rf"^{name} = |'--{name}'", source, re.M)]
