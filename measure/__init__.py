@@ -1,1 +1,1 @@
-"""Measures time, memory and error for bench.py, each variant in a fresh process and all of them in turns."""
+"""Measures time, memory and error of variants in turns, each in a fresh process."""

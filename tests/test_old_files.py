@@ -51,12 +51,12 @@ def test_convolutional_networks_of_old_files(name):
         meta = common.read_checkpoint(path, 'train_cnn')
         tensors = meta['model']
     else:
-        meta, tensors = layers.read_packed(path)
+        meta, tensors = common.read_packed(path)
     model = train_cnn.CNN(train_cnn.CNNConfig(**meta['model_config']))
     if name.endswith('.pt'):
         common.load_model_state(model, tensors, path)
     else:
-        layers.load_packed(model, tensors)
+        common.load_packed(model, tensors)
     images = (torch.arange(2 * 3 * 16 * 16) * 0.37).sin().view(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images), torch.tensor(SAID[name]['logits']), rtol=1e-5, atol=1e-5)
