@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import common
-import layers
 import sample
 import train_cnn
 
