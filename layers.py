@@ -1324,7 +1324,8 @@ def convert(model, rules, verbose=True, packed=False):
     for pattern, (kind, options) in rules.items():
         for k in {kind, _rule(options.get('base', 'fp'))[0] if kind == 'lora' else kind}:
             if k not in FORMATS:
-                raise ValueError(f'convert: kind {k!r} of rule {pattern!r} must be one of {tuple(FORMATS)}')
+                raise ValueError(f'convert: kind {k!r} of rule {pattern!r} must be one of {tuple(FORMATS)}; group and sparse '
+                                 'are added by: import pretrained.formats')
         names = matching(candidates, pattern)
         if not names:
             raise ValueError(f'convert: rule {pattern!r} matches none of {list(candidates)}')

@@ -100,15 +100,6 @@ def read_prompt(prompt):
         configurator.fail(f'cannot read {prompt[5:]!r}: {e.strerror}; type --prompt=FILE:path of a text')
 
 
-def pick_device(device, dtype):
-    """(torch.device, autocast context) of the two constants; one clear line for what this machine does not have."""
-    dev = common.setup_processes(device)[-1]
-    if dtype not in ('', 'float32', 'bfloat16'):
-        configurator.fail(f'dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16')
-    low = dtype == 'bfloat16' or (dtype == '' and dev.type == 'cuda')
-    return dev, torch.autocast(dev.type, torch.bfloat16, enabled=low)
-
-
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, generator=None):
     """Yield (B,) int64 ids one step at a time after the prompt ids (B, T >= 1), with a cache of keys and values.
@@ -279,7 +270,8 @@ def main():
     for key in (*others, 'side') if against else others:
         if globals()[key] != _defaults[key]:
             configurator.fail(f'{key} has no use in {mode}{" --against" * bool(against)}; leave --{key} out')
-    dev, amp = pick_device(device, dtype)
+    dev = common.setup_processes(device)[-1]
+    amp = common.autocast(dev, dtype)
     path = find_checkpoint(ckpt)
     if mode != 'play':
         read_prompt(prompt)                         # a mistake in it shows before the model is loaded
