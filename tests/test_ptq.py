@@ -150,7 +150,8 @@ def test_an_interrupted_save_leaves_no_half_file(home, start, tmp_path):
     before = path.read_bytes()
     words = [str(ROOT / 'ptq.py'), *QUICK[:2], '--schemes=gptq3', f'--save={path}']
     killed = 'lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)'
-    for patch in (f'import calibrate, os, signal\ncalibrate.gptq = {killed}', f'import os, signal\nos.replace = {killed}',
+    for patch in (f'import os, signal\nfrom pretrained import calibrate\ncalibrate.gptq = {killed}',
+                  f'import os, signal\nos.replace = {killed}',
                   'import safetensors.torch as s\ndef f(*a, **k): raise OSError(28, "No space left")\ns.save_file = f'):
         done = start(*words, cwd=home, patch=patch).wait()
         assert done.code == -signal.SIGKILL or 'No space left' in one_error(done)
@@ -523,7 +524,7 @@ def test_earlier_rows_are_kept(call, home, tmp_path):
 
 def test_rows_of_an_interrupted_table_stay(home, start, tmp_path):
     job = start(str(ROOT / 'ptq.py'), *QUICK, '--schemes=rtn4,gptq4', f'--out={tmp_path}', cwd=home,
-                patch='import calibrate, time\ncalibrate.gptq = lambda *a, **k: time.sleep(100)')
+                patch='import time\nfrom pretrained import calibrate\ncalibrate.gptq = lambda *a, **k: time.sleep(100)')
     path, end = tmp_path / 'ptq.jsonl', time.time() + 60
     while not path.exists() and time.time() < end:
         time.sleep(0.1)
