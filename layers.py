@@ -135,15 +135,29 @@ def _away_from_zero(alpha):
     return torch.where(alpha.abs() < TINY_ALPHA, TINY_ALPHA, alpha)
 
 
+def _normalize_blocks(z, y, alpha, ndim, eps):
+    """_normalize of z written to y, which may be z itself, block by block; returns rstd."""
+    rstd = torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=wide(z[:0]).dtype, device=z.device)
+    for rows in _blocks(z):
+        y[rows], rstd[rows] = _normalize(z[rows], alpha, ndim, eps)
+    return rstd
+
+
+def _normalize_blocks_backward(g, y, rstd, alpha, ndim, eps):
+    """_normalize_backward block by block; dalpha in fp32."""
+    dz, galpha = torch.empty_like(y), torch.zeros_like(alpha, dtype=rstd.dtype)
+    for rows in _blocks(y):
+        dz[rows], part = _normalize_backward(g[rows], y[rows], rstd[rows], alpha, ndim, eps)
+        galpha += part
+    return dz, galpha
+
+
 class _Normalize(torch.autograd.Function):
     """_normalize over the last dimension of z, for an embedding. Saves y and rstd. alpha (1,)."""
     @staticmethod
     def forward(ctx, z, alpha, eps):
-        alpha = _away_from_zero(alpha)
-        y, rstd = torch.empty_like(z), torch.empty(*z.shape[:-1], 1, dtype=wide(z[:0]).dtype, device=z.device)
-        for rows in _blocks(z):
-            y[rows], rstd[rows] = _normalize(z[rows], alpha, 1, eps)
-        ctx.save_for_backward(y, rstd, alpha)
+        alpha, y = _away_from_zero(alpha), torch.empty_like(z)
+        ctx.save_for_backward(y, _normalize_blocks(z, y, alpha, 1, eps), alpha)
         ctx.eps = eps
         return y
 
@@ -151,10 +165,7 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         y, rstd, alpha = ctx.saved_tensors
-        dz, galpha = torch.empty_like(y), torch.zeros_like(alpha, dtype=rstd.dtype)
-        for rows in _blocks(y):
-            dz[rows], part = _normalize_backward(g[rows], y[rows], rstd[rows], alpha, 1, ctx.eps)
-            galpha += part
+        dz, galpha = _normalize_blocks_backward(g, y, rstd, alpha, 1, ctx.eps)
         return dz, galpha.to(alpha.dtype), None
 
 
@@ -232,12 +243,8 @@ class _QuantizedConv(torch.autograd.Function):
         wq, bq = quantize(w, b, x.dtype)
         y, rstd = F.conv2d(_conv_input(x, act, round_input), wq, bq, **conv), None
         if alpha is not None:
-            alpha = _away_from_zero(alpha)
-            z, ndim = _by_norm(y, norm), 2 if norm == 'sample' else 1
-            scale = alpha if norm == 'channel' else alpha[:, None]
-            rstd = torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=wide(z[:0]).dtype, device=z.device)
-            for i in _blocks(z):
-                z[i], rstd[i] = _normalize(z[i], scale, ndim, eps)             # in place of the product
+            alpha, z = _away_from_zero(alpha), _by_norm(y, norm)
+            rstd = _normalize_blocks(z, z, *_scale(alpha, norm), eps)           # in place of the product
             y = _from_norm(z, y.shape, norm)
         keep_x = ctx.needs_input_grad[1] or act is not None and ctx.needs_input_grad[0]
         ctx.save_for_backward(x if keep_x else None, w, b, alpha, rstd, None if alpha is None else y)
@@ -252,12 +259,8 @@ class _QuantizedConv(torch.autograd.Function):
         need_x, need_w, need_b, need_alpha = ctx.needs_input_grad[:4]
         galpha = None
         if alpha is not None:
-            scale = alpha if ctx.norm == 'channel' else alpha[:, None]
-            g, rows = _by_norm(g, ctx.norm), _by_norm(y, ctx.norm)
-            dz, galpha = torch.empty_like(rows), torch.zeros_like(scale, dtype=rstd.dtype)
-            for i in _blocks(rows):
-                dz[i], part = _normalize_backward(g[i], rows[i], rstd[i], scale, 2 if ctx.norm == 'sample' else 1, ctx.eps)
-                galpha += part
+            dz, galpha = _normalize_blocks_backward(_by_norm(g, ctx.norm), _by_norm(y, ctx.norm), rstd,
+                                                    *_scale(alpha, ctx.norm), ctx.eps)
             g = _from_norm(dz, y.shape, ctx.norm)
             galpha = galpha.view(alpha.shape).to(alpha.dtype) if need_alpha else None
         wq, bq = ctx.quantize(w, b, ctx.dtype)
@@ -284,6 +287,11 @@ def _conv_input(x, act, round_input):
 def _by_norm(z, norm):
     """(N, C, H, W) with what is normalised last: (N H W, C), a view of a channels_last tensor, or (N, C, H W)."""
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) if norm == 'channel' else z.flatten(2)
+
+
+def _scale(alpha, norm):
+    """(alpha as it broadcasts to _by_norm(), how many of the last dimensions are normalised)."""
+    return alpha if norm == 'channel' else alpha[:, None], 2 if norm == 'sample' else 1
 
 
 def _from_norm(rows, shape, norm):
@@ -466,8 +474,8 @@ class LowBit(nn.Module):
     """Latent `weight` (and `bias`) Parameters or, after pack_(), uint8 codes.
 
     A subclass gives `kind`, its name in FORMATS, the `bits` of a code, encode() -> dict of buffers that hold the quantized
-    weight, its inverse decode() -> (weight, bias or None), _quantize(weight, bias, dtype) -> both as the product sees them,
-    and a forward() for both states. Raises ValueError for an activation that is none of `acts`.
+    weight, its inverse decode() -> (weight, bias or None), rounded(weight) -> the quantized weight of a latent one, and a
+    forward() for both states. Raises ValueError for an activation that is none of `acts`.
     """
     packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: the dimension of the weight that the bias goes along
 
@@ -522,6 +530,11 @@ class LowBit(nn.Module):
     def effective_weight(self):
         """fp32, of the weight's shape: what weight_input(x) is multiplied by, of a packed layer."""
         return self.decode()[0].float()
+
+    def _quantize(self, weight, bias, dtype):
+        """(weight, bias or None) in `dtype` as the product sees them, of latent ones or, packed, of the codes."""
+        weight = self.effective_weight() if self.packed else self.rounded(weight)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def packed_bytes(self):
         """Bytes of this layer when packed: codes, scales and whatever it keeps in full precision."""
@@ -686,7 +699,10 @@ class Ternary(LowBit):
         return {'code': pack_bits(codes.flatten(1) + 1, 2), 'weight_scale': scales}
 
     def effective_weight(self):
-        codes, scales = self.ternary()
+        return self.rounded(self.weight)
+
+    def rounded(self, weight):
+        codes, scales = self.ternary(weight)
         return (codes.flatten(1) * _of_rows(scales, self.rows)[:, None]).view(self.shape)
 
     def decode(self):
@@ -696,9 +712,6 @@ class Ternary(LowBit):
         # A latent of code * scale / share has mean|W| = scale again when `share` of the codes are not 0.
         shares = (part.ne(0).float().mean().clamp_(min=1e-9) for part in self.ternary()[0].split(self.rows))
         return torch.cat([part / share for part, share in zip(delta.split(self.rows), shares, strict=True)])
-
-    def _quantize(self, weight, bias, dtype):
-        return self.effective_weight().to(dtype), None if bias is None else bias.to(dtype)
 
 
 class FourBit(LowBit):
@@ -733,13 +746,9 @@ class FourBit(LowBit):
     def decode(self):
         return decode4(self.code, self.held_scales(), self.format)[:math.prod(self.shape)].view(self.shape), None
 
-    def _quantize(self, weight, bias, dtype):
-        if self.packed:
-            weight, _ = self.decode()
-        else:
-            codes, held = quantize4(weight, self.format, self.group, self.scales)
-            weight = levels4(codes, self.format).mul_(scales4(held)[:, None]).view(-1)[:weight.numel()].view(weight.shape)
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    def rounded(self, weight):
+        codes, held = quantize4(weight, self.format, self.group, self.scales)
+        return levels4(codes, self.format).mul_(scales4(held)[:, None]).view(-1)[:weight.numel()].view(weight.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -890,10 +899,9 @@ class Int8Linear(LowBitLinear):
     def look_up(self, ids):
         return self.code[ids] * self.weight_scale[ids]
 
-    @staticmethod
-    def _quantize(weight, bias, dtype):
+    def rounded(self, weight):
         codes, scales = quantize_rows(wide(weight), tiny=1e-30)
-        return (codes * scales).to(dtype), None if bias is None else bias.to(dtype)
+        return codes * scales
 
     def forward(self, x):
         if not self.activations:

@@ -102,11 +102,10 @@ class GroupLinear(LowBitLinear):
             weight = (groups / groups.ne(0).float().mean(-1, keepdim=True).clamp(min=1e-9)).flatten(1)
         return weight, None
 
-    def _quantize(self, weight, bias, dtype):
+    def rounded(self, weight):
         groups = weight.float().unflatten(1, (-1, self.group))
         scale, zero = group_grid(groups, self.levels)
-        weight = to_grid(groups, scale, zero, self.levels).sub_(zero).mul_(scale).flatten(1)
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+        return to_grid(groups, scale, zero, self.levels).sub_(zero).mul_(scale).flatten(1)
 
     def forward(self, x):
         dtype = compute_dtype(x)

@@ -18,7 +18,6 @@ import torch.nn as nn
 
 import layers
 from common import atomic_write
-from pretrained import replace
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # a fork after its threads have started would warn at each call
 HEAD = 'last_token_head.safetensors'
@@ -165,7 +164,7 @@ def plain_linears(net):
             with torch.device('meta'):
                 linear = nn.Linear(weight.shape[1], weight.shape[0])
             linear.weight, linear.bias = nn.Parameter(weight), module.bias
-            replace.put(net, path, linear)
+            layers.set_module(net, path, linear)
     return net
 
 

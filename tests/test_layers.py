@@ -1,8 +1,12 @@
 """Low-bit layers: values and every gradient against literal formulas, packing that changes no logit, bytes counted."""
 import copy
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ import layers
 from common import load_packed, read_packed, save_packed
 from layers import (Activation, BinaryConv2d, BinaryEmbedding, BinaryLinear, Conv4bit, Int8Linear, Linear4bit, LoRALinear,
                     TernaryConv2d, TernaryLinear, convert, linear, model_bytes, pack)
+from pretrained import formats, replace  # noqa: F401  formats adds its layers to FORMATS
 from quant import binarize, decode4, pack4, pack_bits, quantize4, quantize_rows, ternarize, unpack_bits
 
 
@@ -806,6 +811,100 @@ def test_linear_makes_each_kind():
             assert getattr(layer, 'chunks', 3) == 3
         assert kind == 'fp' or linear(kind, 5, 6, act='gelu').act == 'gelu'
     assert linear('bin', 5, 6, alpha=0.5).alpha.item() == 0.5
+
+
+@pytest.mark.parametrize('kind', layers.FORMATS)
+def test_the_table_of_formats_says_what_its_modules_are(kind):
+    """A layer of each entry has its name as `kind`; act and chunks are taken where the entry says so, and only there."""
+    form, model = layers.FORMATS[kind], nn.Sequential(nn.Linear(8, 6))
+    options = {'group': dict(group=0), 'lowrank': dict(rank=2)}.get(kind, {})
+    assert convert(model, {'0': (kind, options)}, verbose=False) == ([] if kind == 'fp' else ['0'])
+    assert isinstance(model[0], form.linear) and getattr(model[0], 'kind', 'fp') == kind
+    assert layers.is_linear(model[0]) == (kind != 'lora') and (kind in layers.KINDS) == form.trains
+    if kind not in ('lowrank', 'lora'):
+        assert hasattr(linear(kind, 8, 6, chunks=3, **options), 'chunks') == form.chunks
+        if form.act:
+            assert linear(kind, 8, 6, act='relu', **options).act == 'relu'
+        else:
+            with pytest.raises(ValueError, match="act='relu'"):
+                linear(kind, 8, 6, act='relu', **options)
+
+
+class Tenths(layers.LowBitLinear):
+    """A format of one's own: multiples of a tenth from -12.8 to 12.7, in a byte."""
+    kind, bits = 'tenths', 8
+
+    def encode(self):
+        return {'code': (self.weight * 10).round().clamp(-128, 127).to(torch.int8)}
+
+    def decode(self):
+        return self.code / 10, None
+
+    def decoder(self, dtype):
+        return lambda i, j: (self.code[i:j] / 10).to(dtype)
+
+    def look_up(self, ids):
+        return self.code[ids] / 10
+
+    def rounded(self, weight):
+        return (weight * 10).round().clamp(-128, 127) / 10
+
+
+def test_a_new_format_is_a_class_and_a_line_in_the_table(tmp_path, monkeypatch):
+    """With an entry in FORMATS a layer can be made, converted to, trained, packed, looked up, wrapped by LoRA and merged, and
+    kept in a file, by everything that knows formats by name."""
+    monkeypatch.setitem(layers.FORMATS, 'tenths', layers.Format(Tenths, act=True))
+    assert linear('tenths', 4, 3, act='gelu').act == 'gelu'
+    model, x = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 4), nn.Linear(4, 9)), torch.tensor([[0, 8], [3, 3]])
+    convert(model, {'1': 'tenths', '2': ('lora', dict(rank=2, base='tenths'))}, verbose=False)
+    y = model(x)
+    y.sum().backward()
+    assert model[1].weight.grad is not None and model[2].base.packed and torch.equal(pack(model)(x), y)
+    assert model_bytes(model)[0] == 4 * 45 + (20 + 4 * 4) + (36 + 4 * 9 + 4 * 2 * (4 + 9))
+    nn.init.normal_(model[2].lora_B)
+    merged, damage = model[2].merge(torch.randn(3, 4), requantize=True)
+    assert type(merged) is Tenths and merged.packed and damage['max'] < 0.2 * 9
+    plain = lambda: nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 4))
+    model = plain()
+    described = {n: e for name in '01' for n, e in replace.replace(model, name, 'tenths', {}).items()}
+    save_packed(model, tmp_path / 'x', {'quantized': described})
+    meta, tensors = read_packed(tmp_path / 'x')
+    assert torch.equal(load_packed(replace.restore(plain(), meta['quantized'], tensors), tensors)(x), model(x))
+
+
+ALONE = """
+import sys, torch, layers
+torch.manual_seed(0)
+model = torch.nn.Sequential(layers.linear('tern', 16, 32), layers.linear('bin', 32, 32, act='relu'), torch.nn.Linear(32, 4))
+layers.convert(model, {'2': 'nf4'}, verbose=False)
+x, target, losses = torch.randn(64, 16), torch.randint(4, (64,)), []
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+for _ in range(30):
+    loss = torch.nn.functional.cross_entropy(model(x), target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+y = model(x)
+print(losses[-1] < 0.7 * losses[0], torch.equal(layers.pack(model)(x), y), *layers.model_bytes(model))
+"""
+
+
+def test_three_files_work_alone(tmp_path):
+    """layers.py, quant.py and kernels.c, copied to an empty folder: a model of three formats trains and packs in a fresh
+    process that finds no other file of this project."""
+    for name in ('layers.py', 'quant.py', 'kernels.c'):
+        shutil.copy(Path(layers.__file__).with_name(name), tmp_path)
+    (tmp_path / 'alone.py').write_text(ALONE)
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    done = subprocess.run([sys.executable, 'alone.py'], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    trained, same, packed, fp32 = done.stdout.split()
+    assert (trained, same) == ('True', 'True')
+    # codes, scale, gain, bias; codes, bits of the bias, alpha; codes, fp16 scales, bias
+    assert int(packed) == (32 * 4 + 4 + 64 + 128) + (32 * 4 + 4 + 4) + (64 + 4 + 16)
+    assert int(fp32) == 4 * (32 * 17 + 16 + 32 * 33 + 1 + 4 * 33)
 
 
 class Net(nn.Module):

@@ -664,7 +664,7 @@ def test_full_disk_at_the_end_is_one_line(train, folder, unbroken):
     """No room for the packed file: one line that says what to type, which then ends the run."""
     whole, cwd = unbroken(*MIXED), folder()
     patch = """
-import layers, resource, signal
+import common, resource, signal
 def save_packed(*args, plain=common.save_packed):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
