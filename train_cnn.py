@@ -90,8 +90,8 @@ compile = torch.cuda.is_available()   # torch.compile: pays on a GPU, on a CPU o
 profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
-WORDS = {'bin': 'binary', 'fp': 'real', 'tern': 'ternary'}             # what model_config says for these of layers.KINDS
-KINDS = {WORDS.get(kind, kind): kind for kind in layers.KINDS}
+WORDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern'}     # in model_config: kind of layers.py; others have one name
+KINDS = WORDS | {kind: kind for kind in layers.KINDS if kind not in WORDS.values()}
 OPTIMIZERS = ('Adam', 'AdamW', 'SGD', 'rSVD')
 
 

@@ -40,7 +40,8 @@ NO_BATCHNORM = (kinds('binary'), '--residual=False')
 
 # What the trainer says it found at its end, kept as numbers, not drawn.
 REPORT = PATCH = """
-import numpy, pictures
+import numpy
+from report import pictures
 pictures.report = lambda out_dir, data, guesses, surety: numpy.savez(out_dir + '/report.npz', guesses=guesses, surety=surety)
 """
 # The trainer's own variables in a step, found from the function that it calls there.
@@ -285,7 +286,8 @@ def test_steps_by_hand(train, folder, other_data):
 def test_speed_of_the_input(train, folder, workers):
     """Reading takes a fifth of a second a micro-batch of four: what is printed and logged is what so many threads can do."""
     slow = """
-import crops, time
+import time
+from readers import crops
 crops.random_boxes = lambda *args, plain=crops.random_boxes: time.sleep(0.2) or plain(*args)
 """
     cwd = folder()
