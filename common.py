@@ -75,7 +75,7 @@ def autocast(device, dtype):
 
 
 def distributed(model, device, local_rank):
-    """`model` in DistributedDataParallel. Gradients are views into its buckets, so they exist once. Buffers are not sent at
+    """`model` in DistributedDataParallel. Gradients are views into its buckets, no copies of them. Buffers are not sent at
     each forward pass: rotary tables are constant, and train_cnn.py averages the statistics of its BatchNorms itself."""
     ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None,
                                                     gradient_as_bucket_view=True)

@@ -493,6 +493,7 @@ def main():
                 if dtype == 'float16' and good_steps % 2000 == 0:
                     loss_scale *= 2
             opt.zero_grad(set_to_none=True)
+            del grads                               # or they would live through the next forward pass
         if failure:
             break
         if method == 'weight_reduction_svt' and ((step + 1) % svt_interval == 0 or step + 1 == total_iters
@@ -525,10 +526,14 @@ def main():
         if world > 1 and not common.ranks_agree(common.checksum(kept_state(raw_net).values())):    # and all wait for the save
             configurator.fail('the weights of the ranks differ: the run is broken, please report it')
         if keep_best and best[1]:
-            state = common.read_checkpoint(best_path, 'finetune_cls')
-            kept = kept_state(raw_net)
-            common.load_model_state(raw_net, state['model'], best_path, [k for k in raw_net.state_dict() if k not in kept])
-        for key, (_, labels, rows) in eval_sets.items():
+            try:
+                state = common.read_checkpoint(best_path, 'finetune_cls')
+                kept = kept_state(raw_net)
+                common.load_model_state(raw_net, state['model'], best_path, [k for k in raw_net.state_dict() if k not in kept])
+            except ValueError as e:                 # the best weights are lost, the last ones are not
+                failure = f'{e}; type --keep_best=False --resume=auto for the figures of the last weights'
+        lost = common.any_rank(bool(failure))       # on one rank: the others must not wait for it in an evaluation
+        for key, (_, labels, rows) in eval_sets.items() if not lost else ():
             found = evaluate(key)
             stop = found is None
             if stop:

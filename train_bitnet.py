@@ -52,8 +52,7 @@ quant = 'tern'                 # tern | fp: the same model with full-precision m
 optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on the blocks' matrices, AdamW on the rest
 rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices; the rest gets AdamW
 interval = 200                 # ... steps between two bases
-side = 'right'                 # ... of the basis: left | right (keeps the fewest activations) | short
-projected = True               # ... a backward pass that makes no full gradients of full-precision layers
+side = 'right'                 # ... of the basis: left | right | short. No `projected`: it is for nn.Linear, of which there is none
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 0.0            # peak; 0: that of PEAK_RATES for the size and quant
 second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF), all of it with fp
@@ -61,7 +60,7 @@ min_lr = 0.0                   # at the last step
 schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops, weight decay ends)
 warmup_iters = 100             # linear warm-up, steps
 weight_decay = 0.1             # on matrices and embeddings, not on gains; 0 in the second half of two_stage where tern
-beta1 = 0.9
+beta1 = 0.9                    # muon: of its AdamW; the momentum of the blocks' matrices is 0.95
 beta2 = 0.95
 grad_clip = 1.0                # global norm; 0: off
 # evaluation, saving and logging
@@ -345,8 +344,6 @@ def main():
     hidden = {p for p in model.blocks.parameters() if p.dim() > 1}
     opt = optim.make(optimizer, groups, hidden, lr=first_lr, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
                      seed=seed)
-    if optimizer == 'rsvd' and projected:
-        optim.attach(model, opt, verbose=rank_here == 0)
     gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_model.parameters() if p.grad is not None})
     if estimate:
         ids = torch.randint(n_vocab, (micro if dev.type == 'cuda' else min(micro, 4), block_size + 1), device=dev)
@@ -458,7 +455,7 @@ def main():
                     errors = tasks.errors(scores)
                 errors = common.mean_over_ranks(errors, rank_here == 0)            # rank 0's, on all ranks
                 log(record)
-                if (errors, val_loss) < best:
+                if math.isfinite(val_loss) and (errors, val_loss) < best:
                     before, best = best, (errors, val_loss)
                     if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
                         best = before
@@ -497,6 +494,7 @@ def main():
         codes = ternary_matrices(raw_model) if counted and lr else None        # a last step of rate 0 flips nothing
         opt.step()
         opt.zero_grad(set_to_none=True)
+        del grads                                   # or they would live through the next forward pass
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1

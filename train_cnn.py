@@ -66,7 +66,7 @@ optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon:
 rank = 16                      # rsvd: dimensions of the moments of matrices and kernels
 interval = 200                 # ... steps between two bases
 side = 'left'                  # ... of the basis: left | right | short
-projected = True               # ... a backward pass that makes no full gradients of real fc layers
+projected = False              # ... a backward pass that makes no full gradients of real fc layers
 epochs = 30.0                  # times each training image is seen in all, also for a resumed run
 max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
 learning_rate = 1e-3           # peak
@@ -75,7 +75,7 @@ min_lr = 0.0                   # at the last step
 schedule = 'cosine'            # cosine | linear | constant
 warmup_iters = 100             # linear warm-up, steps
 weight_decay = 0.05            # on weights, not on gains, biases and scales; inside the gradient for adam and sgd
-beta1 = 0.9                    # sgd: its momentum
+beta1 = 0.9                    # sgd: its momentum; muon's is 0.95 on matrices and kernels
 beta2 = 0.999
 grad_clip = 1.0                # global norm; 0: off
 # evaluation, saving and logging
@@ -92,8 +92,8 @@ compile = None                 # torch.compile; None: on cuda. On a CPU it pays 
 profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
-WORDS = {'bin': 'binary', 'fp': 'real', 'tern': 'ternary'}             # what model_config says for these of layers.KINDS
-KINDS = {WORDS.get(kind, kind): kind for kind in layers.KINDS}
+WORDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern'}     # in model_config: kind of layers.py; others have one name
+KINDS = WORDS | {kind: kind for kind in layers.KINDS if kind not in WORDS.values()}
 OPTIMIZERS = (*optim.NAMES, 'adam', 'sgd')
 
 
@@ -488,6 +488,7 @@ def main():
             common.clip_(grads.values(), grad_clip, grad_norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
+        del grads                                   # or they would live through the next forward pass
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1
@@ -511,24 +512,28 @@ def main():
         try:
             state = common.read_best(best_path, 'train_cnn', best[0] >= 0)
             common.load_model_state(raw_model, state['model'], best_path)
-            meta = {'trainer': 'train_cnn', 'step': state['step'], 'model_config': asdict(net_config), 'images': seen}
+        except OSError as e:
+            failure = f'{e}; make room and type the same command with --resume=auto'
+        except ValueError as e:                     # the best weights are lost, the last ones are not
+            failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
+        if not common.any_rank(bool(failure)):      # on one rank: the others must not wait for it in the evaluation
             layers.pack(raw_model)                  # what is reported from here on is of the packed weights
             found = evaluate(raw_model)
             stop = found is None
             if rank_here == 0 and not stop:
                 path = os.path.join(out_dir, 'packed.safetensors')
-                size = common.save_packed(raw_model, path, meta | {'top1': found[1]})
-                log({'step': step, 'model_name': model_name, 'gpu_type': gpu_type or common.device_name(dev),
-                     'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'binary_share': shares['bin'],
-                     'best_step': state['step'], 'best_top1': state['best'][0], 'packed_top1': found[1],
-                     'packed_top5': found[2]})
-                pictures.report(out_dir, val_data, found[3][:, 0].numpy(), found[4].numpy())
-                say(f'best top-1 {state["best"][0]:.2%} at step {state["step"]}, chosen on the images it is judged on; packed '
-                    f'into {path}: {size:,} bytes, top-1 {found[1]:.2%}; pictures and classes.csv in {out_dir}')
-        except OSError as e:
-            failure = f'{e}; make room and type the same command with --resume=auto'
-        except ValueError as e:                     # the best weights are lost, the last ones are not
-            failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
+                meta = {'trainer': 'train_cnn', 'step': state['step'], 'model_config': asdict(net_config), 'images': seen}
+                try:
+                    size = common.save_packed(raw_model, path, meta | {'top1': found[1]})
+                    log({'step': step, 'model_name': model_name, 'gpu_type': gpu_type or common.device_name(dev),
+                         'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'binary_share': shares['bin'],
+                         'best_step': state['step'], 'best_top1': state['best'][0], 'packed_top1': found[1],
+                         'packed_top5': found[2]})
+                    pictures.report(out_dir, val_data, found[3][:, 0].numpy(), found[4].numpy())
+                    say(f'best top-1 {state["best"][0]:.2%} at step {state["step"]}, chosen on the images it is judged on; '
+                        f'packed into {path}: {size:,} bytes, top-1 {found[1]:.2%}; pictures and classes.csv in {out_dir}')
+                except OSError as e:
+                    failure = f'{e}; make room and type the same command with --resume=auto'
     common.close_processes()
     if run:
         run.finish(exit_code=1 if failure else 0)

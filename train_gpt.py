@@ -61,7 +61,7 @@ second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of l
 schedule = 'cosine'            # cosine | linear | constant | two_stage (weight decay ends at half, for low-bit)
 warmup_iters = 100             # linear warm-up, steps
 weight_decay = 0.1             # on matrices and embeddings, not on gains, biases and scales
-beta1 = 0.9
+beta1 = 0.9                    # muon: of its AdamW; the momentum of the blocks' matrices is 0.95
 beta2 = 0.95
 grad_clip = 1.0                # global norm; 0: off
 # evaluation, saving and logging
@@ -441,6 +441,7 @@ def main():
             common.clip_(grads.values(), grad_clip, grad_norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
+        del grads                                   # or they would live through the next forward pass
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1

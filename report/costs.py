@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 import layers
+import optim
 
 
 def saved_bytes(forward, model):
@@ -61,17 +62,25 @@ def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_
     kept = saved_bytes(loss, model)
     if micro > len(x):                              # on a line through two points: autocast's copies of weights are kept once
         kept += (kept - saved_bytes(lambda: loss(1), model)) / (len(x) - 1) * (micro - len(x))
-    how = 'as given'
+
+    def step():                                     # RSVDAdam frees the gradients that it takes a step with
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.grad is None and p.requires_grad else p.grad
+        optimizer.step()
+    adamw, how = isinstance(optimizer, torch.optim.AdamW), 'as given'
     if not tokens_per_s:
         one = mean_seconds(lambda: loss(model=compiled).backward(), device) * micro / len(x)
-        update = mean_seconds(optimizer.step, device)
+        update = mean_seconds(step, device)
         tokens_per_s = tokens_per_step / (one * tokens_per_step / (micro * x.shape[1] * world) + update)
         how = f'measured here on {len(x)} x {x.shape[1]} tokens' + (
             f', for {world} processes as fast as this one that need no time to exchange gradients' if world > 1 else '')
     tokens = tokens_per_step * max_iters
     flops = flops_per_token(model, c.n_layer, c.n_embd, c.block_size)
     hours = tokens / tokens_per_s / 3600
-    parts = {'weights, fp32': fp32, 'gradients': fp32, 'AdamW moments': 2 * fp32,
+    if not adamw and not optimizer.state:
+        step()                                      # its state has the sizes that it gets in a step
+    moments = {'AdamW moments': 2 * fp32} if adamw else {f'state of {type(optimizer).__name__}': optim.optimizer_bytes(optimizer)}
+    parts = {'weights, fp32': fp32, 'gradients': fp32, **moments,
              f'activations kept, {micro} x {c.block_size} tokens': int(kept)}
     if world > 1:
         parts['gradients on their way to other processes'] = fp32

@@ -27,26 +27,26 @@ INDEX = {
                'step 1,000', '... 0.02', '3 of 6 blocks binary, scales at the full rate'),
     'recipe': ('Which rates and initial values do low-bit layers need?', 'step 1,500',
                '... scales 1, 0.05, latent weights at a quarter of the rate', '... scales 1, 0.05'),
-    'speed': ('What does a training step of train_gpt.py take?', 'peak MiB', 'tern', 'fp'),
+    'speed': ('What does a training step of train_gpt.py take?', 'peak MiB', 'tern, float32', 'fp, float32'),
     'arithmetic': ('Does a ternary model learn to add?',
                    'exact match of held-out problems', 'ternary', 'full precision, the same rates'),
     'tictactoe': ('Does a ternary model learn to play from games?',
                   'against perfect: won, drawn, lost', 'ternary', 'full precision, the same rates'),
     'tinystories': ('What does a ternary BitNet cost on stories?', 'val loss', 'ternary', 'full precision, the same rates'),
-    'bitnet_speed': ('What does a training step of train_bitnet.py take?', 'peak MiB', 'tern', 'fp'),
+    'bitnet_speed': ('What does a training step of train_bitnet.py take?', 'peak MiB', 'tern, float32', 'fp, float32'),
     'food10': ('What do binary layers cost a CNN on photographs?', 'top-1', 'conv8, conv9, conv10 binary', 'all real'),
     'food10_recipe': ('Which rates and normalisations do binary convolutions need?', 'step 586',
                       '... scales at 10 x the rate', 'conv1, conv2, fc1, fc2, final binary, scales at the rate of the rest'),
-    'conv': ('What does a low-bit convolution take?', 'network', 'binary', 'real'),
+    'conv': ('What does a low-bit convolution take?', 'network = ms of a training step, × real', 'binary, float32', 'real, float32'),
     'sst2': ('Which fine-tuning method reaches what, for which memory?', 'accuracy', 'rSVD, rank 16', 'AdamW, all weights'),
     'finetune': ('What does a fine-tuning step of DistilBERT take?', 'peak', 'rsvd projected', 'adamw'),
     'optim': ('What does a step of Adam in r dimensions take?', 'MiB', 'rsvd 16', 'adamw'),
-    'optim_bytes': ('Which share of its bytes does low-rank Adam save?', 'optimizer bytes', 'short, all matrices', 'Adam'),
+    'optim_bytes': ('Which share of its bytes does low-rank Adam save?', 'optimizer bytes = optimizer bytes, by rank', 'short, all matrices, 16', 'Adam'),
     'stats': ('How many bytes does each form of a network take?', 'actual', 'nf4', 'bignet'),
     'fit': ('Does LoRA over low-bit weights learn?', 'loss', 'qlora', 'lora'),
     'layers': ('What do single layers cost, in error and time?', 'error', 'fit4', 'nf4'),
     'ptq_schemes': ('What does quantizing cost without training?', 'difference', 'gptq4', 'rtn4'),
-    'ptq_prune': ('What does pruning cost?', 'difference', 'wanda', 'magnitude'),
+    'ptq_prune': ('What does pruning cost?', 'difference = nats added by a share of zeros', 'wanda, 0.75', 'magnitude, 0.75'),
     'ptq_sensitivity': ('Which blocks bear one bit worst?', 'all', 'blocks.0', 'blocks.2'),
     'blocks': ('Do measured blocks train better as binary ones?',
                'val loss', 'those that ptq.py choose took', 'the first half'),
@@ -57,6 +57,8 @@ MORE = """
 Beside them:
 
 - [negatives.md](negatives.md): what did not work, and what did.
+- [wikitext2_bpe.jsonl](wikitext2_bpe.jsonl): the training of the model that ptq.py works on in these tables, by
+  `python train_gpt.py config/wikitext2_bpe.py`.
 - [precision.txt](precision.txt): what the common term of {0, 1} weights costs in bf16, by
   `python results/precision.py > results/precision.txt`.
 - `python results/fit4.py`: the levels of the format fit4.
@@ -152,12 +154,14 @@ def publish(name, lines):
 def headline(name):
     """'val loss: all binary 1.7591 ± 0.0024; full precision 1.6946 ± 0.0120', out of the first table of results/<name>.md."""
     _, column, *labels = INDEX[name]
+    column, _, shown = column.partition(' = ')
     lines = (ROOT / 'results' / f'{name}.md').read_text(encoding='utf-8').splitlines()
     header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line.startswith('|')]
     cells = {}
-    for row in rows:                                        # the first of several with one label
-        cells.setdefault(re.sub(r' \(n=\d+\)$|`', '', row[0]), row)
-    return f'{column}: ' + '; '.join(f'{label} {cells[label][header.index(column)]}' for label in labels if label in cells)
+    for row in rows:                                        # by its first cell, or by the first two, comma between them
+        label = re.sub(r' \(n=\d+\)$|`', '', row[0])
+        cells |= {f'{label}, {row[1]}': row, **({} if label in cells else {label: row})}
+    return f'{shown or column}: ' + '; '.join(f'{label} {cells[label][header.index(column)]}' for label in labels if label in cells)
 
 
 def index():
