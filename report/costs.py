@@ -79,8 +79,8 @@ def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_
     hours = tokens / tokens_per_s / 3600
     if not adamw and not optimizer.state:
         step()                                      # its state has the sizes that it gets in a step
-    moments = {'AdamW moments': 2 * fp32} if adamw else {f'state of {type(optimizer).__name__}': optim.optimizer_bytes(optimizer)}
-    parts = {'weights, fp32': fp32, 'gradients': fp32, **moments,
+    state = ('AdamW moments', 2 * fp32) if adamw else (type(optimizer).__name__, optim.optimizer_bytes(optimizer))
+    parts = {'weights, fp32': fp32, 'gradients': fp32, state[0]: state[1],
              f'activations kept, {micro} x {c.block_size} tokens': int(kept)}
     if world > 1:
         parts['gradients on their way to other processes'] = fp32

@@ -37,11 +37,13 @@ INDEX = {
     'food10': ('What do binary layers cost a CNN on photographs?', 'top-1', 'conv8, conv9, conv10 binary', 'all real'),
     'food10_recipe': ('Which rates and normalisations do binary convolutions need?', 'step 586',
                       '... scales at 10 x the rate', 'conv1, conv2, fc1, fc2, final binary, scales at the rate of the rest'),
-    'conv': ('What does a low-bit convolution take?', 'network = ms of a training step, × real', 'binary, float32', 'real, float32'),
+    'conv': ('What does a low-bit convolution take?', 'network = ms of a training step, × real',
+             'binary, float32', 'real, float32'),
     'sst2': ('Which fine-tuning method reaches what, for which memory?', 'accuracy', 'rSVD, rank 16', 'AdamW, all weights'),
     'finetune': ('What does a fine-tuning step of DistilBERT take?', 'peak', 'rsvd projected', 'adamw'),
     'optim': ('What does a step of Adam in r dimensions take?', 'MiB', 'rsvd 16', 'adamw'),
-    'optim_bytes': ('Which share of its bytes does low-rank Adam save?', 'optimizer bytes = optimizer bytes, by rank', 'short, all matrices, 16', 'Adam'),
+    'optim_bytes': ('Which share of its bytes does low-rank Adam save?', 'optimizer bytes = optimizer bytes, by rank',
+                    'short, all matrices, 16', 'Adam'),
     'stats': ('How many bytes does each form of a network take?', 'actual', 'nf4', 'bignet'),
     'fit': ('Does LoRA over low-bit weights learn?', 'loss', 'qlora', 'lora'),
     'layers': ('What do single layers cost, in error and time?', 'error', 'fit4', 'nf4'),
@@ -161,7 +163,8 @@ def headline(name):
     for row in rows:                                        # by its first cell, or by the first two, comma between them
         label = re.sub(r' \(n=\d+\)$|`', '', row[0])
         cells |= {f'{label}, {row[1]}': row, **({} if label in cells else {label: row})}
-    return f'{shown or column}: ' + '; '.join(f'{label} {cells[label][header.index(column)]}' for label in labels if label in cells)
+    at = header.index(column)
+    return f'{shown or column}: ' + '; '.join(f'{label} {cells[label][at]}' for label in labels if label in cells)
 
 
 def index():

@@ -204,8 +204,8 @@ def train(name, variant, seed, threads):
 
 def finished(out):
     log = out / 'log.jsonl'
-    return (out / 'results.yaml').exists() or (
-        log.exists() and 'packed_file_bytes' in json.loads(log.read_text().splitlines()[-1]))
+    lines = log.read_text().splitlines() if log.exists() else []        # none where it was killed before its first record
+    return (out / 'results.yaml').exists() or bool(lines) and 'packed_file_bytes' in json.loads(lines[-1])
 
 
 @contextlib.contextmanager

@@ -99,6 +99,49 @@ def test_a_best_that_was_not_saved_does_not_count(train, folder, trainer):
     assert best_of(cwd)['step'] >= first + 4
 
 
+@pytest.mark.parametrize('trainer', TRAINERS)
+def test_two_processes_agree_on_a_best_that_was_not_saved(start, folder, trainer):
+    """Only rank 0 writes and meets the full disk; both take the next evaluation for the best and end alike."""
+    cwd = folder(trainer)
+    patch = DISK.format(where="path.endswith('best.pt') and done.count(path) == 1")
+    done = wait_all([start(ROOT / f'{trainer}.py', 'tiny.py', '--learning_rate=1e-30', '--min_lr=0', cwd=cwd, patch=patch, **r)
+                     for r in ranks(2)], timeout=100)
+    assert [d.code for d in done] == [0, 0], done[0].err + done[1].err
+    assert best_of(cwd)['step'] >= min(r['step'] for r in log(cwd) if 'val_loss' in r) + 4
+
+
+@pytest.mark.parametrize('trainer', TRAINERS)
+def test_no_gradient_lives_through_the_next_forward_pass(train, folder, trainer):
+    """Every gradient that a step was made of is freed before the next one begins: else a copy of all lies in the peak."""
+    cwd = folder(trainer)
+    train(trainer, '--max_iters=3', cwd=cwd, patch="""
+import common, torch, weakref
+alive, seen = [], []
+def get_total_norm(tensors, plain=torch.nn.utils.get_total_norm):
+    alive.extend(weakref.ref(t) for t in tensors)
+    return plain(tensors)
+torch.nn.utils.get_total_norm = get_total_norm
+def seed_step(seed, step, rank, plain=common.seed_step):
+    assert not step or alive, 'the norm was taken of nothing'
+    assert not any(t() is not None for t in alive), f'gradients of the step before {step} are alive'
+    alive.clear()
+    plain(seed, step, rank)
+common.seed_step = seed_step
+""")
+
+
+def test_a_lost_best_of_a_classifier_is_one_line(train, folder):
+    """best.pt of keep_best is gone when the figures are made: one line says how to get those of the last weights."""
+    cwd = folder('finetune_cls')
+    train('finetune_cls', cwd=cwd)
+    (cwd / 'out' / 'best.pt').unlink()
+    line = one_error(train('finetune_cls', '--resume=auto', cwd=cwd, code=2))
+    assert 'out/best.pt does not exist; type --keep_best=False --resume=auto' in line
+    (cwd / 'out' / 'predictions.csv').unlink()
+    train('finetune_cls', '--keep_best=False', '--resume=auto', cwd=cwd)
+    assert (cwd / 'out' / 'predictions.csv').exists()
+
+
 @pytest.mark.parametrize('trainer, file', [('train_gpt', 'packed.safetensors'), ('train_bitnet', 'packed.safetensors'),
                                            ('train_cnn', 'packed.safetensors'), ('finetune_cls', 'predictions.csv')])
 def test_a_full_disk_at_the_end_is_one_line(train, folder, trainer, file):
