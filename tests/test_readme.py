@@ -105,7 +105,7 @@ def lines_of(block):
 
 def commands():
     """Every command of the README once, in its order, without comments; [optional] words are left out, then taken."""
-    found = list(chain(*(lines_of(block) for language, block in BLOCKS if language != 'python')))
+    found = list(chain(*(lines_of(block) for language, block in BLOCKS if not language)))
     found += [span for span in SPANS if re.match(r'(python3?|torchrun|make|pip) ', span)]
     found += [f'python train_gpt.py config/{name}.py' for name in re.findall(r'\bpycode_\w+', README)   # `also pycode_fp`
               if not any(f'config/{name}.py' in command for command in found)]
@@ -235,7 +235,7 @@ def test_adapters_block(tmp_path, monkeypatch):
 
 def test_file_tree():
     """Each file of the tree exists, each script of the root and of the rooms is in it, and so is each data set."""
-    tree, room, named = README.partition('\n## Files')[2].partition('```\n')[2].partition('```')[0], '', set()
+    tree, room, named = README.partition('\n## Files')[2].partition('```text\n')[2].partition('```')[0], '', set()
     for line in tree.splitlines():
         room = line.split()[0] if re.match(r'\w+/ ', line) else room if line.startswith('  ') else ''
         named |= {room + name if line.startswith('  ') else name for name in re.findall(r'[\w*/]+\.(?:py|c)\b', line)}
