@@ -354,15 +354,15 @@ def test_pycls_here(tmp_path, command):
     """Thousands of functions, about 10% of them validation, none twice, no package name left in any; then kept."""
     out = command('pycls', '--out_dir', tmp_path / 'out')
     parts = {split: texts.load(tmp_path / 'out', split) for split in ('train', 'val')}
-    texts = [text for part in parts.values() for text, in part[0]]
-    names, total = parts['train'][2], len(texts)
+    written = [text for part in parts.values() for text, in part[0]]
+    names, total = parts['train'][2], len(written)
     assert 4 <= len(names) and set(names) <= set(pycls.PACKAGES) and parts['val'][2] == names
-    assert total > 1500 and 0.07 < len(parts['val'][0]) / total < 0.13 and len(set(texts)) == total
+    assert total > 1500 and 0.07 < len(parts['val'][0]) / total < 0.13 and len(set(written)) == total
     counts = collections.Counter(names[i] for part in parts.values() for i in part[1])
     assert min(counts.values()) >= 20 and max(counts.values()) <= 500 and set(counts) == set(names)
     assert set(parts['val'][1]) == set(parts['train'][1]) and len(set(parts['train'][1][:60])) > 3    # mixed
     word = re.compile(r'\b(?:' + '|'.join(pycls.PACKAGES) + r')\b', re.IGNORECASE)
-    for text in texts:
+    for text in written:
         assert not word.search(text) and text.count('\n') >= 2, text
         assert '\nimport ' not in text and ast.parse(text)
     assert 'left as it is' in command('pycls', '--out_dir', tmp_path / 'out') and 'expected: 2,650' in out
