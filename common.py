@@ -71,7 +71,8 @@ def autocast(device, dtype):
     """The autocast context of a trainer's key `dtype`: float32, bfloat16, or '' for bfloat16 on CUDA and float32 elsewhere."""
     if dtype not in ('', 'float32', 'bfloat16'):
         fail(f'dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16', rank0_only=True)
-    return torch.autocast(device.type, torch.bfloat16, enabled=(dtype or ('', 'bfloat16')[device.type == 'cuda']) == 'bfloat16')
+    low = dtype == 'bfloat16' or not dtype and device.type == 'cuda'
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 
 def distributed(model, device, local_rank):
