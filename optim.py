@@ -16,6 +16,7 @@ M^, V^ bias-corrected. The moments take r n numbers instead of m n. Read in this
 the projected backward pass, TopRAdamW, MuonAdamW, reports.
 """
 import contextlib
+import functools
 import math
 
 import torch
@@ -498,17 +499,23 @@ class _ProjectedEmbedding(torch.autograd.Function):
         return (None,) * 5
 
 
+@torch.compiler.disable                             # its backward pass talks to the optimizer: the graph breaks here
+def projected_linear(m, x):
+    """x (..., in) W^T + b, with the weight, the bias if it has one, and the slot of module m."""
+    bias = getattr(m, 'bias', None)
+    if not torch.is_grad_enabled():
+        return F.linear(x, m.weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        return _ProjectedLinear.apply(x, m.weight, bias, m.slot, m.slot.anchor)
+
+
 class ProjectedLinear(nn.Linear):
     """nn.Linear after attach(): same weights, same state_dict, another backward pass."""
 
-    @torch.compiler.disable                         # its backward pass talks to the optimizer: the graph breaks here
     def forward(self, x):
-        if not torch.is_grad_enabled():
-            return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        with torch.autocast(x.device.type, enabled=False):
-            return _ProjectedLinear.apply(x, self.weight, self.bias, self.slot, self.slot.anchor)
+        return projected_linear(self, x)
 
 
 class ProjectedEmbedding(nn.Embedding):
@@ -525,9 +532,9 @@ PROJECTED = {nn.Linear: ProjectedLinear, nn.Embedding: ProjectedEmbedding}
 
 
 def attach(model, optimizer, verbose=True):
-    """Give the nn.Linear and nn.Embedding layers whose weights have a low rank in this RSVDAdam a backward pass that makes
-    R instead of the gradient: exactly P^T G, or G Q, and G never exists. Returns {name of a low-rank weight that it cannot
-    serve, which keeps the plain path: why}.
+    """Give the nn.Linear and nn.Embedding layers, and modules with a method multiply(x) = x W^T, whose weights have a low
+    rank in this RSVDAdam a backward pass that makes R instead of the gradient: exactly P^T G, or G Q, and G never exists.
+    Returns {name of a low-rank weight that it cannot serve, which keeps the plain path: why}.
 
     Their weights no longer ask for a gradient (p.grad stays None; optimizer.gradients() has what there is). Call it before
     DistributedDataParallel, on all ranks: R is averaged over ranks when the step begins, so r n numbers travel instead of
@@ -545,13 +552,17 @@ def attach(model, optimizer, verbose=True):
     left_alone = {}
     for p, places in owners.items():
         m, name, key = places[0]
-        why = (f'shared with {places[1][1]}' if len(places) > 1 else f'of a {type(m).__name__}' if type(m) not in PROJECTED
-               or key != 'weight' else 'frozen' if not p.requires_grad else 'its embedding is sparse, scaled or renormalised'
-               if isinstance(m, nn.Embedding) and (m.sparse or m.scale_grad_by_freq or m.max_norm is not None) else '')
+        served = key == 'weight' and (type(m) in PROJECTED or hasattr(m, 'multiply'))
+        odd = isinstance(m, nn.Embedding) and (m.sparse or m.scale_grad_by_freq or m.max_norm is not None)
+        why = (f'shared with {places[1][1]}' if len(places) > 1 else f'of a {type(m).__name__}' if not served else
+               'frozen' if not p.requires_grad else 'its embedding is sparse, scaled or renormalised' if odd else '')
         if why:
             left_alone[f'{name}.{key}'.lstrip('.')] = why
             continue
-        m.__class__ = PROJECTED[type(m)]
+        if type(m) in PROJECTED:
+            m.__class__ = PROJECTED[type(m)]
+        else:
+            m.multiply = functools.partial(projected_linear, m)
         m.slot = optimizer.slots[p] = _Slot(optimizer, p, options[p], sketch_group)
         p.requires_grad_(False)
     if verbose:

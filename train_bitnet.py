@@ -52,7 +52,8 @@ quant = 'tern'                 # tern | fp: the same model with full-precision m
 optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on the blocks' matrices, AdamW on the rest
 rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices; the rest gets AdamW
 interval = 200                 # ... steps between two bases
-side = 'right'                 # ... of the basis: left | right | short
+side = 'right'                 # ... of the basis: left | right (keeps the fewest activations) | short
+projected = True               # ... a backward pass that makes no full gradients; with quant='fp', ternary layers make them
 max_iters = 2000               # optimizer steps in all, also for a resumed run
 learning_rate = 0.0            # peak; 0: that of PEAK_RATES for the size and quant
 second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF), all of it with fp
@@ -122,7 +123,10 @@ class NormedLinear(nn.Module):
 
     def forward(self, x):
         x = self.act(x)                             # rms_norm sums in fp32 whatever this is
-        return F.linear(F.rms_norm(x, (self.in_features,), self.gain.to(x.dtype), self.eps), self.weight)
+        return self.multiply(F.rms_norm(x, (self.in_features,), self.gain.to(x.dtype), self.eps))
+
+    def multiply(self, x):                          # optim.attach() gives it another backward pass
+        return F.linear(x, self.weight)
 
     def unfused(self):
         """The same as modules of torch, for who replaces linear layers; the tensors are shared."""
@@ -344,6 +348,8 @@ def main():
     hidden = {p for p in model.blocks.parameters() if p.dim() > 1}
     opt = optim.make(optimizer, groups, hidden, lr=first_lr, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
                      seed=seed)
+    if optimizer == 'rsvd' and projected:
+        optim.attach(model, opt, verbose=rank_here == 0)
     gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_model.parameters() if p.grad is not None})
     if estimate:
         ids = torch.randint(n_vocab, (micro if dev.type == 'cuda' else min(micro, 4), block_size + 1), device=dev)

@@ -207,6 +207,21 @@ def test_every_optimizer_trains_alike_on_two_processes(train, start, folder, tra
     assert log(two, 'loss') == pytest.approx(log(one, 'loss'), rel=tolerance)
 
 
+@pytest.mark.parametrize('trainer', ['train_gpt', 'train_bitnet'])
+def test_the_projected_backward_pass_changes_no_loss(train, folder, trainer):
+    """With the whole batch in one micro-step the losses are those of full gradients, to rounding, in fewer bytes of them."""
+    options, losses = ('--optimizer=rsvd', '--rank=4', '--interval=5', '--micro_batch_size=8', '--c_proj=fp'), []
+    options = options if trainer == 'train_gpt' else options[:-1]
+    for projected in (True, False):
+        cwd = folder(trainer)
+        done = train(trainer, *options, f'--projected={projected}', cwd=cwd)
+        found = re.search(r'projected backward pass: (\d+) weights', done.out)
+        assert int(found[1]) == {'train_gpt': 5, 'train_bitnet': 8}[trainer] if projected else not found
+        losses.append(log(cwd, 'loss'))
+    assert losses[0][:6] == pytest.approx(losses[1][:6], rel=1e-5)      # the second basis multiplies roundings
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize('trainer, name', OPTIMIZERS)
 def test_a_checkpoint_of_another_optimizer_is_refused(train, folder, trainer, name):
     cwd = folder(trainer)
