@@ -348,9 +348,6 @@ def main():
     hidden = {p for p in model.blocks.parameters() if p.dim() > 1}
     opt = optim.make(optimizer, groups, hidden, lr=first_lr, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
                      seed=seed)
-    if optimizer == 'rsvd' and projected:
-        optim.attach(model, opt, verbose=rank_here == 0)
-    gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_model.parameters() if p.grad is not None})
     if estimate:
         ids = torch.randint(n_vocab, (micro if dev.type == 'cuda' else min(micro, 4), block_size + 1), device=dev)
         timed = torch.compile(model) if compile or (compile is None and dev.type == 'cuda') else model
@@ -358,6 +355,9 @@ def main():
                                    world, tokens_per_s, train_tokens):
             say(line)
         return common.close_processes()
+    if optimizer == 'rsvd' and projected:
+        optim.attach(model, opt, verbose=rank_here == 0)
+    gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_model.parameters() if p.grad is not None})
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, wandb_id = 0, (math.inf, math.inf), None               # share of wrong answers, where there are any; val loss
