@@ -1,9 +1,9 @@
 """
-What results/ holds of an experiment and how it gets there: <name>.jsonl, <name>.md and where there are curves <name>.png.
+Stores the results of an experiment in results/: <name>.jsonl, <name>.md and, for curves, <name>.png.
 
-A line of <name>.jsonl is a run: variant, seed, the options it changed, versions, machine, median milliseconds and peak
-memory of its steps, what it packs into, its evaluations. null: not known. Of bench.py and ptq.py a line is one of their rows.
-Tables are made of these lines alone, and so are the places for them in README.md and the index in results/README.md.
+A line of <name>.jsonl is one run: variant, seed, changed options, versions, machine, median milliseconds and peak memory of
+its steps, the size of its packed file, its evaluations. null means unknown. For bench.py and ptq.py a line is one of their
+rows. All tables, the headlines in README.md and docs/, and the index results/README.md are made from these lines alone.
 """
 import json
 import os
@@ -18,7 +18,7 @@ MIB = 2 ** 20
 sys.path.append(str(ROOT))
 from report.figure import load_config  # noqa: E402
 
-# name: question, and the headline of its table: a column, then one or two rows. In the order of the index.
+# name: question, then the headline of its table: a column and one or two rows. The index has this order.
 INDEX = {
     'quality': ('What do binary, ternary and 4-bit blocks cost a GPT on the same batches?',
                 'val loss', 'all binary', 'full precision'),
@@ -54,33 +54,32 @@ INDEX = {
                'val loss', 'those that ptq.py choose took', 'the first half'),
     'ptq_big': ('What does ptq.py need at the size of GPT-2?', 'seconds', 'gptq4', 'rtn4'),
 }
-WHOLE = {'quality', 'stats', 'blocks', 'finetune', 'arithmetic', 'food10', 'sst2'}      # one table a section of README.md
 MORE = """
 Beside them:
 
 - [negatives.md](negatives.md): what did not work, and what did.
-- [wikitext2_bpe.jsonl](wikitext2_bpe.jsonl): the training of the model that ptq.py works on in these tables, by
+- [wikitext2_bpe.jsonl](wikitext2_bpe.jsonl): the training run of the model in the tables of ptq.py, by
   `python train_gpt.py config/wikitext2_bpe.py`.
-- [precision.txt](precision.txt): what the common term of {0, 1} weights costs in bf16, by
+- [precision.txt](precision.txt): the error that the common term of {0, 1} weights causes in bf16, by
   `python results/precision.py > results/precision.txt`.
-- `python results/fit4.py`: the levels of the format fit4.
-- `python results/runs.py --table` and `python results/ptq.py --table`: all tables, pictures and this page from the kept runs.
+- `python results/fit4.py` computes the levels of the format fit4.
+- `python results/runs.py --table` and `python results/ptq.py --table` make all tables, pictures and this page from the stored runs.
 """
 
 # ---------------------------------------------------------------------------------------------------------------------
-# keeping runs
+# storing runs
 
-_lock = threading.Lock()        # runs.py keeps several runs at a time
+_lock = threading.Lock()        # runs.py stores several runs at the same time
 
 
 def read(name):
-    """List of the lines of results/<name>.jsonl as dicts; [] without it."""
+    """The lines of results/<name>.jsonl as a list of dicts; [] if there is no such file."""
     path = ROOT / 'results' / f'{name}.jsonl'
     return [json.loads(line) for line in open(path, encoding='utf-8')] if path.exists() else []
 
 
 def write(name, text):
-    """results/<name>, or README.md by '../README.md', whole or not at all."""
+    """Replace the file results/<name> atomically."""
     path = ROOT / 'results' / name
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     tmp.write_text(text, encoding='utf-8')
@@ -88,7 +87,7 @@ def write(name, text):
 
 
 def replace(name, rows, same):
-    """Put `rows` into results/<name>.jsonl in the place of those for which same(row)."""
+    """Replace the lines of results/<name>.jsonl for which same(line) is true by `rows`."""
     with _lock:
         old = read(name)
         at = next((i for i, r in enumerate(old) if same(r)), len(old))
@@ -97,13 +96,13 @@ def replace(name, rows, same):
 
 
 def put(name, run):
-    """Put the line `run` into results/<name>.jsonl in the place of that variant's and seed's."""
+    """Write the line `run` into results/<name>.jsonl; it replaces the line of the same variant and seed."""
     replace(name, [run], lambda r: (r['variant'], r.get('seed')) == (run['variant'], run.get('seed')))
 
 
 def condensed(records):
-    """Records of a log.jsonl -> what is kept of them: the median time of a step, peak memory, evaluations, the last record of
-    a run that has come to its end. Of steps between evaluations nothing else is kept."""
+    """Records of a log.jsonl -> dict with the median time of a step, the peak memory, all evaluations and, for a finished run,
+    its last record."""
     steps = [r for r in records if r.get('ms') is not None]
     end = records[-1] if 'packed_file_bytes' in records[-1] else {}
     return {'ms': statistics.median(r['ms'] for r in steps), 'peak_mem_bytes': max(r['peak_mem_bytes'] for r in steps),
@@ -111,7 +110,7 @@ def condensed(records):
 
 
 def keep_run(name, out, **about):
-    """Keep the run of folder `out`; about: its variant and seed, and what else is known of it."""
+    """Store the run in folder `out`; about: its variant, its seed and any further fields."""
     import torch
 
     import common
@@ -119,7 +118,7 @@ def keep_run(name, out, **about):
     device = torch.device(load_config(str(out)).get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'))
     state = common.read_checkpoint(str(out / 'last.pt'), mmap=True)
     run = {**about, 'versions': state['versions'], 'machine': common.device_name(device), **condensed(records)}
-    if (out / 'results.yaml').exists():                     # of finetune_cls.py, written at its end
+    if (out / 'results.yaml').exists():                     # finetune_cls.py writes it at its end
         import yaml
         run['results'] = yaml.safe_load((out / 'results.yaml').read_text(encoding='utf-8'))
     put(name, run)
@@ -130,37 +129,41 @@ def keep_run(name, out, **about):
 
 
 def table(columns, rows):
-    """Markdown lines. columns: {header: cell(row), or a format of its keys}; spaces tell equal headers apart."""
+    """Markdown lines. columns: {header: cell(row) or format string}; trailing spaces distinguish equal headers."""
     return ['| ' + ' | '.join(h.strip() for h in columns) + ' |', '|---' * len(columns) + '|'] + [
         '| ' + ' | '.join(c(r) if callable(c) else c.format(**r) for c in columns.values()) + ' |' for r in rows]
 
 
 def number(key, spec, scale=1):
-    """A cell of one number of a row, - where there is none."""
+    """A cell that formats row[key] / scale, or - if it is missing."""
     return lambda r: '-' if r.get(key) is None else format(r[key] / scale if scale != 1 else r[key], spec)
 
 
 def publish(name, lines):
-    """Write results/<name>.md, the place for it in README.md and the index of results/, and print the table."""
+    """Write results/<name>.md, its headline in the pages of docs/ and the index of results/; print the table."""
     text = '\n'.join(lines)
     write(f'{name}.md', text + '\n')
-    shown = text if name in WHOLE else f'{headline(name)}. The whole table: [results/{name}.md](results/{name}.md).'
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    head, mark, rest = readme.partition(f'<!-- {name} -->\n')
-    if mark:
-        write('../README.md', f'{head}{mark}{shown}\n<!-- end -->{rest.partition("<!-- end -->")[2]}')
+    fill(name, f'{headline(name)}. The whole table: [results/{name}.md](../results/{name}.md).')
     write('README.md', index())
     print(text)
 
 
+def fill(name, text):
+    """Put `text` between <!-- name --> and <!-- end --> in README.md and the pages of docs/."""
+    for page in (ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))):
+        head, mark, rest = page.read_text(encoding='utf-8').partition(f'<!-- {name} -->\n')
+        if mark:
+            write(os.path.relpath(page, ROOT / 'results'), f'{head}{mark}{text}\n<!-- end -->{rest.partition("<!-- end -->")[2]}')
+
+
 def headline(name):
-    """'val loss: all binary 1.7591 ± 0.0024; full precision 1.6946 ± 0.0120', out of the first table of results/<name>.md."""
+    """'val loss: all binary 1.7591 ± 0.0024; full precision 1.6946 ± 0.0120', read from the first table of results/<name>.md."""
     _, column, *labels = INDEX[name]
     column, _, shown = column.partition(' = ')
     lines = (ROOT / 'results' / f'{name}.md').read_text(encoding='utf-8').splitlines()
     header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line.startswith('|')]
     cells = {}
-    for row in rows:                                        # by its first cell, or by the first two, comma between them
+    for row in rows:                                        # by the first cell, or by the first two with a comma between
         label = re.sub(r' \(n=\d+\)$|`', '', row[0])
         cells |= {f'{label}, {row[1]}': row, **({} if label in cells else {label: row})}
     at = header.index(column)
@@ -168,8 +171,9 @@ def headline(name):
 
 
 def index():
-    """Text of results/README.md."""
-    lines = ['# Results', '', 'Made by the commands below, this page too. A line of a `.jsonl` is a run, see `keep.py`.', '',
+    """The text of results/README.md."""
+    lines = ['# Results', '', 'The commands below make all tables and this page. A line of a `.jsonl` is one run; `keep.py` tells '
+             'its fields.', '',
              '| experiment | question | command | headline |', '|---|---|---|---|']
     for name, (question, *_) in INDEX.items():
         files = [p.name for p in (ROOT / 'results' / f'{name}.{end}' for end in ('md', 'jsonl', 'png')) if p.exists()]
@@ -181,7 +185,7 @@ def index():
 
 
 def shrink(name):
-    """Give results/<name>.png a palette of 256 colours: a third of the bytes."""
+    """Reduce results/<name>.png to 256 colours: this takes a third of the bytes."""
     from PIL import Image
     path = ROOT / 'results' / f'{name}.png'
     Image.open(path).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 
 import keep
+import runs
 from keep import ROOT, number, table
 
 CKPT = ['--ckpt=out/wikitext2_bpe', '--out=out/ptq']
@@ -151,6 +152,7 @@ def main():
             keep.replace(name, new, lambda r, part=part: of_choose(r) == (part == 'choose'))
     for name in dict.fromkeys(names):
         tabulate(name)
+    runs.write_summary()
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py quality [--seeds=1,2,3] [--jobs=2] [--only=fp,bin6]     # an hour on 2 cores
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
-    python results/runs.py recipe                                                 # what was tried on the way, one seed
+    python results/runs.py recipe                                                 # rates and initial values, one seed
     python results/runs.py sst2                                                   # methods of finetune_cls.py
     python results/runs.py food10                                                 # kinds and normalisations of train_cnn.py
     python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
@@ -14,9 +14,9 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py stats | fit | layers | optim | optim_bytes | finetune | conv   # bench.py's other commands
     python results/runs.py [quality] --table                                      # one or all, from the kept runs alone
 
-Runs the trainer once per variant and seed in out/<name>/ (interrupted: run again, it goes on), keeps each run in a line of
-results/<name>.jsonl, writes results/<name>.md and .png, its place in README.md and the index results/README.md. No number
-in them is typed by hand.
+Runs the trainer once for each variant and seed in out/<name>/ (an interrupted run continues), stores each run as a line of
+results/<name>.jsonl, and writes results/<name>.md and .png, its headlines in README.md and docs/, and the index
+results/README.md. No number in them is typed by hand.
 """
 import argparse
 import collections
@@ -36,7 +36,7 @@ from keep import MIB, ROOT, number, table
 
 
 def chosen_blocks():
-    """The option with the blocks that `ptq.py choose` took, by results/ptq.py; None before that."""
+    """The option with the blocks that `ptq.py choose` took in results/ptq_sensitivity.jsonl; None before that run."""
     taken = sorted(int(r['taken'].rpartition('.')[2]) for r in keep.read('ptq_sensitivity') if 'taken' in r)
     return f'--binary_blocks={",".join(map(str, taken))}' if taken else None
 
@@ -72,7 +72,8 @@ EXPERIMENTS = {
         'bin12_fast': ('... latent weights and scales at the full rate', "--lr_scale={'bin':1.0,'alpha':1.0}"),
         'bin12_lr4': ('... 4 x the learning rate', '--learning_rate=1.6e-2 --min_lr=1.6e-3'),
     }),
-    # 3 of 6 blocks binary, where the recipe for all-binary models failed. Made with trials of train_gpt.py; given up early.
+    # 3 of 6 blocks binary, where the recipe for all-binary models fails. Trial versions of train_gpt.py made these runs; they
+    # were stopped early.
     'scales': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1', {
         'fp': ('full precision', None),
         'full': ('3 of 6 blocks binary, scales at the full rate', None),
@@ -87,7 +88,7 @@ EXPERIMENTS = {
         'al005': ('... 0.005', None),
         'exp': ('scales as exp(s), s at the full rate', None),
     }),
-    # Variants with None were made with options or initial values that train_gpt.py does not have (any more).
+    # The variants with None used options or initial values that train_gpt.py no longer has.
     'recipe': Experiment('train_gpt.py', 'config/wikitext2.py --batch_size=16', 'fp_4', '1337', {
         'fp_2': ('full precision, learning rate 2e-3', '--learning_rate=2e-3 --min_lr=2e-4'),
         'fp_4': ('full precision, 4e-3', ''),
@@ -143,7 +144,7 @@ EXPERIMENTS |= {
         'tern': ('all ternary', REAL.replace('real', 'ternary')),
         'int4': ('all 4-bit', REAL.replace('real', 'int4')),
     }),
-    # What was tried on the way, one seed, a third of the steps.
+    # Trials with one seed and a third of the steps.
     'food10_recipe': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real', '1337', {
         'real': ('all real', REAL),
         'real_lr3': ('... 3 x the learning rate', REAL + ' --learning_rate=3e-3'),
@@ -169,7 +170,7 @@ EXPERIMENTS |= {
         'bin_a1_lr10': ('... 10 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=1e-2"),
     }),
 }
-# Both twins at one peak rate; the ternary one always has the second stage, which LLaMA baselines do without.
+# Both twins have one peak rate. The ternary one always has the second stage; LLaMA baselines have none.
 TWINS = {'tern': ('ternary', ''),
          'fp_two': ('full precision, the same rates', '--quant=fp --second_lr=1.3333e-3'),
          'fp': ('full precision, without the second stage', '--quant=fp')}
@@ -179,14 +180,14 @@ EXPERIMENTS |= {
     'tictactoe': Experiment('train_bitnet.py', 'config/tictactoe.py', 'fp_two', '1337', TWINS),
     'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp_two', '1,2,3', TWINS),
 }
-BY_STEP = ('scales', 'recipe', 'food10_recipe')     # tables of losses along the run: runs given up early are in them
+BY_STEP = ('scales', 'recipe', 'food10_recipe')     # tables of losses along the run; they include runs that were stopped early
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
 
 
 def train(name, variant, seed, threads):
-    """One run, resumed if it was interrupted, kept in results/<name>.jsonl."""
+    """Make one run, or continue it, and store it in results/<name>.jsonl."""
     script, config, _, _, variants = EXPERIMENTS[name]
     out = ROOT / 'out' / name / f'{variant}_s{seed}'
     command = [sys.executable, script, *config.split(), *variants[variant][1].split(), f'--seed={seed}',
@@ -204,14 +205,14 @@ def train(name, variant, seed, threads):
 
 def finished(out):
     log = out / 'log.jsonl'
-    lines = log.read_text().splitlines() if log.exists() else []        # none where it was killed before its first record
+    lines = log.read_text().splitlines() if log.exists() else []        # no lines: it was killed before its first record
     return (out / 'results.yaml').exists() or bool(lines) and 'packed_file_bytes' in json.loads(lines[-1])
 
 
 @contextlib.contextmanager
 def timed(out):
-    """Seconds of what stands in the with block, after those of earlier parts of the run, in out/seconds.json; a part that did
-    not come to its end in any way stays None."""
+    """Append the seconds of the with block to out/seconds.json, after those of earlier parts of the run. A part that was killed
+    stays None."""
     path = out / 'seconds.json'
     parts = json.loads(path.read_text()) if path.exists() else [None] * (out / 'last.pt').exists()
     path.write_text(json.dumps([*parts, None]))
@@ -223,8 +224,8 @@ def timed(out):
 
 
 def measure_steps(name, steps=160):
-    """Memory and time of a step of each variant, one after the other on one core of an idle machine, which the runs behind
-    the accuracies did not have: lines without a seed in results/<name>.jsonl."""
+    """Measure memory and time of a step of each variant, one after the other on one core of an idle machine, and store them as
+    lines without a seed in results/<name>.jsonl. (The runs for the accuracies shared the machine.)"""
     import yaml
     config, variants = EXPERIMENTS[name].config, EXPERIMENTS[name].variants
     for variant in runs_of(name):
@@ -243,7 +244,7 @@ STORY = ['--prompt=Once upon a time', '--max_new_tokens=160', '--temperature=0.7
 
 
 def keep_texts(name):
-    """Keep what each variant's first seed goes on with after the same words, as the 'text' of its line."""
+    """Store how each variant's first seed continues the same words, as the 'text' of its line."""
     first_seeds = {r['variant']: r for r in sorted(keep.read(name), key=lambda r: -r['seed'])}
     for variant, run in first_seeds.items():
         out = f'out/{name}/{variant}_s{run["seed"]}'
@@ -254,8 +255,8 @@ def keep_texts(name):
 
 
 def runs_of(name, given_up=False):
-    """{variant: {seed: its line, with the figures of its last evaluation or of results.yaml}} of the runs that have come to
-    their end, or of those given up as well."""
+    """{variant: {seed: its line, with the figures of its last evaluation or of results.yaml}} of the finished runs; with given_up
+    also of those that were stopped early."""
     runs = sorted((r for r in keep.read(name) if 'seed' in r), key=lambda r: r['seed'])
     whole = lambda r: given_up or 'packed_file_bytes' in r or 'results' in r
     found = {v: {r['seed']: r | r['evaluations'][-1] | r.get('results', {}) for r in runs if r['variant'] == v and whole(r)}
@@ -264,11 +265,11 @@ def runs_of(name, given_up=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tables of runs: a cell is made of a group, the runs of a variant and their pairs with the baseline's of the same seed
+# tables of runs: a cell is computed from a group, i.e. the runs of a variant and their pairs with the baseline of the same seed
 
 
 def spread(values, digits, unit='', alone=''):
-    """'99.66 ± 0.12%'; - where one was not measured. alone: what one value has in the place of its deviation."""
+    """'99.66 ± 0.12%', or - if one value is missing. alone: the text in place of the deviation of a single value."""
     if None in values:
         return '-'
     sd = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else alone
@@ -289,13 +290,13 @@ def first(key, spec=','):
 
 
 def apart(key, spec, scale=1):
-    """Of a step that was measured apart from the runs."""
+    """A figure of the step that was measured apart from the runs."""
     return lambda g: number(key, spec, scale)(g['step'])
 
 
 def ms_cell(g):
     text = f'{statistics.median(r["ms"] for r in g["runs"]):.0f}'
-    if g['paired_ms'] and g['pairs']:               # the load of the machine changes between pairs
+    if g['paired_ms'] and g['pairs']:               # the load of the machine differs between pairs
         text += f' ({statistics.median(a["ms"] / b["ms"] for a, b in g["pairs"]):.2f} ×)'
     return text
 
@@ -325,15 +326,15 @@ GAMES = {'legal moves in games': lambda g: spread([50 * (r['random_legal'] + r['
 
 SUBWORDS = ('blocks', 'tinystories')                # the others' tokens are bytes
 LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the last step; the gap '
-        'is paired by seed; ms/step on one core, another run on the other{pairs}.')
+        'is paired by seed; ms/step on one core, while another run used the other{pairs}.')
 TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
-        '{threads} thread{s}, some beside other work.')
-# what the first column is called, the caption, the other columns
+        '{threads} thread{s}, for some runs beside other work.')
+# header of the first column, caption, other columns
 TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
     'sst2': ('method', '{parameters:,} parameters, {steps:,} steps, {n} sentences to evaluate; mean ± sd over seeds; accuracy '
              'in percent, the gap in points and paired by seed. Of a step, measured apart (`--steps`), one thread: bytes of '
-             'optimizer state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × those of '
-             'AdamW.', ACCURACIES),
+             'optimizer state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × AdamW.',
+             ACCURACIES),
     'food10': ('layers', '{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap '
                'in points, paired by seed; share of the parameters that are binary.', PHOTOGRAPHS),
     'arithmetic': ('model', TASK, SUMS),
@@ -341,8 +342,8 @@ TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant'
 
 
 def run_table(name):
-    """Markdown lines: a row for each variant, mean ± sd over seeds; the gap to the baseline is paired by seed, both saw the
-    same batches."""
+    """Markdown lines: a row for each variant, mean ± sd over seeds. The gap to the baseline is paired by seed: both runs of a
+    pair saw the same batches."""
     _, config, baseline, _, variants = EXPERIMENTS[name]
     found, (column, caption, columns) = runs_of(name), TABLES[name]
     base = found.get(baseline) or sys.exit(f'error: no finished run of {baseline}; run: python results/runs.py {name}')
@@ -353,12 +354,12 @@ def run_table(name):
                'step': steps.get(v, {}), 'base_step': steps.get(baseline)} for v, runs in found.items()]
     one = next(iter(base.values()))
     caption = caption.format(**one, s='s' * ((one['threads'] or 1) > 1), pairs=', × of the twin beside it' * paired,
-                             token='of a trained BPE' if name in SUBWORDS else 'here a byte')
+                             token='a token of a trained BPE' if name in SUBWORDS else 'a token is a byte')
     return [f'`{config}`: {caption}', '', *table({column: '{label}'} | columns, groups)]
 
 
 def by_step(rows, value, first_column, column):
-    """Markdown lines of (label, {step: number}), a column for each step; a run given up early ends early."""
+    """Markdown lines of (label, {step: number}), a column for each step; cells after the end of a run stay empty."""
     cell = lambda s: lambda row: value.format(row[1][s]) if s in row[1] else ''
     steps = sorted({s for _, row in rows for s in row})
     return table({first_column: lambda row: row[0]} | {column.format(s): cell(s) for s in steps}, rows)
@@ -386,6 +387,47 @@ def write_tables(name):
     if TABLES[name][1] is LOSS:
         picture(name)
     keep.publish(name, lines)
+
+
+# A row of the table in README.md: model, low-bit part, name in results/layers.jsonl; experiment, variant; column of its quality,
+# +1 for a loss or -1 for an accuracy; the bench with its training memory and time, row of the bench
+SUMMARY = [
+    ('GPT 1.2M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin6', 'val_loss', 'speed', 'bin'),
+    ('', 'all blocks ternary', 'ternary', 'quality', 'tern6', 'val_loss', 'speed', 'tern'),
+    ('', 'all blocks `int4`', 'int4', 'quality', 'int4', 'val_loss', 'speed', 'int4'),
+    ('BitNet 3.7M, TinyStories', 'all matrices ternary', 'ternary', 'tinystories', 'tern', 'val_loss', 'bitnet_speed', 'tern'),
+    ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
+    ('', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
+    ('DistilBERT 1.5M, SST-2', 'none; Adam in 16 dimensions', None, 'sst2', 'rsvd16', 'accuracy', None, None)]
+
+
+def write_summary():
+    """Fill the table of README.md: quality, training memory, file and time of low-bit models beside their baselines."""
+    bits = {r['name']: f'{r["bits"]:.2f}' for r in keep.read('layers')}
+    rows = []
+    for model, part, form, name, variant, key, bench, kind in SUMMARY:
+        runs, base = runs_of(name)[variant], runs_of(name)[EXPERIMENTS[name].baseline]
+        digits, scale, unit = (4, 1, 'nats') if 'loss' in key else (2, 100, 'points')
+        group = {'runs': list(runs.values()), 'pairs': [(runs[s], base[s]) for s in runs if s in base]}
+        twin = {'runs': list(base.values())}
+        quality = f'{mean(key, digits, scale)(group)} against {mean(key, digits, scale)(twin)}'
+        memory = ms = file = '-'
+        if bench:
+            step = next(r for r in keep.read(bench) if (r.get('kind') or r['name'], r['dtype']) == (kind, 'float32'))
+            memory, ms = f'{step["peak_ratio"]:.2f}', f'{step.get("ratio", step.get("net_ratio")):.2f}'
+        elif name == 'sst2':
+            step, full = ({r['variant']: r for r in keep.read(name) if 'seed' not in r}[v] for v in (variant, 'full'))
+            memory, ms = (f'{step[k] / full[k]:.2f}' for k in ('peak_bytes', 'ms_per_step'))
+        if form:
+            file = f'{group["runs"][0]["packed_file_bytes"] / 1e6:.2f} of {twin["runs"][0]["packed_file_bytes"] / 1e6:.2f}'
+        rows.append((model and f'[{model}](results/{name}.md)', part, bits.get(form, '32'), quality,
+                     f'{gap(key, digits, scale)(group)} {unit}', memory, file, ms))
+    fp, best = ({r['scheme']: r for r in keep.read('ptq_schemes')}[scheme] for scheme in ('fp', 'gptq4'))
+    rows.append(('[GPT 5.9M, WikiText-2](results/ptq_schemes.md)', 'GPTQ after training', f'{best["bits"]:.2f}',
+                 f'{best["loss"]:.4f} against {fp["loss"]:.4f}', f'{best["delta"]:.4f} nats', '-',
+                 f'{best["file_bytes"] / 1e6:.2f} of {fp["file_bytes"] / 1e6:.2f}', f'{best["ratio_1"]:.2f} (one token)'))
+    columns = ('model and data', 'low-bit part', 'bits', 'val loss or accuracy', 'gap', 'memory, ×', 'file, MB', 'time, ×')
+    keep.fill('summary', '\n'.join(table({c: lambda r, i=i: r[i] for i, c in enumerate(columns)}, rows)))
 
 
 def picture(name):
@@ -440,6 +482,7 @@ def main():
             keep_texts(a.name)
     for name in [a.name] if a.name else [*EXPERIMENTS, *BENCHES]:
         write_tables(name)
+    write_summary()
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""The README is run: its commands, its Python, its tables and links are read from README.md itself.
+"""README.md and the pages of docs/ are run: their commands, Python blocks, options, links and file tree.
 
-The commands run in a copy of the source, in the README's order, made small by RULES; what they would download lies in
-the copy. A command that no rule knows is a failure, so that none can be added untested.
+The commands run in a copy of the source, in the order of the pages. RULES makes them small; the copy holds local files in
+place of downloads. A command without a rule fails, so that no command is added untested.
 """
 import json
 import os
@@ -10,7 +10,6 @@ import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import chain
@@ -24,11 +23,17 @@ import layers
 from conftest import ROOT
 from train_gpt import GPT, GPTConfig
 
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding='utf-8')
+         for p in (ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')))}
 FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
-BLOCKS = FENCE.findall(README)                      # (language, text) each
-SPANS = re.findall(r'`([^`]+)`', FENCE.sub('', README))
-COPIED = ('*.*', 'Makefile', '[mpr]*/*.py', 'config/*.py', 'data/*/*.py', 'results/**/*')      # no tokens, runs or environment
+COPIED = ('*.*', 'Makefile', '[mpr]*/*.py', 'config/*.py', 'data/*/*.py', 'results/**/*', 'docs/*')        # no data, no runs
+# A fork of conftest's server may have modules of this checkout; the copy imports its own.
+FRESH = f"""
+import sys
+for name, module in list(sys.modules.items()):
+    if (getattr(module, '__file__', None) or '').startswith({str(ROOT)!r} + '/') and '.venv' not in module.__file__:
+        del sys.modules[name]
+"""
 
 # Sizes alone: blocks, heads, kinds and all else stay those of the config file.
 TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=48 --block_size=32 --batch_size=8 --micro_batch_size=0 --eval_iters=1 '
@@ -50,6 +55,10 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python data/c4/prepare.py', 1, '--file c4.jsonl', 'wrote data/c4'),
     ('python data/tinystories/prepare.py', 1, '--file stories.txt --vocab=300', 'wrote data/tinystories'),
     ('python data/fineweb95m/prepare.py', 1, '--file c4.jsonl --vocab=300', 'wrote data/fineweb95m'),
+    ('python data/digits/prepare.py', 1, '--out_dir=data/digits2', 'wrote data/digits2'),
+    ('python data/food101/prepare.py', 1, '--dir food-101 --size=16 --workers=1', 'wrote .*food101'),
+    ('python data/imdb/prepare.py', 1, '--dir aclImdb', 'wrote .*imdb'),
+    ('python data/xnli/prepare.py', 1, '--file mnli.tsv --val_file mnli.tsv --xnli_dir XNLI --languages=de', 'wrote .*xnli'),
     ('python train_gpt.py --help', 2, '', r'--n_binary=0 .*\n.*--binary_blocks='),
     ('python train_gpt.py config/', 2, TINY, r'step 3: val loss[\s\S]+packed into out/'),
     ('torchrun --nproc_per_node=8 train_gpt.py config/', 2, TINY, r'2 processes[\s\S]+packed into out/'),
@@ -104,11 +113,14 @@ def lines_of(block):
 
 
 def commands():
-    """Every command of the README once, in its order, without comments; [optional] words are left out, then taken."""
-    found = list(chain(*(lines_of(block) for language, block in BLOCKS if not language)))
-    found += [span for span in SPANS if re.match(r'(python3?|torchrun|make|pip) ', span)]
-    found += [f'python train_gpt.py config/{name}.py' for name in re.findall(r'\bpycode_\w+', README)   # `also pycode_fp`
-              if not any(f'config/{name}.py' in command for command in found)]
+    """Every command of the pages once, without comments; [optional] words are left out, then included."""
+    found = []
+    for text in PAGES.values():
+        found += chain(*(lines_of(block) for language, block in FENCE.findall(text) if not language))
+        spans = re.findall(r'`([^`]+)`', FENCE.sub('', text))
+        found += [span for span in spans if re.match(r'(python3?|torchrun|make|pip) ', span)]
+        found += [f'python train_gpt.py config/{name}.py' for name in re.findall(r'\bpycode_\w+', text)   # `also pycode_fp`
+                  if not any(f'config/{name}.py' in command for command in found)]
     return list(dict.fromkeys(chain(*((re.sub(r' \[.*?]', '', c), re.sub(r'[][]', '', c)) for c in found))))
 
 
@@ -116,146 +128,185 @@ def rule(command):
     return next((r for r in RULES if command.startswith(r[0])), None)
 
 
-def call(words, cwd):
-    """-> subprocess.CompletedProcess, both streams in stdout. `make test` leaves nothing of itself to what is called."""
-    kept = {k: v for k, v in os.environ.items() if not re.match('MAKE|MFLAGS|PYTHON$', k)}
-    return subprocess.run(words, cwd=cwd, env=kept | {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}, timeout=200,
-                          text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def run(command, cwd):
-    """A README command with what its rule adds."""
-    words = shlex.split(command) + rule(command)[2].split()
-    if words[0] == 'torchrun':
-        words[:2] = 'python -m torch.distributed.run --standalone --nproc_per_node=2'.split()
-    return call([sys.executable, *words[1:]], cwd)
-
-
 @pytest.fixture(scope='module')
-def ran(tmp_path_factory):
-    """(folder of the copy, {command: its result}). Commands of one rule run one after the other, as a reader would."""
+def copied(tmp_path_factory):
+    """A copy of the source with small local files in place of downloads."""
     path = tmp_path_factory.mktemp('readme')
     for source in chain(*map(ROOT.glob, COPIED)):
         if source.is_file() and '__pycache__' not in source.parts:
             (path / source.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, path / source.relative_to(ROOT))
-    text = ''.join(p.read_text(encoding='utf-8') for p in sorted(ROOT.glob('tests/*.py')))
+    text = ''.join(p.read_text(encoding='utf-8') for p in sorted(ROOT.glob('tests/*.py')))[:400_000]
     (path / 'a.txt').write_text(text, encoding='utf-8')
-    (path / 'b.txt').write_text(README, encoding='utf-8')
+    (path / 'b.txt').write_text(PAGES['docs/layers.md'], encoding='utf-8')
     (path / 'c4.jsonl').write_text(''.join(json.dumps({'text': text[i:i + 500]}) + '\n' for i in range(0, 50_000, 500)))
     (path / 'stories.txt').write_text('<|endoftext|>'.join(text[i:i + 500] for i in range(0, 100_000, 500)))
-    with open(path / 'readers/tokens.py', 'a') as f:        # GPT-2's vocabulary would be downloaded; bytes stand for it
+    with open(path / 'readers/tokens.py', 'a') as f:        # bytes replace GPT-2's vocabulary, which would be downloaded
         f.write('\n\ngpt2 = byte\n')
-    (path / 'sst2.tsv').write_text('sentence\tlabel\n' + ''.join(f'{"good" if i % 3 else "bad"} film {i}\t{int(i % 3 > 0)}\n'
-                                                                   for i in range(80)))
+    pairs = [(f'{"good" if i % 3 else "bad"} film {i}', i % 3) for i in range(80)]
+    (path / 'sst2.tsv').write_text('sentence\tlabel\n' + ''.join(f'{t}\t{int(label > 0)}\n' for t, label in pairs))
+    (path / 'mnli.tsv').write_text('premise\thypothesis\tlabel\n' + ''.join(f'{t}\tso it is\t{label}\n' for t, label in pairs))
+    (path / 'XNLI').mkdir()
+    (path / 'XNLI/dev-de.tsv').write_text(''.join(f'{t}\tso ist es\t{label}\n' for t, label in pairs))
+    for i in range(40):
+        review = path / f'aclImdb/{("train", "test")[i % 2]}/{("neg", "pos")[i // 2 % 2]}/{i}.txt'
+        review.parent.mkdir(parents=True, exist_ok=True)
+        review.write_text(f'film {i}')
     random = np.random.default_rng(0)
-    for i in range(24):                             # photographs of noise, of two classes
-        (path / 'photographs' / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (90, 100, 3), dtype=np.uint8)).save(path / f'photographs/{"ab"[i % 2]}/{i}.jpg')
+    for i in range(24):                             # photographs of noise, in two classes
+        for photo in (f'photographs/{"ab"[i % 2]}/{i}.jpg', f'food-101/images/{"ab"[i % 2]}/{i}.jpg'):
+            (path / photo).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (90, 100, 3), dtype=np.uint8)).save(path / photo)
+    (path / 'food-101/meta').mkdir()
+    for split, ids in (('train', range(16)), ('test', range(16, 24))):
+        (path / f'food-101/meta/{split}.txt').write_text(''.join(f'{"ab"[i % 2]}/{i}\n' for i in ids))
     shutil.copy(path / 'photographs/a/0.jpg', path / 'photo.jpg')
-    script, play = path / 'data/shakespeare/prepare.py', path / 'b.txt'             # a download from file://
+    script, play = path / 'data/shakespeare/prepare.py', path / 'b.txt'             # downloads from file://
     local = repr((play.as_uri(), play.stat().st_size, sha256(play.read_bytes()).hexdigest()))
     script.write_text(script.read_text().replace('\n\nif __name', f'\nURL, SIZE, SHA256 = {local}\n\nif __name'))
+    return path
+
+
+@pytest.fixture(scope='module')
+def ran(copied, start):
+    """{command: its Result}. Commands of one rule run one after the other."""
+    def run(command):
+        words = shlex.split(command) + rule(command)[2].split()
+        if words[0] == 'torchrun':
+            words[:2] = 'python -m torch.distributed.run --standalone --nproc_per_node=2'.split()
+        return start(*words[1:], cwd=copied, patch=FRESH).wait()
+
     done = {}
     for stage in (1, 2, 3, 4):
         lanes = [[c for c in commands() if rule(c) is r] for r in RULES if r[1] == stage]
         with ThreadPoolExecutor(2) as pool:
-            for results in pool.map(lambda lane: {c: run(c, path) for c in lane}, lanes):
+            for results in pool.map(lambda lane: {c: run(c) for c in lane}, lanes):
                 done |= results
-    return path, done
+    return done
 
 
 def make_n(command, cwd):
-    """What a make command would run where nothing is installed: its lines, with the reader's python and few options."""
+    """The commands that make would run where nothing is installed, with the reader's python."""
     if not shutil.which('make'):
         pytest.skip('make is not installed')
-    done = call([*command.split(), '-n'], cwd)
-    assert done.returncode == 0, done.stdout
+    outside = {k: v for k, v in os.environ.items() if not re.match('MAKE|MFLAGS|PYTHON$', k)}        # this may run under make
+    done = subprocess.run([*command.split(), '-n'], cwd=cwd, env=outside, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
     return re.sub(r'"|\.venv/bin/| --(quiet|disable)\S*', '', done.stdout).splitlines()
 
 
-@pytest.mark.parametrize('command', commands())
-def test_command(command, ran):
-    """Each command of the README runs as written, sizes aside, and does what it says; installing is what make does."""
-    (path, done), known = ran, rule(command)
-    assert known, f'README.md has a command that no rule here tries: {command}'
-    _, kind, added, prints = known
-    if kind == 'make':
-        by_hand = next(lines_of(block)[1:] for _, block in BLOCKS if 'python3 -m venv' in block)
-        tests = ['python -m ruff check .', 'python -m pytest -n auto --dist loadfile']
-        wanted = {'make train': by_hand, 'make test': tests}[command]
-        assert [line for line in make_n(command, path) if re.match('python (?!-m pip)', line)] == wanted
-    elif kind == 'make train':
-        by_make = '\n'.join(make_n(kind, path)).replace('python -m pip', 'pip')
-        assert not [part for part in command.split(' && ') if part not in by_make and part != '. .venv/bin/activate']
-    elif kind == 'requirements':
-        assert re.search(rf'^(#  +)?{re.escape(command.split()[-1])}\s', (ROOT / 'requirements.txt').read_text(), re.M)
-    else:
-        assert done[command].returncode == 0, f'{command} {added}\n{done[command].stdout}'
-        assert re.search(prints, done[command].stdout), done[command].stdout
+MADE = {'make train': None,
+        'make test': ['python -m ruff check .', 'python -m pytest -n auto --dist loadfile'],
+        'make check': ['python -m pytest tests/test_layers.py tests/test_quant.py tests/test_optim.py']}
+
+
+@pytest.mark.parametrize('command', [c for c in commands() if not rule(c) or isinstance(rule(c)[1], int)])
+def test_command_runs(command, ran, copied):
+    """Each command of the pages runs as written, with smaller sizes, and prints what its rule expects."""
+    assert rule(command), f'no rule here tries the command: {command}'
+    _, _, added, prints = rule(command)
+    done = ran[command]
+    assert done.code == 0, f'{command} {added}\n{done.out}{done.err}'
+    assert re.search(prints, done.out + done.err), done.out + done.err
     if 'python results/' in command:
-        assert (path / 'README.md').read_text(encoding='utf-8') == README, 'its table is not what the kept runs give'
-    if ' config/' in command and '--estimate' not in command:           # the run had all that the file says, but for sizes
+        for page, text in PAGES.items():
+            assert (copied / page).read_text(encoding='utf-8') == text, f'the stored runs give another {page}'
+    if ' config/' in command and '--estimate' not in command:           # the run used the whole config, sizes aside
         config = runpy.run_path(str(ROOT / re.search(r'config/\w+\.py', command)[0]))
         options = dict(re.findall(r'--(\w+)=(\S+)', f'{command} {added}'))
-        used = runpy.run_path(str(path / options.get('out_dir', config['out_dir']) / 'config.py'))
+        used = runpy.run_path(str(copied / options.get('out_dir', config['out_dir']) / 'config.py'))
         same = {k: v for k, v in config.items() if k[0] != '_' and k not in options}
         assert same and all((used[k] | v if isinstance(v, dict) else v) == used[k] for k, v in same.items())
 
 
-def test_python_block():
-    """The import and the Python block of the README work on a small GPT; pack() leaves its logits and takes its bits."""
-    model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)).eval()
-    names, ids, logits = {'model': model}, torch.arange(16)[None], []
-    exec(next(span for span in SPANS if span.startswith('from layers import')), names)
-    with torch.no_grad():
-        for line in next(block for language, block in BLOCKS if language == 'python').splitlines():
-            exec(line, names)
-            logits.append(model(ids))
-    convert, pack = logits
-    torch.testing.assert_close(pack, convert, rtol=1e-5, atol=1e-5)
-    assert isinstance(model.blocks[0].mlp.c_fc, names['TernaryLinear'])
-    assert isinstance(model.blocks[0].attn.c_proj, names['BinaryLinear'])
-    packed, fp32 = layers.model_bytes(model)
-    assert packed < fp32 / 2
+@pytest.mark.parametrize('command', [c for c in commands() if rule(c) and not isinstance(rule(c)[1], int)])
+def test_installation_command(command, copied):
+    """make runs the commands that the README gives for use without make, and pip installs what requirements.txt names."""
+    kind = rule(command)[1]
+    if kind == 'make':
+        blocks = FENCE.findall(PAGES['README.md'])
+        by_hand = next(lines_of(block)[1:] for _, block in blocks if 'python3 -m venv' in block)
+        wanted = MADE[command] or by_hand
+        assert [line for line in make_n(command, copied) if re.match('python (?!-m pip)', line)] == wanted
+    elif kind == 'make train':
+        by_make = '\n'.join(make_n(kind, copied)).replace('python -m pip', 'pip')
+        assert not [part for part in command.split(' && ') if part not in by_make and part != '. .venv/bin/activate']
+    else:
+        assert re.search(rf'^(#  +)?{re.escape(command.split()[-1])}\s', (ROOT / 'requirements.txt').read_text(), re.M)
 
 
-def test_adapters_block(tmp_path, monkeypatch):
-    """The Python block about LoRA works line by line; only adapters train, and merging leaves no LoRA layer."""
+@pytest.mark.parametrize('page', [page for page, text in PAGES.items() if '```python' in text])
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """The Python blocks of a page work line by line on a small GPT: pack() keeps the logits, merging leaves no LoRA layer."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)).eval()
-    names = {'model': model, 'ids': torch.arange(16)[None], 'convert': layers.convert}
-    block = [block for language, block in BLOCKS if language == 'python'][1]
-    for line in block.splitlines():
-        exec(line, names)
-        if line.startswith('only_adapters'):
-            assert {n.rsplit('.', 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {'lora_A', 'lora_B'}
-    assert len(names['damage']) == 4 and not any(isinstance(m, layers.LoRALinear) for m in model.modules())
+    names, logits = {'model': model, 'ids': torch.arange(16)[None], 'convert': layers.convert}, None
+    for block in (block for language, block in FENCE.findall(PAGES[page]) if language == 'python'):
+        for line in block.splitlines():
+            if line.startswith('norm ='):
+                model(names['ids']).square().mean().backward()
+            exec(line, names)
+            if line.startswith('convert(model, {\'lm_head'):
+                logits = model(names['ids']).detach()
+                assert isinstance(model.blocks[0].mlp.c_fc, layers.TernaryLinear)
+                assert isinstance(model.blocks[0].attn.c_proj, layers.BinaryLinear)
+            elif line.startswith('pack(model)'):
+                torch.testing.assert_close(model(names['ids']), logits, rtol=1e-5, atol=1e-5)
+                packed, fp32 = layers.model_bytes(model)
+                assert packed < fp32 / 2
+                model = names['model'] = GPT(model.config).eval()       # the next block starts from a plain model
+            elif line.startswith('only_adapters'):
+                assert {n.rsplit('.', 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {'lora_A', 'lora_B'}
+            elif line.startswith('damage ='):
+                assert len(names['damage']) == 4 and not any(isinstance(m, layers.LoRALinear) for m in model.modules())
+            elif line.startswith('norm ='):
+                assert names['norm'] > 0 and model.blocks[0].mlp.c_fc.weight.grad is None       # attach(): no full gradient
 
 
 def test_file_tree():
-    """Each file of the tree exists, each script of the root and of the rooms is in it, and so is each data set."""
-    tree, room, named = README.partition('\n## Files')[2].partition('```text\n')[2].partition('```')[0], '', set()
+    """The tree of the README names each script of the root and of the rooms once. docs/data.md names each data set."""
+    tree, room, named = PAGES['README.md'].partition('\n## Files')[2].partition('```text\n')[2].partition('```')[0], '', []
     for line in tree.splitlines():
         room = line.split()[0] if re.match(r'\w+/ ', line) else room if line.startswith('  ') else ''
-        named |= {room + name if line.startswith('  ') else name for name in re.findall(r'[\w*/]+\.(?:py|c)\b', line)}
-    assert not [name for name in named if not list(ROOT.glob(name))]
+        first = line.split()[0]
+        named += [room + first] if line.startswith('  ') else [first] if re.search(r'\.(py|c)$', first) else []
+        assert (ROOT / first.partition('*')[0]).exists() or room
+    named.remove('data/*/prepare.py')
     ours = {p.relative_to(ROOT).as_posix() for glob in ('*.py', '*.c', '[mpr]*/*.py') for p in ROOT.glob(glob)}
-    assert not {name for name in ours if not name.startswith('results/') and '__init__' not in name} - named
-    sets = re.search(r'^data/.*\n(?: +`.*\n)*', tree, re.M)[0]
-    assert set(re.findall(r'`(\w+)`', sets)) == {p.parent.name for p in ROOT.glob('data/*/prepare.py')}
+    assert sorted(named) == sorted(name for name in ours if not name.startswith('results/') and '__init__' not in name)
+    sets = set(re.findall(r'^\| `python data/(\w+)/prepare', PAGES['docs/data.md'], re.M))
+    assert sets == {p.parent.name for p in ROOT.glob('data/*/prepare.py')}
 
 
-def test_options_exist():
-    """Each --option that the README names is a constant of train_gpt.py or an option of another script (or torchrun)."""
-    source = ''.join(p.read_text(encoding='utf-8') for glob in ('*.py', '[mpr]*/*.py', 'data/*/*.py')
-                     for p in ROOT.glob(glob))
-    named = set(re.findall(r'--(\w+)', ' '.join(SPANS + [block for _, block in BLOCKS]))) - {'key'}
-    named -= {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}       # torchrun's
-    assert not [name for name in sorted(named) if not re.search(rf"^{name} = |'--{name}'", source, re.M)]
+NO_OPTION = {'help', 'key', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}      # torchrun's
 
 
-@pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\((?!https?:)([^)#]+)', README))))
-def test_link(link):
-    """Each link of the README into the repository leads somewhere."""
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize('page', PAGES)
+def test_options_exist(page):
+    """Each --option of a page is an option of the script that its sentence names, or else of the script of the page."""
+    default = {'README': 'train_gpt', 'layers': 'bench', 'optim': 'bench', 'data': 'data/text/prepare'}
+    default = f'{default.get(page.rpartition("/")[2][:-3], page.rpartition("/")[2][:-3])}.py'
+    text = PAGES[page]
+    sentences = [line for _, block in FENCE.findall(text) for line in lines_of(block)]
+    sentences += re.split(r'(?<=[.;:]) |\n\n|\n(?=[|-])', FENCE.sub('\n\n', text))
+    for sentence in sentences:
+        named = [x for x in re.findall(r'[\w/]+\.py\b', sentence) if (ROOT / x).exists() and not x.startswith('config/')]
+        for part in re.findall(r'`([^`]+)`', sentence) or [sentence]:
+            scripts = [x for x in named if x in part][:1] or [*named, default]
+            files = [ROOT / x for x in scripts] + [p for p in ROOT.glob('measure/*.py') if 'bench.py' in scripts]
+            source = ''.join(p.read_text(encoding='utf-8') for p in files)
+            for name in set(re.findall(r'--(\w+)', part)) - NO_OPTION:
+                assert re.search(rf"^{name} = |'--{name}'", source, re.M), f'--{name} is no option of {scripts}: {sentence}'
+
+
+@pytest.mark.parametrize('page,link', [(page, link) for page, text in PAGES.items()
+                                       for link in sorted(set(re.findall(r'\]\((?!https?:)([^)#]+)', text)))])
+def test_link_leads_to_a_file(page, link):
+    assert ((ROOT / page).parent / link).exists()
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_page_is_short(page):
+    """The README has at most 10 KB, each page of docs/ at most 6 KB."""
+    assert len(PAGES[page].encode()) <= (10_240 if page == 'README.md' else 6 * 1024)
