@@ -652,7 +652,7 @@ class Binary(LowBit):
 
     def _init_alpha(self, alpha, shape, eps):
         if not alpha > 0:
-            raise ValueError(f'alpha must start above 0, got {alpha}')
+            raise ValueError(f'the initial alpha must be above 0, got {alpha}')
         self.alpha, self.eps = nn.Parameter(torch.full(shape, float(alpha))), eps
 
     def encode(self):
@@ -720,7 +720,7 @@ class FourBit(LowBit):
     def _set_format(self, format, group, scales):
         name = type(self).__name__
         if format not in FORMATS4 or group < 0 or group % 2:
-            raise ValueError(f'{name}: format={format!r} must be in {list(FORMATS4)}, group={group} even')
+            raise ValueError(f'{name}: format={format!r} must be in {list(FORMATS4)} and group={group} must be even')
         scales = scales or FORMATS4[format].scales
         if scales not in SCALES4 or (scales == 'log8') != (format == 'fit4'):
             raise ValueError(f"{name}: scales={scales!r} must be in {SCALES4}; use 'log8' with fit4 and only with fit4")
