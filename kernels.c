@@ -7,7 +7,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))     // constant arguments then unroll loops
 
-enum { SOME = 64 };                                             // number of groups whose scales are computed together
+enum { BLOCK = 64 };                                             // number of groups whose scales are computed together
 
 static float half_to_float(uint16_t h)
 {
@@ -114,10 +114,10 @@ void decode(const uint8_t *code, const void *scale, int scale_bytes, const float
 {
     const int64_t groups = (n + group - 1) / group;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n > 32768)
-    for (int64_t first = 0; first < groups; first += SOME) {
-        const int64_t count = groups - first < SOME ? groups - first : SOME, i = first * group;
+    for (int64_t first = 0; first < groups; first += BLOCK) {
+        const int64_t count = groups - first < BLOCK ? groups - first : BLOCK, i = first * group;
         const int64_t here = (i + count * group < n ? i + count * group : n) - i;
-        float s[SOME];
+        float s[BLOCK];
         some_scales(scale, scale_bytes, grid, first, count, s);
 #define FEW(BITS) some_groups(code + i * BITS / 8, s, levels, here, group, BITS, 0, bf16, i, out)
 #define CASE(G, B) some_groups(code + i / 2, s, levels, here, G, 4, high_first, B, i, out)
@@ -150,12 +150,12 @@ INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const vo
     const __m512 table = _mm512_loadu_ps(levels);
     const int64_t groups = in / group;
     __m512 sum[2][4];
-    float s[2][SOME];
+    float s[2][BLOCK];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) sum[r][t] = _mm512_setzero_ps();
     code += row * in * bits / 8;
-    for (int64_t first = 0, k = 0; first < groups; first += SOME) {
-        const int64_t count = groups - first < SOME ? groups - first : SOME;
+    for (int64_t first = 0, k = 0; first < groups; first += BLOCK) {
+        const int64_t count = groups - first < BLOCK ? groups - first : BLOCK;
         for (int r = 0; r < rows; r++)
             some_scales(scale, scale_bytes, grid, (row + r) * groups + first, count, s[r]);
         for (int64_t g = 0; g < count; g++) {

@@ -759,9 +759,9 @@ class BinaryLinear(Binary, LowBitLinear):
 
         z = W01 x + b01,  W01 = W > mean(W),  b01 = b > mean(b);   y = alpha * (z - mean(z)) / (std(z) + eps)
 
-    Mean and population std are over the output features of each token. alpha is one learnable number that starts at `alpha`;
-    the paper has none, it is from the reproduction by Dao et al. The layer computes with W01 - 1/2 (see half_bits). b starts
-    at 0, so all its bits are 0.
+    Mean and population std are over the output features of each token. alpha is one learnable number that starts at `alpha`.
+    The paper has no alpha; it comes from the reproduction by Dao et al. The layer computes with W01 - 1/2 (see half_bits).
+    b starts at 0, so all its bits are 0.
 
     chunks=3 treats the weight as 3 stacked matrices, each with its own mean, normalisation and alpha. A fused q, k, v
     projection then equals three BinaryLinear layers. act='gelu' applies the activation to x first, and saves only x.
@@ -781,7 +781,7 @@ class BinaryLinear(Binary, LowBitLinear):
 
     def merged(self, delta, requantize, x):
         if not requantize:
-            raise ValueError('BinaryLinear: no full-precision layer can normalise its output as this one; type requantize=True')
+            raise ValueError('BinaryLinear: its normalised output has no full-precision equivalent; type requantize=True')
         return super().merged(delta, requantize, x)
 
     def _latent_change(self, delta, x):
@@ -1194,7 +1194,7 @@ def _copied(new, weight, bias):
 class Format(NamedTuple):
     """A weight format: the modules that replace nn.Linear, nn.Conv2d and nn.Embedding (None: no replacement) and the options to
     create them with. trains: can be trained from random weights, so trainers offer it; else it needs trained weights. act: its
-    modules accept act=. chunks: its modules accept chunks=, for several stacked matrices.
+    modules accept act=. chunks: its modules accept chunks=, which gives each of several stacked matrices its own statistic.
 
     A linear module has kind (its name in FORMATS), bits, in_features and out_features. Optional methods: from_linear(linear,
     **options), if it is not created like nn.Linear; look_up(ids), which returns rows (n, in) of the packed weight."""
@@ -1220,7 +1220,7 @@ FORMATS = {
     'int4': Format(Linear4bit, Conv4bit, options=dict(format='uniform'), trains=True, act=True),
     # 16 normal quantiles times the absmax of 64 weights: 4 bits, fp16 per group
     'nf4': Format(Linear4bit, options=dict(format='nf4'), act=True),
-    # 16 fitted levels times a signed scale of 32 weights: 4 bits, 8 per group
+    # 16 fitted levels times a signed scale of 32 weights: 4 bits, 8 bits per group
     'fit4': Format(Linear4bit, options=dict(format='fit4'), act=True),
     # 255 levels between -absmax and absmax of a row: 8 bits, fp32 per row
     'int8': Format(Int8Linear, act=True),
@@ -1258,7 +1258,7 @@ def conv2d(kind, *shape, act=None, **options):
     convolution, or for act with fp."""
     made = {name: form for name, form in FORMATS.items() if form.conv}
     if kind not in made or act is not None and not made[kind].act:
-        raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}, fp without act')
+        raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}; fp takes no act')
     form = made[kind]
     return form.conv(*shape, **form.options | ({'act': act} if form.act else {}) | options)
 
