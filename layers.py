@@ -1258,7 +1258,7 @@ def conv2d(kind, *shape, act=None, **options):
     convolution, or for act with fp."""
     made = {name: form for name, form in FORMATS.items() if form.conv}
     if kind not in made or act is not None and not made[kind].act:
-        raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}; fp takes no act')
+        raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}; use fp without act')
     form = made[kind]
     return form.conv(*shape, **form.options | ({'act': act} if form.act else {}) | options)
 
