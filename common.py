@@ -1,9 +1,9 @@
 """
-What every trainer must do alike, as plain functions of plain arguments: processes, order of samples, learning rate,
-means over tokens and ranks, checkpoints, packed files, the run folder and its log, stop signals, memory and energy meters.
+Functions that all trainers share: processes, order of samples, learning rate, means over tokens and ranks, checkpoints,
+packed files, the run folder and its log, stop signals, memory and energy meters.
 
-Nothing here knows a trainer, a model or a constants block. Two silently different copies of any of this would make a
-published number wrong; everything else belongs in the trainers.
+They take plain arguments and depend on no trainer, model or constants block. If two trainers had different copies of one of
+them, a published number could be wrong. Everything else belongs in the trainers.
 """
 import contextlib
 import functools
@@ -41,14 +41,14 @@ CHECKPOINT_VERSION = 1
 
 
 def setup_processes(device=''):
-    """(rank, local_rank, world_size, torch.device). Joins torchrun's process group (nccl for CUDA, else gloo) when
-    there is one; without torchrun there is one process and no group. device '' means CUDA where there is one."""
+    """Join the process group of torchrun (nccl for CUDA, else gloo). Returns (rank, local_rank, world_size, torch.device).
+    Without torchrun there is one process and no group. device '' means CUDA if available, else the CPU."""
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     kind = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         name = f'cuda:{local_rank}' if kind == 'cuda' else kind
         device = torch.device(name)
-        torch.zeros(1, device=device).item()        # torch knows names of devices that it cannot compute on
+        torch.zeros(1, device=device).item()        # torch.device() also accepts devices that cannot compute
     except (RuntimeError, AssertionError):
         fail(f'torch cannot use device={name!r} in process {local_rank}; type --device=cpu, or run no more processes than GPUs')
     if device.type == 'cuda':
@@ -61,14 +61,14 @@ def setup_processes(device=''):
 def close_processes():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
-        # A gloo thread drops the tensors of the last collective a moment after we have its result, and needs the GIL
-        # for it; destroying the group joins that thread with the GIL held. Without this pause one run in 20 hangs here.
+        # A gloo thread frees the tensors of the last collective shortly after its result arrives, and needs the GIL for it.
+        # destroy_process_group() waits for that thread while it holds the GIL. Without this pause one run in 20 hangs here.
         time.sleep(0.1)
         dist.destroy_process_group()
 
 
 def autocast(device, dtype):
-    """The autocast context of a trainer's key `dtype`: float32, bfloat16, or '' for bfloat16 on CUDA and float32 elsewhere."""
+    """The autocast context for a trainer's key `dtype`: float32, bfloat16, or '' for bfloat16 on CUDA and float32 elsewhere."""
     if dtype not in ('', 'float32', 'bfloat16'):
         fail(f'dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16', rank0_only=True)
     low = dtype == 'bfloat16' or not dtype and device.type == 'cuda'
@@ -76,8 +76,8 @@ def autocast(device, dtype):
 
 
 def distributed(model, device, local_rank):
-    """`model` in DistributedDataParallel. Gradients are views into its buckets, no copies of them. Buffers are not sent at
-    each forward pass: rotary tables are constant, and train_cnn.py averages the statistics of its BatchNorms itself."""
+    """Wrap `model` in DistributedDataParallel. Gradients are views into its buckets, not copies. Forward passes do not send
+    buffers: rotary tables are constant, and train_cnn.py averages its BatchNorm statistics itself."""
     ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank] if device.type == 'cuda' else None,
                                                     gradient_as_bucket_view=True)
     ddp.broadcast_buffers = False                   # torch deprecates the argument of this name
@@ -85,8 +85,8 @@ def distributed(model, device, local_rank):
 
 
 def split_batch(batch_size, micro_batch_size, world):
-    """(micro, accumulation): samples that one process holds at a time, and micro-steps in a step. micro_batch_size=0: the whole
-    share of a process."""
+    """Split the global batch. Returns (samples in one micro-batch of a process, micro-batches per step and process).
+    micro_batch_size=0: one micro-batch holds the whole share of a process."""
     micro = micro_batch_size or batch_size // world
     if micro < 1 or batch_size % (micro * world):
         fail(f'batch_size={batch_size} is no multiple of micro_batch_size={micro} x {world} processes', rank0_only=True)
@@ -94,7 +94,7 @@ def split_batch(batch_size, micro_batch_size, world):
 
 
 def check_config(config, known, at_least):
-    """fail() in one line where config[key] is none of known[key], or is not at_least[key] or more (nan is not)."""
+    """Call fail() if a config[key] is not in known[key], or is less than at_least[key] or nan."""
     for key, values in known.items():
         if config[key] not in values:
             fail(f'{key}={config[key]!r} is none of {", ".join(map(repr, values))}', rank0_only=True)
@@ -104,7 +104,7 @@ def check_config(config, known, at_least):
 
 
 def _gathered(values):
-    """float64 tensor (world_size, len(values)) of one list of numbers per rank."""
+    """Gather one list of numbers from each rank: float64 tensor (world_size, len(values))."""
     mine = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine[None]
@@ -115,31 +115,31 @@ def _gathered(values):
 
 
 def mean_over_ranks(total, count):
-    """sum of `total` over ranks / sum of `count` over ranks, in float64: the mean per token whatever each rank saw."""
+    """Sum of `total` over ranks / sum of `count` over ranks, in float64: the mean per token, even if counts differ by rank."""
     totals, counts = _gathered([float(total), float(count)]).sum(0).tolist()
     return totals / counts
 
 
 def clip_(grads, max_norm, norm):
-    """Scale gradients in place so that their norm, which is `norm`, is at most max_norm; as torch.nn.utils.clip_grad_norm_."""
+    """Scale gradients of the given norm in place to a norm of at most max_norm, like torch.nn.utils.clip_grad_norm_."""
     grads = list(grads)
     torch._foreach_mul_(grads, (max_norm / (torch.tensor(norm, device=grads[0].device) + 1e-6)).clamp(max=1.0))
 
 
 def any_rank(flag):
-    """True on every rank when `flag` is true on any; how ranks agree to stop."""
+    """True on every rank if `flag` is true on any rank. Ranks use it to stop together."""
     return bool(_gathered([float(bool(flag))]).any())
 
 
 def ranks_agree(*values):
-    """True when every rank holds the same numbers or strings: a step, a count, a checksum."""
+    """True if every rank has the same numbers or strings, such as a step, a count or a checksum."""
     numbers = [float(zlib.crc32(v.encode())) if isinstance(v, str) else float(v) for v in values]
     every = _gathered(numbers)
     return bool((every == every[0]).all())
 
 
 def checksum(tensors):
-    """crc32 over the bytes of the tensors, in order: equal parameters, equal number."""
+    """crc32 over the bytes of the tensors, in order. Equal parameters give equal checksums."""
     crc = 0
     for t in tensors:
         crc = zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
@@ -151,18 +151,18 @@ def checksum(tensors):
 
 
 def sample_indices(seed, step, n, count):
-    """int64 array (count,) of indices in [0, n), drawn with replacement: a pure function of (seed, step).
+    """Draw the samples of a step with replacement: int64 array (count,) of indices in [0, n), a pure function of (seed, step).
 
-    The whole global batch of a step is drawn everywhere and sliced by rank, so world size does not change it and a
-    resumed run needs nothing saved. Evaluation draws from negative steps, which training never reaches.
+    Every rank draws the whole global batch and takes its slice. So the batch does not depend on the world size, and a resumed
+    run needs no saved state. Evaluation uses negative steps, which training never reaches.
     """
     key = np.array([seed % 2 ** 64, step % 2 ** 64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).integers(0, n, count)
 
 
 def epoch_indices(seed, start, n, count):
-    """int64 array (count,): the samples start .. start + count - 1 of an endless row of permutations of range(n), one an
-    epoch, a pure function of its arguments. Each sample comes once an epoch whether or not a batch divides n."""
+    """Draw samples without replacement: items start .. start + count - 1, int64, of an endless sequence of permutations of
+    range(n), one per epoch. A pure function of its arguments. Each epoch has each sample once, for any batch size."""
     found = []
     while count:
         epoch, at = divmod(start, n)
@@ -173,13 +173,13 @@ def epoch_indices(seed, start, n, count):
 
 @functools.lru_cache(2)
 def _permutation(seed, epoch, n):
-    # half of the key's numbers away from the steps of sample_indices
+    # 2 ** 63 is far from the steps of sample_indices, so the two never share a key
     key = np.array([seed % 2 ** 64, 2 ** 63 + epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(n)
 
 
 def seed_step(seed, step, rank):
-    """Seed torch's generators for one step of one rank, so that dropout too is a function of (seed, step, rank)."""
+    """Seed torch's generators for one step of one rank. Dropout then is a function of (seed, step, rank) too."""
     torch.manual_seed(int(np.random.SeedSequence([seed % 2 ** 64, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -191,8 +191,8 @@ def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second
 
     cosine     half a cosine from learning_rate to min_lr at the last step (nanoGPT)
     linear     a line to min_lr
-    two_stage  the same line, and from the middle of the run on the line that starts at second_lr instead: an abrupt
-               drop by second_lr / learning_rate (BitNet b1.58 Tips PDF; its weight decay also ends there)
+    two_stage  the same line, but from the middle of the run on with second_lr as its start: an abrupt drop by
+               second_lr / learning_rate (BitNet b1.58 Tips PDF, which also ends the weight decay there)
     constant   learning_rate
     """
     if step < warmup_iters:
@@ -211,20 +211,19 @@ def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files that are whole or absent, and checkpoints
+# atomic files and checkpoints
 
 
 def atomic_write(path, write):
-    """write(temporary path) in the same folder, flush to disk, rename to `path`. The old file stays until then.
-
-    Raises OSError naming `path` (disk full, no permission, ...); the temporary file is removed.
+    """Write a file atomically: call write(temporary path) in the same folder, flush to disk, rename to `path`. The old file
+    stays until then. On an error (disk full, no permission, ...) removes the temporary file and raises OSError with `path`.
     """
-    for left in glob.glob(f'{glob.escape(str(path))}.tmp*'):    # by a process that was killed while writing
+    for left in glob.glob(f'{glob.escape(str(path))}.tmp*'):    # from a process that was killed while writing
         os.remove(left)
     tmp = f'{path}.tmp{os.getpid()}'
     try:
-        # The kernel applies the umask, which cannot be read without setting it for all threads. What safetensors writes is for
-        # its owner alone.
+        # safetensors writes files that only their owner can read. The umask cannot be read without setting it for all threads,
+        # so the kernel applies it to an empty file, whose mode the written file gets.
         os.close(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         mode = stat.S_IMODE(os.stat(tmp).st_mode)
         write(tmp)
@@ -253,32 +252,32 @@ def previous_path(path):
 
 
 def save_checkpoint(path, state, keep_previous=False):
-    """Write `state` (tensors and plain types only) to `path`. With keep_previous the file that was there stays as
-    *.prev.pt; at every instant one of the two is whole. Raises OSError; what was there is then untouched."""
+    """Write `state` (tensors and plain types only) to `path`. With keep_previous the old file stays as *.prev.pt, and at every
+    moment one of the two files is complete. Raises OSError; the old files are then unchanged."""
     def write(tmp):
         torch.save(dict(state, version=CHECKPOINT_VERSION, versions=versions()), tmp)
         previous = previous_path(path)
-        # After a kill between the two renames both names are one file already; renaming one to the other does nothing.
+        # After a kill between the two renames both names are the same file, and renaming one to the other would do nothing.
         if keep_previous and os.path.exists(path) and not (os.path.exists(previous) and os.path.samefile(path, previous)):
             link = f'{tmp}.prev'
             try:
-                os.link(path, link)                 # a second name first, so that `path` itself never goes missing
-            except OSError:                         # a file system without hard links
+                os.link(path, link)                 # a second name, so that `path` itself always exists
+            except OSError:                         # the file system has no hard links
                 shutil.copyfile(path, link)
             os.replace(link, previous)
     atomic_write(path, write)
 
 
 def read_checkpoint(path, trainer=None, mmap=False):
-    """The dict written by save_checkpoint, every record checked against its CRC, nothing in it executed.
+    """Read a checkpoint of save_checkpoint. Checks the CRC of every record, and executes no code from the file.
 
-    mmap: tensors stay in the file until they are looked at, so that an optimizer's state costs nothing who wants the weights.
-    Raises ValueError with one line naming the file: missing, damaged, not a checkpoint, of another version, or (when
-    `trainer` is given) of another trainer.
+    mmap: the file is mapped and each tensor is read on first use, so reading only the weights does not load the optimizer
+    state. Raises ValueError with one line that names the file if it is missing, damaged, not a checkpoint, of another version,
+    or (if `trainer` is given) of another trainer.
     """
     try:
         with zipfile.ZipFile(path) as z:
-            # torch takes a record with the DOS folder bit for empty and leaves its tensor uninitialised
+            # torch treats a record with the DOS folder bit as empty and leaves its tensor uninitialised
             bad = z.testzip() or next((i.filename for i in z.infolist() if i.external_attr & 0x10), None)
         state = bad or torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:
@@ -287,7 +286,7 @@ def read_checkpoint(path, trainer=None, mmap=False):
         raise ValueError(f'{path} holds more than tensors and plain types; refused ({type(e).__name__})') from None
     except (MemoryError, PermissionError) as e:
         raise ValueError(f'{path} cannot be read ({_first_line(e)[:90]})') from None
-    except Exception as e:                          # noqa: BLE001  a damaged zip raises many kinds; all mean: not ours
+    except Exception as e:                          # noqa: BLE001  a damaged zip raises many types of error
         raise ValueError(f'{path} is damaged or no checkpoint ({_first_line(e)[:90]})') from None
     if bad:
         raise ValueError(f'{path} is damaged: record {bad} does not match its checksum')
@@ -301,17 +300,17 @@ def read_checkpoint(path, trainer=None, mmap=False):
 
 
 def read_best(path, trainer, was_saved):
-    """read_checkpoint() of best.pt at the end of a run. Raises OSError where no save of it succeeded."""
+    """read_checkpoint() for best.pt at the end of a run. Raises OSError if no save of it succeeded."""
     if not was_saved:
         raise OSError(f'{path} could not be saved')
     return read_checkpoint(path, trainer)
 
 
 def read_last_checkpoint(path, trainer=None, set_aside=False, mmap=False):
-    """read_checkpoint(path), or with a warning its *.prev.pt when `path` is damaged or missing. Raises ValueError.
+    """read_checkpoint(path). If `path` is damaged or missing, warns and reads its *.prev.pt. Raises ValueError if both fail.
 
-    set_aside, for who will save there again: a damaged file becomes *.pt.damaged, or else the next save would keep it as
-    the previous one and lose the good one."""
+    set_aside: rename a damaged file to *.pt.damaged. A run that saves to `path` again needs this: its next save would otherwise
+    make the damaged file the previous one and lose the good one."""
     try:
         return read_checkpoint(path, trainer, mmap)
     except ValueError as e:
@@ -320,14 +319,14 @@ def read_last_checkpoint(path, trainer=None, set_aside=False, mmap=False):
             raise
         state = read_checkpoint(previous, trainer, mmap)
         if set_aside and 'damaged' in str(e):
-            with contextlib.suppress(OSError):      # another rank was first, or the folder is read-only
+            with contextlib.suppress(OSError):      # another rank already renamed it, or the folder is read-only
                 os.replace(path, f'{path}.damaged')
         print(f'warning: {e}; going on from {previous} (step {state["step"]})', file=sys.stderr)
         return state
 
 
 def save_or_warn(path, state, keep_previous=False):
-    """save_checkpoint(), and whether it succeeded: a full disk must not cost the run, and the file before this one stays."""
+    """save_checkpoint(); returns whether it succeeded. A full disk does not stop the run, and the old file stays."""
     try:
         save_checkpoint(path, state, keep_previous)
         return True
@@ -337,8 +336,8 @@ def save_or_warn(path, state, keep_previous=False):
 
 
 def load_optimizer(optimizer, saved):
-    """State of a checkpoint's optimizer, with the hyperparameters of this run. The parameters must come in the same order; they
-    may be divided into other groups. Raises ValueError where their number differs."""
+    """Load the optimizer state of a checkpoint, but keep the hyperparameters of this run. The parameters must have the same
+    order; their groups may differ. Raises ValueError if the number of parameters differs."""
     groups = optimizer.state_dict()['param_groups']
     order = [i for g in saved['param_groups'] for i in g['params']]
     if len(order) != sum(len(g['params']) for g in groups):
@@ -349,10 +348,10 @@ def load_optimizer(optimizer, saved):
 
 
 def load_model_state(model, state, path, allow_missing=(), assign=False):
-    """Load a state dict after checking every key and shape. Raises ValueError with one line; the model is untouched.
+    """Load a state dict after checking every key and shape. Raises ValueError with one line and leaves the model unchanged.
 
-    Keys that end in one of `allow_missing` may be absent: they keep their initial values. assign: the model takes the tensors
-    themselves, no copies of them; tie again what was tied."""
+    Keys that end in one of `allow_missing` may be absent: they keep their initial values. assign: the model uses the tensors
+    themselves instead of copies, which unties tied weights; tie them again."""
     own = model.state_dict()
     missing = [k for k in own if k not in state and not k.endswith(tuple(allow_missing))]
     extra = [k for k in state if k not in own]
@@ -366,10 +365,10 @@ def load_model_state(model, state, path, allow_missing=(), assign=False):
 
 
 def check_same(path, saved, wanted, advice):
-    """Raises ValueError naming the first key of the dict `wanted` that has another value in `saved`, which `path` holds."""
+    """Raises ValueError for the first key of the dict `wanted` with another value in the dict `saved`, read from `path`."""
     for key, value in wanted.items():
         if saved.get(key) != value:
-            both = f'{saved.get(key)}, not {value}'                     # not where it is a digest or a whole table
+            both = f'{saved.get(key)}, not {value}'                     # left out if long: a digest or a whole table
             raise ValueError(f'{path} has another {key}{f" ({both})" * (len(both) < 80)}; {advice}')
 
 
@@ -384,18 +383,18 @@ def versions():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# packed files: one safetensors file of a model whose low-bit layers are packed
+# packed files: a model with packed low-bit layers in one safetensors file
 
 
 def save_packed(model, path, meta):
-    """Pack the model in place and write it as one safetensors file, `meta` (plain types) as JSON in its header.
+    """Pack the model in place and write it to one safetensors file, with `meta` (plain types) as JSON in its header.
 
-    Returns the size of the file in bytes. The file is whole or absent: written beside and renamed.
+    Returns the size of the file in bytes. The write is atomic: the file is complete or absent.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = {name: t.contiguous().cpu() for name, t in _parameters_once(pack(model)).items()}
-    meta = dict(meta, checksum=_named_checksum(tensors))        # safetensors has none of its own
+    meta = dict(meta, checksum=_named_checksum(tensors))        # the safetensors format has no checksum
 
     def write(tmp):
         try:
@@ -407,8 +406,8 @@ def save_packed(model, path, meta):
 
 
 def read_packed(path, tensors_too=True):
-    """(meta, tensors) of a file of save_packed. Raises ValueError naming the file when it is not one. tensors_too=False: (meta,
-    None) from the header alone; the checksum of the tensors is not checked."""
+    """Read a file of save_packed: (meta, tensors). Raises ValueError with the file name if it is not one or is damaged.
+    tensors_too=False reads only the header and returns (meta, None); it does not verify the checksum of the tensors."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, 'pt') as f:
@@ -422,9 +421,9 @@ def read_packed(path, tensors_too=True):
 
 
 def load_packed(model, tensors):
-    """Put the tensors of read_packed into a freshly made model of the same shape, in place; returns it packed.
+    """Copy the tensors of read_packed into a new model of the same shape, in place; returns it packed.
 
-    Raises ValueError where they do not fit."""
+    Raises ValueError if they do not fit."""
     wanted = _parameters_once(pack(model))
     alike = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
     if wrong := sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if not alike(wanted[n], tensors[n])]:
@@ -435,7 +434,7 @@ def load_packed(model, tensors):
 
 
 def _parameters_once(model):
-    """{name: tensor} of the state_dict with tied weights under their first name only."""
+    """{name: tensor} of the state_dict, with each tied weight under its first name only."""
     seen, unique = set(), {}
     for name, t in model.state_dict(keep_vars=True).items():
         if id(t) not in seen:
@@ -453,9 +452,9 @@ def _named_checksum(tensors):
 
 
 def append_log(out_dir, record, run=None):
-    """One JSON object as one line at the end of out_dir/log.jsonl, and to start_wandb()'s run. Non-finite numbers become null.
+    """Append a record to out_dir/log.jsonl as one line of JSON, and to the run of start_wandb().
 
-    On a full disk the line is left out whole, with a warning: it must not cost the run, and neither may wandb."""
+    Non-finite numbers become null. If the disk is full, warns and leaves out the line. Errors of wandb do not stop the run."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     line = (json.dumps(clean) + '\n').encode()
     try:
@@ -469,12 +468,12 @@ def append_log(out_dir, record, run=None):
     if run:
         try:
             run.log(record, step=record['step'])
-        except Exception as e:                      # noqa: BLE001  whatever wandb raises
+        except Exception as e:                      # noqa: BLE001  any error of wandb
             print(f'warning: wandb: {e}')
 
 
 def start_wandb(project, name, out_dir, config, run_id):
-    """wandb's run, continued where run_id is one's; None with a warning where there is none: training goes on."""
+    """Start a wandb run, or continue the one with run_id. On any error, warns and returns None, and training continues."""
     try:
         import wandb
         return wandb.init(project=project, name=name or os.path.basename(out_dir), config=config, id=run_id, resume='allow')
@@ -483,7 +482,7 @@ def start_wandb(project, name, out_dir, config, run_id):
 
 
 def read_log(out_dir):
-    """List of the records of out_dir/log.jsonl, without lines that a crash left half-written. [] without a log."""
+    """The list of records in out_dir/log.jsonl, without lines that a crash left incomplete. [] if there is no log."""
     path, records = os.path.join(out_dir, 'log.jsonl'), []
     for line in open(path, errors='replace') if os.path.exists(path) else []:
         with contextlib.suppress(ValueError):
@@ -494,15 +493,15 @@ def read_log(out_dir):
 
 
 def find_run(out_dir, resume, overwrite):
-    """(last_path, best_path, resume_path, elsewhere): where a run saves, the checkpoint that it goes on from or '', and whether
-    that is another run's. resume: '', 'auto' or a path. fail() where out_dir holds a run that would be lost."""
+    """Return (last_path, best_path, resume_path, elsewhere). The run saves to the first two. resume_path: the checkpoint to
+    resume from, or ''; elsewhere: another run wrote it. resume: '', 'auto' or a path. Calls fail() rather than lose a run."""
     last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     has_run = os.path.exists(last_path) or os.path.exists(previous_path(last_path))
     resume_path = (last_path if has_run else '') if resume == 'auto' else resume
     elsewhere = bool(resume_path) and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
     if has_run and (elsewhere or not resume_path) and not overwrite:
-        fail(f'{out_dir} holds a run; type --resume=auto to go on with it, --out_dir=... for another folder, or '
-             '--overwrite=True to lose it', rank0_only=True)
+        fail(f'{out_dir} holds a run; type --resume=auto to continue it, --out_dir=... for another folder, or '
+             '--overwrite=True to delete it', rank0_only=True)
     return last_path, best_path, resume_path, elsewhere
 
 
@@ -510,8 +509,8 @@ STALE = {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors', 'log.jsonl'
 
 
 def open_run(out_dir, trainer, config, step, fresh):
-    """Make the run folder and write config.py. fresh: nothing of a run that is overwritten may be resumed or packed; else
-    its log is cut back to `step`. A folder that cannot be written is a user's mistake."""
+    """Create the run folder and write config.py. fresh: delete the files of an overwritten run, so that nothing resumes or
+    packs them; else cut the log back to `step`. Calls fail() if it cannot write to the folder."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         for name in STALE & set(os.listdir(out_dir)) if fresh else ():
@@ -523,8 +522,8 @@ def open_run(out_dir, trainer, config, step, fresh):
 
 
 def cut_log(out_dir, step):
-    """Drop what a resumed run makes again, so that its log reads like an unbroken one's: the records after `step`, and
-    those at it that are not of training."""
+    """Delete the log records that a resumed run writes again: those after `step`, and those at `step` that are not of training.
+    The log then equals that of an uninterrupted run."""
     kept = ''.join(json.dumps(r) + '\n' for r in read_log(out_dir)
                    if r['step'] < step or (r['step'] == step and ('loss' in r or 'matrices' in r)))
 
@@ -535,14 +534,14 @@ def cut_log(out_dir, step):
 
 
 def launched(words):
-    """The command line of a script and its arguments, with the launcher that this process was started by."""
+    """The command line of a script and its arguments, with this process's launcher: python or torchrun."""
     world = os.environ.get('WORLD_SIZE', '1')
     launcher = 'python' if world == '1' else f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE", world)}'
     return f'{launcher} {shlex.join(words)}'
 
 
 def not_finite(loss, grad_norm, step, culprits, saved_step):
-    """One line for a step that was not taken. culprits: names of the parameters whose gradients are not finite."""
+    """Error message for a skipped step, in one line. culprits: names of the parameters with non-finite gradients."""
     first = culprits[0] if culprits else 'none, their sum overflows'
     last = f'of step {saved_step}' if saved_step > 0 else 'not made yet'
     return (f'loss {loss}, gradient norm {grad_norm} at step {step}; first non-finite gradient: {first}; the weights of step '
@@ -550,14 +549,14 @@ def not_finite(loss, grad_norm, step, culprits, saved_step):
 
 
 def how_to_go_on(words, step, saved_step):
-    """The last line of a run that was stopped: words is the command that goes on with it."""
+    """The last line that a stopped run prints. words: the command that resumes it."""
     saved = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
     return f'stopped at step {step}{saved}; go on with: {launched(words)}'
 
 
 def stop_flag():
-    """A function that tells whether SIGTERM or SIGINT has arrived. A further one acts as it would have by default, if a
-    second has passed: sooner it is the same one, which a scheduler sends to all processes and torchrun passes on."""
+    """Return a function that is True once SIGTERM or SIGINT has arrived. A signal more than a second later has its default
+    effect. An earlier one counts as the same signal: a scheduler sends it to all processes, and torchrun sends it again."""
     seen = []
 
     def note(number, frame):
@@ -575,7 +574,7 @@ def stop_flag():
 
 
 def device_name(device):
-    """The name of a GPU or of this machine's processor."""
+    """The name of the GPU or of this machine's processor."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     try:
@@ -585,10 +584,10 @@ def device_name(device):
 
 
 def peak_memory_bytes(device=None):
-    """Peak so far: allocator peak on CUDA; on CPU the resident peak of the whole process, Python and torch included."""
+    """Peak memory of this process so far, in bytes. CUDA: of the allocator. CPU: resident, Python and torch included."""
     if device and device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    try:                                            # ru_maxrss on Linux begins with what the parent process held
+    try:                                            # on Linux ru_maxrss starts at the value of the parent process
         return next(int(line.split()[1]) << 10 for line in open('/proc/self/status') if line.startswith('VmHWM:'))
     except (OSError, StopIteration):
         pass
@@ -596,7 +595,7 @@ def peak_memory_bytes(device=None):
 
 
 def step_profiler(out_dir, device):
-    """torch.profiler over steps 5 to 7, started; call its step() after each. Prints a table and writes out_dir/trace.json."""
+    """Start torch.profiler for steps 5 to 7. Call its step() after each step. Prints a table and writes out_dir/trace.json."""
     def show(p):
         print(p.key_averages().table(sort_by=f'self_{device.type}_time_total', row_limit=20))
         p.export_chrome_trace(os.path.join(out_dir, 'trace.json'))
@@ -607,8 +606,8 @@ def step_profiler(out_dir, device):
 
 
 def peak_above(step, cuda):
-    """Most bytes alive at once during step() above what was alive before it: the running sum of what the CPU allocator
-    hands out and takes back, from the profiler; max_memory_allocated on CUDA."""
+    """Peak bytes of live tensors during step(), above those before it. CPU: the running sum of allocations and frees in the
+    profiler. CUDA: max_memory_allocated."""
     with peak_meter(cuda) as found:
         step()
     return found['bytes']
@@ -616,7 +615,7 @@ def peak_above(step, cuda):
 
 @contextlib.contextmanager
 def peak_meter(cuda):
-    """peak_above() of what stands in the with block, as found['bytes'] behind it."""
+    """Measure peak_above() of a with block. After the block, found['bytes'] holds the result."""
     found = {}
     if cuda:
         torch.cuda.synchronize()
@@ -626,7 +625,7 @@ def peak_meter(cuda):
         torch.cuda.synchronize()
         found['bytes'] = torch.cuda.max_memory_allocated() - before
         return
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')         # the profiler talks otherwise
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')         # silences the profiler
     with _without_lines(b'CPUAllocator.cpp'), \
             torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
         yield found
@@ -636,8 +635,8 @@ def peak_meter(cuda):
 
 @contextlib.contextmanager
 def _without_lines(word):
-    """Standard error without the lines that hold `word`: torch warns of each process's first block that is older than the
-    profiler, in C++, where no filter reaches."""
+    """Remove lines with `word` from standard error. torch warns once per process about a block older than the profiler. The
+    warning comes from C++, so Python's warning filters do not apply."""
     with tempfile.TemporaryFile() as kept:
         sys.stderr.flush()
         before = os.dup(2)
@@ -653,10 +652,10 @@ def _without_lines(word):
 
 
 def energy_meter(device):
-    """A function giving the joules used so far, or None where nothing measures them.
+    """Return a function that gives the joules used since this call, or None if nothing measures them.
 
-    CUDA: the card's own counter, with nvidia-ml-py installed. CPU: the RAPL package counters, where readable; they
-    cover the whole machine and wrap around, which one reading per wrap (minutes) corrects.
+    CUDA: the counter of the card; needs nvidia-ml-py. CPU: the RAPL package counters, if readable. They cover the whole machine
+    and wrap around after minutes. Call the function at least once per wrap.
     """
     if device.type == 'cuda':
         try:
@@ -664,14 +663,14 @@ def energy_meter(device):
             pynvml.nvmlInit()
             handle = pynvml.nvmlDeviceGetHandleByUUID(f'GPU-{torch.cuda.get_device_properties(device).uuid}')
             start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except Exception as e:                      # noqa: BLE001  no NVML, an old card: measured or null, never a crash
+        except Exception as e:                      # noqa: BLE001  no NVML, or an old card: the result is None
             if not isinstance(e, ImportError):
                 warnings.warn(f'energy is not measured: {e}', stacklevel=2)
             return lambda: None
         return lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1e3
     zones = []
     for zone in glob.glob('/sys/class/powercap/intel-rapl:[0-9]*'):
-        if zone.count(':') == 1:                    # packages; sub-zones are counted in them
+        if zone.count(':') == 1:                    # packages, which include their sub-zones
             try:
                 read = lambda z=zone, f='energy_uj': int(open(f'{z}/{f}').read())     # noqa: SIM115
                 zones.append([read, read(), 0, read(f='max_energy_range_uj')])

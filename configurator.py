@@ -1,18 +1,18 @@
 """
-Python-file configs and --key=value over a trainer's constants.
+Override a trainer's constants with config files in Python and with --key=value.
 
-A trainer keeps its settings as plain assignments at the top and ends that block in one line:
+A trainer keeps its settings as plain assignments at the top. One line ends that block:
 
     config = configurator.override(globals())  # file.py ... --key=value, later wins
 
-The assignments are the whole declaration: the name is the key, the type of the default is the type of the key, and the
-trailing comment is its --help text. Unlike argparse nothing is written twice; unlike a bare exec, a typo or a wrong
-type is an error. A default of None is a switch that the script decides itself unless it is set to True or False.
+The assignments declare everything: the name is the key, the type of the default is the type of the key, and the trailing
+comment is the --help text. With argparse each key is written twice; a bare exec accepts typos and wrong types. Here both
+are errors. A default of None is a switch: the script chooses its value unless you set it to True or False.
 
     python train_gpt.py config/small.py config/int4.py --learning_rate=3e-4 --betas=0.9,0.95
     python train_gpt.py --help
 
-Config files are code: they run with your rights, so read a stranger's file before you run it.
+Config files are code and run with your rights. Read a file from a stranger before you run it.
 """
 import ast
 import copy
@@ -32,7 +32,7 @@ import types
 def fail(message, rank0_only=False):
     """Report a user's mistake in one line on stderr and exit.
 
-    message: what is wrong; what to type. rank0_only: other ranks exit silently, for mistakes all ranks make alike.
+    message: what is wrong; what to type. rank0_only: only rank 0 prints, for mistakes that are the same on all ranks.
     Never returns: raises SystemExit(2).
     """
     if _rank() == '0' or not rank0_only:
@@ -42,13 +42,13 @@ def fail(message, rank0_only=False):
 
 
 def override(namespace, argv=None, quiet=False):
-    """Apply config files and --key=value to the constants of a trainer, left to right.
+    """Apply config files and --key=value to the constants of a trainer, from left to right.
 
-    namespace: the trainer's globals(). argv: the words after the trainer's name, by default sys.argv[1:].
-    Returns a dict of every key in source order; the same values are set in namespace. When the trainer is imported
-    (its __name__ is not '__main__') nothing is set and the dict holds the defaults.
-    A mistake in argv or in a config file ends in fail(), with namespace untouched. --help raises SystemExit(0).
-    quiet: do not print what changed, for a script whose stdout is its product.
+    namespace: the trainer's globals(). argv: the arguments after the trainer's name, by default sys.argv[1:].
+    Returns a dict of all keys in source order, and sets the same values in namespace. If the trainer is imported
+    (its __name__ is not '__main__'), it sets nothing and returns the defaults.
+    A mistake in argv or in a config file calls fail() and leaves namespace unchanged. --help raises SystemExit(0).
+    quiet: do not print the changes, for a script whose result goes to stdout.
     """
     nodes, source = _find_keys(namespace)
     defaults = {key: namespace[key] for key in nodes}
@@ -62,7 +62,7 @@ def override(namespace, argv=None, quiet=False):
 
     config, origin = dict(defaults), {}
     for i, word in enumerate(argv):
-        bare = word.lstrip('-')  # without its dashes, if it has any
+        bare = word.lstrip('-')
         if word.startswith('--'):
             label, changes = 'command line', _read_option(word[2:], argv[i + 1:i + 2], config, defaults)
         elif word.endswith('.py') and not word.startswith('-') and bare.split('=')[0] not in config:
@@ -83,15 +83,15 @@ def override(namespace, argv=None, quiet=False):
 def save(config, path, header=''):
     """Write a config as a config file that gives the same config when run again.
 
-    config: what override() returned. path: the .py file, replaced atomically. header: text for comment lines on top.
-    Raises TypeError for a value other than bool, int, float, str, None and tuples, lists, dicts of these, and OSError;
-    the file that was at path then stays.
+    config: the dict from override(). path: the .py file, replaced atomically. header: text for comment lines on top.
+    Raises TypeError for a value other than bool, int, float, str, None and tuples, lists, dicts of these, and OSError if
+    it cannot write. An old file at path then stays.
     """
     lines = [f'# {line}'.rstrip() for line in header.splitlines()]
     lines += [f'{key} = {_literal(value)}' for key, value in config.items()]
     temporary = f'{path}.tmp{os.getpid()}'
     try:
-        # backslashreplace: a header may quote a command line whose file names are not valid text
+        # backslashreplace: a header may contain a command line with file names that are not valid text
         with open(temporary, 'w', encoding='utf-8', errors='backslashreplace') as f:
             f.write('\n'.join(lines) + '\n')
             f.flush()
@@ -113,7 +113,7 @@ _fail = functools.partial(fail, rank0_only=True)  # every rank reads the same co
 # the three sources: the trainer, a config file, an option
 
 def _find_keys(namespace):
-    """({key: the ast statement that assigns it} in source order, source text) of the trainer."""
+    """Return ({key: ast statement that assigns it} in source order, source text) of the trainer."""
     with tokenize.open(namespace['__file__']) as f:
         source = f.read()
     nodes = {}
@@ -125,18 +125,18 @@ def _find_keys(namespace):
             break
         if isinstance(statement, (ast.Assign, ast.AnnAssign)):
             nodes |= {name: statement for name in _stored_names(statement)}
-    # exact types: a torch.Size is a tuple and a numpy.float64 a float, but neither is a setting
+    # exact types, not isinstance: a torch.Size is a tuple and a numpy.float64 a float, but neither is a setting
     kinds = (bool, int, float, str, tuple, dict, type(None))
     return {k: n for k, n in nodes.items() if k[0] != '_' and type(namespace.get(k, ...)) in kinds}, source
 
 
 def _stored_names(tree):
-    """{name: line of its last assignment} for the plain names assigned in tree."""
+    """{name: line of its last assignment} for the plain names that tree assigns."""
     return {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def _run_file(name, trainer, config, defaults):
-    """Run the config file `name` over the values in config; return {key: new value} for what it changed."""
+    """Run the config file `name` on the values in config; return {key: new value} for the changed keys."""
     trainer_dir = os.path.dirname(os.path.abspath(trainer))
     path = next((p for p in (name, os.path.join(trainer_dir, name)) if os.path.exists(p)), None)
     if path is None:
@@ -148,9 +148,9 @@ def _run_file(name, trainer, config, defaults):
     except OSError as e:
         _fail(f'cannot read config file {name}: {e.strerror}')
     except (SyntaxError, ValueError) as e:
-        line = f' line {e.lineno}' if getattr(e, 'lineno', None) else ''  # null bytes have none
+        line = f' line {e.lineno}' if getattr(e, 'lineno', None) else ''  # an error for null bytes has no line
         _fail(f'{name}{line}: {getattr(e, "msg", e)}')
-    # a deep copy, so that model_config['a'] = 'x' in a file that fails later leaves the default alone
+    # a deep copy: a file may set model_config['a'] = 'x' and fail later; the default must not change
     scope = copy.deepcopy(config) | {'__name__': '__config__', '__file__': os.path.abspath(path)}
     try:
         exec(code, scope)
@@ -175,7 +175,7 @@ def _run_file(name, trainer, config, defaults):
 
 
 def _read_option(option, following, config, defaults):
-    """{key: value} of one option without its dashes; following: the next word, if any, to show in the hint."""
+    """{key: value} of one option without its dashes. following: [the next argument] or [], for the hint."""
     key, equals, text = option.partition('=')
     if key not in config:
         _fail(f'--{key} is not a key{_nearest(key, config)}')
@@ -188,26 +188,26 @@ def _read_option(option, following, config, defaults):
 
 
 # -----------------------------------------------------------------------------
-# values: _read is lenient with text, _convert strict with Python values, _literal their inverse
+# values: _read accepts text in many forms, _convert is strict with Python values, _literal is their inverse
 
 class _Switch:
-    """Stands for the type of a key whose default is None: True, False or None."""
+    """The type of a key whose default is None. Its values are True, False and None."""
 
 
 def _pattern(default):
-    """What _read and _convert take for the type of a key; None is their pattern for any plain value."""
+    """The argument `like` of _read and _convert for a key with this default. like=None there means any plain value."""
     return _Switch() if default is None else default
 
 
 def _read(text, like, where, now=None):
-    """The value that command-line text stands for; like, where, now as in _convert."""
+    """Parse the text of a command-line value; like, where, now as in _convert."""
     kind, text = type(like), text if type(like) is str else text.strip()
     value = text
     if kind in (bool, _Switch):
         value = {**({'none': None} if kind is _Switch else {}), 'true': True, 'yes': True, 'on': True, '1': True,
                  'false': False, 'no': False, 'off': False, '0': False}.get(text.lower(), text)
     elif kind in (int, float):
-        for number in (float, kind):  # float reads 1e5; int, where it can, keeps every digit
+        for number in (float, kind):  # float parses 1e5; int, if it can parse the text, keeps every digit
             try:
                 value = number(text)
             except ValueError:
@@ -220,7 +220,7 @@ def _read(text, like, where, now=None):
             return tuple(_read(part.strip(), item, f'{where}[{i}]') for i, part in enumerate(parts))
         try:
             value = ast.literal_eval(text)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval raises
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all errors of literal_eval
             pass
         if kind is tuple and isinstance(value, list):
             value = tuple(value)
@@ -228,9 +228,9 @@ def _read(text, like, where, now=None):
 
 
 def _convert(value, like, where, now=None):
-    """A Python value as the type of the default `like` (None: any plain value); a dict merges into `now`.
+    """Convert a Python value to the type of the default `like` (None: any plain value); a dict merges into `now`.
 
-    Types come from the default, not from `now`: a tuple that an earlier option emptied has no element to tell its type.
+    Types come from the default, not from `now`: an earlier option may have emptied a tuple, which then has no element type.
     """
     kind = type(like)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -268,16 +268,16 @@ def _convert(value, like, where, now=None):
 
 
 def _item(like):
-    """A pattern for the elements of a tuple or list, None where they are of several types or there are none."""
+    """The `like` for the elements of a tuple or list; None if it is empty or its elements have several types."""
     kinds = {type(v) for v in like}
     if len(kinds) != 1 or kinds == {dict}:
         return None
-    # ((1, 2), ()) says of its elements what (1, 2) says
+    # the elements of ((1, 2), ()) have the type of (1, 2)
     return kinds.pop()(itertools.chain(*like)) if kinds <= {tuple, list} else like[0]
 
 
 def _literal(value):
-    """Python source of a plain value; TypeError for any other."""
+    """Python source of a plain value. Raises TypeError for any other value."""
     kind = type(value)
     if kind is float and not math.isfinite(value):
         return f"float('{value}')"
@@ -292,17 +292,17 @@ def _literal(value):
 
 
 def _option(key, text):
-    """--key=text as typed in a shell; with double quotes where that spares escaping the single ones."""
+    """--key=text as typed in a shell, in double quotes if text contains single quotes and needs no other escaping."""
     quoted = f'"{text}"' if "'" in text and not set(text) & set('"$`!\\') else shlex.quote(text)
     return f'--{key}={quoted}'
 
 
 def _differ(a, b):
-    return repr(a) != repr(b)  # not a != b: nan equals nan here, and 1 is not True
+    return repr(a) != repr(b)  # unlike a != b, nan equals nan here, and 1 differs from True
 
 
 def _nearest(name, names, otherwise='; --help lists them'):
-    """A hint naming the one of names that is most like name."""
+    """A hint with the most similar of names, or `otherwise` if none is similar."""
     found = difflib.get_close_matches(str(name), map(str, names), n=1, cutoff=0.5)
     return f'; did you mean {found[0]}?' if found else otherwise
 
@@ -311,8 +311,8 @@ def _nearest(name, names, otherwise='; --help lists them'):
 # --help
 
 def _help(script, source, nodes, defaults):
-    """The --help text: first paragraph of the docstring, then headings, keys, defaults and comments as in source."""
-    comments, lines = {}, source.split('\n')  # not splitlines(), which also cuts at form feeds
+    """The --help text: first paragraph of the docstring, then headings, keys, defaults and comments in source order."""
+    comments, lines = {}, source.split('\n')  # splitlines() would also split at form feeds
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip('#').strip()
@@ -329,7 +329,7 @@ def _help(script, source, nodes, defaults):
         shown = node
         last = node.end_lineno
         while last + 1 in comments and lines[last].lstrip().startswith('#') and not lines[last].startswith('#'):
-            last += 1  # an indented comment below goes on with the trailing one
+            last += 1  # an indented comment on the next line continues the trailing comment
         comment = ' '.join(comments[n] for n in range(node.lineno, last + 1) if comments.get(n))
         out.append(f'  {_option(key, str(defaults[key])):<38}  {comment}'.rstrip())
     return '\n'.join(out)

@@ -1,13 +1,13 @@
-// Packed weights of 1 to 4 bits on the CPU. Compiled and called by quant.py. decode gives the same bits as the torch code
-// beside its call; product sums in another order than a matrix product does.
+// Decode and multiply packed weights of 1 to 4 bits on the CPU. quant.py compiles and calls this file. decode gives the same
+// bits as the torch code next to its call. product sums in another order than a matrix product.
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
-#define INLINE static inline __attribute__((always_inline))     // so that constant arguments unroll loops
+#define INLINE static inline __attribute__((always_inline))     // constant arguments then unroll loops
 
-enum { SOME = 64 };                                             // groups whose scales are made at a time
+enum { BLOCK = 64 };                                             // number of groups whose scales are computed together
 
 static float half_to_float(uint16_t h)
 {
@@ -15,13 +15,13 @@ static float half_to_float(uint16_t h)
     return _cvtsh_ss(h);
 #else
     union { uint32_t i; float f; } bits = { (uint32_t)(h & 0x7fff) << 13 };
-    bits.f *= 0x1p112f;                                         // moves the exponent, exact for subnormals too
+    bits.f *= 0x1p112f;                                         // corrects the exponent; exact for subnormals too
     bits.i |= (uint32_t)(h & 0x8000) << 16;
-    return bits.f;                                              // infinities are refused before they are packed
+    return bits.f;                                              // wrong for infinities, but no packed scale is one
 #endif
 }
 
-// Scales of 4 bytes are floats, of 2 halves, of 1 places in grid (256 floats, from -128 on).
+// Scales of 4 bytes are float, of 2 bytes half. A scale of 1 byte is an index -128 .. 127 into grid (256 floats).
 static void some_scales(const void *scale, int bytes, const float *grid, int64_t first, int64_t count, float *s)
 {
     if (bytes == 4)
@@ -33,7 +33,7 @@ static void some_scales(const void *scale, int bytes, const float *grid, int64_t
 }
 
 #ifdef __AVX512F__
-// 2 * bits bytes -> 16 codes -> 16 table entries in one permutation. 3 bits: eight codes in three bytes.
+// Look up 16 codes (2 * bits bytes) in the table with one permutation. 3 bits: three bytes hold eight codes.
 INLINE __m512 sixteen(const uint8_t *code, __m512 table, int bits, int high_first)
 {
     if (bits < 4) {
@@ -42,7 +42,7 @@ INLINE __m512 sixteen(const uint8_t *code, __m512 table, int bits, int high_firs
                                      : _mm512_slli_epi32(i, bits - 1);
         uint32_t low = 0;
         uint16_t high;
-        memcpy(&low, code, bits == 1 ? 2 : 4);                  // 6 bytes at once would go through memory
+        memcpy(&low, code, bits == 1 ? 2 : 4);                  // one copy of 6 bytes would go through memory
         memcpy(&high, code + 2 * bits - 2, 2);
         __m512i c = _mm512_set1_epi32(low);
         if (bits == 3)
@@ -56,7 +56,7 @@ INLINE __m512 sixteen(const uint8_t *code, __m512 table, int bits, int high_firs
 }
 #endif
 
-static uint16_t to_bf16(float f)                                // half to even, as torch
+static uint16_t to_bf16(float f)                                // rounds half to even, like torch
 {
     uint32_t i;
     memcpy(&i, &f, 4);
@@ -107,17 +107,17 @@ INLINE void some_groups(const uint8_t *code, const float *s, const float *levels
     }
 }
 
-// out[i] = levels[code of i] * scale of group i / group, for i in 0 .. n - 1, as floats or bf16. Codes of 4 bits, two a byte,
-// the first in the low half or, with high_first, in the high half; n and group are even. Or fewer bits, from the low end on.
+// out[i] = levels[code i] * scale[i / group] for i in 0 .. n - 1, as float or bf16. 4 bits: a byte holds two codes, the first
+// in the low half or, with high_first, the high half; n and group are even. Fewer bits: the first code is in the lowest bits.
 void decode(const uint8_t *code, const void *scale, int scale_bytes, const float *grid, const float *levels, int64_t n,
             int64_t group, int bits, int high_first, int threads, int bf16, void *out)
 {
     const int64_t groups = (n + group - 1) / group;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n > 32768)
-    for (int64_t first = 0; first < groups; first += SOME) {
-        const int64_t count = groups - first < SOME ? groups - first : SOME, i = first * group;
+    for (int64_t first = 0; first < groups; first += BLOCK) {
+        const int64_t count = groups - first < BLOCK ? groups - first : BLOCK, i = first * group;
         const int64_t here = (i + count * group < n ? i + count * group : n) - i;
-        float s[SOME];
+        float s[BLOCK];
         some_scales(scale, scale_bytes, grid, first, count, s);
 #define FEW(BITS) some_groups(code + i * BITS / 8, s, levels, here, group, BITS, 0, bf16, i, out)
 #define CASE(G, B) some_groups(code + i / 2, s, levels, here, G, 4, high_first, B, i, out)
@@ -138,11 +138,11 @@ void decode(const uint8_t *code, const void *scale, int scale_bytes, const float
     }
 }
 
-// Tokens that product takes at once, 0 where it is not compiled in.
+// The largest number of tokens for product; 0 if product is not compiled.
 #ifdef __AVX512F__
 int most_tokens(void) { return 4; }
 
-// Two rows at a time: their sums do not wait for each other, and x is read once for both.
+// Multiplies two rows together: their sums run in parallel, and both share one read of x.
 INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const void *scale, int scale_bytes, const float *grid,
                        const float *levels, int64_t row, int rows, int64_t in, int64_t out, int64_t group, int bits,
                        int high_first, float *y)
@@ -150,12 +150,12 @@ INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const vo
     const __m512 table = _mm512_loadu_ps(levels);
     const int64_t groups = in / group;
     __m512 sum[2][4];
-    float s[2][SOME];
+    float s[2][BLOCK];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tokens; t++) sum[r][t] = _mm512_setzero_ps();
     code += row * in * bits / 8;
-    for (int64_t first = 0, k = 0; first < groups; first += SOME) {
-        const int64_t count = groups - first < SOME ? groups - first : SOME;
+    for (int64_t first = 0, k = 0; first < groups; first += BLOCK) {
+        const int64_t count = groups - first < BLOCK ? groups - first : BLOCK;
         for (int r = 0; r < rows; r++)
             some_scales(scale, scale_bytes, grid, (row + r) * groups + first, count, s[r]);
         for (int64_t g = 0; g < count; g++) {
@@ -175,8 +175,8 @@ INLINE void rows_times(const float *x, int tokens, const uint8_t *code, const vo
         for (int t = 0; t < tokens; t++) y[t * out + row + r] = _mm512_reduce_add_ps(sum[r][t]);
 }
 
-// y (tokens, out) = x (tokens, in) W^T, fp32, for 1 to 4 tokens, without the decoded W in memory. group divides in and is a
-// multiple of 16.
+// y (tokens, out) = x (tokens, in) W^T in fp32 for 1 to 4 tokens, without the decoded W in memory. group divides `in` and is
+// a multiple of 16.
 void product(const float *x, int tokens, const uint8_t *code, const void *scale, int scale_bytes, const float *grid,
              const float *levels, int64_t in, int64_t out, int64_t group, int bits, int high_first, int threads, float *y)
 {

@@ -1,22 +1,22 @@
 """
-Layers whose weights take 1, 1.58, 4, 8 or 16 bits, trained through the rounding and packed to codes; LoRA over any of them.
+Layers whose weights take 1, 1.58, 4, 8 or 16 bits: trained through the rounding, then packed to codes. LoRA over any of them.
 
-    linear('bin', 256, 1024)                    a layer of one of FORMATS, the table at the end; conv2d() likewise
+    linear('bin', 256, 1024)                    creates a layer of one of FORMATS, the table at the end; conv2d() likewise
     convert(model, {'blocks.*': 'tern'})        replaces layers of a model by name
-    pack(model)                                 drops the latent weights for packed codes, in place
+    pack(model)                                 replaces the latent weights by packed codes, in place
 
-The formats of 8 bits and less keep latent full-precision weights while training and let the gradient pass straight through
-the rounding (dL/dw := dL/dw_q). `layer.pack_()` drops the latent weights for packed codes; the same forward arithmetic then
-runs on the unpacked codes, so packing changes no logit.
+The formats of 8 bits and less keep latent full-precision weights during training. The gradient passes straight through the
+rounding (dL/dw := dL/dw_q). `layer.pack_()` replaces the latent weights by packed codes. The forward pass then computes the
+same on the unpacked codes, so packing changes no logit.
 
-Straight-through training usually needs MORE memory than fp training, because autograd saves the rounded weight and every
-intermediate of the normalisation. Here the backward pass recomputes the rounded weight and undoes the normalisation from its
-own output, the ternary layer saves the int8 activations that its weight gradient is made of, and `act='gelu'` folds the
-activation in front of a layer into it, so that it is recomputed rather than saved. A frozen layer saves nothing for its
-backward pass and, but under torch.compile, never holds more than a block of its decoded weights.
+Straight-through training usually needs MORE memory than full-precision training: autograd saves the rounded weight and every
+intermediate of the normalisation. The layers here save less. The backward pass recomputes the rounded weight, and it needs only
+the output of the normalisation. The ternary layer saves int8 activations for its weight gradient. With `act='gelu'` a layer
+applies the activation itself and recomputes it in the backward pass. A frozen layer saves nothing for its backward pass. Except
+under torch.compile, it decodes one block of rows at a time.
 
-Four parts: the products with their gradients, the base classes, the modules, and linear(), convert() and pack(). This file,
-quant.py, which turns weights into codes, and kernels.c can be copied out together.
+This file has four parts: products with their gradients, base classes, modules, and linear(), convert() and pack(). To use it
+elsewhere, copy it together with quant.py, which converts weights to codes, and kernels.c.
 """
 import copy
 import fnmatch
@@ -36,19 +36,19 @@ from quant import (FORMATS4, SCALES4, binarize, decode4, half_bits, levels4, pac
 # ---------------------------------------------------------------------------------------------------------------------
 # products with their gradients: autograd functions that save as little as the exact gradient allows
 #
-#     straight_through(w, q)                        q forward, identity to w backward
-#     normalize(z, alpha, eps)                      alpha * (z - mean) / (std + eps), from its own output backward
+#     straight_through(w, q)                        returns q; the gradient passes to w unchanged
+#     normalize(z, alpha, eps)                      alpha * (z - mean) / (std + eps); the backward pass needs only the output
 #     quantized_linear(x, w, b, alpha, ...)         a product with a rounded weight, recomputed in the backward pass
-#     quantized_conv(x, w, b, alpha, ...)           the same of a convolution
+#     quantized_conv(x, w, b, alpha, ...)           the same for a convolution
 #     ternary_linear(x, w, b, gain, ...)            RMSNorm, int8 activations, ternary weights
-#     frozen_linear(x, b, decoder, ...)             a product with a decoded weight, block by block, nothing saved
+#     frozen_linear(x, b, decoder, ...)             a product with a decoded weight, block by block; saves nothing
 
-TINY_ALPHA = 1e-6    # alpha is used no closer to 0 than this, so that y / alpha gives the normalised value back
+TINY_ALPHA = 1e-6    # smallest |alpha| in use: the backward pass computes the normalised value as y / alpha
 TINY_VAR = 1e-30     # keeps 1/std finite on constant input; the eps of the formula is added to std, not to the variance
 
 
 def compute_dtype(x):
-    """What a matmul of x would run in: autocast's dtype inside autocast, else x's own."""
+    """The dtype of a matmul with x: autocast's dtype inside autocast, else x's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -78,13 +78,13 @@ def _silu_glu_backward(g, x):
 ACTIVATIONS = {None: (lambda x: x, lambda g, x: g),
                'relu': (F.relu, lambda g, x: torch.ops.aten.threshold_backward(g, x, 0)),
                'gelu': (F.gelu, torch.ops.aten.gelu_backward)}
-# Gated ones, of a gate and a value side by side: (..., 2 n) -> (..., n)
+# Gated activations take a gate and a value side by side: (..., 2 n) -> (..., n)
 GATED = {'relu2_glu': (_relu2_glu, _relu2_glu_backward), 'silu_glu': (_silu_glu, _silu_glu_backward)}
 EVERY_ACTIVATION = ACTIVATIONS | GATED
 
 
 class _StraightThrough(torch.autograd.Function):
-    """q in the forward pass, identity to w in the backward pass. (w + (q - w) would round q in its last digits.)"""
+    """Straight-through estimator: returns q and passes the gradient to w. (w + (q - w) would change the last digits of q.)"""
     @staticmethod
     def forward(ctx, w, q):
         return q
@@ -95,10 +95,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _blocks(x, wanted=True):
-    """Slices of the rows of x. On the CPU some rows at a time, so that temporaries stay in the cache and never take the
-    memory of a whole activation; elsewhere, and under torch.compile, which fuse by themselves, one."""
+    """Slices of the rows of x. On the CPU they are small, so that temporaries fit in the cache and stay below the size of an
+    activation. A GPU and torch.compile fuse the operations, so there one slice covers all rows."""
     rows = (len(x) if not wanted or x.device.type != 'cpu' or torch.compiler.is_compiling() else
-            max(1024 if x.dim() == 2 else 1, 2 ** 18 // max(1, math.prod(x.shape[1:]))))  # a product wants many rows
+            max(1024 if x.dim() == 2 else 1, 2 ** 18 // max(1, math.prod(x.shape[1:]))))  # matmuls are slow on few rows
     return [slice(i, i + rows) for i in range(0, len(x), rows)] if len(x) > rows else [slice(None)]
 
 
@@ -107,25 +107,25 @@ def _normalize(z, alpha, ndim, eps):
     if z.device.type != 'cpu':
         u, _, rstd = torch.native_layer_norm(wide(z), z.shape[-ndim:], None, None, TINY_VAR)
         return u.mul_(alpha / (1 + eps * rstd)), rstd                       # 1/(std + eps) = rstd / (1 + eps rstd)
-    dims = tuple(range(-ndim, 0))                   # there layer_norm is slower, most of all for short rows
+    dims = tuple(range(-ndim, 0))                   # on the CPU layer_norm is slower than this, above all for short rows
     u = wide(z)
-    u = u - u[(..., *[slice(1)] * ndim)]            # else the mean of equal numbers is off by a rounding, and std far below eps
+    u = u - u[(..., *[slice(1)] * ndim)]            # else equal numbers get a mean off by a rounding and a std far below eps
     u -= u.mean(dims, keepdim=True)
     norm = u
-    for dim in reversed(dims):                      # one after the other: it sums millions of squares with an error of 1e-4
+    for dim in reversed(dims):                      # one dimension at a time: a sum of millions of squares is off by 1e-4
         norm = torch.linalg.vector_norm(norm, dim=dim, keepdim=True)
     rstd = norm.square_().div_(math.prod(z.shape[-ndim:])).add_(TINY_VAR).rsqrt_()
     return u.mul_(rstd / (1 + eps * rstd)).mul_(alpha), rstd
 
 
 def _normalize_backward(g, y, rstd, alpha, ndim, eps):
-    """(dz, dalpha) from dy and y itself, which the next operation mostly saves anyway: z need not be saved.
+    """Return (dz, dalpha) from dy and y. The next operation usually saves y anyway, so z need not be saved.
 
     With u = y / alpha and g' = alpha * dy:  dz = (g' - mean(g') - u mean(g' u) (std + eps) / std) / (std + eps).
     """
     g, u = wide(g), wide(y) / alpha
     slack = 1 + eps * rstd                                                  # (std + eps) / std
-    root = slack.sqrt()                                                     # shared between the two u's of the formula
+    root = slack.sqrt()                                                     # each of the two u's in the formula takes one
     dz = torch.ops.aten.native_layer_norm_backward(g * alpha, u, u.shape[-ndim:], torch.zeros_like(rstd), root, None, None,
                                                    [True, False, False])[0].mul_(rstd / (slack * root))
     return dz, (g * u).sum_to_size(alpha.shape)
@@ -136,7 +136,7 @@ def _away_from_zero(alpha):
 
 
 def _normalize_blocks(z, y, alpha, ndim, eps):
-    """_normalize of z written to y, which may be z itself, block by block; returns rstd."""
+    """Write _normalize(z) to y block by block; y may be z itself. Returns rstd."""
     rstd = torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=wide(z[:0]).dtype, device=z.device)
     for rows in _blocks(z):
         y[rows], rstd[rows] = _normalize(z[rows], alpha, ndim, eps)
@@ -144,7 +144,7 @@ def _normalize_blocks(z, y, alpha, ndim, eps):
 
 
 def _normalize_blocks_backward(g, y, rstd, alpha, ndim, eps):
-    """_normalize_backward block by block; dalpha in fp32."""
+    """_normalize_backward() block by block; dalpha is fp32."""
     dz, galpha = torch.empty_like(y), torch.zeros_like(alpha, dtype=rstd.dtype)
     for rows in _blocks(y):
         dz[rows], part = _normalize_backward(g[rows], y[rows], rstd[rows], alpha, ndim, eps)
@@ -153,7 +153,7 @@ def _normalize_blocks_backward(g, y, rstd, alpha, ndim, eps):
 
 
 class _Normalize(torch.autograd.Function):
-    """_normalize over the last dimension of z, for an embedding. Saves y and rstd. alpha (1,)."""
+    """_normalize() over the last dimension of z, for an embedding. alpha has shape (1,). Saves y and rstd."""
     @staticmethod
     def forward(ctx, z, alpha, eps):
         alpha, y = _away_from_zero(alpha), torch.empty_like(z)
@@ -170,9 +170,9 @@ class _Normalize(torch.autograd.Function):
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """y (N, out) = act(x) (N, in) @ wq.T + bq, and _normalize of that when alpha (chunks, 1) is given.
+    """y (N, out) = act(x) (N, in) @ wq.T + bq. When alpha (chunks, 1) is given, _normalize() follows.
 
-    `wq, bq = quantize(w, b, dtype)`. Saves x, w, b and, with alpha, y and 1 / std; recomputes wq and act(x).
+    `wq, bq = quantize(w, b, dtype)`. Saves x, w, b and, with alpha, y and 1 / std. Recomputes wq and act(x).
     """
     @staticmethod
     def forward(ctx, x, w, b, alpha, quantize, act, eps):
@@ -232,11 +232,11 @@ def _add_product(total, g, x):
 
 
 class _QuantizedConv(torch.autograd.Function):
-    """y = conv2d(act(x), wq, bq), and _normalize of that over the channels of each pixel, the pixels of each channel or the
-    whole example when alpha (out,) is given; round_input: act(x) rounded to int8 by the largest of each example, straight
-    through. `wq, bq = quantize(w, b, dtype)`; conv: its stride, padding, dilation (pairs) and groups.
+    """y = conv2d(act(x), wq, bq). When alpha (out,) is given, _normalize() follows: over the channels of each pixel, the pixels
+    of each channel, or the whole example. round_input rounds act(x) to int8, scaled by the largest value of each example, with
+    a straight-through gradient. `wq, bq = quantize(w, b, dtype)`; conv: stride, padding, dilation (pairs) and groups.
 
-    Saves x, w, b and, with alpha, y and 1 / std; recomputes wq and act(x).
+    Saves x, w, b and, with alpha, y and 1 / std. Recomputes wq and act(x).
     """
     @staticmethod
     def forward(ctx, x, w, b, alpha, quantize, act, round_input, norm, eps, conv):
@@ -244,7 +244,7 @@ class _QuantizedConv(torch.autograd.Function):
         y, rstd = F.conv2d(_conv_input(x, act, round_input), wq, bq, **conv), None
         if alpha is not None:
             alpha, z = _away_from_zero(alpha), _by_norm(y, norm)
-            rstd = _normalize_blocks(z, z, *_scale(alpha, norm), eps)           # in place of the product
+            rstd = _normalize_blocks(z, z, *_scale(alpha, norm), eps)           # overwrites the product
             y = _from_norm(z, y.shape, norm)
         keep_x = ctx.needs_input_grad[1] or act is not None and ctx.needs_input_grad[0]
         ctx.save_for_backward(x if keep_x else None, w, b, alpha, rstd, None if alpha is None else y)
@@ -264,7 +264,7 @@ class _QuantizedConv(torch.autograd.Function):
             g = _from_norm(dz, y.shape, ctx.norm)
             galpha = galpha.view(alpha.shape).to(alpha.dtype) if need_alpha else None
         wq, bq = ctx.quantize(w, b, ctx.dtype)
-        # its layout is that of the gradient, whether or not its numbers are needed
+        # convolution_backward gives the gradient the memory layout of its input; the values matter only for gw
         a = _conv_input(x, ctx.act, ctx.round_input) if need_w else g.new_empty(()).expand(ctx.x_shape) if x is None else x
         c = ctx.conv
         gx, gw, gb = torch.ops.aten.convolution_backward(
@@ -285,12 +285,12 @@ def _conv_input(x, act, round_input):
 
 
 def _by_norm(z, norm):
-    """(N, C, H, W) with what is normalised last: (N H W, C), a view of a channels_last tensor, or (N, C, H W)."""
+    """Reshape (N, C, H, W) so that the normalised values come last: (N H W, C), a view if channels_last, or (N, C, H W)."""
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) if norm == 'channel' else z.flatten(2)
 
 
 def _scale(alpha, norm):
-    """(alpha as it broadcasts to _by_norm(), how many of the last dimensions are normalised)."""
+    """Return (alpha in a shape that broadcasts to _by_norm(), number of trailing dimensions to normalise)."""
     return alpha if norm == 'channel' else alpha[:, None], 2 if norm == 'sample' else 1
 
 
@@ -298,8 +298,8 @@ def _from_norm(rows, shape, norm):
     return rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2) if norm == 'channel' else rows.view(shape)
 
 
-# Without the int8 dot-product instructions torch._int_mm can be slower than the float product by far. Asked once, here:
-# torch.compile cannot trace the question.
+# Without int8 dot-product instructions torch._int_mm can be far slower than the float product. The check runs at import, since
+# torch.compile cannot trace it.
 FAST_INT8_CPU = getattr(torch.cpu, '_is_vnni_supported', lambda: False)()
 
 
@@ -310,11 +310,11 @@ def has_fast_int8(device):
 class _TernaryLinear(torch.autograd.Function):
     """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales + b.
 
-    x (N, in), or (N, 2 in) where act is gated. Saves x, the int8 codes of the normalised input and per-token scalars:
-    dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` gives the ternary weight, a scale for each of
-    `rows` rows. gain None: x is normalised already.
-    The product of the codes is exact in int32, and in fp32 too as long as |sum| <= 128 * in < 2**24; under autocast it is
-    rounded to bf16 like any other product there.
+    x (N, in), or (N, 2 in) if act is gated. Saves x, the int8 codes of the normalised input, and per-token scalars. These give
+    dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` returns the ternary weight; scales[i] belongs to a
+    chunk of rows[i] rows. gain=None means that x is already normalised.
+    The product of the codes is exact in int32. In fp32 it is exact while |sum| <= 128 * in < 2**24. Autocast rounds it to bf16,
+    like any other product.
     """
     @staticmethod
     def forward(ctx, x, w, b, gain, weights, rows, eps, act, dtype):
@@ -328,10 +328,10 @@ class _TernaryLinear(torch.autograd.Function):
                 a = (a * rstd[i]).mul_(gain)
             q[i], sx[i] = quantize_rows(a)
         t, sw = weights(w)                                                  # (out, in) int8, (chunks,)
-        if has_fast_int8(q.device) and min(*q.shape, len(t)) > 1:          # size-1 strides: pytorch/pytorch#195066
+        if has_fast_int8(q.device) and min(*q.shape, len(t)) > 1:          # size-1 dimensions: pytorch/pytorch#195066
             z, sx_z = torch._int_mm(q, t.T), sx                             # int32 (N, out)
         else:
-            shrink = 2 ** -10 if dtype == torch.float16 else 1              # fp16 ends at 65504; the sums need not
+            shrink = 2 ** -10 if dtype == torch.float16 else 1              # sums can exceed 65504, the fp16 maximum
             z, sx_z = F.linear(q.to(dtype) * shrink, t.to(dtype)), sx / shrink
         y = z * (sx_z * sw) if len(sw) == 1 else (z * sx_z).mul_(_of_rows(sw, rows))
         if b is not None:
@@ -357,7 +357,7 @@ class _TernaryLinear(torch.autograd.Function):
             if need_w:
                 _add_product(gw, g[i], (q[i] * sx[i]).to(g.dtype))
             if need_x:
-                h = wide(g[i] @ wq)                                        # gradient at the quantizer = at its input
+                h = wide(g[i] @ wq)                                        # straight-through: also the gradient at its input
                 if rstd is not None:                                        # RMSNorm: n = gain * u, u = a * rstd
                     u = wide(forward(x[i])) * rstd[i]
                     p = h * u
@@ -371,16 +371,15 @@ class _TernaryLinear(torch.autograd.Function):
 
 
 def _of_rows(scales, rows):
-    """(sum(rows),): each of the scales (len(rows),) as often as it has rows."""
+    """Repeat each of the scales (len(rows),) once per row of its chunk: (sum(rows),)."""
     return scales.expand(*rows) if len(rows) == 1 else torch.cat([s.expand(n) for s, n in zip(scales, rows, strict=True)])
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y (N, out) = x (N, in) @ W.T + b for a W that is not trained: decoder() gives a function weights(i, j) for its rows
-    i .. j - 1 in x's dtype.
+    """y (N, out) = x (N, in) @ W.T + b for a frozen W. decoder() returns a function weights(i, j): W[i:j] in x's dtype.
 
-    A block of rows at a time, so that the decoded weight never exists whole and stays in the cache. Saves nothing, not
-    even what the decoder works with.
+    Decodes one block of rows at a time: the block fits in the cache, and the whole decoded weight is never in memory. Saves
+    nothing, not even the tensors that the decoder reads.
     """
     @staticmethod
     def forward(ctx, x, b, decoder, blocks, product):
@@ -402,7 +401,7 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weights, ((i, j), *rest) = ctx.decoder(), ctx.blocks
             gx = g[:, i:j] @ weights(i, j)
-            gx = wide(gx) if rest else gx                                   # a sum in bf16 is rounded at each block
+            gx = wide(gx) if rest else gx                                   # bf16 would round the sum after each block
             for i, j in rest:
                 if gx.dtype == g.dtype:
                     gx.addmm_(g[:, i:j], weights(i, j))
@@ -414,7 +413,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def _row_blocks(shape, x, multiple=1):
-    """[(i, j), ...] over the rows of a weight of this shape; on the CPU of 1 MB for each thread."""
+    """Blocks [(i, j), ...] of the rows of a weight of this shape. On the CPU a block has 1 MB for each thread."""
     rows, columns = shape
     if torch.compiler.is_compiling():
         return [(0, rows)]
@@ -424,8 +423,8 @@ def _row_blocks(shape, x, multiple=1):
 
 
 def frozen_linear(x, bias, decoder, shape, multiple=1, product=None):
-    """_FrozenLinear over x (..., in) in the compute dtype, to which bias is cast. multiple: blocks begin at multiples of so
-    many rows. product(x (N, in)) may give x W^T at once, or None."""
+    """_FrozenLinear over x (..., in). x and bias are cast to the compute dtype. multiple: each block begins at a multiple of
+    this number of rows. product(x (N, in)): optional kernel that returns x W^T, or None if it cannot."""
     dtype = compute_dtype(x)
     flat = x.reshape(-1, shape[1]).to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -447,37 +446,37 @@ ternary_linear = _TernaryLinear.apply
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the base classes: LowBit; LowBitLinear and LowBitConv, by the shape of the product; Binary, Ternary and FourBit, by the
-# format of the weight. A module below is made of one of the two and one of the three.
+# the base classes: LowBit; LowBitLinear and LowBitConv, for the kind of product; Binary, Ternary and FourBit, for the format of
+# the weight. Most modules below combine one of the two with one of the three.
 
 
 def in_blocks(encode, rows, size=1 << 20):
-    """encode(part) -> dict of tensors, for about `size` weights of `rows` (n, ...) at a time, the tensors concatenated:
-    temporaries are many times larger than the codes, and the matrix of a head may be half of a model. Parts are of whole 256
-    rows; on a GPU, where calls cost more than memory, they are larger."""
+    """Apply encode(part) -> dict of tensors to about `size` weights of `rows` (n, ...) at a time; concatenate the results.
+    Temporaries are many times larger than the codes, and the head matrix can be half of a model. Each part is a multiple of
+    256 rows. Parts are larger on a GPU, where calls cost more than memory."""
     size = size if rows.device.type == 'cpu' else 1 << 26
     parts = [encode(part) for part in rows.split(max(1, size // max(1, rows[:1].numel()) // 256) * 256)]
     if len(parts) == 1:
         return parts[0]
 
-    def whole(tensors):                             # under autocast cat() knows no fp16 on a CPU, with out= it asks nothing
+    def whole(tensors):                             # cat() fails for fp16 under autocast on a CPU, but not with out=
         return torch.cat(tensors, out=tensors[0].new_empty(sum(map(len, tensors)), *tensors[0].shape[1:]))
     return {name: whole([part[name] for part in parts]) for name in parts[0]}
 
 
 def all_finite(tensors):
-    """Without a copy of any of them."""
+    """True when all tensors are finite. Copies none of them."""
     return all(torch.isfinite(torch.stack(t.aminmax())).all() for t in tensors if t.numel())
 
 
 class LowBit(nn.Module):
-    """Latent `weight` (and `bias`) Parameters or, after pack_(), uint8 codes.
+    """Base class of quantized layers: latent `weight` (and `bias`) Parameters or, after pack_(), uint8 codes.
 
-    A subclass gives `kind`, its name in FORMATS, the `bits` of a code, encode() -> dict of buffers that hold the quantized
-    weight, its inverse decode() -> (weight, bias or None), rounded(weight) -> the quantized weight of a latent one, and a
-    forward() for both states. Raises ValueError for an activation that is none of `acts`.
+    A subclass defines `kind` (its name in FORMATS), `bits` (of a code), and a forward() for both states. encode() returns a
+    dict of buffers with the quantized weight; decode() is its inverse and returns (weight, bias or None). rounded(weight)
+    quantizes a latent weight. Raises ValueError for an activation that is not in `acts`.
     """
-    packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: the dimension of the weight that the bias goes along
+    packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: dimension of the weight whose size the bias has
 
     def __init__(self, shape, bias, act=None):
         if act not in self.acts:
@@ -486,11 +485,11 @@ class LowBit(nn.Module):
         self.shape, self.act, self.eps = shape, act, 0.0
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(shape[self.bias_dim])) if bias else None
-        self.register_parameter('alpha', None)      # only a binary module scales its output
+        self.register_parameter('alpha', None)      # only binary modules scale their output
         self._init_weight()
 
     def pack_(self):
-        """Replace the latent weights by their codes (buffers `code`, ...), in place. Not trainable from here on."""
+        """Replace the latent weights by their codes (buffers `code`, ...), in place. The layer is no longer trainable."""
         if not self.packed:
             if not all_finite(self.parameters(recurse=False)):
                 raise ValueError(f'{type(self).__name__}: weights must be finite to be packed')
@@ -499,7 +498,7 @@ class LowBit(nn.Module):
         return self
 
     def hold_(self, buffers):
-        """Become a packed module of these buffers, as encode() gives them."""
+        """Turn this into a packed module with these buffers, as returned by encode()."""
         del self.weight
         if self.bias is not None and 'packed_bias' in buffers:
             del self.bias
@@ -513,7 +512,7 @@ class LowBit(nn.Module):
         return self
 
     def unpack_(self):
-        """Back to a trainable layer whose weights are the quantized ones (the latent values are gone for good)."""
+        """Turn a packed layer into a trainable one. Its weights are the quantized ones; the latent values are lost."""
         if self.packed:
             with torch.no_grad():
                 weight, bias = self.decode()
@@ -528,16 +527,16 @@ class LowBit(nn.Module):
         return self
 
     def effective_weight(self):
-        """fp32, of the weight's shape: what weight_input(x) is multiplied by, of a packed layer."""
+        """The weight of a packed layer that multiplies weight_input(x): fp32, of the weight's shape."""
         return self.decode()[0].float()
 
     def _quantize(self, weight, bias, dtype):
-        """(weight, bias or None) in `dtype` as the product sees them, of latent ones or, packed, of the codes."""
+        """Return the quantized (weight, bias or None) in `dtype`: from latent values or, if packed, from the codes."""
         weight = self.effective_weight() if self.packed else self.rounded(weight)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def packed_bytes(self):
-        """Bytes of this layer when packed: codes, scales and whatever it keeps in full precision."""
+        """Bytes of this layer when packed: codes, scales and the parameters that stay in full precision."""
         with torch.no_grad():
             held = dict(self.named_buffers(recurse=False)) if self.packed else self.encode()
         dropped = {'weight'} | ({'bias'} if 'packed_bias' in held else set())
@@ -546,10 +545,10 @@ class LowBit(nn.Module):
 
 
 class LowBitLinear(LowBit):
-    """A linear layer, (..., in) -> (..., out) in the compute dtype.
+    """Base class of quantized linear layers, (..., in) -> (..., out) in the compute dtype.
 
-    Trained, and packed where the output is normalised: the product with _quantize(weight). Packed otherwise: with what
-    decoder(dtype) gives, a function weights(i, j) of rows i .. j - 1, a block of rows at a time; blocks begin at multiples of
+    A layer that is trained, or whose output is normalised, multiplies by _quantize(weight). Any other packed layer decodes one
+    block of rows at a time: decoder(dtype) returns a function weights(i, j) for rows i .. j - 1. Blocks begin at multiples of
     `row_multiple`. extra_repr() shows the attributes named in `shown`.
     """
     row_multiple, shown = 1, ()
@@ -565,7 +564,7 @@ class LowBitLinear(LowBit):
         return self.product(x, self.act)
 
     def product(self, x, act):
-        """act(x) times the weight, plus the bias, normalised where there is an alpha."""
+        """act(x) times the weight, plus the bias; normalised if the layer has an alpha."""
         dtype = compute_dtype(x)
         if self.packed and self.alpha is None:
             return frozen_linear(ACTIVATIONS[act][0](x.to(dtype)), self.bias, lambda: self.decoder(dtype), self.shape,
@@ -575,14 +574,14 @@ class LowBitLinear(LowBit):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def product_of_codes(self, x):
-        """x (tokens, in) times the packed weight without decoding it first; None where there is no kernel for it."""
+        """x (tokens, in) times the packed weight, without decoding it first; None if there is no kernel for this."""
 
     def weight_input(self, x):
-        """What the weight is multiplied by, given the layer's input: what an adapter beside it has to see."""
+        """The tensor that the weight multiplies, computed from the layer's input x. A LoRA adapter gets the same tensor."""
         return EVERY_ACTIVATION[self.act][0](x.to(compute_dtype(x)))
 
     def merged(self, delta, requantize, x):
-        """A layer of weight effective_weight() + delta: this kind, packed, with requantize; else in the dtype of x."""
+        """A layer with weight effective_weight() + delta: of this kind and packed if requantize, else in the dtype of x."""
         if requantize:
             new = copy.deepcopy(self).unpack_()
             new.weight.add_(self._latent_change(delta, x))
@@ -591,7 +590,7 @@ class LowBitLinear(LowBit):
         return new if self.act is None else nn.Sequential(Activation(self.act), new)
 
     def _latent_change(self, delta, x):
-        """What to add to the latent weight so that delta is added to the effective one."""
+        """The change of the latent weight that changes the effective weight by delta."""
         return delta
 
     def extra_repr(self):
@@ -600,14 +599,14 @@ class LowBitLinear(LowBit):
 
 
 class LowBitConv(LowBit):
-    """A convolution, (N, C, H, W) -> (N, out, H', W') in the compute dtype, arguments as of nn.Conv2d, with zero padding only.
+    """Base class of quantized convolutions, (N, C, H, W) -> (N, out, H', W') in the compute dtype.
 
-    act='relu' (or 'gelu') applies the activation in front of the layer inside of it and saves only the activation's input,
-    which the layer before it saves anyway where that is binary: then a convolution, its normalisation and its activation
-    leave one tensor for the backward pass, where Conv2d, BatchNorm2d and an in-place ReLU leave two.
+    Arguments as in nn.Conv2d; the padding is always zeros. act='relu' (or 'gelu') applies the activation to x inside the layer
+    and saves only x. A binary layer in front saves this tensor anyway. A convolution with its normalisation and activation then
+    saves one tensor for the backward pass. Conv2d, BatchNorm2d and an in-place ReLU save two.
 
-    With inputs in torch.channels_last the normalisation over the channels is one over adjacent numbers; others are copied.
-    Raises ValueError for an unknown act or padding, and groups that do not divide the channels.
+    Use torch.channels_last inputs: normalisation over the channels then needs no copy.
+    Raises ValueError for an unknown act or padding, and for groups that do not divide the channels.
     """
     norm, round_input = None, False
 
@@ -623,7 +622,7 @@ class LowBitConv(LowBit):
                 raise ValueError(f"{name}: padding='same' needs stride=1, not {stride}")
             total = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
             padding = tuple(t // 2 for t in total)
-            if any(t % 2 for t in total):           # one more on the right and below, as nn.Conv2d has it
+            if any(t % 2 for t in total):           # the odd zero goes right and below, as in nn.Conv2d
                 uneven = (0, total[1] % 2, 0, total[0] % 2)
         padding = (0, 0) if padding == 'valid' else pair(padding)
         super().__init__((out_channels, in_channels // groups, *size), bias, act)
@@ -644,8 +643,8 @@ class LowBitConv(LowBit):
 
 
 class Binary(LowBit):
-    """Bits of weight and bias, {0,1} by `w > mean(w)`; `chunks` slices of dim 0 have their own mean each. The product is
-    computed with bits minus `offset`; the output is normalised and multiplied by alpha, which is learnable."""
+    """Binary weight and bias: {0,1} by `w > mean(w)`, with one mean for each of `chunks` slices of dim 0. The product uses the
+    bits minus `offset`. The output is normalised and multiplied by a learnable alpha."""
     kind, bits, chunks, offset = 'bin', 1, 1, 0.5
 
     def _init_weight(self):
@@ -653,7 +652,7 @@ class Binary(LowBit):
 
     def _init_alpha(self, alpha, shape, eps):
         if not alpha > 0:
-            raise ValueError(f'alpha must start above 0, got {alpha}')
+            raise ValueError(f'the initial alpha must be above 0, got {alpha}')
         self.alpha, self.eps = nn.Parameter(torch.full(shape, float(alpha))), eps
 
     def encode(self):
@@ -666,7 +665,7 @@ class Binary(LowBit):
         return self._unpacked(torch.float32, 0.5)
 
     def _unpacked(self, dtype, offset):
-        """(weight, bias or None) of a packed layer: bits minus `offset`."""
+        """Return (weight, bias or None) of a packed layer: bits minus `offset`."""
         bits = lambda held, n: unpack_bits(held, 1, n).to(dtype).sub_(offset)
         bias = bits(self.packed_bias, self.shape[self.bias_dim]) if hasattr(self, 'packed_bias') else None
         return bits(self.code, math.prod(self.shape[1:])).view(self.shape), bias
@@ -678,17 +677,17 @@ class Binary(LowBit):
 
 
 class Ternary(LowBit):
-    """Codes round(clip(W / s, -1, 1)) times s = mean|W|, one s for each of `chunks` (a number, or a tuple of rows)."""
+    """Ternary weight: codes round(clip(W / s, -1, 1)) times s = mean|W| of each chunk. chunks: a number or a tuple of rows."""
     kind, bits, chunks = 'tern', 2, 1
 
     @property
     def rows(self):
-        """Tuple of the rows of each chunk."""
+        """Tuple: the number of rows of each chunk."""
         return (self.shape[0] // self.chunks,) * self.chunks if isinstance(self.chunks, int) else tuple(self.chunks)
 
     def ternary(self, weight=None):
-        """(codes int8 of the weight's shape, scales fp32, one for each chunk), of the latent `weight` (default: its own) or,
-        packed, of the codes."""
+        """Return (int8 codes of the weight's shape, fp32 scales, one per chunk): of the latent `weight` (default: its own) or,
+        if packed, of the stored codes."""
         if self.packed:
             codes = unpack_bits(self.code, 2, math.prod(self.shape[1:])).to(torch.int8).sub_(1)
             return codes.view(self.shape), self.weight_scale
@@ -709,22 +708,22 @@ class Ternary(LowBit):
         return self._latent_change(self.effective_weight()), None
 
     def _latent_change(self, delta, _=None):
-        # A latent of code * scale / share has mean|W| = scale again when `share` of the codes are not 0.
+        # When `share` of the codes are not 0, a latent weight of code * scale / share has mean|W| = scale again.
         shares = (part.ne(0).float().mean().clamp_(min=1e-9) for part in self.ternary()[0].split(self.rows))
         return torch.cat([part / share for part, share in zip(delta.split(self.rows), shares, strict=True)])
 
 
 class FourBit(LowBit):
-    """Codes and scales of the flattened weight, see quantize4()."""
+    """4-bit weight: codes and scales of the flattened weight, see quantize4()."""
     bits = 4
 
     def _set_format(self, format, group, scales):
         name = type(self).__name__
         if format not in FORMATS4 or group < 0 or group % 2:
-            raise ValueError(f'{name}: format={format!r} must be in {list(FORMATS4)}, group={group} even')
+            raise ValueError(f'{name}: format={format!r} must be in {list(FORMATS4)} and group={group} must be even')
         scales = scales or FORMATS4[format].scales
         if scales not in SCALES4 or (scales == 'log8') != (format == 'fit4'):
-            raise ValueError(f"{name}: scales={scales!r} must be in {SCALES4}; 'log8' is fit4's, and fit4's only")
+            raise ValueError(f"{name}: scales={scales!r} must be in {SCALES4}; use 'log8' with fit4 and only with fit4")
         self.format, self.group, self.scales = format, group or FORMATS4[format].group, scales
         self.kind = 'int4' if format == 'uniform' else format
 
@@ -732,7 +731,7 @@ class FourBit(LowBit):
         def part(groups):
             codes, held = quantize4(groups, self.format, self.group, self.scales)
             return {'code': pack4(codes, self.format), **held}
-        # 8-bit scales go by 256 groups; those of fit4 by the largest weight of all
+        # '8bit' scales depend on 256 groups, which the parts keep together; 'log8' scales depend on the whole tensor
         whole = self.scales == 'log8' or self.weight.numel() % self.group
         held = part(self.weight) if whole else in_blocks(part, self.weight.reshape(-1, self.group))
         if not torch.isfinite(scales4({k: t for k, t in held.items() if k != 'code'})).all():
@@ -740,7 +739,7 @@ class FourBit(LowBit):
         return held
 
     def held_scales(self):
-        """{name: buffer} of all but the codes, as scales4() and decode4() take them."""
+        """{name: buffer} of all buffers except the codes, for scales4() and decode4()."""
         return {name: t for name, t in self.named_buffers(recurse=False) if name != 'code'}
 
     def decode(self):
@@ -760,12 +759,12 @@ class BinaryLinear(Binary, LowBitLinear):
 
         z = W01 x + b01,  W01 = W > mean(W),  b01 = b > mean(b);   y = alpha * (z - mean(z)) / (std(z) + eps)
 
-    mean and population std over the output features of each token; alpha is learnable (the paper has none; the
-    learnable scale is from the reproduction by Dao et al.), one number, and starts at `alpha`. Computed with W01 - 1/2 (see
-    half_bits). b starts at 0, i.e. all bits 0.
+    Mean and population std are over the output features of each token. alpha is one learnable number that starts at `alpha`.
+    The paper has no alpha; it comes from the reproduction by Dao et al. The layer computes with W01 - 1/2 (see half_bits).
+    b starts at 0, so all its bits are 0.
 
-    chunks=3 treats the weight as 3 stacked matrices, each with its own mean, normalisation and alpha: a fused q, k, v
-    projection equal to three BinaryLinear layers. act='gelu' applies the activation to x first, and saves only x.
+    chunks=3 treats the weight as 3 stacked matrices, each with its own mean, normalisation and alpha. A fused q, k, v
+    projection then equals three BinaryLinear layers. act='gelu' applies the activation to x first, and saves only x.
     Raises ValueError for chunks that do not divide `out`, an unknown act, or alpha <= 0.
 
     Worked by hand, 2 x 2, no bias, alpha 1: W = [[.1, .7], [.4, .0]] has mean .3, W01 = [[0, 1], [1, 0]];
@@ -782,11 +781,11 @@ class BinaryLinear(Binary, LowBitLinear):
 
     def merged(self, delta, requantize, x):
         if not requantize:
-            raise ValueError('BinaryLinear: its output is normalised, which no full-precision layer does; type requantize=True')
+            raise ValueError('BinaryLinear: its normalised output has no full-precision equivalent; type requantize=True')
         return super().merged(delta, requantize, x)
 
     def _latent_change(self, delta, x):
-        # y = alpha (z - mean z) / std z: what is to add delta x to y adds std / alpha times as much to z
+        # y = alpha (z - mean z) / std z. To add delta x to y, add std / alpha times delta x to z.
         z = F.linear(self.weight_input(x).reshape(-1, self.in_features).float(), *self.decode())
         std = z.unflatten(-1, (self.chunks, -1)).std(-1, unbiased=False).mean(0)
         return (delta.unflatten(0, (self.chunks, -1)) * (std[:, None] / self.alpha).unsqueeze(-1)).flatten(0, 1)
@@ -797,18 +796,18 @@ class TernaryLinear(Ternary, LowBitLinear):
 
         xq = int8(RMSNorm(x)) absmax per token;   wq = round(clip(W / s, -1, 1)) * s, s = mean|W|;   y = xq wq^T + b
 
-    The RMSNorm is inside (with a learnable gain), so the layer wants an input that is NOT normalised; norm=False for
-    one that is, e.g. when several layers share an input. chunks and act as in BinaryLinear: one scale per chunk, and
-    chunks=(8, 4, 4) are 3 of these many rows. act='relu2_glu' (relu(gate)^2 * up, as b1.58-2B-4T has) and 'silu_glu' take
-    x = [gate | up] (..., 2 in). Raises ValueError for chunks that do not make up `out`, an unknown act, or in > 131071 (the
-    fp32 product of the codes would no longer be exact).
+    The layer contains the RMSNorm (with a learnable gain), so its input must NOT be normalised. Use norm=False for a normalised
+    input, for example one that several layers share. act is as in BinaryLinear; each chunk has one scale, and chunks=(8, 4, 4)
+    means 3 chunks of 8, 4 and 4 rows. act='relu2_glu' (relu(gate)^2 * up, used by b1.58-2B-4T) and 'silu_glu' take the input
+    [gate | up] (..., 2 in). Raises ValueError for chunks that do not add up to `out`, an unknown act, or in > 131071: beyond
+    that the fp32 product of the codes is no longer exact.
     """
     acts, shown = EVERY_ACTIVATION, ('chunks', 'norm', 'act')
 
     def __init__(self, in_features, out_features, bias=False, *, chunks=1, norm=True, act=None, eps=1e-5):
         rows = (out_features // chunks,) * chunks if isinstance(chunks, int) else tuple(chunks)
         if sum(rows) != out_features or min(rows) < 1 or in_features >= 2 ** 17:
-            raise ValueError(f'TernaryLinear({in_features}, {out_features}): chunks={chunks} must make up out_features, '
+            raise ValueError(f'TernaryLinear({in_features}, {out_features}): chunks={chunks} must add up to out_features, '
                              'in < 131072')
         super().__init__(in_features, out_features, bias, act)
         self.chunks, self.norm, self.eps = chunks, norm, eps
@@ -835,12 +834,12 @@ class TernaryLinear(Ternary, LowBitLinear):
 class Linear4bit(FourBit, LowBitLinear):
     """Linear layer with 4-bit weights, trained through the rounding or, after pack_(), frozen; (..., in) -> (..., out).
 
-    format: 'uniform' (the course's BigNet: levels u / 15 * 2n - n), 'nf4' (arXiv 2305.14314), 'fit4' (quant.py; the least
-    error on normal weights, at ten times the encoding time; for weights with outliers take nf4, which has a level at 0).
-    `group` weights of the flattened matrix share a scale (0: 16, 64, 32), kept as scales='fp16', 'fp32', '8bit' (double
-    quantization, per 256 groups) or, for fit4, 'log8'. The bias stays as it is. Packed buffers:
-    code uint8, absmax, absmax_top. Raises ValueError for an unknown format or scales, a group that is not even, an
-    unknown act, and in pack_() for weights that are not finite or beyond the scale's range.
+    format: 'uniform' (the course's BigNet: levels u / 15 * 2n - n), 'nf4' (arXiv 2305.14314) or 'fit4' (see quant.py). fit4 has
+    the least error on normal weights, but takes ten times as long to encode. For weights with outliers use nf4, which has a
+    level at 0. `group` weights of the flattened matrix share a scale; 0 means 16, 64, 32 for the three formats. scales: 'fp16',
+    'fp32', '8bit' (double quantization over 256 groups) or, for fit4, 'log8'. The bias is not quantized. Packed buffers: code
+    (uint8), absmax, absmax_top. Raises ValueError for an unknown format, scales or act, and for an odd group. pack_() raises
+    ValueError for weights that are not finite or too large for the scales.
     """
     shown = ('format', 'group', 'scales', 'act')
 
@@ -851,9 +850,9 @@ class Linear4bit(FourBit, LowBitLinear):
 
     def decoder(self, dtype):
         held, n, flat = self.held_scales(), self.in_features, None
-        held = {'absmax': scales4(held)} if self.scales == '8bit' else held     # decoded once, not once for each block
+        held = {'absmax': scales4(held)} if self.scales == '8bit' else held     # decode the scales once, not for each block
 
-        def weights(i, j):                          # rows of whole groups, but for the last, which may be filled up
+        def weights(i, j):                          # blocks hold whole groups; only the last group may contain padding
             nonlocal flat
             end = -(-j * n // self.group) * self.group
             flat = decode4(self.code, held, self.format, i * n, end, dtype, flat)
@@ -870,12 +869,12 @@ class Linear4bit(FourBit, LowBitLinear):
 
 
 class Int8Linear(LowBitLinear):
-    """Linear layer with int8 weights, one fp32 absmax / 127 per output row; (..., in) -> (..., out).
+    """Linear layer with int8 weights and one fp32 scale absmax / 127 per output row; (..., in) -> (..., out).
 
-    Trained through the rounding or, after pack_(), frozen. activations='int8' rounds the input as well, to an absmax per
-    token (LLM.int8, arXiv 2208.07339, without its outlier columns); packed and on a CPU with int8 instructions, the
-    product then runs in int8, exactly. Raises ValueError for other activations, an unknown act, in > 131071, and in pack_()
-    for weights that are not finite.
+    Trained through the rounding or, after pack_(), frozen. activations='int8' also rounds the input, scaled by the absmax of
+    each token (LLM.int8, arXiv 2208.07339, without its outlier columns). When the layer is packed and the CPU has int8
+    instructions, the product then runs in int8, exactly. Raises ValueError for other activations, an unknown act and
+    in > 131071. pack_() raises ValueError for weights that are not finite.
     """
     kind, bits, shown = 'int8', 8, ('activations', 'act')
 
@@ -916,11 +915,11 @@ class Int8Linear(LowBitLinear):
 
 
 class BinaryConv2d(Binary, LowBitConv):
-    """Binary normalised convolution (arXiv 2509.07025, alg. 3): as BinaryLinear with a convolution for the product, and an
-    alpha for each output channel. Its output is normalised: no BatchNorm behind it.
+    """Binary normalised convolution (arXiv 2509.07025, alg. 3): like BinaryLinear, with a convolution as the product and one
+    alpha per output channel. The layer normalises its output, so do not put a BatchNorm after it.
 
-    norm says over what: 'channel' at each pixel over the channels (default; the only one for which {0,1} and {-1,1} weights
-    are the same network), 'spatial' over the pixels of each (example, channel), 'sample' over all values of an example.
+    norm: 'channel' normalises each pixel over the channels (default), 'spatial' each (example, channel) over its pixels,
+    'sample' each example over all its values. Only with 'channel' do {0,1} and {-1,1} weights give the same network.
     Raises ValueError for an unknown norm and alpha <= 0.
     """
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, *,
@@ -928,16 +927,16 @@ class BinaryConv2d(Binary, LowBitConv):
         if norm not in ('channel', 'spatial', 'sample'):
             raise ValueError(f"BinaryConv2d: norm={norm!r} must be 'channel', 'spatial' or 'sample'")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
-        # Only a mean over the channels removes the common term that subtracting 1/2 from every weight adds, and with
-        # groups it is no longer common: each group sums other inputs.
+        # Subtracting 1/2 from every weight adds the same term to all output channels; a mean over the channels removes it.
+        # With groups the term differs between channels, since each group sums other inputs.
         self.norm, self.offset = norm, 0.5 if norm == 'channel' and groups == 1 else 0.0
         self._init_alpha(alpha, (out_channels,), eps)
 
 
 class TernaryConv2d(Ternary, LowBitConv):
-    """Ternary convolution, weights as of TernaryLinear (arXiv 2402.17764), on inputs rounded to int8 by the largest of each
-    example. Put a BatchNorm behind it. No RMSNorm inside: at one pixel of a photograph it would leave the hue and take the
-    brightness.
+    """Ternary convolution with weights as in TernaryLinear (arXiv 2402.17764). The input is rounded to int8, scaled by the
+    largest value of each example. Put a BatchNorm after it. It contains no RMSNorm: applied to one pixel of a photograph,
+    RMSNorm keeps the hue and removes the brightness.
     """
     round_input = True
 
@@ -947,8 +946,8 @@ class TernaryConv2d(Ternary, LowBitConv):
 
 
 class Conv4bit(FourBit, LowBitConv):
-    """Convolution with 4-bit weights; format, group and scales as in Linear4bit, over the weight flattened as (out, in, h, w).
-    Put a BatchNorm behind it. Raises ValueError as Linear4bit."""
+    """Convolution with 4-bit weights; format, group and scales as in Linear4bit, on the weight flattened as (out, in, h, w).
+    Put a BatchNorm after it. Raises ValueError like Linear4bit."""
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, *,
                  format='uniform', group=0, scales='', act=None):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
@@ -958,8 +957,8 @@ class Conv4bit(FourBit, LowBitConv):
 class BinaryEmbedding(Binary):
     """Binary normalised embedding (arXiv 2509.07025, alg. 4), ids (...) int -> (..., dim).
 
-    The row of bits of each id plus the bits of a bias, normalised over dim and scaled by alpha (one per layer). Only
-    the rows looked up are rounded; the mean is over the whole table.
+    Adds the bits of a bias to the row of bits of each id, normalises over dim, and multiplies by alpha (one per layer). Only
+    the rows of the given ids are rounded; the mean is over the whole table.
     """
     bias_dim = 1
 
@@ -985,7 +984,7 @@ class BinaryEmbedding(Binary):
 
 
 class Activation(nn.Module):
-    """One of EVERY_ACTIVATION by its name, gated ones included."""
+    """Module that applies one of EVERY_ACTIVATION, given by its name; gated activations included."""
 
     def __init__(self, act):
         super().__init__()
@@ -999,9 +998,9 @@ class Activation(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """Linear layer that keeps weight and bias in fp16 or bf16 and computes in its input's dtype; (..., in) -> (..., out).
+    """Linear layer with weight and bias in fp16 or bf16 that computes in its input's dtype; (..., in) -> (..., out).
 
-    Frozen, or trained in its own dtype with trainable=True (its gradients are fp16 or bf16 as well). Raises ValueError for
+    Frozen by default. With trainable=True it is trained in its own dtype, with fp16 or bf16 gradients. Raises ValueError for
     another dtype.
     """
     kind, bits = 'half', 16
@@ -1016,8 +1015,8 @@ class HalfLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear, **options):
-        """A HalfLinear with weight and bias of nn.Linear `linear`. Raises ValueError where they are not finite in its dtype."""
-        with torch.device('meta'):                  # no random weights in fp32 that nobody uses
+        """A HalfLinear with copies of weight and bias of `linear`. Raises ValueError if they are not finite in its dtype."""
+        with torch.device('meta'):                  # avoids random fp32 weights that the copy would overwrite
             new = cls(linear.in_features, linear.out_features, linear.bias is not None, **options)
         new = _copied(new.to_empty(device=linear.weight.device), linear.weight, linear.bias)
         if not all_finite(new.parameters()):
@@ -1027,7 +1026,7 @@ class HalfLinear(nn.Module):
     def forward(self, x):
         if self.weight.requires_grad:
             return plain_linear(x, self.weight, self.bias)
-        dtype = compute_dtype(x)                    # from fp16 to bf16 at once is five times slower
+        dtype = compute_dtype(x)                    # a direct cast from fp16 to bf16 is five times slower than through fp32
         return frozen_linear(x, self.bias, lambda: lambda i, j: self.weight[i:j].float().to(dtype), self.weight.shape)
 
     def look_up(self, ids):
@@ -1038,9 +1037,9 @@ class HalfLinear(nn.Module):
 
 
 class LowRankLinear(nn.Module):
-    """y = ((x B^T) * c) A^T + b with A (out, rank), c (rank,), B (rank, in), all trainable; the weight is never formed.
+    """Low-rank linear layer y = ((x B^T) * c) A^T + b, with A (out, rank), c (rank,), B (rank, in) trained. Never forms A c B.
 
-    from_linear() takes them from a randomized SVD of a weight (arXiv 0909.4061: torch.svd_lowrank with 8 more columns and
+    from_linear() computes A, c, B by a randomized SVD of a weight (arXiv 0909.4061: torch.svd_lowrank with 8 more columns and
     2 power iterations), the "weight reduction" of the rSVD experiments. Raises ValueError for rank < 1 or > min(in, out).
     """
     kind, bits = 'lowrank', 32
@@ -1058,7 +1057,7 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear, rank):
-        """A LowRankLinear near nn.Linear `linear`; the random draw is torch's generator's."""
+        """A LowRankLinear that approximates the nn.Linear `linear`. Draws random numbers from torch's global generator."""
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, rank=rank).to(linear.weight.device)
         if not torch.isfinite(linear.weight).all():
             raise ValueError('LowRankLinear: weights must be finite')
@@ -1076,9 +1075,9 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def truncate(self, rank, shrink=False):
-        """Keep the `rank` largest singular values of A diag(c) B ("+ SVT" there, though nothing is thresholded): QR of
-        A diag(c) and of B^T, SVD of the small core. Filled up with zeros to the old rank, so that an optimizer's state
-        still fits; shrink=True leaves them out (make the optimizer anew). Returns the share of the squared norm kept."""
+        """Keep the `rank` largest singular values of A diag(c) B: QR of A diag(c) and of B^T, then SVD of the small core. (The
+        rSVD experiments call this "+ SVT", though nothing is thresholded.) Zeros fill the old rank, so an optimizer's state
+        still fits. With shrink=True the rank shrinks: create a new optimizer. Returns the share of the squared norm kept."""
         if not 1 <= rank <= self.rank:
             raise ValueError(f'LowRankLinear: cannot truncate rank {self.rank} to {rank}')
         Qa, Ra = torch.linalg.qr((self.A * self.c).float())
@@ -1090,7 +1089,7 @@ class LowRankLinear(nn.Module):
         return kept
 
     def with_ranks(self, A, B):
-        """A LowRankLinear of this one's product plus A (out, r) B (r, in), of r more ranks."""
+        """A LowRankLinear whose weight is this one's plus A (out, r) B (r, in); its rank is larger by r."""
         new = LowRankLinear(self.in_features, self.out_features, self.bias is not None, rank=self.rank).to(A.device)
         new._set(torch.cat([self.A, A], 1), F.pad(self.c, (0, len(B)), value=1.0), torch.cat([self.B, B]))
         if self.bias is not None:
@@ -1107,12 +1106,12 @@ class LowRankLinear(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + alpha / rank * B A dropout(x): any linear layer, frozen, with A (rank, in) and B (out, rank) trained.
+    """LoRA adapter over any frozen linear layer: y = base(x) + alpha / rank * B A dropout(x), with A (rank, in), B (out, rank).
 
-    arXiv 2106.09685: A kaiming-uniform, B zero, so that nothing changes at first. A low-bit base is packed. Where the base
-    works on something else than x (a ternary layer's RMSNorm, a folded activation) the adapter sees that, as the weight
-    does; over a binary base it adds to the normalised output. Adapters are fp32 and compute in the input's dtype. Raises
-    ValueError for a base without in_features and out_features, rank < 1 or dropout outside [0, 1).
+    arXiv 2106.09685. A starts kaiming-uniform and B zero, so at first the output is that of the base. A low-bit base is packed.
+    If the base transforms x first (RMSNorm of a ternary layer, activation inside the layer), the adapter gets the transformed x
+    too. Over a binary base the adapter adds to the normalised output. A and B are fp32 and compute in the input's dtype.
+    Raises ValueError for a base without in_features and out_features, rank < 1 or dropout outside [0, 1).
     """
     kind = 'lora'
 
@@ -1131,7 +1130,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def adapter(self, x):
-        """What is added to base(x), (..., out) in the compute dtype."""
+        """The term that forward() adds to base(x): (..., out) in the compute dtype."""
         x = self.base.weight_input(x) if isinstance(self.base, LowBit) else x
         dtype = compute_dtype(x)
         h = F.linear(F.dropout(x, self.dropout, self.training).to(dtype), self.lora_A.to(dtype))
@@ -1143,12 +1142,12 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, x, requantize=False):
-        """(layer, damage): one layer for base and adapter, and {'max', 'mean'} of |its output - this one's| on inputs x.
+        """Merge base and adapter into one layer. Returns (layer, {'max', 'mean'} of |change of the output| on inputs x).
 
-        A full-precision base gives nn.Linear. A quantized one gives its decoded weights plus the adapter in fp32 (behind
-        the RMSNorm of a ternary one), or with requantize=True a packed layer of the same kind; the damage tells what that
-        costs. A binary base only has requantize=True, since its output is normalised; its adapter is scaled to what reaches
-        the output on x. A low-rank base takes the adapter's ranks, and drops as many with requantize=True.
+        A full-precision base becomes an nn.Linear. A quantized base becomes its decoded weights plus the adapter in fp32; a
+        ternary one keeps its RMSNorm in front. With requantize=True the result is a packed layer of the same kind, and the
+        change measures the rounding. A binary base needs requantize=True, since its output is normalised. Its adapter is scaled
+        to add the same to the output on x. A low-rank base gains the adapter's ranks; requantize=True truncates them again.
         """
         base, scale = self.base, self.alpha / self.rank
         if isinstance(base, LowRankLinear):
@@ -1163,7 +1162,7 @@ class LoRALinear(nn.Module):
             new = full_linear(weight, base.bias, x.device, x.dtype if half else base.weight.dtype)
             if requantize and half:
                 new = HalfLinear.from_linear(new, dtype=base.weight.dtype)
-        training, self.training = self.training, False                  # no dropout while comparing
+        training, self.training = self.training, False                  # turns dropout off for the comparison
         try:
             off = (new(x).float() - self(x).float()).abs()
         finally:
@@ -1180,7 +1179,7 @@ def full_linear(weight, bias, device, dtype):
 
 
 def _copied(new, weight, bias):
-    """The module `new` with this weight and bias."""
+    """Copy weight and bias into the module `new`; returns it."""
     with torch.no_grad():
         new.weight.copy_(weight)
         if bias is not None:
@@ -1189,16 +1188,16 @@ def _copied(new, weight, bias):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the formats; one entry each: make a layer, convert a model, pack a model
+# the formats; functions that create a layer, convert a model and pack a model
 
 
 class Format(NamedTuple):
-    """A way to keep weights: the modules that take the place of nn.Linear, nn.Conv2d and nn.Embedding (None: nothing does) and
-    the options they are made with. trains: from random weights, so that trainers offer it; else for weights that were
-    trained. act: takes an activation of its input. chunks: keeps a statistic of each of several stacked matrices.
+    """A weight format: the modules that replace nn.Linear, nn.Conv2d and nn.Embedding (None: no replacement) and the options to
+    create them with. trains: can be trained from random weights, so trainers offer it; else it needs trained weights. act: its
+    modules accept act=. chunks: its modules accept chunks=, which gives each of several stacked matrices its own statistic.
 
     A linear module has kind (its name in FORMATS), bits, in_features and out_features. Optional methods: from_linear(linear,
-    **options), for one that is not made like nn.Linear; look_up(ids), rows (n, in) of its packed weight, for an embedding."""
+    **options), if it is not created like nn.Linear; look_up(ids), which returns rows (n, in) of the packed weight."""
     linear: type
     conv: type | None = None
     embedding: type | None = None
@@ -1208,42 +1207,42 @@ class Format(NamedTuple):
     chunks: bool = False
 
 
-# Every weight format, by name; behind it the weight that the forward pass uses, and what a packed one takes.
+# Every weight format, by name. Each comment gives the weight in the forward pass, then the size of a packed weight.
 # pretrained/formats.py adds group and sparse.
 FORMATS = {
-    # as it is, 32 bits
+    # full precision: 32 bits
     'fp': Format(nn.Linear, nn.Conv2d, trains=True),
-    # {0,1} by `w > mean(w)`, the output is normalised: 1 bit, alpha
+    # {0,1} by `w > mean(w)`, the output is normalised: 1 bit, and alpha
     'bin': Format(BinaryLinear, BinaryConv2d, BinaryEmbedding, trains=True, act=True, chunks=True),
-    # {-1,0,1} * mean|w|; the input is RMSNormed (not by a convolution), then int8: 2 bits, one scale
+    # {-1,0,1} * mean|w|; the input is int8, after RMSNorm (except in a convolution): 2 bits, one scale
     'tern': Format(TernaryLinear, TernaryConv2d, trains=True, act=True, chunks=True),
     # 16 even levels between -absmax and absmax of 16 weights: 4 bits, fp16 per group
     'int4': Format(Linear4bit, Conv4bit, options=dict(format='uniform'), trains=True, act=True),
     # 16 normal quantiles times the absmax of 64 weights: 4 bits, fp16 per group
     'nf4': Format(Linear4bit, options=dict(format='nf4'), act=True),
-    # 16 fitted levels times a signed scale of 32 weights: 4 bits, 8 per group
+    # 16 fitted levels times a signed scale of 32 weights: 4 bits, 8 bits per group
     'fit4': Format(Linear4bit, options=dict(format='fit4'), act=True),
     # 255 levels between -absmax and absmax of a row: 8 bits, fp32 per row
     'int8': Format(Int8Linear, act=True),
     # fp16 or bf16: 16 bits
     'half': Format(HalfLinear),
-    # A diag(c) B: 32 bits, fewer numbers
+    # A diag(c) B: 32 bits, but fewer numbers
     'lowrank': Format(LowRankLinear),
-    # any linear layer, frozen, + B A of its own: as its base, + fp32 adapters
+    # any frozen linear layer + B A: the size of the base, and fp32 adapters
     'lora': Format(LoRALinear),
 }
 KINDS = tuple(name for name, form in FORMATS.items() if form.trains)
 
 
 def is_linear(module):
-    """True for nn.Linear and the linear modules of all formats, but for LoRA, which goes over them."""
+    """True for nn.Linear and the linear modules of all formats except LoRA, which wraps them."""
     return isinstance(module, tuple(form.linear for name, form in FORMATS.items() if name != 'lora'))
 
 
 def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **options):
-    """A linear layer of one of FORMATS, but for lowrank and lora, which are made of another layer. chunks is dropped where it
-    changes nothing, for a kind without per-matrix statistics. Raises ValueError for another kind, act with a kind that takes
-    none, and options with fp."""
+    """Create a linear layer of one of FORMATS, except lowrank and lora, which need another layer. chunks is ignored for a kind
+    without statistics per matrix: there it changes nothing. Raises ValueError for another kind, for act with a kind that does
+    not accept it, and for options with fp."""
     made = {name: form for name, form in FORMATS.items() if name not in ('lowrank', 'lora')}
     if kind not in made or act is not None and not made[kind].act or kind == 'fp' and options:
         raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}; act is for '
@@ -1255,34 +1254,34 @@ def linear(kind, in_features, out_features, bias=True, *, chunks=1, act=None, **
 
 
 def conv2d(kind, *shape, act=None, **options):
-    """A convolution of one of FORMATS that has them; shape and options as of nn.Conv2d. Raises ValueError for another kind, or
-    act with fp."""
+    """Create a convolution of one of FORMATS; shape and options as in nn.Conv2d. Raises ValueError for a kind without
+    convolution, or for act with fp."""
     made = {name: form for name, form in FORMATS.items() if form.conv}
     if kind not in made or act is not None and not made[kind].act:
-        raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}, fp without act')
+        raise ValueError(f'kind={kind!r} must be one of {", ".join(made)}; use fp without act')
     form = made[kind]
     return form.conv(*shape, **form.options | ({'act': act} if form.act else {}) | options)
 
 
 def matching(names, pattern):
-    """Those of the names that a glob fits."""
+    """The names that match a glob pattern."""
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
 def set_module(model, name, new):
-    """Put the module `new` in the place of the module `name`, in the mode, training or evaluation, of that one."""
+    """Replace the module `name` by the module `new`, and give it the same mode (training or evaluation)."""
     parent, _, leaf = name.rpartition('.')
     setattr(model.get_submodule(parent), leaf, new.train(model.get_submodule(name).training))
 
 
 def as_kind(module, kind, options, packed):
-    """A layer of `kind` with the weights of `module`, or what makes it of `module` itself, or None where there is none."""
+    """A layer of `kind` with the weights of `module`, or a function that creates it, or None if there is no such layer."""
     form, bias = FORMATS[kind], getattr(module, 'bias', None)
     if kind == 'lora':
         options = dict(options)
         base, base_options = _rule(options.pop('base', 'fp'))
         if base == 'fp' and is_linear(module):
-            LoRALinear(nn.Linear(1, 1), **options)  # an error in the options, before the layer itself is frozen and packed
+            LoRALinear(nn.Linear(1, 1), **options)  # raises for wrong options before LoRA freezes and packs the layer
             return partial(LoRALinear, module, **options)
         base = None if base == 'fp' else as_kind(module, base, base_options, True)
         return LoRALinear(base, **options) if is_linear(base) else None
@@ -1294,7 +1293,7 @@ def as_kind(module, kind, options, packed):
             with torch.device('meta'):
                 new = make()
             if {name for name, _ in new.named_parameters()} <= {'weight', 'bias'}:
-                new.weight = module.weight          # encoded itself, not a copy
+                new.weight = module.weight          # encodes the weight without copying it
                 new.bias = None if bias is None else nn.Parameter(bias.detach().clone())
                 return new.pack_()
     elif isinstance(module, nn.Conv2d) and form.conv and module.padding_mode == 'zeros':
@@ -1314,13 +1313,13 @@ def _rule(rule):
 
 
 def convert(model, rules, verbose=True, packed=False):
-    """Replace nn.Linear, nn.Conv2d and nn.Embedding modules in place, weights and biases copied; returns their names.
+    """Replace nn.Linear, nn.Conv2d and nn.Embedding modules in place, with copies of the parameters; returns their names.
 
-    rules: {glob over module names: kind or (kind, options)}, the first match decides, e.g.
-    {'lm_head': 'fp', 'blocks.*.mlp.*': 'tern', '*': ('bin', dict(alpha=0.5))}. Low-bit layers are trainable until pack(),
-    or packed at once with packed=True. ('lora', dict(rank=8, base='nf4')) puts LoRA over a packed nf4 layer, with no base
-    over what is there, low-bit layers included; what is not wrapped stays trainable: see only_adapters(). Prints what it
-    converted and what it left and why. Raises ValueError for a pattern that matches nothing or an unknown kind.
+    rules: {glob over module names: kind or (kind, options)}; the first match decides. Example:
+    {'lm_head': 'fp', 'blocks.*.mlp.*': 'tern', '*': ('bin', dict(alpha=0.5))}. Low-bit layers are trainable until pack(); with
+    packed=True they are packed immediately. ('lora', dict(rank=8, base='nf4')) puts LoRA over a packed nf4 layer. Without base
+    it wraps the present layer, which may be low-bit. Layers without LoRA stay trainable: see only_adapters(). Prints each
+    converted layer, and each other layer with the reason. Raises ValueError for a pattern without a match or an unknown kind.
     """
     rules = {pattern: _rule(rule) for pattern, rule in rules.items()}
     inside = tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, LoRALinear))
@@ -1356,9 +1355,9 @@ def convert(model, rules, verbose=True, packed=False):
                 left[name] = f'no {kind} form of {type(module).__name__}' + (f' with base={base!r}' if base else '')
             else:
                 made[name] = new
-    for name, new in made.items():                  # all of them or, on an error, none
+    for name, new in made.items():                  # only now, so that an error above leaves the model unchanged
         set_module(model, name, new() if isinstance(new, partial) else new)
-    for module in model.modules():                  # low-bit layers need their output in the backward pass
+    for module in model.modules():                  # an in-place activation overwrites an output that a low-bit layer saves
         if made and getattr(module, 'inplace', False):
             module.inplace = False
     if verbose:
@@ -1370,7 +1369,7 @@ def convert(model, rules, verbose=True, packed=False):
 
 
 def pack(model):
-    """pack_() every low-bit layer of the model, in place; returns the model."""
+    """Pack every low-bit layer of the model in place, see LowBit.pack_(); returns the model."""
     for module in model.modules():
         if isinstance(module, LowBit):
             module.pack_()
@@ -1378,11 +1377,11 @@ def pack(model):
 
 
 def model_bytes(model):
-    """(packed, fp32) bytes of all parameters: low-bit layers packed and the rest in their dtype; everything in fp32."""
+    """(packed, fp32) bytes of all parameters. packed: low-bit layers packed, the rest in their dtype; fp32: all in fp32."""
     low = [m for m in model.modules() if isinstance(m, LowBit)]
     inside = {id(p) for m in low for p in m.parameters(recurse=False)}
     rest = [p for p in model.parameters() if id(p) not in inside]
-    latent = sum(math.prod(m.shape) for m in low if m.packed)           # and the biases that are bits now
+    latent = sum(math.prod(m.shape) for m in low if m.packed)
     latent += sum(m.shape[m.bias_dim] for m in low if hasattr(m, 'packed_bias'))
     return (sum(m.packed_bytes() for m in low) + sum(p.numel() * p.element_size() for p in rest),
             4 * (sum(p.numel() for p in model.parameters()) + latent))

@@ -1,19 +1,19 @@
 """
-Adam whose moments, and if wanted whose gradients, live in r dimensions; Muon beside AdamW.
+Memory-saving optimizers: Adam with moments and, optionally, gradients projected to r dimensions; Muon together with AdamW.
 
     opt = RSVDAdam(model.parameters(), lr=2e-4, rank=16)  # moments of the projected gradient (GaLore, arXiv 2403.03507)
-    attach(model, opt)                                    # and the full gradients of linear layers never exist
+    attach(model, opt)                                    # backward pass without the full gradients of linear layers
     TopRAdamW(model.parameters(), fraction=0.1)           # AdamW on the largest tenth of each gradient
     MuonAdamW([{'params': matrices, 'muon': True}, {'params': others}], lr=1e-3)
     optimizer_bytes(opt), memory_report(model, opt, peak_bytes)
 
-For a gradient G (m, n) and an orthonormal P (m, r) of its leading left singular vectors, made anew every `interval` steps
-by a randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061):
+The orthonormal columns of P (m, r) are the leading left singular vectors of a gradient G (m, n). A randomized SVD (Halko,
+Martinsson, Tropp, arXiv 0909.4061) recomputes P every `interval` steps:
 
     R = P^T G;  M = b1 M + (1 - b1) R;  V = b2 V + (1 - b2) R^2;  W = (1 - lr wd) W - lr scale P (M^ / (sqrt V^ + eps))
 
-M^, V^ bias-corrected. The moments take r n numbers instead of m n. Read in this order: functions of tensors, the optimizer,
-the projected backward pass, TopRAdamW, MuonAdamW, reports.
+M^ and V^ are bias-corrected. The moments take r n numbers instead of m n. The parts of this file: functions of tensors, the
+optimizer, the projected backward pass, TopRAdamW, MuonAdamW, reports.
 """
 import contextlib
 import functools
@@ -31,7 +31,7 @@ from torch.optim.adamw import adamw
 
 
 def sketch_generator(seed, *numbers, device='cpu'):
-    """A generator that is a function of its arguments alone: the same on every rank, no effect on the global one."""
+    """A random generator that depends only on the arguments: equal on every rank, independent of the global generator."""
     for number in numbers:
         seed = (seed * 6_364_136_223_846_793_005 + number + 1_442_695_040_888_963_407) % 2 ** 64
     return torch.Generator(device).manual_seed(seed >> 1)
@@ -39,13 +39,13 @@ def sketch_generator(seed, *numbers, device='cpu'):
 
 @contextlib.contextmanager
 def full_precision(device_type):
-    """Products of fp32 matrices are made in fp32: no TF32 or bf16 by torch.set_float32_matmul_precision, no autocast. With TF32
-    the columns of a basis are orthonormal to 5e-4 instead of 4e-7. The setting is one for all threads of the process."""
+    """Context in which products of fp32 matrices run in fp32: no TF32 or bf16 from torch.set_float32_matmul_precision, and no
+    autocast. TF32 makes the columns of a basis orthonormal to 5e-4 instead of 4e-7. The setting affects all threads."""
     places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [place.fp32_precision for place in places]
     try:
         of_all = torch.get_float32_matmul_precision()
-    except RuntimeError:                            # each backend has its own
+    except RuntimeError:                            # the backends have different settings
         of_all = 'highest'
     torch.set_float32_matmul_precision('highest')
     try:
@@ -58,12 +58,12 @@ def full_precision(device_type):
 
 
 def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, generator=None):
-    """(U, s): orthonormal U (m, k) of the leading left singular vectors and singular values s (k,) of an m x n matrix G
-    known only by its products, k = min(rank + oversample, m, n); fp32, on the generator's device.
+    """Randomized SVD of an m x n matrix G that is given only by its products. Returns (U, s): orthonormal leading left singular
+    vectors U (m, k), singular values s (k,), k = min(rank + oversample, m, n); fp32, on the generator's device.
 
-    multiply(X (n, k)) = G X and multiply_t(Y (m, k)) = G^T Y. Halko et al., algorithms 4.4 and 5.1: the range of G Omega,
-    n_iter power iterations with orthonormalisation in between, the SVD of what remains, from the eigenvectors of its
-    (k, k) Gram matrix in fp64. None when the products are not finite. Call it in full_precision().
+    multiply(X (n, k)) = G X and multiply_t(Y (m, k)) = G^T Y. Halko et al., algorithms 4.4 and 5.1: Q spans the range of G
+    Omega, refined by n_iter power iterations with orthonormalisation. The SVD of Q^T G uses the eigenvectors of its k x k Gram
+    matrix in fp64. Returns None if a product is not finite. Call it inside full_precision().
     """
     m, n = shape
     k = min(rank + oversample, m, n)
@@ -82,34 +82,33 @@ def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, ge
 
 
 def choose_rank(s, total, energy, rank_min, rank_max):
-    """The smallest k with s_1^2 + ... + s_k^2 >= energy * total, between rank_min and rank_max; rank_max where none is."""
+    """The smallest k with s_1^2 + ... + s_k^2 >= energy * total, limited to rank_min .. rank_max; rank_max if there is none."""
     reached = (s.double().square().cumsum(0) >= energy * float(total)).nonzero()
     return max(rank_min, min(rank_max, int(reached[0]) + 1 if len(reached) else rank_max))
 
 
 def project(G, basis, left):
-    """R (r, n) fp32 = P^T G of a gradient G (m, n) and a left basis P (m, r); or (r, m) = (G Q)^T for a right one Q (n, r)."""
+    """Project a gradient G (m, n): fp32 R (r, n) = P^T G for a left basis P (m, r), R (r, m) = (G Q)^T for a right Q (n, r)."""
     b = basis.to(G.dtype)
     return (b.T @ G if left else b.T @ G.T).float()
 
 
 def project_back_(W, basis, N, left, decay, size):
-    """W (m, n) <- decay W + size P N, or decay W + size (Q N)^T: one pass over W, no temporary of its size."""
+    """W (m, n) <- decay W + size P N, or decay W + size (Q N)^T, in one pass over W and without a temporary of its size."""
     b, N = basis.to(W.dtype), N.to(W.dtype)
     return W.addmm_(b, N, beta=decay, alpha=size) if left else W.addmm_(N.T, b.T, beta=decay, alpha=size)
 
 
 def fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, weight_decay, eps):
-    """torch's fused AdamW, step t = 1, 2, ...: lists of fp32 tensors on one device, one pass over them, nothing of their
-    size made."""
-    steps = torch.full((len(params),), t - 1.0, device=params[0].device).unbind()      # it counts the step itself
+    """Step t = 1, 2, ... of torch's fused AdamW on lists of fp32 tensors on one device: one pass, no large temporaries."""
+    steps = torch.full((len(params),), t - 1.0, device=params[0].device).unbind()      # adamw() adds 1
     adamw(list(params), list(grads), list(Ms), list(Vs), [], steps, fused=True, amsgrad=False, beta1=b1, beta2=b2, lr=lr,
           weight_decay=weight_decay, eps=eps, maximize=False)
 
 
 def carry(moments, old, new, rotate):
-    """Moments (M, V), each (r, n) fp32, for a new basis: rotated by C = new^T old (M <- C M, V <- (C * C) V) or kept, as
-    the reference and GaLore do; cut or filled up with zeros to the new rank."""
+    """Carry the moments (M, V), each (r, n) fp32, to a new basis. rotate: M <- C M, V <- (C * C) V with C = new^T old. Without
+    rotate they stay, as in the reference and GaLore, truncated or filled with zeros to the new rank."""
     M, V = moments
     if rotate:
         C = new.float().T @ old.float()
@@ -118,21 +117,21 @@ def carry(moments, old, new, rotate):
     return tuple(F.pad(t, fill)[:new.shape[1]] for t in (M, V))
 
 
-# Moments in fewer bits. Rounded at random, up or down in proportion, so that the mean is the number: with b2 = 0.999 a step
-# changes V by a thousandth, which rounding to nearest would lose again and again.
+# Moments in fewer bits, with stochastic rounding: the mean of the rounded values is the exact value. With b2 = 0.999 a step
+# changes V by a thousandth. Rounding to nearest would lose this change in every step.
 
 STATE_DTYPES = ('fp32', 'bf16', '8bit')
 BLOCK = 256                     # numbers that share a scale
 
 
 def keep(t, dtype, square, generator):
-    """{suffix: tensor} that holds fp32 t in `dtype`; held() is the inverse. 8bit: per 256 numbers the largest and for each
-    one byte, of the square root of M or, with square=True, of the fourth root of V, so that the small ones keep digits."""
+    """Store fp32 t in `dtype`: {suffix: tensor}; held() is the inverse. 8bit stores the largest of each 256 numbers and a byte
+    per number: the square root of M or, with square=True, the fourth root of V, so that small numbers keep digits."""
     if dtype == 'fp32':
         return {'': t}
     noise = torch.rand(t.shape, generator=generator, device=t.device)
     if dtype == 'bf16':
-        bits = t.contiguous().view(torch.int32) + (noise * 2 ** 16).int()       # the carry reaches the digits that stay
+        bits = t.contiguous().view(torch.int32) + (noise * 2 ** 16).int()       # a carry increments the upper 16 bits
         return {'': (bits & -2 ** 16).view(torch.float32).bfloat16()}
     flat = F.pad(t.flatten(), (0, -t.numel() % BLOCK)).view(-1, BLOCK)
     top = flat.abs().amax(1, keepdim=True)
@@ -145,12 +144,12 @@ def keep(t, dtype, square, generator):
 
 
 def held(state, name):
-    """The fp32 tensor that keep() put into state under `name`."""
+    """The fp32 tensor that keep() stored in state under `name`."""
     t, top = state[name], state.get(f'{name}_top')
     if top is None:
         return t.float()
     square = t.dtype == torch.uint8
-    # A second moment is never taken for 0: the first one may not be, and it is divided by this.
+    # A second moment must not be 0: the update divides by it, and the first moment may be nonzero.
     u = _fourth(t.float().clamp_(min=0.5).div_(255)) if square else t.float().abs_().div_(127).square_()
     u = F.pad(u.flatten(), (0, -t.numel() % BLOCK)).view(-1, BLOCK).mul_(top[:, None]).flatten()[:t.numel()].view(t.shape)
     return u if square else u.mul_(t.sign())
@@ -163,35 +162,35 @@ def _fourth(t):
 # ---------------------------------------------------------------------------------------------------------------------
 # the optimizer
 
-CHUNK = 2 ** 22                 # numbers that are updated together: what is made on the way stays small
+CHUNK = 2 ** 22                 # numbers per update, so that the temporaries stay small
 
 
 class RSVDAdam(torch.optim.Optimizer):
     """AdamW on gradients projected to r dimensions. Any option may differ by parameter group.
 
-    rank            dimensions; 0 or None: ordinary AdamW. Parameters of one dimension always get that.
-    rank_fraction   > 0: rank = max(1, int(rank_fraction * min(m, n))) instead, the reference's rank / 768
-    energy          > 0: at each refresh the smallest rank that keeps this share of |G|_F^2, rank_min to rank_max (what the
-                    reference calls SVT; nothing is thresholded there)
+    rank            dimensions; 0 or None: ordinary AdamW, as for every parameter of one dimension
+    rank_fraction   > 0: rank = max(1, int(rank_fraction * min(m, n))) instead; in the reference it is rank / 768
+    energy          > 0: each refresh chooses the smallest rank in rank_min .. rank_max that keeps this share of |G|_F^2 (the
+                    reference calls this SVT, but thresholds nothing)
     interval        steps between refreshes of the basis
-    scale           times the update; GaLore's alpha
-    side            left: R = P^T G, whatever the shape (the reference); right: R = G Q; short: the shorter side (GaLore)
-    rotate          carry the moments into a new basis (see carry) instead of keeping their numbers
+    scale           factor of the update; GaLore's alpha
+    side            left: R = P^T G for every shape (the reference); right: R = G Q; short: the shorter side (GaLore)
+    rotate          rotate the moments into a new basis instead of keeping their values, see carry()
     oversample, n_iter     of the randomized SVD
-    stagger         > 0: at most about so many weights get a new basis in one step, the first one too: they come in step 0,
-                    1, 2, ... and a weight is not trained before it has a basis. 0: all at once
-    state_dtype     fp32 | bf16 | 8bit for moments; the basis is fp32 or else bf16
-    seed            of the sketches and of random rounding, with the index of the parameter and the refresh or step
+    stagger         > 0: at most about this many weights get a new basis per step. First bases come in steps 0, 1, 2, ..., and
+                    a weight is not trained before it has one. 0: all weights in the same step
+    state_dtype     fp32 | bf16 | 8bit for the moments; the basis is fp32 for fp32, else bf16
+    seed            of sketches and stochastic rounding, combined with the index of the parameter and the refresh or step
 
-    Weights of more than two dimensions are taken as (shape[0], rest). A matrix of one row or column, as are stacked scales, has
-    a single direction to be projected on: give it rank 0. State is tensors and numbers. Raises ValueError for options out of
-    range. Gradients may be of any dtype. A step reads p.grad of a low-rank weight and sets it to None.
+    A weight of more than two dimensions counts as (shape[0], rest). Give rank 0 to a matrix of one row or column, such as
+    stacked scales: it has a single direction to project on. The state consists of tensors and numbers. Gradients may have any
+    dtype. A step reads p.grad of a low-rank weight and sets it to None. Raises ValueError for options out of range.
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, rank=16, rank_fraction=0.0,
                  energy=0.0, rank_min=4, rank_max=128, interval=200, scale=1.0, side='left', rotate=False, oversample=4,
                  n_iter=1, stagger=0, state_dtype='fp32', seed=0):
-        self.slots = {}                             # {parameter: slot} of those whose gradient comes projected
+        self.slots = {}                             # {parameter: slot} of parameters that attach() serves
         self.projected = {}                         # {parameter: R (r, n) fp32} of this step
         self.failed = set()                         # parameters whose refresh overflowed in this step
         super().__init__(params, dict(
@@ -214,23 +213,23 @@ class RSVDAdam(torch.optim.Optimizer):
                 raise ValueError(f'RSVDAdam: {what}; got ' + ', '.join(f'{k}={v!r}' for k, v in g.items() if k != 'params'))
         super().add_param_group(group)
         every = [p for g in self.param_groups for p in g['params']]
-        self._index = {p: i for i, p in enumerate(every)}               # names a parameter on every rank and after a resume
+        self._index = {p: i for i, p in enumerate(every)}               # equal on every rank and after a resume
         self._order = {p: i for i, p in enumerate(p for g in self.param_groups for p in g['params'] if self.low_rank(p, g))}
 
     def load_state_dict(self, state_dict):
-        """As torch's, which casts every tensor to its parameter's dtype: here they keep their own."""
+        """Load the state, keeping the dtype of each tensor. torch's version casts it to the parameter's dtype."""
         super().load_state_dict(state_dict)
         ids = [i for g in state_dict['param_groups'] for i in g['params']]
         for i, p in zip(ids, self._index, strict=True):
             for key, t in state_dict['state'].get(i, {}).items():
                 self.state[p][key] = t.to(p.device, copy=True) if torch.is_tensor(t) else t
-        for group in self.param_groups:             # torch has made new dicts of the groups
+        for group in self.param_groups:             # torch replaced the dicts of the groups
             for p in self.slots.keys() & set(group['params']):
                 self.slots[p].group = group
 
     @staticmethod
     def low_rank(p, group):
-        """(left, rank wanted, shape (m, n) with the basis side first) or None for ordinary AdamW."""
+        """Return (left, requested rank, shape (m, n) with the side of the basis first), or None for ordinary AdamW."""
         if p.dim() < 2 or not (group['rank'] or group['rank_fraction'] or group['energy']):
             return None
         m, n = p.shape[0], p[0].numel()
@@ -242,22 +241,22 @@ class RSVDAdam(torch.optim.Optimizer):
     # -- the basis
 
     def waits(self, p, group):
-        """Steps until p gets its first basis; its state is begun here."""
+        """Steps until p gets its first basis. Initializes the state of p."""
         state = self.state[p]
         if 'step' not in state:
             turn = self._order[p] // group['stagger'] if group['stagger'] else 0
             turns = -(-len(self._order) // group['stagger']) if group['stagger'] else 1
-            # More turns than steps in an interval: several at a time, so that a refresh never waits for the next one.
+            # With more turns than steps in an interval, turns share a step, so that all are done within one interval.
             state.update(step=0, wait=turn if turns <= group['interval'] else turn * group['interval'] // turns)
         return state['wait']
 
     def due(self, p, group):
-        """A refresh belongs to this step of p, done already or not."""
+        """True if the current step of p has a refresh, even if the refresh is already done."""
         return not self.waits(p, group) and self.state[p]['step'] % group['interval'] == 0
 
     @torch.no_grad()
     def refresh(self, p, group, multiply, multiply_t):
-        """A new basis from products with the gradient, if one is due and was not made yet; moments carried over."""
+        """Compute a new basis from products with the gradient, and carry the moments over. Does nothing if none is due."""
         state = self.state[p]
         if not self.due(p, group) or state.get('fresh_at') == state['step'] or p in self.failed:
             return
@@ -267,7 +266,7 @@ class RSVDAdam(torch.optim.Optimizer):
             old = state.get('basis')
             found = range_basis(multiply, multiply_t, shape, rank, oversample=group['oversample'], n_iter=group['n_iter'],
                                 generator=generator)
-            if found is None:                           # not finite: whoever looks at R shall see it and leave the step out
+            if found is None:                           # not finite: R becomes nan, so that the trainer skips the step
                 self.failed.add(p)
                 if old is None:
                     state['basis'] = torch.full((shape[0], rank), math.nan, device=p.device)
@@ -275,7 +274,7 @@ class RSVDAdam(torch.optim.Optimizer):
             basis, s = found
             if group['energy']:
                 n, product = min((shape[1], multiply), (shape[0], multiply_t), key=lambda one: one[0])
-                total = 0.0                             # |G|^2 through products with unit vectors, 256 at a time
+                total = 0.0                             # |G|^2 from products with unit vectors, 256 at a time
                 for i in range(0, n, 256):
                     block = torch.zeros(n, min(256, n - i), device=p.device)
                     block[i:i + 256].fill_diagonal_(1.0)
@@ -294,7 +293,7 @@ class RSVDAdam(torch.optim.Optimizer):
         if group['state_dtype'] != 'fp32':
             generator = sketch_generator(group['seed'], self._index[p], state['step'], 1, device=M.device)
         for name, t, square in (('exp_avg', M, False), ('exp_avg_sq', V, True)):
-            state.pop(f'{name}_top', None)          # of another dtype, before a resume
+            state.pop(f'{name}_top', None)          # may remain from another state_dtype before a resume
             for suffix, part in keep(t, group['state_dtype'], square, generator).items():
                 state[name + suffix] = part
 
@@ -302,8 +301,8 @@ class RSVDAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gradients(self):
-        """{parameter: what the step is made of}: R (r, n) of low-rank weights, averaged over ranks where attach() made it,
-        their full gradients freed; p.grad of the others. For norms, clipping, unscaling: change them in place."""
+        """{parameter: gradient for the step}: R (r, n) for a low-rank weight, else p.grad. Frees the full gradients of low-rank
+        weights. Averages each R from attach() over ranks. Use it for norms; to clip or unscale, change it in place."""
         for group in self.param_groups:
             for p in group['params']:
                 low = self.low_rank(p, group)
@@ -337,8 +336,8 @@ class RSVDAdam(torch.optim.Optimizer):
                 if self.projected.get(p) is not None or p.grad is not None}
 
     def clip_grad_norm_(self, max_norm):
-        """Scale gradients() in place to a global norm of at most max_norm; returns the norm before. That of R = P^T G is at
-        most that of G: it is the part of the gradient that the step is made of."""
+        """Scale gradients() in place to a global norm of at most max_norm; returns the norm before. The norm of R = P^T G is at
+        most that of G, since R is the part of the gradient that the step uses."""
         grads = list(self.gradients().values())
         norm = torch.nn.utils.get_total_norm(grads)
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -349,7 +348,7 @@ class RSVDAdam(torch.optim.Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         grads = self.gradients()
         for group in self.param_groups:
-            batches = {}                            # {steps taken, of low rank or not, dtype: [[(p, R), ...], ...]}
+            batches = {}                            # {(step, low rank, dtypes, device): [[(p, gradient), ...], ...]}
             for p in group['params']:
                 state = self.state[p]
                 if p in self.projected and self.projected[p] is None:
@@ -378,17 +377,17 @@ class RSVDAdam(torch.optim.Optimizer):
         full = group['state_dtype'] == 'fp32' and all(self.state[p]['exp_avg'].dtype == torch.float32 for p in params)
         Ms, Vs = ([held(self.state[p], name) for p in params] for name in ('exp_avg', 'exp_avg_sq'))
         plain = not low and full and params[0].dtype == grads[0].dtype == torch.float32
-        if plain and all(t.is_contiguous() for t in (*params, *grads)):                 # the kernel does not look at strides
+        if plain and all(t.is_contiguous() for t in (*params, *grads)):                 # the kernel ignores strides
             fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, group['weight_decay'], group['eps'])
             return
         grads, decay = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay']
-        Ns = [torch.zeros_like(g) for g in grads]   # weights that are 0 hold the update afterwards, in one pass over it all
+        Ns = [torch.zeros_like(g) for g in grads]   # a fused step on zero weights turns them into the update
         fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
         for p, M, V, N in zip(params, Ms, Vs, Ns, strict=True):
             if not full:
                 self._keep(p, group, M, V)
             if low:
-                W = p.flatten(1)                    # a copy where a convolution's weight is in channels_last
+                W = p.flatten(1)                    # a copy if the weight of a convolution is channels_last
                 project_back_(W, self.state[p]['basis'], N, self.low_rank(p, group)[0], decay, lr * group['scale'])
                 if W.data_ptr() != p.data_ptr():
                     p.copy_(W.view_as(p))
@@ -408,7 +407,7 @@ class RSVDAdam(torch.optim.Optimizer):
 
 
 class _Slot:
-    """What a layer's backward pass needs of the optimizer: its basis, whether a refresh is due, a place for R."""
+    """Link from a layer's backward pass to the optimizer: the basis, whether a refresh is due, and R."""
 
     def __init__(self, optimizer, p, group, sketch_group):
         self.optimizer, self.p, self.group, self.sketch_group, self.R = optimizer, p, group, sketch_group, None
@@ -425,7 +424,7 @@ class _Slot:
         return self.optimizer.state[self.p]['basis'].to(dtype)
 
     def refresh(self, multiply, multiply_t):
-        """From this micro-batch's products with G, averaged over ranks; nothing when it was done already."""
+        """Refresh the basis from this micro-batch's products with G, averaged over ranks. Does nothing if already done."""
         def mean(t):
             t = t.float()
             if dist.is_initialized() and dist.get_world_size() > 1:
@@ -440,10 +439,10 @@ class _Slot:
 
 
 class _ProjectedLinear(torch.autograd.Function):
-    """y = x W^T + b. Backward: the usual dx and db, and R instead of dW = dY^T x: with a basis Q (in, r) on the right
-    R = (x Q)^T dY, for which x Q (tokens, r) is kept instead of x; with P (out, r) on the left R = (dY P)^T x. The step of
-    a new basis keeps x, a weight that waits for its first one keeps nothing. The slot's anchor is a number that wants a
-    gradient, so that this runs though W asks for none and DDP has nothing of it to send."""
+    """y = x W^T + b. Backward: the usual dx and db, and R instead of dW = dY^T x. A right basis Q (in, r) gives R = (x Q)^T dY
+    and saves x Q (tokens, r) instead of x. A left basis P (out, r) gives R = (dY P)^T x. A step with a new basis saves x. A
+    weight without a basis yet saves nothing. W requires no gradient, so DDP sends nothing for it. The slot's anchor, a scalar
+    that requires a gradient, makes autograd run this backward pass."""
     @staticmethod
     def forward(ctx, x, W, b, slot, anchor):
         flat = x.reshape(-1, x.shape[-1])
@@ -472,8 +471,8 @@ class _ProjectedLinear(torch.autograd.Function):
 
 
 class _ProjectedEmbedding(torch.autograd.Function):
-    """W[ids]. The gradient G of the table is the rows of dY added up by id, so R = P^T G = P[ids]^T dY, and with a basis on
-    the right (G Q)^T adds up the rows of dY Q: no matrix of the table's size."""
+    """W[ids]. The gradient G of the table sums the rows of dY by id, so R = P^T G = P[ids]^T dY. With a right basis, (G Q)^T
+    sums the rows of dY Q by id. Neither needs a matrix of the table's size."""
     @staticmethod
     def forward(ctx, ids, W, slot, padding, anchor):
         ctx.save_for_backward(ids)
@@ -499,9 +498,9 @@ class _ProjectedEmbedding(torch.autograd.Function):
         return (None,) * 5
 
 
-@torch.compiler.disable                             # its backward pass talks to the optimizer: the graph breaks here
+@torch.compiler.disable                             # the backward pass uses the optimizer, so the graph breaks here
 def projected_linear(m, x):
-    """x (..., in) W^T + b, with the weight, the bias if it has one, and the slot of module m."""
+    """x (..., in) W^T + b with the weight, the bias (if any) and the slot of module m."""
     bias = getattr(m, 'bias', None)
     if not torch.is_grad_enabled():
         return F.linear(x, m.weight, bias)
@@ -512,14 +511,14 @@ def projected_linear(m, x):
 
 
 class ProjectedLinear(nn.Linear):
-    """nn.Linear after attach(): same weights, same state_dict, another backward pass."""
+    """nn.Linear after attach(): same weights and state_dict, another backward pass."""
 
     def forward(self, x):
         return projected_linear(self, x)
 
 
 class ProjectedEmbedding(nn.Embedding):
-    """nn.Embedding after attach()."""
+    """nn.Embedding after attach(): same weights and state_dict, another backward pass."""
 
     @torch.compiler.disable
     def forward(self, ids):
@@ -532,23 +531,23 @@ PROJECTED = {nn.Linear: ProjectedLinear, nn.Embedding: ProjectedEmbedding}
 
 
 def attach(model, optimizer, verbose=True):
-    """Give the nn.Linear and nn.Embedding layers, and modules with a method multiply(x) = x W^T, whose weights have a low
-    rank in this RSVDAdam a backward pass that makes R instead of the gradient: exactly P^T G, or G Q, and G never exists.
-    Returns {name of a low-rank weight that it cannot serve, which keeps the plain path: why}.
+    """Replace the backward pass of layers with low-rank weights in this RSVDAdam: it computes R = P^T G or G Q exactly, and
+    never forms the full gradient G. Serves nn.Linear, nn.Embedding, and modules with a method multiply(x) = x W^T. Returns
+    {name of a low-rank weight that it cannot serve: reason}; these weights keep their full gradients.
 
-    Their weights no longer ask for a gradient (p.grad stays None; optimizer.gradients() has what there is). Call it before
-    DistributedDataParallel, on all ranks: R is averaged over ranks when the step begins, so r n numbers travel instead of
-    m n. A refresh sees the gradient of the first micro-batch of its step only. Works with accumulation (one step() for any
-    number of backward passes), autocast, gradient checkpointing, and torch.compile, whose graph breaks at each such layer.
-    Ask gradients() for norms and clipping, as torch.nn.utils sees only p.grad. Not with FSDP or a second derivative.
+    The weights no longer require a gradient: p.grad stays None. Use optimizer.gradients() for norms and clipping, since
+    torch.nn.utils only sees p.grad. Call attach() before DistributedDataParallel, on all ranks. A step first averages R over
+    ranks and so sends r n numbers instead of m n. A refresh uses only the gradient of the first micro-batch of its step. Works
+    with gradient accumulation (one step() after any number of backward passes), autocast, gradient checkpointing, and
+    torch.compile, whose graph breaks at each such layer. Does not work with FSDP or second derivatives.
     """
     options = {p: g for g in optimizer.param_groups for p in g['params'] if optimizer.low_rank(p, g)}
-    owners = {}                                     # {weight: [(layer, its name, the weight's name there)]}
+    owners = {}                                     # {weight: [(module, name of the module, name of the weight in it)]}
     for name, m in model.named_modules():
         for key, p in m.named_parameters(recurse=False):
             if p in options:
                 owners.setdefault(p, []).append((m, name, key))
-    sketch_group = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None    # DDP uses the other
+    sketch_group = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None    # DDP uses the default
     left_alone = {}
     for p, places in owners.items():
         m, name, key = places[0]
@@ -576,16 +575,16 @@ def attach(model, optimizer, verbose=True):
 
 
 class TopRAdamW(torch.optim.AdamW):
-    """AdamW on the max(1, int(fraction * numel)) entries of each gradient with the largest magnitude; the others are set to
-    zero, in place, and so decay the moments. `fraction` may differ by parameter group; 0 < fraction <= 1, else ValueError.
-    The states are as large as AdamW's."""
+    """AdamW on the max(1, int(fraction * numel)) entries of each gradient with the largest magnitude. The other entries are set
+    to zero, in place, so their moments decay. `fraction` may differ by parameter group. The state is as large as AdamW's.
+    Raises ValueError unless 0 < fraction <= 1."""
 
     def __init__(self, params, lr=2e-4, *, fraction=0.1, **options):
         super().__init__(params, lr=lr, **options)
         for group in self.param_groups:
             group.setdefault('fraction', fraction)
             if not 0 < group['fraction'] <= 1:
-                raise ValueError(f'TopRAdamW: fraction is above 0 and at most 1, got {group["fraction"]}')
+                raise ValueError(f'TopRAdamW: fraction must be above 0 and at most 1, got {group["fraction"]}')
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -609,21 +608,21 @@ def keep_top_(t, fraction):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Muon beside AdamW
+# Muon together with AdamW
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon on the groups with 'muon': True, torch.optim.AdamW on the others, as one optimizer.
+    """One optimizer of two: torch.optim.Muon for the groups with 'muon': True, torch.optim.AdamW for the others.
 
-    Muon orthogonalises the momentum of each matrix (Newton-Schulz in bf16); its update has the RMS of AdamW's (match_rms_adamw,
-    arXiv 2502.16982), so both take the same learning rate. Its state is one tensor per matrix instead of two. It is for the
-    matrices inside a network: give embeddings, the head, biases and gains to AdamW. A weight (out, in, h, w) is taken as
-    (out, in h w), in any memory format. A group may hold any option of its optimizer (momentum, betas, eps, ...) and other
-    keys. Raises ValueError for a muon parameter of fewer than two dimensions, and as the two do for options out of range.
+    Muon orthogonalises the momentum of each matrix (Newton-Schulz in bf16). Its update has the RMS of AdamW's (match_rms_adamw,
+    arXiv 2502.16982), so both use the same learning rate. Its state is one tensor per matrix instead of two. Use it for the
+    matrices inside a network, and AdamW for embeddings, the head, biases and gains. A weight (out, in, h, w) counts as
+    (out, in h w), in any memory format. A group may have any option of its optimizer (momentum, betas, eps, ...) and other
+    keys. Raises ValueError for a muon parameter of fewer than two dimensions. Both optimizers raise for options out of range.
     """
 
     def __init__(self, groups, lr, *, betas=(0.9, 0.95), momentum=0.95, weight_decay=0.1, fused=None):
-        # step() gives them the groups and the state.
+        # Both start without parameters; step() passes them the groups and the state.
         self._muon = torch.optim.Muon([{'params': []}], lr, weight_decay, momentum, adjust_lr_fn='match_rms_adamw')
         self._adamw = torch.optim.AdamW([{'params': []}], lr, betas, weight_decay=weight_decay, fused=fused)
         super().__init__(groups, {'muon': False})
@@ -638,7 +637,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        # The groups may have been edited and the state loaded since the last step: both parts get what is there now.
+        # The groups and the state may have changed since the last step, so pass the current ones.
         self._adamw.param_groups, self._adamw.state = [g for g in self.param_groups if not g['muon']], self.state
         self._muon.param_groups, self._muon.state, copies = [], {}, []
         for group in self.param_groups:
@@ -646,7 +645,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 matrices = []
                 for p in group['params']:
                     if p.grad is not None:
-                        W = p.detach().flatten(1)   # a copy where a convolution's weight is in channels_last
+                        W = p.detach().flatten(1)   # a copy if the weight of a convolution is channels_last
                         W.grad = p.grad.flatten(1)
                         self._muon.state[W] = self.state[p]
                         matrices.append(W)
@@ -657,27 +656,27 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon.step()
         for p, W in copies:
             p.copy_(W.view_as(p))
-        self._muon.param_groups, self._muon.state = [], {}         # no gradient outlives zero_grad()
+        self._muon.param_groups, self._muon.state = [], {}         # so that zero_grad() frees the gradients
         return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a trainer's constant `optimizer`
+# the optimizer of a trainer's constant `optimizer`
 
 NAMES = ('adamw', 'rsvd', 'muon')
 SIDES = ('left', 'right', 'short')
 
 
 def make(name, groups, hidden, *, lr, betas, rank=16, interval=200, side='right', seed=0):
-    """The optimizer that a trainer names. groups: dicts of params, decay (the weight decay) and keys of the trainer's own.
+    """Create the optimizer `name`. groups: dicts with params, decay (the weight decay) and any keys of the trainer.
 
-    hidden: set of the matrices between embedding and head. rsvd gives them moments of `rank` dimensions, muon orthogonalizes
-    their updates; everything else gets AdamW. Raises KeyError for another name than NAMES, ValueError for options out of range.
+    hidden: set of the matrices between embedding and head. rsvd gives them moments of `rank` dimensions; muon orthogonalises
+    their updates; AdamW takes the rest. Raises KeyError for a name not in NAMES and ValueError for options out of range.
     """
     inside, outside = {'adamw': ({}, {}), 'rsvd': ({'rank': rank}, {'rank': 0}), 'muon': ({'muon': True}, {})}[name]
     parts = []
     for g in groups:
-        among = hidden if inside else ()            # AdamW makes no difference between them
+        among = hidden if inside else ()            # AdamW needs no separate groups
         for options, params in ((outside, [p for p in g['params'] if p not in among]),
                                 (inside, [p for p in g['params'] if p in among])):
             if params:
@@ -695,13 +694,13 @@ def make(name, groups, hidden, *, lr, betas, rank=16, interval=200, side='right'
 
 
 def optimizer_bytes(optimizer):
-    """Bytes of the tensors in an optimizer's state: what it adds to memory between steps."""
+    """Bytes of the tensors in an optimizer's state: the memory that it uses between steps."""
     return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
 
 
 def memory_report(model, optimizer, peak_bytes):
-    """{parameters, buffers, gradients, optimizer, rest, peak}: bytes of each, tensors that are shared counted once. rest is
-    what the measured peak holds beyond them: activations and temporaries. Call it after backward and before zero_grad."""
+    """Report memory in bytes: {parameters, buffers, gradients, optimizer, rest, peak}. Shared tensors count once. rest is the
+    remainder of the measured peak: activations and temporaries. Call it after backward and before zero_grad."""
     slots = getattr(optimizer, 'slots', {})
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     grads += [r for r in getattr(optimizer, 'projected', {}).values() if r is not None]

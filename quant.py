@@ -1,16 +1,16 @@
 """
-Weights to codes and back: plain functions of tensors, each beside its inverse. No modules, nothing trainable.
+Quantize weights to codes and back: plain functions of tensors, each next to its inverse. No modules, nothing trainable.
 
     binarize, half_bits        {0,1} by `w > mean(w)`                          1 bit
-    ternarize                  {-1,0,1} * mean|w|                              1.58 bits, kept in 2
+    ternarize                  {-1,0,1} * mean|w|                              1.58 bits, stored in 2
     quantize_rows              int8 absmax per row: weights, or activations per token
     quantize4, decode4         sixteen levels times a scale per group of weights: uniform, nf4, fit4
-    group_grid, to_grid        integers with a scale and a zero per group of a row: what ptq.py rounds to
+    group_grid, to_grid        integers with a scale and a zero per group of a row, for ptq.py
     pack_bits, unpack_bits     codes of 1, 2, 3, 4 or 8 bits in bytes
 
-On the CPU packed weights of 1 to 4 bits are decoded by kernels.c, compiled on first use where there is a C compiler;
-otherwise, on other devices and under torch.compile by the same arithmetic in torch. Both give the same bits, but for bf16
-weights below 1e-38, and for the order of sums when a few tokens are multiplied without decoding first (product4).
+On the CPU, kernels.c decodes packed weights of 1 to 4 bits. It is compiled on first use and needs a C compiler. Without one, on
+other devices and under torch.compile, torch does the same arithmetic. Both give the same bits, with two exceptions: bf16
+weights below 1e-38, and product4, which multiplies a few tokens without decoding first and sums in another order.
 """
 import ctypes
 import functools
@@ -29,14 +29,14 @@ import torch.nn.functional as F
 
 
 def wide(t):
-    """t in at least fp32: statistics are never taken in bf16."""
+    """Cast t to at least fp32. Statistics are never computed in bf16."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def binarize(w, chunks=1):
-    """{0,1} as bool, same shape as w (out, ...) : w > mean(w), strictly, one mean per `chunks` equal slices of dim 0.
+    """Binarize w (out, ...) to bool of its shape: w > mean(w), strictly, one mean for each of `chunks` equal slices of dim 0.
 
-    arXiv 2509.07025 eq. 1. The mean is taken in fp32. Worked by hand: [[1, 2], [3, 6]] has mean 3 -> [[0, 0], [0, 1]].
+    arXiv 2509.07025 eq. 1. The mean is in fp32. Worked by hand: [[1, 2], [3, 6]] has mean 3 -> [[0, 0], [0, 1]].
     """
     flat = wide(w.reshape(chunks, -1))
     return (flat > flat.mean(1, keepdim=True)).view(w.shape)
@@ -45,20 +45,20 @@ def binarize(w, chunks=1):
 def half_bits(w, chunks=1, dtype=None, offset=0.5):
     """binarize(w) - offset, i.e. {-1/2, +1/2}, in `dtype` (default w's).
 
-    Under a mean subtraction over the output features, W01 and W01 - 1/2 give the same result with the same standard
-    deviation (they differ by sum(x)/2 in every feature), and the second does not lose small differences between
-    features under a large common term. It is also sign(w - mean(w)) / 2, the weight of BitNet b1 (arXiv 2310.11453).
+    The outputs of W01 and W01 - 1/2 differ by sum(x)/2 in every feature. After subtracting the mean over the output features
+    they are equal, with the same standard deviation. W01 - 1/2 is more exact: no large common term hides small differences
+    between features. It also equals sign(w - mean(w)) / 2, the weight of BitNet b1 (arXiv 2310.11453).
     """
     flat = wide(w.detach().reshape(chunks, -1))
-    bits = torch.gt(flat, flat.mean(1, keepdim=True), out=torch.empty_like(flat))   # a bool would be converted slowly
+    bits = torch.gt(flat, flat.mean(1, keepdim=True), out=torch.empty_like(flat))   # converting a bool tensor is slow
     return bits.sub_(offset).view(w.shape).to(dtype or w.dtype)
 
 
 def ternarize(w, chunks=1):
-    """(codes, scales): codes int8 in {-1,0,1} of w's shape, scales fp32 (chunks,), so that w ~ codes * scale.
+    """Ternarize w. Returns (codes, scales): codes int8 in {-1,0,1} of w's shape, scales fp32 (chunks,), w ~ codes * scale.
 
-    scale = mean|w| (arXiv 2402.17764, Tips PDF) of each of `chunks` equal slices of dim 0, or of slices of these many rows
-    where it is a tuple; at least 1e-5.
+    scale = max(mean|w|, 1e-5) (arXiv 2402.17764, Tips PDF) of each slice of dim 0. chunks: the number of equal slices, or a
+    tuple with the rows of each slice.
     Worked by hand: [[1, -2], [0.2, 4.8]] has mean|w| = 2 -> round(w / 2) = [[0, -1], [0, 1]].
     """
     if not isinstance(chunks, int):
@@ -70,21 +70,21 @@ def ternarize(w, chunks=1):
 
 
 def quantize_rows(x, tiny=1e-5):
-    """(codes, scales): int8 absmax per row (token), codes of x's shape, scales fp32 (..., 1), x ~ codes * scale.
+    """Quantize each row (token) to int8 by its absmax. Returns (codes, scales): codes of x's shape, scales fp32 (..., 1).
 
-    scale = max|x| / 127 with max|x| at least `tiny` (arXiv 2402.17764, Tips PDF: round(x * 127 / max), to [-128, 127]).
+    x ~ codes * scale, scale = max|x| / 127, max|x| at least `tiny` (arXiv 2402.17764, Tips PDF: x * 127 / max, to [-128, 127]).
     """
     top = x.abs().amax(-1, keepdim=True).clamp(min=tiny)
     return (x * (127 / top)).round_().clamp_(-128, 127).to(torch.int8), top / 127
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# four bits: a code 0..15 for each weight, a scale for each group of weights, flattened; w ~ levels[code] * scale
+# four bits: a code 0..15 for each weight, a scale for each group of the flattened weights; w ~ levels[code] * scale
 
 
 class Format4(NamedTuple):
-    """levels: 16 ascending numbers; group: weights that share a scale, unless told otherwise; scales: how it is kept;
-    high_first: the first of two weights is in the high half of the byte; bits: of a code, which may be fewer."""
+    """levels: 16 ascending numbers; group: default number of weights that share a scale; scales: default storage of the scales;
+    high_first: the first of two weights is in the high half of the byte; bits: bits per code, at most 4."""
     levels: tuple
     group: int
     scales: str
@@ -94,7 +94,7 @@ class Format4(NamedTuple):
 
 # u / 15 * 2n - n, in fp32 steps like those of levels4
 UNIFORM = tuple((torch.arange(16.0) * (2 / 15) - 1).tolist())
-# -Phi^-1(linspace(.9677083, .5, 8))[:-1], 0, Phi^-1(linspace(.5, .9677083, 9))[1:], over the largest (arXiv 2305.14314)
+# -Phi^-1(linspace(.9677083, .5, 8))[:-1], 0, Phi^-1(linspace(.5, .9677083, 9))[1:], divided by the largest (arXiv 2305.14314)
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
@@ -103,25 +103,25 @@ FIT4 = (-0.9721, -0.7257, -0.5640, -0.4330, -0.3190, -0.2155, -0.1179, -0.0236,
         0.0699, 0.1651, 0.2642, 0.3699, 0.4869, 0.6213, 0.7889, 1.0)
 FORMATS4 = {
     'uniform': Format4(UNIFORM, 16, 'fp16', False),     # 5 bits
-    'nf4': Format4(NF4, 64, 'fp16', True),          # 4.25 bits; with scales='fp32' byte for byte what bitsandbytes keeps
-    'fit4': Format4(FIT4, 32, 'log8', False),       # 4.25 bits; a sign, seven bits of logarithm
+    'nf4': Format4(NF4, 64, 'fp16', True),          # 4.25 bits; with scales='fp32' the bytes equal those of bitsandbytes
+    'fit4': Format4(FIT4, 32, 'log8', False),       # 4.25 bits; a scale is a sign and seven bits of logarithm
 }
-# What is decoded by the same kernels: integers of group_grid, their zeros aside, in rows of whole bytes.
+# The same kernels decode the integers of group_grid, without their zeros, in rows of whole bytes.
 CODED4 = FORMATS4 | {f'codes{b}': Format4(tuple(map(float, range(16))), 128, 'fp16', False, b) for b in (1, 2, 3, 4)}
 SCALES4 = ('fp16', 'fp32', '8bit', 'log8')
-# Scales of log8 are powers of 2 ** (1 / 14) = 1.05, the same ones whatever the tensor, so that what was decoded can be
-# encoded again without a change; 126 of them reach from the largest |w| of a tensor to 1/500 of it.
+# log8 scales are powers of 2 ** (1 / 14) = 1.05. The powers are the same for every tensor, so encoding a decoded tensor does
+# not change it. 126 of them cover the range from the largest |w| of a tensor down to 1/500 of it.
 STEPS = 14
 ROOTS = tuple(2 ** (i / STEPS) for i in range(STEPS))
 
 
 def group_scales(absmax, scales):
-    """{'absmax': ..., ['absmax_top': ...]}: fp32 absmax (groups,) as it is kept.
+    """Store the scales: fp32 absmax (groups,) -> {'absmax': ..., ['absmax_top': ...]}.
 
     fp16   rounded, half to even; at most 65504
-    fp32   as it is
-    8bit   uint8, 255ths of `absmax_top`, the largest of each 256 groups (the second quantization of arXiv 2305.14314,
-           without its mean and its dynamic code): 8 + 32 / 256 bits a group
+    fp32   unchanged
+    8bit   uint8, in 255ths of `absmax_top`, the largest absmax of each 256 groups: 8 + 32 / 256 bits per group (double
+           quantization of arXiv 2305.14314, without its mean and its dynamic code)
     """
     if scales == 'fp32':
         return {'absmax': absmax}
@@ -129,7 +129,7 @@ def group_scales(absmax, scales):
         top = F.pad(absmax, (0, -len(absmax) % 256)).view(-1, 256).amax(1)
         each = top.clamp(min=1e-30).repeat_interleave(256)[:len(absmax)]
         return {'absmax': (absmax / each * 255).round_().to(torch.uint8), 'absmax_top': top}
-    i = absmax.view(torch.int32)        # to fp16's 11 bits, half to even, in integers: compilers drop half().float()
+    i = absmax.view(torch.int32)        # rounds to the 11 bits of fp16, half to even; compilers would drop half().float()
     return {'absmax': ((i + 0xFFF + ((i >> 13) & 1)) & -0x2000).view(torch.float32).half()}
 
 
@@ -139,12 +139,12 @@ def _table(numbers, device):
 
 
 def _constant(numbers, device):
-    """fp32 tensor of a tuple, made once for each device; torch.compile makes its own."""
+    """fp32 tensor of a tuple, cached for each device, except under torch.compile."""
     return (_table.__wrapped__ if torch.compiler.is_compiling() else _table)(numbers, device)
 
 
 def scales4(held):
-    """fp32 (groups,) from what quantize4 or search4 keeps: tensors absmax and, for one-byte scales, absmax_top."""
+    """Inverse of group_scales and search4: fp32 scales (groups,) from absmax and, for one-byte scales, absmax_top."""
     s, top = held['absmax'], held.get('absmax_top')
     if s.dtype == torch.uint8:
         return s.float() * (top.float() / 255).repeat_interleave(256)[:len(s)]
@@ -155,10 +155,10 @@ def scales4(held):
 
 
 def quantize4(w, format='uniform', group=0, scales=''):
-    """(codes, held): uint8 codes 0..15 (groups, group), and the scales as tensors by name; group, scales: 0, '' for the
-    format's own. w of any shape is flattened, the last group filled up with zeros.
+    """Quantize w to 4 bits. Returns (codes, held): uint8 codes 0..15 (groups, group), and {name: tensor} of the scales.
+    Flattens w and fills the last group with zeros. group=0 and scales='' choose the format's defaults.
 
-    The scale is rounded to what is kept before it is used. uniform: u = round((w + n) / (2 n) * 15) with n = absmax; zero
+    Codes are computed with the scale as stored, after rounding. uniform: u = round((w + n) / (2 n) * 15) with n = absmax; zero
     is not on its grid. nf4: the nearest level to w / absmax. fit4: see search4. A group of zeros decodes to zeros.
     """
     form = FORMATS4[format]
@@ -167,7 +167,7 @@ def quantize4(w, format='uniform', group=0, scales=''):
     if scales == 'log8':
         return search4(flat, _constant(form.levels, w.device))
     held = group_scales(flat.abs().amax(1), scales)
-    u = flat / scales4(held).clamp(min=1e-30)[:, None]               # a kept scale may lie just below the true absmax
+    u = flat / scales4(held).clamp(min=1e-30)[:, None]               # a stored scale can be just below the true absmax
     if format == 'uniform':
         return ((u + 1) * 7.5).round_().clamp_(0, 15).to(torch.uint8), held
     levels = _constant(form.levels, w.device)
@@ -177,19 +177,19 @@ def quantize4(w, format='uniform', group=0, scales=''):
 def search4(flat, levels):
     """quantize4 of fp32 (groups, group) for levels (16,) with one-byte signed scales on a logarithmic grid.
 
-    scale = sign(h) * 2 ** ((absmax_top - 127 + |h|) / 14) for an int8 h, absmax_top (int32) 14 times the logarithm of the
-    largest |w| of the tensor, rounded up. Of the five steps around the group's own absmax, with either sign, and zero, the
-    one with the least squared error is kept: the levels are not symmetric, so that a sign is worth a bit of the codes.
-    (One step more would spare a hair of error, and what was decoded would no longer encode to itself.)
+    scale = sign(h) * 2 ** ((absmax_top - 127 + |h|) / 14) for an int8 h. absmax_top (int32) is 14 times the binary logarithm of
+    the largest |w| of the tensor, rounded up. Candidates are five steps around the group's absmax, with either sign, and zero;
+    the least squared error wins. The levels are not symmetric, so the sign of a scale is worth a bit of the codes. (A sixth
+    step would reduce the error very little, and encoding a decoded tensor would change it.)
     """
     levels, middle = levels.float(), (levels[1:] + levels[:-1]).float() / 2
     top = (flat.abs().amax().clamp(min=1e-38).double().log2() * STEPS - 1e-6).ceil().clamp(max=1791).int().view(1)
     unit = {'absmax': torch.tensor([127], dtype=torch.int8, device=flat.device), 'absmax_top': top}
-    flat = flat / scales4(unit)                                         # so that no square is too large or small
+    flat = flat / scales4(unit)                                         # no square overflows or underflows
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     absmax = torch.zeros(len(flat), dtype=torch.int8, device=flat.device)
-    for rows in range(0, len(flat), 1 << 15):                           # some groups at a time: what is made on the way
-        w = flat[rows:rows + (1 << 15)]                                 # is many times the weights
+    for rows in range(0, len(flat), 1 << 15):                           # a block of groups at a time, since the
+        w = flat[rows:rows + (1 << 15)]                                 # temporaries are many times larger than the weights
         nearest = (127 + STEPS * w.abs().amax(1).log2()).round().clamp(-999, 127).int()
         best = w.square().sum(1)
         for step in range(-3, 2):
@@ -207,13 +207,13 @@ def search4(flat, levels):
 
 
 def pack4(codes, format):
-    """uint8 (n / 2,) of codes of quantize4: byte = c[2j] | c[2j+1] << 4, for nf4 the other way round (bitsandbytes)."""
+    """Pack codes of quantize4 into uint8 (n / 2,): byte = c[2j] | c[2j+1] << 4; nf4 swaps the two, as in bitsandbytes."""
     pairs = codes.view(-1, 2)
     return pack_bits(pairs.flip(1) if FORMATS4[format].high_first else pairs, 4).view(-1)
 
 
 def levels4(codes, format):
-    """fp32 levels of codes 0..15 of any shape."""
+    """Map codes 0..15 of any shape to fp32 levels."""
     if format == 'uniform':
         return codes.float().mul_(2 / 15).sub_(1)                       # faster than a table
     if format not in FORMATS4:
@@ -222,12 +222,12 @@ def levels4(codes, format):
 
 
 def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=None):
-    """Weights start .. stop - 1 (whole groups; default: all) of packed `code` (uint8, from pack4) and its scales. Of codes1 to
-    codes3 (from pack_bits, rows of whole bytes): start and stop at whole bytes, of 3 bits at whole threes of them.
+    """Decode weights start .. stop - 1 (whole groups; default: all) from `code` (uint8, from pack4) and its scales. For codes1
+    to codes3 (from pack_bits, rows of whole bytes) start and stop must be at whole bytes, for codes3 at multiples of 3 bytes.
 
-    out: a tensor of an earlier call, to be written again where it is large enough: fresh memory costs as much as decoding.
+    out: a tensor from an earlier call, reused if it is large enough. Allocating new memory costs as much as decoding.
     """
-    if held['absmax'].dtype == torch.uint8:         # one `top` for 256 groups: a call for a part would not find its own
+    if held['absmax'].dtype == torch.uint8:         # 256 groups share a `top`, so a part of the groups cannot find its own
         held = {'absmax': scales4(held)}
     bits, weights = CODED4[format].bits, len(code) * 8 // CODED4[format].bits
     absmax, stop = held['absmax'], weights if stop is None else stop
@@ -242,7 +242,7 @@ def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=Non
                       torch.get_num_threads(), wide == torch.bfloat16, out.data_ptr())
         return out.to(dtype)
     b = code[start * bits // 8:stop * bits // 8]
-    if bits == 4:                                   # two halves of a byte to two bytes
+    if bits == 4:                                   # spreads the two halves of a byte over two bytes
         b = b.to(torch.int16)
         c = ((b >> 4 | b << 8) if CODED4[format].high_first else (b | b << 4)) & 0x0F0F
     else:
@@ -252,8 +252,8 @@ def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=Non
 
 
 def product4(x, code, held, format, out_features):
-    """x (tokens, in) W^T -> fp32 (tokens, out), decoded and multiplied at once, or None where kernels.c cannot: it takes up
-    to 4 tokens and groups of 16, 32, ... that divide `in`."""
+    """x (tokens, in) W^T -> fp32 (tokens, out) without the decoded W in memory. Returns None if kernels.c cannot do it: it
+    accepts up to 4 tokens, and group sizes that are multiples of 16 and divide `in`."""
     kernel = _kernels_for(code, held['absmax'])
     group = len(code) * 8 // CODED4[format].bits // len(held['absmax'])
     if not kernel or not 0 < len(x) <= kernel.most_tokens() or x.dtype == torch.float64 or group % 16 or x.shape[1] % group:
@@ -273,7 +273,7 @@ def product4(x, code, held, format, out_features):
 
 
 class Grid(NamedTuple):
-    """bits: that a code takes; steps: how many codes there are; zero: the code of 0, None where each group has its own."""
+    """An integer grid. bits: per code; steps: number of codes; zero: the code of 0, None if each group has its own."""
     bits: int
     steps: int
     zero: float | None
@@ -284,10 +284,10 @@ GRIDS = {'int8': Grid(8, 256, None), 'int4': Grid(4, 16, None), 'int3': Grid(3, 
 
 
 def group_grid(w, levels, shrink=1.0):
-    """(scale, zero) fp32 (..., 1) of groups w (..., group), rounded to what is kept: fp16, and a code.
+    """Scale and zero of each group: w (..., group) -> (scale, zero) fp32 (..., 1), rounded as stored: to fp16, and to a code.
 
     int8 .. int2: from min(w, 0) to max(w, 0), both times `shrink` (GPTQ, arXiv 2210.17323: asymmetric, 0 is on the grid).
-    tern: -s, 0, s with s = mean|w|; bin: -s, s. Raises ValueError where a scale is too large for fp16.
+    tern: -s, 0, s with s = mean|w|; bin: -s, s. Raises ValueError if a scale is too large for fp16.
     """
     grid = GRIDS[levels]
     if grid.zero is None:
@@ -303,7 +303,7 @@ def group_grid(w, levels, shrink=1.0):
 
 
 def to_grid(w, scale, zero, levels):
-    """fp32 codes of w, the nearest of scale * (code - zero)."""
+    """Round w to the nearest scale * (code - zero); returns the codes in fp32."""
     return (w / scale + zero).round_().clamp_(0, GRIDS[levels].steps - 1)
 
 
@@ -312,11 +312,11 @@ def to_grid(w, scale, zero, levels):
 
 
 def pack_bits(codes, bits):
-    """uint8 (..., ceil(n * bits / 8)) from integer codes (..., n) in 0 .. 2**bits - 1, bits in 1, 2, 3, 4, 8.
+    """Pack integer codes (..., n) in 0 .. 2**bits - 1 into uint8 (..., ceil(n * bits / 8)); bits in 1, 2, 3, 4, 8.
 
-    Little-endian in the byte, each row filled up with zeros to whole bytes. For 2 bits:
+    The first code is in the low bits; zeros fill each row to whole bytes. For 2 bits:
         byte j :  | c[4j+3] | c[4j+2] | c[4j+1] | c[4j] |     (most significant bits left)
-    3 bits: eight codes in the same order in three bytes, each row filled up to them.
+    3 bits: eight codes in three bytes, in the same order; zeros fill each row to a multiple of three bytes.
     """
     if bits == 3:
         c = F.pad(codes.to(torch.int32), (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
@@ -356,7 +356,7 @@ def _grid_from(top):
 
 
 def _grid(held):
-    """The 256 scales that one-byte places stand for, from -128 on; None for scales of more bytes."""
+    """The 256 scales of the int8 values -128 .. 127; None if the scales are not int8."""
     return _grid_from(held['absmax_top'].item()) if held['absmax'].dtype == torch.int8 else None
 
 
@@ -368,10 +368,10 @@ def _kernels_for(code, absmax):
 
 
 def kernels():
-    """The compiled kernels.c, or None without a C compiler (said once) or with NANOBIT_KERNELS=0.
+    """The compiled kernels.c, or None without a C compiler (warns once) or with NANOBIT_KERNELS=0.
 
-    Compiled for this very processor into ~/.cache/nanobit under a name made of the source, the flags and the processor;
-    $CC names another compiler than cc. Linked to the OpenMP library that torch brings, where it does, to share its threads.
+    The library is compiled for this processor, in ~/.cache/nanobit; its name is a hash of source, flags and processor.
+    $CC names another compiler than cc. If torch contains an OpenMP library, the kernels use it and share its threads.
     """
     with _lock:
         return _compiled()
@@ -388,7 +388,7 @@ def _compiled():
         library = ctypes.CDLL(_compile())
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         why = getattr(e, 'stderr', None) or str(e)
-        warnings.warn(f'kernels.c was not compiled, packed layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
+        warnings.warn(f'kernels.c was not compiled; packed layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
         return None
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.decode.argtypes, library.decode.restype = (p, p, i, p, p, n, n, i, i, i, i, p), None
@@ -398,7 +398,7 @@ def _compiled():
 
 
 def _compile():
-    """Path of the shared library, made if it is not there. Raises OSError, RuntimeError or SubprocessError."""
+    """Path of the shared library, which is compiled if missing. Raises OSError, RuntimeError or SubprocessError."""
     source = Path(__file__).with_name('kernels.c')
     bundled = [str(p) for p in sorted((Path(torch.__file__).parent / 'lib').glob('libgomp*'))[:1]]
     compiler = os.environ.get('CC', 'cc').split()
@@ -413,7 +413,7 @@ def _compile():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, RuntimeError):                 # no home, or not ours to write
+    except (OSError, RuntimeError):                 # no home folder, or it is not writable
         folder = Path(tempfile.mkdtemp(prefix='nanobit-'))
     path = folder / f'kernels-{name}.so'
     if not path.exists():
