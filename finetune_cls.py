@@ -35,8 +35,8 @@ from report import tables
 out_dir = 'out/cls'            # config.py, log.jsonl, last.pt, the figures and the model folder go here
 seed = 42                      # head, adapters, order of samples, dropout, sketches
 init_from = 'pretrained'       # pretrained: weights of `model` | scratch: random ones
-resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
-overwrite = False              # start anew in an out_dir that already holds a run
+resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
+overwrite = False              # start over in an out_dir that holds a run, and delete that run
 eval_only = False              # no training: evaluate the run in out_dir, or else `model` as it is
 ranks = ()                     # e.g. (4, 8, 16, 64, 128): a run for each, one after the other, in out_dir/r4, ...
 folds = 0                      # cross-validation: a run for each of so many parts of the training set, in out_dir/fold0, ...
@@ -55,7 +55,7 @@ train_samples = 0              # train on so many, drawn at random; 0: all
 max_len = 128                  # tokens of a text or pair; longer ones are cut
 pad_to_max = False             # every batch max_len long, as the reference has it; else as its longest text
 batch_size = 32                # texts per optimizer step, over all devices and micro-steps
-micro_batch_size = 0           # texts one device holds at a time; 0: its whole share. Accumulation is derived
+micro_batch_size = 0           # texts per device at a time; 0: its whole share. Lower: less memory, more micro-steps
 # model
 model = ''                     # Hub id or folder; '': distilbert-base-uncased, for xnli distilbert-base-multilingual-cased
 n_layer = 4                    # init_from='scratch' without a `model`: a DistilBERT of this size
@@ -74,7 +74,7 @@ quant8 = False                 # lora, lora_topr: the frozen layers in int8
 top_fraction = 0.1             # lora_topr: the share of each gradient that is kept
 rank_fraction = 0.0            # rsvd, rsvd_svt: rank = rank_fraction * min(rows, columns) instead
 energy = 0.0                   # rsvd_svt: at each refresh the smallest rank that keeps this share; 0: the rank, 4 to 128
-interval = 200                 # rsvd: steps between two bases
+interval = 200                 # rsvd: steps between two updates of the basis
 scale = 1.0                    # rsvd: times the update
 side = 'right'                 # rsvd: of the basis, left (the reference) | right (keeps the fewest activations) | short
 rotate = False                 # rsvd: carry the moments into a new basis
@@ -85,27 +85,27 @@ state_dtype = 'fp32'           # rsvd: fp32 | bf16 | 8bit moments
 svt_interval = 50              # weight_reduction_svt: steps between truncations to half of the rank
 # optimizer
 epochs = 3.0                   # times each training text is seen
-max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
+max_iters = 0                  # optimizer steps in total; 0: `epochs` decides
 learning_rate = 0.0            # peak; 0: 2e-5 for full, 2e-4 for the other methods
-min_lr = 0.0                   # at the last step
+min_lr = 0.0                   # learning rate at the last step
 schedule = 'linear'            # linear | cosine | constant
-warmup_iters = 0               # linear warm-up, steps
+warmup_iters = 0               # steps of linear warm-up
 weight_decay = 0.01            # on matrices and embeddings, not on gains and biases
-grad_clip = 1.0                # global norm; 0: off
+grad_clip = 1.0                # largest global gradient norm; 0: no clipping
 # evaluation, saving and logging
 eval_interval = 0              # steps; 0: at the end of each epoch, where there always is one
 eval_batch_size = 64           # texts one device holds at a time in evaluation
 keep_best = False              # report and keep the best epoch, chosen on the texts it is then judged on: optimistic
-log_interval = 10              # steps
+log_interval = 10              # steps between log records
 save_interval = 500            # steps between writes of last.pt
-wandb_log = False              # needs wandb installed and logged in
+wandb_log = False              # also log to Weights & Biases; install wandb and log in first
 wandb_project = 'nanobit'
 wandb_run_name = ''            # '': the name of out_dir
 # system
-device = ''                    # '': cuda where there is one, else cpu
+device = ''                    # '': cuda if available, else cpu
 dtype = 'float32'              # float32 | bfloat16 | float16 (with loss scaling): autocast; frozen weights are kept in it
 compile = False                # torch.compile: use pad_to_max with it, or it compiles for every length
-profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+profile = False                # profile steps 5 to 7 with torch.profiler; prints a table and writes trace.json to out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
 METHODS = ('full', 'lora', 'qlora', 'lora_topr', 'rsvd', 'rsvd_svt', 'weight_reduction', 'weight_reduction_svt')
@@ -447,7 +447,7 @@ def main():
                 log(record)
                 if keep_best and accuracy > best[0]:
                     before, best = best, [accuracy, step]
-                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
+                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
                         best = before
             elif step != saved_step and save(last_path, keep_previous=True):
                 saved_step = step
@@ -493,7 +493,7 @@ def main():
                 if dtype == 'float16' and good_steps % 2000 == 0:
                     loss_scale *= 2
             opt.zero_grad(set_to_none=True)
-            del grads                               # or they would live through the next forward pass
+            del grads                               # free the gradients before the next forward pass
         if failure:
             break
         if method == 'weight_reduction_svt' and ((step + 1) % svt_interval == 0 or step + 1 == total_iters
@@ -530,7 +530,7 @@ def main():
                 state = common.read_checkpoint(best_path, 'finetune_cls')
                 kept = kept_state(raw_net)
                 common.load_model_state(raw_net, state['model'], best_path, [k for k in raw_net.state_dict() if k not in kept])
-            except ValueError as e:                 # the best weights are lost, the last ones are not
+            except ValueError as e:                 # best.pt is lost, last.pt is not
                 failure = f'{e}; type --keep_best=False --resume=auto for the figures of the last weights'
         lost = common.any_rank(bool(failure))       # on one rank: the others must not wait for it in an evaluation
         for key, (_, labels, rows) in eval_sets.items() if not lost else ():

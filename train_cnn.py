@@ -35,8 +35,8 @@ model_name = ''                # for your records, in the log and wandb
 gpu_type = ''                  # for your records, in the log; '': the name of the device
 seed = 1337                    # weights, order of samples, crops, dropout, sketches
 init_from = 'scratch'          # scratch | a checkpoint whose weights to start from, as far as they fit
-resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
-overwrite = False              # start anew in an out_dir that already holds a run
+resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
+overwrite = False              # start over in an out_dir that holds a run, and delete that run
 predict = ''                   # an image: only print its classes, by the checkpoint or packed file in `resume`
 # data
 dataset = 'digits'             # folder under data/: digits, food101, images/<name>, made by data/*/prepare.py
@@ -46,7 +46,7 @@ crop_ratio = 4 / 3             # ... and at most so much wider than high, or hig
 flip = False                   # ... mirrored at random; not for digits or letters
 eval_crop = 1.0                # evaluation: the middle, so much of the side
 batch_size = 64                # images per optimizer step, over all devices and micro-steps
-micro_batch_size = 0           # images one device holds at a time; 0: its whole share. Accumulation is derived
+micro_batch_size = 0           # images per device at a time; 0: its whole share. Lower: less memory, more micro-steps
 eval_batch_size = 128          # ... in evaluation
 num_workers = 2                # threads of each process that read images ahead; 0: none
 # model
@@ -64,32 +64,32 @@ dropout = 0.0                  # after fc1 and fc2
 # optimizer
 optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on matrices and kernels | adam | sgd
 rank = 16                      # rsvd: dimensions of the moments of matrices and kernels
-interval = 200                 # ... steps between two bases
+interval = 200                 # rsvd: steps between two updates of the basis
 side = 'left'                  # ... of the basis: left | right | short
 projected = False              # ... a backward pass that makes no full gradients of real fc layers
 epochs = 30.0                  # times each training image is seen in all, also for a resumed run
-max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
+max_iters = 0                  # optimizer steps in total; 0: `epochs` decides
 learning_rate = 1e-3           # peak
 lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}    # times the rate: latent weights (not biases), binary scales
-min_lr = 0.0                   # at the last step
+min_lr = 0.0                   # learning rate at the last step
 schedule = 'cosine'            # cosine | linear | constant
-warmup_iters = 100             # linear warm-up, steps
+warmup_iters = 100             # steps of linear warm-up
 weight_decay = 0.05            # on weights, not on gains, biases and scales; inside the gradient for adam and sgd
 beta1 = 0.9                    # sgd: its momentum; muon's is 0.95 on matrices and kernels
 beta2 = 0.999
-grad_clip = 1.0                # global norm; 0: off
+grad_clip = 1.0                # largest global gradient norm; 0: no clipping
 # evaluation, saving and logging
 eval_interval = 0              # steps; 0: at the end of each epoch. The last step always has one
-log_interval = 20              # steps
+log_interval = 20              # steps between log records
 save_interval = 500            # steps between writes of last.pt; best.pt follows the evaluations
-wandb_log = False              # needs wandb installed and logged in
+wandb_log = False              # also log to Weights & Biases; install wandb and log in first
 wandb_project = 'nanobit'
 wandb_run_name = ''            # '': model_name, or else the name of out_dir
 # system
-device = ''                    # '': cuda where there is one, else cpu
+device = ''                    # '': cuda if available, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-compile = None                 # torch.compile; None: on cuda. On a CPU it pays only in long runs
-profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+compile = None                 # torch.compile; None: on cuda only. On a CPU it pays off only in long runs
+profile = False                # profile steps 5 to 7 with torch.profiler; prints a table and writes trace.json to out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
 WORDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern'}     # in model_config: kind of layers.py; others have one name
@@ -103,7 +103,7 @@ OPTIMIZERS = (*optim.NAMES, 'adam', 'sgd')
 
 @dataclass
 class CNNConfig:
-    """Shape of a CNN, plain types only: it is kept in checkpoints."""
+    """Shape of a CNN. It has only plain types, because checkpoints store it."""
     n_classes: int
     model_config: dict
     channels: tuple = (32, 64, 64, 128, 256)
@@ -211,7 +211,7 @@ def main():
         | dict.fromkeys(('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'micro_batch_size',
                          'eval_interval', 'num_workers'), 0))
     for wrong, why in (
-            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
+            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (wrong_kinds, f'model_config: {", ".join(wrong_kinds)} is none of {", ".join(KINDS)}'),
             (len(channels) != 5 or len(fc) != 2 or min(channels + fc) < 1, f'channels={channels}, fc={fc}: not 5 and 2 widths'),
             (filter_dimension not in (1, 3, 5, 7), f'filter_dimension={filter_dimension} is no odd number up to 7'),
@@ -446,7 +446,7 @@ def main():
                      'top1': found[1], 'top5': found[2]})
                 if found[1] > best[0]:
                     before, best = best, [found[1], step]
-                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
+                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
                         best = before
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
@@ -488,7 +488,7 @@ def main():
             common.clip_(grads.values(), grad_clip, grad_norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        del grads                                   # or they would live through the next forward pass
+        del grads                                   # free the gradients before the next forward pass
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1
@@ -514,7 +514,7 @@ def main():
             common.load_model_state(raw_model, state['model'], best_path)
         except OSError as e:
             failure = f'{e}; make room and type the same command with --resume=auto'
-        except ValueError as e:                     # the best weights are lost, the last ones are not
+        except ValueError as e:                     # best.pt is lost, last.pt is not
             failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
         if not common.any_rank(bool(failure)):      # on one rank: the others must not wait for it in the evaluation
             layers.pack(raw_model)                  # what is reported from here on is of the packed weights

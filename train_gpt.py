@@ -269,7 +269,7 @@ def main():
     train_data, val_data = tokens.load(folder, 'train'), tokens.load(folder, 'val')
     for split, data in (('train', train_data), ('val', val_data)):
         if len(data) <= block_size:
-            fail(f'{dataset} has {len(data)} {split} tokens, block_size={block_size} needs more; type a smaller --block_size')
+            fail(f'{dataset} has {len(data)} {split} tokens, block_size={block_size} needs more; type a lower --block_size')
     tokenizer = train_data.tokenizer
     bits_per_byte = len(val_data) / val_data.n_bytes / math.log(2)     # nats per token -> bits per byte of text
 
