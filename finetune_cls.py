@@ -74,9 +74,9 @@ lora_dropout = 0.1             # dropout before the adapters
 quant8 = False                 # lora, lora_topr: store the frozen layers in int8
 top_fraction = 0.1             # lora_topr: share of each gradient to keep, the largest entries
 rank_fraction = 0.0            # rsvd, rsvd_svt: rank = rank_fraction * min(rows, columns); 0: `rank`
-energy = 0.0                   # rsvd_svt: each new basis gets the smallest rank that keeps this share; 0: `rank`, 4 to 128
+energy = 0.0                   # rsvd_svt: smallest rank that keeps this share of the gradient; 0: `rank`, 4 to 128
 interval = 200                 # rsvd: steps between two updates of the basis
-scale = 1.0                    # rsvd: factor of the update
+scale = 1.0                    # rsvd: multiplies the update
 side = 'right'                 # rsvd: side of the basis: left (the reference) | right (saves the fewest activations) | short
 rotate = False                 # rsvd: rotate the moments into each new basis
 projected = True               # rsvd: the backward pass forms no full gradients
@@ -244,7 +244,7 @@ def main():
             (missing, f'{missing} cannot be imported; type: pip install -r requirements.txt'),
             (init_from not in ('pretrained', 'scratch'), f'init_from={init_from!r} is neither pretrained nor scratch; '
              'a model of your own is --model=FOLDER, a checkpoint --resume=auto or --resume=PATH'),
-            (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base: not for {method!r}; type --method=lora'),
+            (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base; type --method=lora, not {method!r}'),
             (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt only'),
             (task == 'csv' and not ((train_file or eval_only) and (eval_file or folds)), 'task=csv needs --train_file=... and '
              '--eval_file=... (or --folds=5)'),
@@ -321,7 +321,7 @@ def main():
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, epoch_loss, wandb_id, run = 0, [-1.0, 0], [0.0, 0], None, None
     meter = tables.StepMeter(net, opt, dev, rank_here, world)
-    # A resumed run must have the same values of these, also the same frozen weights, which are not in a checkpoint.
+    # A resumed run must have equal values of these. Frozen weights are among them, because checkpoints do not store them.
     kept = kept_state(net)
     frozen = [t for n, t in net.state_dict().items() if n not in kept]
     described = {'model': base_name(), 'labels': list(names), 'names_of_data': list(names_of_data), 'samples': len(samples),
@@ -505,7 +505,7 @@ def main():
 
         step, timed_steps = step + 1, timed_steps + 1
         epoch_loss = [epoch_loss[0] + loss, epoch_loss[1] + 1]
-        if meter.disturbed:                         # a measured step is slow: leave it out of the mean
+        if meter.disturbed:                         # a measured step is slower: restart the clock
             clock, timed_steps = time.perf_counter(), 0
         if profiler:
             profiler.step()
