@@ -119,7 +119,6 @@ class CNNConfig:
 
 class CNN(nn.Module):
     """Residual CNN: images (N, 3, H, W), H and W 16 or more, best in torch.channels_last -> logits (N, n_classes).
-
     Each of five blocks applies convolution, normalisation and ReLU twice and adds its input, through a real 1x1 convolution if
     the channels change. 2x2 max-pooling follows the first four. Then come the mean over pixels, fc1, fc2 and final."""
 
