@@ -35,7 +35,7 @@ resume = ''                    # auto: continue the run in out_dir, or start if 
 overwrite = False              # start over in an out_dir that holds a run, and delete that run
 # data
 dataset = 'arithmetic'         # folder under data/; data/<name>/prepare.py makes it
-vocab_size = 0                 # expected vocabulary of the tokenizer; 0: any. If it is set, estimate needs no data
+vocab_size = 0                 # expected vocabulary size of the tokenizer; 0: any. If it is set, estimate needs no data
 task = ''                      # arithmetic | tictactoe: each evaluation also scores answers or games; '': plain text
 batch_size = 32                # sequences per optimizer step, over all devices and micro-steps
 micro_batch_size = 0           # sequences per device at a time; 0: its whole share. Lower: less memory, more micro-steps
