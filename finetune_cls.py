@@ -1,12 +1,13 @@
 """
-Fine-tune any Hugging Face encoder or decoder to classify texts: all weights, adapters, or Adam in a few dimensions.
+Fine-tune a Hugging Face encoder or decoder to classify texts: all weights, adapters, or Adam in a few dimensions.
 
-    python finetune_cls.py config/sst2_rsvd16.py                       # DistilBERT on SST-2 (python data/sst2/prepare.py first)
+    python finetune_cls.py config/sst2_rsvd16.py                       # DistilBERT on SST-2; first python data/sst2/prepare.py
     python finetune_cls.py config/cls_offline.py                       # nothing to download: a small model, two minutes
     torchrun --nproc_per_node=8 finetune_cls.py config/xnli_distilbert.py
-    python finetune_cls.py --compare=out/a,out/b                       # is b better than a? from their predictions
+    python finetune_cls.py --compare=out/a,out/b                       # is b better than a? reads only their predictions
 
-Constants, methods, then main() from top to bottom; the figures of a run are csv and yaml files in its out_dir.
+All methods share one loop and the same batches, so their figures can be compared: csv and yaml files in out_dir. Ctrl-C saves
+and stops the run; --resume=auto continues it.
 """
 import contextlib
 import copy
@@ -32,85 +33,85 @@ from readers import texts, tokens
 from report import tables
 
 # run
-out_dir = 'out/cls'            # config.py, log.jsonl, last.pt, the figures and the model folder go here
-seed = 42                      # head, adapters, order of samples, dropout, sketches
-init_from = 'pretrained'       # pretrained: weights of `model` | scratch: random ones
-resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
-overwrite = False              # start anew in an out_dir that already holds a run
-eval_only = False              # no training: evaluate the run in out_dir, or else `model` as it is
-ranks = ()                     # e.g. (4, 8, 16, 64, 128): a run for each, one after the other, in out_dir/r4, ...
-folds = 0                      # cross-validation: a run for each of so many parts of the training set, in out_dir/fold0, ...
-fold = -1                      # ... the part that this run holds out; folds starts them all
-compare = ''                   # out/a,out/b: paired statistics of the predictions that two or more runs left, nothing else
+out_dir = 'out/cls'            # folder for config.py, log.jsonl, last.pt, the csv and yaml files and the model folder
+seed = 42                      # sets the new head, adapters, the order of samples, dropout and rsvd's random sketches
+init_from = 'pretrained'       # pretrained: weights of `model` | scratch: random weights
+resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
+overwrite = False              # start over in an out_dir that holds a run, and delete that run
+eval_only = False              # only evaluate the run in out_dir, or `model` if there is no run
+ranks = ()                     # e.g. (4, 8, 16, 64, 128): one run per rank, one after the other, in out_dir/r4, ...
+folds = 0                      # cross-validation: parts of the training set; one run per part, in out_dir/fold0, ...
+fold = -1                      # the part that this run evaluates on; -1: `folds` starts a run for each part
+compare = ''                   # out/a,out/b: only compare the saved predictions of two or more runs by paired statistics
 # data
-task = 'sst2'                  # sst2 | imdb | xnli | pycls, made by data/<task>/prepare.py, or csv
-dataset = ''                   # the folder under data/, or its path; '': the task's name
-train_file = ''                # csv: .csv, .tsv or .parquet with a header
-eval_file = ''                 # ... and the one to evaluate on
-text_columns = ('sentence',)   # ... its columns with texts, one or two
-label_column = 'label'         # ... and with labels
-eval_split = 'val'             # split to evaluate; for xnli val or test, of each of `languages`
-languages = ('en',)            # xnli: to evaluate at the end; training is in English
-train_samples = 0              # train on so many, drawn at random; 0: all
-max_len = 128                  # tokens of a text or pair; longer ones are cut
-pad_to_max = False             # every batch max_len long, as the reference has it; else as its longest text
+task = 'sst2'                  # sst2 | imdb | xnli | pycls, each made by data/<task>/prepare.py | csv: your own files
+dataset = ''                   # folder under data/, or a path; '': the name of the task
+train_file = ''                # csv: training file, .csv, .tsv or .parquet with a header
+eval_file = ''                 # csv: evaluation file, with the same columns
+text_columns = ('sentence',)   # csv: one or two columns with the texts
+label_column = 'label'         # csv: column with the labels
+eval_split = 'val'             # split to evaluate on; xnli: val or test, of each of `languages`
+languages = ('en',)            # xnli: languages to evaluate at the end; training is in English
+train_samples = 0              # number of training texts, drawn at random; 0: all
+max_len = 128                  # tokens per text or pair; longer ones are cut
+pad_to_max = False             # True: pad each batch to max_len, as the reference does; False: to its longest text
 batch_size = 32                # texts per optimizer step, over all devices and micro-steps
-micro_batch_size = 0           # texts one device holds at a time; 0: its whole share. Accumulation is derived
+micro_batch_size = 0           # texts per device at a time; 0: its whole share. Lower: less memory, more micro-steps
 # model
 model = ''                     # Hub id or folder; '': distilbert-base-uncased, for xnli distilbert-base-multilingual-cased
-n_layer = 4                    # init_from='scratch' without a `model`: a DistilBERT of this size
+n_layer = 4                    # size of the DistilBERT that init_from='scratch' makes if `model` is ''
 n_head = 4
 n_embd = 128
-dropout = 0.1                  # ... its dropout
-vocab_size = 8192              # ... and its WordPiece, trained on the training texts
-gradient_checkpointing = False   # compute activations again in the backward pass
+dropout = 0.1                  # dropout of that DistilBERT
+vocab_size = 8192              # size of its WordPiece vocabulary, trained on the training texts
+gradient_checkpointing = False   # recompute activations in the backward pass: less memory, slower
 # method
 method = 'full'                # full | lora | qlora | lora_topr | rsvd | rsvd_svt | weight_reduction | weight_reduction_svt
-rank = 16                      # of the adapters, of rsvd, of the factors of weight_reduction
-targets = ()                   # adapters, weight_reduction: last part of layers' names; (): queries, keys and values
-lora_alpha = 0.0               # the adapters' scale is lora_alpha / rank; 0: rank, so 1
-lora_dropout = 0.1             # before the adapters
-quant8 = False                 # lora, lora_topr: the frozen layers in int8
-top_fraction = 0.1             # lora_topr: the share of each gradient that is kept
-rank_fraction = 0.0            # rsvd, rsvd_svt: rank = rank_fraction * min(rows, columns) instead
-energy = 0.0                   # rsvd_svt: at each refresh the smallest rank that keeps this share; 0: the rank, 4 to 128
-interval = 200                 # rsvd: steps between two bases
-scale = 1.0                    # rsvd: times the update
-side = 'right'                 # rsvd: of the basis, left (the reference) | right (keeps the fewest activations) | short
-rotate = False                 # rsvd: carry the moments into a new basis
-projected = True               # rsvd: a backward pass that makes no full gradients
-stagger = 4                    # rsvd: layers that get a new basis in one step; 0: all at once
-adam_for = ('head',)           # rsvd: what gets ordinary AdamW: head, embeddings
-state_dtype = 'fp32'           # rsvd: fp32 | bf16 | 8bit moments
+rank = 16                      # rank of the adapters, of rsvd, of the factors of weight_reduction
+targets = ()                   # adapters, weight_reduction: last part of the layers' names; (): queries, keys and values
+lora_alpha = 0.0               # the adapters' scale is lora_alpha / rank; 0: lora_alpha = rank, a scale of 1
+lora_dropout = 0.1             # dropout before the adapters
+quant8 = False                 # lora, lora_topr: store the frozen layers in int8
+top_fraction = 0.1             # lora_topr: share of each gradient to keep, the largest entries
+rank_fraction = 0.0            # rsvd, rsvd_svt: rank = rank_fraction * min(rows, columns); 0: `rank`
+energy = 0.0                   # rsvd_svt: smallest rank that keeps this share of the gradient; 0: `rank`, 4 to 128
+interval = 200                 # rsvd: steps between two updates of the basis
+scale = 1.0                    # rsvd: multiplies the update
+side = 'right'                 # rsvd: side of the basis: left (the reference) | right (saves the fewest activations) | short
+rotate = False                 # rsvd: rotate the moments into each new basis
+projected = True               # rsvd: the backward pass forms no full gradients
+stagger = 4                    # rsvd: number of layers that update their basis in the same step; 0: all
+adam_for = ('head',)           # rsvd: parameters that use ordinary AdamW: head, embeddings
+state_dtype = 'fp32'           # rsvd: precision of the moments: fp32 | bf16 | 8bit
 svt_interval = 50              # weight_reduction_svt: steps between truncations to half of the rank
 # optimizer
-epochs = 3.0                   # times each training text is seen
-max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
-learning_rate = 0.0            # peak; 0: 2e-5 for full, 2e-4 for the other methods
-min_lr = 0.0                   # at the last step
+epochs = 3.0                   # passes over the training texts in total, including those before a resume
+max_iters = 0                  # optimizer steps in total; 0: `epochs` decides
+learning_rate = 0.0            # peak, at the end of warm-up; 0: 2e-5 for full, 2e-4 for the other methods
+min_lr = 0.0                   # learning rate at the last step
 schedule = 'linear'            # linear | cosine | constant
-warmup_iters = 0               # linear warm-up, steps
+warmup_iters = 0               # steps of linear warm-up
 weight_decay = 0.01            # on matrices and embeddings, not on gains and biases
-grad_clip = 1.0                # global norm; 0: off
+grad_clip = 1.0                # largest global gradient norm; 0: no clipping
 # evaluation, saving and logging
-eval_interval = 0              # steps; 0: at the end of each epoch, where there always is one
-eval_batch_size = 64           # texts one device holds at a time in evaluation
-keep_best = False              # report and keep the best epoch, chosen on the texts it is then judged on: optimistic
-log_interval = 10              # steps
-save_interval = 500            # steps between writes of last.pt
-wandb_log = False              # needs wandb installed and logged in
+eval_interval = 0              # steps between extra evaluations; 0: none. There is always one after each epoch
+eval_batch_size = 64           # texts per device at a time in evaluation
+keep_best = False              # report and keep the best evaluation; optimistic, because the same texts select and judge it
+log_interval = 10              # steps between log records
+save_interval = 500            # steps between saves of last.pt
+wandb_log = False              # also log to Weights & Biases; install wandb and log in first
 wandb_project = 'nanobit'
 wandb_run_name = ''            # '': the name of out_dir
 # system
-device = ''                    # '': cuda where there is one, else cpu
-dtype = 'float32'              # float32 | bfloat16 | float16 (with loss scaling): autocast; frozen weights are kept in it
-compile = False                # torch.compile: use pad_to_max with it, or it compiles for every length
-profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+device = ''                    # '': cuda if available, else cpu
+dtype = 'float32'              # autocast to float32 | bfloat16 | float16 (with loss scaling); frozen weights are stored in it
+compile = False                # torch.compile; set pad_to_max too, or it recompiles for each text length
+profile = False                # profile steps 5 to 7 with torch.profiler; prints a table and writes trace.json to out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
 METHODS = ('full', 'lora', 'qlora', 'lora_topr', 'rsvd', 'rsvd_svt', 'weight_reduction', 'weight_reduction_svt')
 ADAPTERS = ('lora', 'qlora', 'lora_topr')
-# What transformers calls the projections to queries, keys and values.
+# Names of the query, key and value projections in transformers.
 ATTENTION = ('q_lin', 'k_lin', 'v_lin', 'q_proj', 'k_proj', 'v_proj', 'query', 'key', 'value', 'query_key_value', 'qkv_proj')
 
 
@@ -119,7 +120,7 @@ ATTENTION = ('q_lin', 'k_lin', 'v_lin', 'q_proj', 'k_proj', 'v_proj', 'query', '
 
 
 def adapt(net, head):
-    """Put the method into the model: which layers change and which parameters are trained."""
+    """Apply the method to a model: replace layers and choose the trained parameters. Raises ValueError if it does not fit."""
     if method in ('full', 'rsvd', 'rsvd_svt'):
         return
     linears = [n for n, m in net.named_modules() if layers.is_linear(m) and f'{n}.weight' not in head]
@@ -147,7 +148,7 @@ def adapt(net, head):
 
 
 def make_optimizer(net, head):
-    """The method's optimizer over what is trained; matrices decay, vectors do not."""
+    """The method's optimizer for the trained parameters. Weight decay applies to matrices, not to vectors."""
     trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in trained.items() if p.dim() > 1}
     groups = [{'params': list(matrices.values()), 'weight_decay': weight_decay},
@@ -159,7 +160,7 @@ def make_optimizer(net, head):
     low = dict(rank=rank, rank_fraction=rank_fraction)
     if method == 'rsvd_svt' and energy:
         low = dict(energy=energy, rank_min=min(4, rank), rank_max=rank)
-    elif method == 'rsvd_svt':                      # the reference's: nothing is thresholded, a wider sketch is cut to the rank
+    elif method == 'rsvd_svt':                      # as in the reference: no threshold; a wider sketch is cut to the rank
         low = dict(rank=min(max(rank, 4), 128), rank_fraction=rank_fraction, oversample=rank + 4)
     tables = {n for n, p in net.named_parameters() if any(p is m.weight for m in net.modules() if isinstance(m, nn.Embedding))}
     plain = {n for n in matrices if n in head and 'head' in adam_for or n in tables and 'embeddings' in adam_for}
@@ -170,7 +171,7 @@ def make_optimizer(net, head):
 
 
 def kept_state(net):
-    """What of the model a checkpoint needs: all of it, but for frozen weights that are `model`'s."""
+    """State dict that a checkpoint stores: all tensors except frozen weights that come from `model`."""
     frozen = set() if init_from == 'scratch' else {n for n, p in net.named_parameters() if not p.requires_grad}
     frozen -= {f'{n}.weight' for n, m in net.named_modules() if isinstance(m, tuple(optim.PROJECTED.values()))}
     if method in ADAPTERS and init_from != 'scratch':
@@ -183,15 +184,15 @@ def kept_state(net):
 
 
 def read_data(names=None):
-    """(training texts, their ids, {language or '': (texts, label names, row numbers)} to evaluate, names of the labels)."""
+    """(training texts, their label ids, {language or '': (texts, label names, row numbers)} to evaluate on, label names)."""
     if task == 'csv':
         read = lambda path: texts.read_table(path, text_columns, label_column)
-        path = train_file or eval_file              # also to evaluate: a model from scratch has its tokenizer from there
+        path = train_file or eval_file              # eval_only needs it too: a model from scratch trains its tokenizer on it
         sentences, labels = read(path)
         names = names or texts.label_names(labels)
         ids = texts.label_ids(labels, names, path)
         found = {'': read(eval_file)} if not folds else {}
-        for _, labels in found.values():            # an unknown one is an error now, not after training
+        for _, labels in found.values():            # reports an unknown label now, not after training
             texts.label_ids(labels, names, eval_file)
     else:
         folder = tokens.dataset_dir(dataset or task)
@@ -201,7 +202,7 @@ def read_data(names=None):
         found = {key: (part, [names[i] for i in labels]) for key, (part, labels) in found.items()}
     rows = np.random.default_rng([seed, 1]).permutation(len(sentences))
     if folds > len(sentences):
-        raise ValueError(f'folds={folds} of {len(sentences)} texts')
+        raise ValueError(f'folds={folds} of {len(sentences)} texts; type a lower --folds')
     if folds:
         held, rows = rows[fold::folds], np.delete(rows, np.s_[fold::folds])
         found = {'': ([sentences[i] for i in held], [names[ids[i]] for i in held])}
@@ -243,17 +244,16 @@ def main():
             (missing, f'{missing} cannot be imported; type: pip install -r requirements.txt'),
             (init_from not in ('pretrained', 'scratch'), f'init_from={init_from!r} is neither pretrained nor scratch; '
              'a model of your own is --model=FOLDER, a checkpoint --resume=auto or --resume=PATH'),
-            (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base in int8, which '
-             f'method={method!r} does not train on; type --method=lora'),
-            (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt'),
+            (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base; type --method=lora, not {method!r}'),
+            (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt only'),
             (task == 'csv' and not ((train_file or eval_only) and (eval_file or folds)), 'task=csv needs --train_file=... and '
              '--eval_file=... (or --folds=5)'),
-            (not {'head', 'embeddings'}.issuperset(adam_for), f'adam_for={adam_for} may hold head and embeddings'),
-            (folds and not 0 <= fold < folds, f'fold={fold} of {folds}'),
+            (not {'head', 'embeddings'}.issuperset(adam_for), f'adam_for={adam_for} may contain only head and embeddings'),
+            (folds and not 0 <= fold < folds, f'fold={fold} must be 0 or more and below folds={folds}'),
             (task == 'xnli' and not languages, 'languages=() leaves nothing to evaluate; type --languages=en'),
             (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train'),
             (n_embd % max(1, n_head), f'n_embd={n_embd} is no multiple of n_head={n_head}'),
-            (not 0 < top_fraction <= 1, f'top_fraction={top_fraction} is above 0 and at most 1')):
+            (not 0 < top_fraction <= 1, f'top_fraction={top_fraction} must be above 0 and at most 1')):
         if wrong:
             fail(why)
     amp_dtype = dtypes[dtype]
@@ -282,10 +282,10 @@ def main():
                                                    amp_dtype if frozen and amp_dtype else torch.float32, init_from != 'scratch')
         if getattr(net.config, 'max_position_embeddings', max_len) < max_len:
             raise ValueError(f'this model has {net.config.max_position_embeddings} positions, max_len={max_len} needs more')
-        ids = [order.index(names[i]) for i in ids]                     # labels go by name: the model may count them otherwise
+        ids = [order.index(names[i]) for i in ids]                     # by name: the model may order its labels differently
         names, names_of_data = order, names
         head = hf.head_parameters(net)
-        adam_bytes = sum(8 * p.numel() + 4 for p in net.parameters())  # torch's AdamW on all of them
+        adam_bytes = sum(8 * p.numel() + 4 for p in net.parameters())  # state of torch's AdamW for all weights
         whole = copy.deepcopy(net) if init_from == 'scratch' and method in ADAPTERS and not resume_path else None
         adapt(net, head)
         net.to(dev)
@@ -296,7 +296,7 @@ def main():
     except (ValueError, OSError) as e:
         configurator.fail(f'{e}')
     if eval_only and fresh and not resume_path:
-        fail(f'{model or default_model()} has no head for {", ".join(names)} and {out_dir} no checkpoint; train first')
+        fail(f'{model or default_model()} has no head for {", ".join(names)} and {out_dir} has no checkpoint; train first')
     samples = hf.encode(tokenizer, sentences, max_len)
     eval_rows = {key: hf.encode(tokenizer, found[0], max_len) for key, found in eval_sets.items()}
     n_params, n_head_params = layers.model_bytes(net)[1] // 4, sum(p.numel() for p in head.values())
@@ -321,14 +321,14 @@ def main():
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, epoch_loss, wandb_id, run = 0, [-1.0, 0], [0.0, 0], None, None
     meter = tables.StepMeter(net, opt, dev, rank_here, world)
-    # What another value of would make it another run, or its state another shape's; the frozen weights are not in a checkpoint.
+    # A resumed run must have equal values of these. Frozen weights are among them, because checkpoints do not store them.
     kept = kept_state(net)
     frozen = [t for n, t in net.state_dict().items() if n not in kept]
     described = {'model': base_name(), 'labels': list(names), 'names_of_data': list(names_of_data), 'samples': len(samples),
                  'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
     described |= {key: config[key] for key in ('method', 'rank', 'rank_fraction', 'energy', 'targets', 'lora_alpha', 'quant8',
                                                'side', 'adam_for', 'state_dtype', 'dtype', 'folds', 'fold')}
-    described['checksum of the frozen weights'] = common.checksum(frozen)       # the last: an option says more
+    described['checksum of the frozen weights'] = common.checksum(frozen)       # last: an option explains more
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
@@ -352,9 +352,9 @@ def main():
         try:
             os.makedirs(out_dir, exist_ok=True)
             if whole:
-                hf.save(whole, tokenizer, os.path.join(out_dir, 'base'))   # adapters are nothing without it
+                hf.save(whole, tokenizer, os.path.join(out_dir, 'base'))   # adapters need their base model
             if not eval_only:
-                with contextlib.suppress(FileNotFoundError):           # its figures are of an end that is not reached yet
+                with contextlib.suppress(FileNotFoundError):           # its figures are out of date until the run ends
                     os.remove(os.path.join(out_dir, 'results.yaml'))
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
@@ -375,16 +375,16 @@ def main():
 
     @torch.no_grad()
     def evaluate(key):
-        """(mean loss, ids (n,), seconds a text) of one of the sets to evaluate, shared out over ranks; None if stopped."""
+        """(mean loss, label ids (n,), seconds per text) on the evaluation set `key`, divided among ranks; None if stopped."""
         encoded, labels = eval_rows[key], torch.tensor([names.index(label) for label in eval_sets[key][1]])
-        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]['input_ids']))    # little to pad
+        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]['input_ids']))    # for little padding
         chunks = [by_length[i:i + eval_batch_size] for i in range(0, len(by_length), eval_batch_size)]
         predictions, total, times = torch.full((len(encoded),), -1), 0.0, []
         raw_net.eval()
         for i in range(rank_here, -(-len(chunks) // world) * world, world):
             if common.any_rank(stopped()):
                 break
-            for chosen in chunks[i:i + 1]:          # none for some ranks in the last round
+            for chosen in chunks[i:i + 1]:          # empty on some ranks in the last round
                 x, start = batch([encoded[j] for j in chosen]), time.perf_counter()
                 with amp:
                     logits = raw_net(**x).logits.float().cpu()
@@ -392,14 +392,14 @@ def main():
                 total += F.cross_entropy(logits, labels[chosen], reduction='sum').item()
                 predictions[chosen] = logits.argmax(1)
         raw_net.train()
-        meter.reset_cuda()                          # what is reported is the peak of training
+        meter.reset_cuda()                          # the reported peak is that of training
         if common.any_rank(stopped()):
             return None
         loss = common.mean_over_ranks(total, (predictions >= 0).sum().item())
         if world > 1:
             predictions = predictions.to(dev)
             dist.all_reduce(predictions, dist.ReduceOp.MAX)
-        seconds, n = (sum(x) for x in zip(*(times[1:] or times or [(0, 1)]), strict=True))      # the first batch warms up
+        seconds, n = (sum(x) for x in zip(*(times[1:] or times or [(0, 1)]), strict=True))      # without the first: warm-up
         return loss, predictions.tolist(), seconds / n
 
     def log(record):
@@ -430,7 +430,7 @@ def main():
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
         if not stop and step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0)):
-            key, epoch_peak = next(iter(eval_sets)), meter.peak()      # of several languages the first
+            key, epoch_peak = next(iter(eval_sets)), meter.peak()      # the first of several languages
             found = evaluate(key)
             stop = found is None
             if not stop:
@@ -447,7 +447,7 @@ def main():
                 log(record)
                 if keep_best and accuracy > best[0]:
                     before, best = best, [accuracy, step]
-                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
+                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
                         best = before
             elif step != saved_step and save(last_path, keep_previous=True):
                 saved_step = step
@@ -483,7 +483,7 @@ def main():
             if not overflow and not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 culprits = [n for n, p in raw_net.named_parameters() if p in grads and not grads[p].isfinite().all()]
                 failure = common.not_finite(loss, grad_norm, step, culprits, saved_step)
-            elif overflow:                          # the step is left out and the next one scaled less
+            elif overflow:                          # skip the step and halve the loss scale
                 loss_scale, good_steps = loss_scale / 2, 0
             else:
                 if grad_clip:
@@ -493,7 +493,7 @@ def main():
                 if dtype == 'float16' and good_steps % 2000 == 0:
                     loss_scale *= 2
             opt.zero_grad(set_to_none=True)
-            del grads                               # or they would live through the next forward pass
+            del grads                               # free the gradients before the next forward pass
         if failure:
             break
         if method == 'weight_reduction_svt' and ((step + 1) % svt_interval == 0 or step + 1 == total_iters
@@ -505,7 +505,7 @@ def main():
 
         step, timed_steps = step + 1, timed_steps + 1
         epoch_loss = [epoch_loss[0] + loss, epoch_loss[1] + 1]
-        if meter.disturbed:                         # a measured step is slower than the others
+        if meter.disturbed:                         # a measured step is slower: restart the clock
             clock, timed_steps = time.perf_counter(), 0
         if profiler:
             profiler.step()
@@ -523,16 +523,16 @@ def main():
     evaluated, folder = {}, ''
     meter.end()
     if not failure and not stop:
-        if world > 1 and not common.ranks_agree(common.checksum(kept_state(raw_net).values())):    # and all wait for the save
+        if world > 1 and not common.ranks_agree(common.checksum(kept_state(raw_net).values())):    # also a barrier for the save
             configurator.fail('the weights of the ranks differ: the run is broken, please report it')
         if keep_best and best[1]:
             try:
                 state = common.read_checkpoint(best_path, 'finetune_cls')
                 kept = kept_state(raw_net)
                 common.load_model_state(raw_net, state['model'], best_path, [k for k in raw_net.state_dict() if k not in kept])
-            except ValueError as e:                 # the best weights are lost, the last ones are not
+            except ValueError as e:                 # best.pt is lost, last.pt is not
                 failure = f'{e}; type --keep_best=False --resume=auto for the figures of the last weights'
-        lost = common.any_rank(bool(failure))       # on one rank: the others must not wait for it in an evaluation
+        lost = common.any_rank(bool(failure))       # if one rank failed, the others must not wait for it in evaluate()
         for key, (_, labels, rows) in eval_sets.items() if not lost else ():
             found = evaluate(key)
             stop = found is None

@@ -1,16 +1,16 @@
 """
-Text from what train_gpt.py or train_bitnet.py has trained: best.pt, last.pt or packed.safetensors, on the CPU or a GPU.
+Generate text with a model of train_gpt.py or train_bitnet.py, chat with it, or play tic-tac-toe against it.
 
-    python sample.py --ckpt=out/pycode_bin --prompt='def main'                       # streams as it is generated
-    python sample.py --ckpt=out/pycode_bin/packed.safetensors --num_samples=3        # the same weights, 1 bit each
-    python sample.py --ckpt=out/pycode_bin --prompt=FILE:start.txt > story.txt       # stdout is the text alone
-    python sample.py chat --ckpt=out/tinystories                                     # you write, it goes on; also in a pipe
-    python sample.py chat --ckpt=out/arithmetic --stop='\\n' --temperature=0          # 12+34=
-    python sample.py play --ckpt=out/tictactoe                                       # tic-tac-toe against it
-    python sample.py play --ckpt=out/tictactoe --against=perfect --games=200         # or let others play
+    python sample.py --ckpt=out/pycode_bin --prompt='def main'                       # prints the text as it grows
+    python sample.py --ckpt=out/pycode_bin/packed.safetensors --num_samples=3        # the packed weights
+    python sample.py --ckpt=out/pycode_bin --prompt=FILE:start.txt > story.txt       # stdout gets only the text
+    python sample.py chat --ckpt=out/tinystories                                     # it continues your text; also in a pipe
+    python sample.py chat --ckpt=out/arithmetic --stop='\\n' --temperature=0          # type 12+34=
+    python sample.py play --ckpt=out/tictactoe                                       # you against the model
+    python sample.py play --ckpt=out/tictactoe --against=perfect --games=200         # a perfect player against it
 
-Model and tokenizer are in the checkpoint; nothing else is read. All samples are generated as one batch: a token costs
-mostly the fixed price of a pass through the layers, so ten samples take hardly longer than one.
+best.pt, last.pt and packed.safetensors each contain the model and its tokenizer. All samples are one batch: most of the time
+is the fixed cost of a pass through the layers, so ten samples take little longer than one. Runs on the CPU or a GPU.
 """
 import codecs
 import math
@@ -28,31 +28,31 @@ from readers import tasks, tokens
 from train_bitnet import HEAD, BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
 
-mode = 'generate'              # generate | chat | play; also without --mode=, as the first word
-ckpt = 'out/gpt'               # a run's folder (its best.pt, else last.pt, else packed.safetensors) or one of its files
-prompt = ''                    # text to go on from, in chat too | FILE:path of such a text | '': a document's beginning
-num_samples = 1                # one is shown as it grows, several at the end
-max_new_tokens = 500           # per sample or answer; it is shorter when the model ends the text
-temperature = 0.8              # below 1: likelier text; above 1: more surprising; 0: always the likeliest token
-top_k = 200                    # draw from the k likeliest tokens only; 0: from all
-stop = ''                      # chat: an answer also ends where this text does, \n for a line's end
-side = 'X'                     # play: yours, X (moves first) or O
-against = ''                   # play: random | perfect, who plays the model instead of you
-games = 200                    # ... how many games, half of them begun by the model
+mode = 'generate'              # generate | chat | play; the word alone, without --mode=, works too
+ckpt = 'out/gpt'               # folder of a run (best.pt, else last.pt, else packed.safetensors) or one of its files
+prompt = ''                    # text to continue, also in chat | FILE:path of a text file | '': the start of a document
+num_samples = 1                # one is printed as it grows, several at the end
+max_new_tokens = 500           # tokens per sample or answer; fewer if the model ends the text
+temperature = 0.8              # below 1: more likely text; above 1: more varied; 0: always the most likely token
+top_k = 200                    # draw only from the k most likely tokens; 0: from all
+stop = ''                      # chat: an answer also ends after this text; \n is a line end
+side = 'X'                     # play: your side, X (moves first) or O
+against = ''                   # play: random | perfect: the player that replaces you
+games = 200                    # play: number of games with `against`; the model begins half of them
 seed = 1337                    # the same seed and number of samples give the same text
-device = ''                    # '': cuda where there is one, else cpu
+device = ''                    # '': cuda if available, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
 _MODES = ('generate', 'chat', 'play')
 _defaults = dict(globals())
 _words = [f'--mode={word}' if word in _MODES else word for word in sys.argv[1:]]
-config = configurator.override(globals(), _words, quiet=True)   # file.py ... --key=value, later wins; stdout is the text alone
+config = configurator.override(globals(), _words, quiet=True)   # file.py ... --key=value, later wins; stdout is only for text
 
-# trainer of a language model: (model, its config); sample.py, ptq.py and bench.py know the trainers from here
+# {trainer: (model class, config class)} of the language models, also for ptq.py and bench.py
 MODELS = {'train_gpt': (GPT, GPTConfig), 'train_bitnet': (BitNet, BitNetConfig)}
 
 
 def find_checkpoint(path):
-    """A file as it is; of a run's folder best.pt, else last.pt, else packed.safetensors."""
+    """Path of a checkpoint: `path` if it is no folder, else best.pt, last.pt or packed.safetensors in it, in this order."""
     if not os.path.isdir(path):
         return path
     for name in ('best.pt', 'last.pt', 'packed.safetensors'):
@@ -62,8 +62,8 @@ def find_checkpoint(path):
 
 
 def load(path):
-    """Checkpoint or packed file of a trainer of MODELS, of ptq.py too -> (model on the CPU, set to evaluation, Tokenizer, dict:
-    step, trainer, task, config of the training or {}, best val_loss or None, quantized by ptq.py: {} or what)."""
+    """Load a checkpoint or packed file of a trainer of MODELS or of ptq.py -> (model on the CPU in eval mode, Tokenizer, dict)
+    with step, trainer, task, config of the training or {}, best val_loss or None, quantized: what ptq.py replaced or {}."""
     if not os.path.isfile(path):
         configurator.fail(f"{path} does not exist; type --ckpt=... and a run's out_dir, or make one with train_gpt.py")
     try:
@@ -85,14 +85,14 @@ def load(path):
         return model.eval(), tokens.from_description(state['tokenizer']), about
     except (OSError, ValueError) as e:
         configurator.fail(f'{e}; give another --ckpt')
-    except (KeyError, TypeError) as e:              # whole, but its description is not what this code writes
+    except (KeyError, TypeError) as e:              # a complete file with other metadata than this code writes
         configurator.fail(f'{path} is damaged or of another version ({type(e).__name__}: {e}); give another --ckpt')
 
 
 def read_prompt(prompt):
-    """The prompt as bytes; FILE:path stands for the contents of that file."""
+    """The prompt as bytes; FILE:path means the contents of that file."""
     if not prompt.startswith('FILE:'):
-        return prompt.encode('utf-8', 'surrogateescape')               # bytes of the command line as they were typed
+        return prompt.encode('utf-8', 'surrogateescape')               # the bytes that were typed
     try:
         with open(prompt[5:], 'rb') as f:
             return f.read()
@@ -102,10 +102,10 @@ def read_prompt(prompt):
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, generator=None):
-    """Yield (B,) int64 ids one step at a time after the prompt ids (B, T >= 1), with a cache of keys and values.
+    """Yield the next ids (B,) int64, one step at a time, after the prompt ids (B, T >= 1). Caches keys and values.
 
-    model(ids, cache=[{} for each of model.blocks]) gives logits; ids >= vocab_size are padding of the vocabulary and never
-    drawn. temperature 0: the likeliest. When the context is full the cache is filled anew from the later half of it."""
+    model(ids, cache=[{} for each of model.blocks]) returns logits. Ids >= vocab_size are padding and are never drawn.
+    temperature 0 takes the most likely id. When the context is full, its second half fills a new cache."""
     cache, fed, most = None, 0, model.config.block_size
     for _ in range(max_new_tokens):
         if cache is None or cache[0]['k'].shape[2] == most:
@@ -125,12 +125,12 @@ def generate(model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, g
 
 
 def to_ids(tokenizer, text):
-    """bytes -> list of ids; what is not UTF-8 is replaced where the tokenizer is not of bytes."""
+    """bytes -> list of ids. Invalid UTF-8 is replaced, except with a byte tokenizer."""
     return tokenizer.encode(text if tokenizer.name == 'byte' else text.decode('utf-8', 'replace')).tolist()
 
 
 def write(model, tokenizer, dev, generator, begin):
-    """mode generate: the prompt and what comes after it, once or several times. Returns the tokens made."""
+    """Mode generate: print the prompt with one or several continuations. Returns the number of generated tokens."""
     given = to_ids(tokenizer, read_prompt(prompt))
     if len(given) > model.config.block_size:
         print(f'note: the prompt has {len(given):,} tokens, the context {model.config.block_size:,}; '
@@ -138,7 +138,7 @@ def write(model, tokenizer, dev, generator, begin):
         given = given[-model.config.block_size:]
     ids = torch.tensor([given or begin] * num_samples, device=dev)
     rows, live, n_tokens = [[] for _ in range(num_samples)], set(range(num_samples)), 0
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')         # holds back a character until it is whole
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')         # waits for all bytes of a character
     streaming = num_samples == 1
     if streaming:
         print(decoder.decode(tokenizer.decode_bytes(given)), end='', flush=True)
@@ -162,7 +162,7 @@ def write(model, tokenizer, dev, generator, begin):
 
 
 def ask(what):
-    """A line from the terminal or a pipe without its end; None at the end of input. What is asked is shown to people only."""
+    """Read a line (bytes) from a terminal or pipe; None at the end of input. Only a terminal shows the question `what`."""
     if sys.stdin.isatty():
         print(what, end='', flush=True)
     line = sys.stdin.buffer.readline()
@@ -172,14 +172,14 @@ def ask(what):
 
 
 def chat(model, tokenizer, dev, generator, begin):
-    """mode chat: what you write is added to the text, and the model goes on with it until it ends the text, at `stop` or after
-    max_new_tokens. What no longer fits into the context is forgotten. Returns the tokens made."""
+    """Mode chat: add each input line to the text; the model continues it. An answer stops at a text's end, at `stop` or
+    after max_new_tokens. Tokens that no longer fit into the context are dropped. Returns the number of generated tokens."""
     ending, n_tokens = stop.encode('utf-8', 'surrogateescape').replace(b'\\n', b'\n'), 0
     said = read_prompt(prompt)
     history = begin = begin + to_ids(tokenizer, said)
     if sys.stdin.isatty():
-        print('Write, and it goes on with the text; an empty line lets it go on. /reset forgets, /save FILE keeps the text, '
-              '/quit or Ctrl-D ends.', file=sys.stderr)
+        print('Write text, and the model continues it; an empty line continues too. /reset clears the text, /save FILE '
+              'saves it, /quit or Ctrl-D ends.', file=sys.stderr)
     while (line := ask('> ')) not in (None, b'/quit'):
         if line == b'/reset':
             history, said = begin, read_prompt(prompt)
@@ -190,7 +190,7 @@ def chat(model, tokenizer, dev, generator, begin):
                 with open(path, 'wb') as f:
                     f.write(said)
                 print(f'wrote {path}, {len(said):,} bytes', file=sys.stderr)
-            except (OSError, ValueError) as e:      # must not cost the conversation
+            except (OSError, ValueError) as e:      # does not end the chat
                 print(f'could not write {path!r}: {getattr(e, "strerror", e)}; give another name', file=sys.stderr)
             continue
         history, said = history + to_ids(tokenizer, line), said + line
@@ -206,19 +206,19 @@ def chat(model, tokenizer, dev, generator, begin):
             if ending and answer.endswith(ending):
                 break
         print(decoder.decode(b'', final=True), end='' if answer.endswith(b'\n') else '\n', flush=True)
-        said += answer + b'\n' * (history[-1] == tokenizer.eot)         # what comes next is another text
+        said += answer + b'\n' * (history[-1] == tokenizer.eot)         # the next line starts another text
         history = history[-model.config.block_size:]
     return n_tokens
 
 
 def board(moves):
-    """Three lines: X, O and the numbers of the free cells."""
+    """The board as three lines: X, O and the numbers of free cells."""
     cells = [' XO'[1 + moves.index(c) % 2] if c in moves else c for c in tasks.CELLS]
     return '\n'.join(' ' + ' '.join(cells[i:i + 3]) for i in (0, 3, 6))
 
 
 def play_at_terminal(logits_of):
-    """A game against whoever types; what cannot be played is said, of either side, and costs nothing."""
+    """Play one game against the user. An illegal move of either side prints a message; the same side moves again."""
     mine, moves, kinds = side == 'X', '', 'rm' if side == 'X' else 'mr'
     print(board(moves))
     while not tasks.winner(moves):
@@ -233,7 +233,7 @@ def play_at_terminal(logits_of):
         else:
             order = logits_of([b'\n' + (kinds + moves).encode()])[0].argsort(descending=True).tolist()
             if chr(order[0]) not in tasks.legal(moves):
-                print(f'the model says {bytes(order[:1])!r}, which is no free cell; its next choice counts')
+                print(f'the model chose {bytes(order[:1])!r}, which is no free cell; its next choice counts')
             cell = next(c for c in map(chr, order) if c in tasks.legal(moves))
             print(f'the model plays {cell}')
         moves, mine = moves + cell, not mine
@@ -243,7 +243,7 @@ def play_at_terminal(logits_of):
 
 
 def play(model, tokenizer, dev, about, path):
-    """mode play, which needs a model that was trained on games."""
+    """Mode play: at the terminal, or `games` games with `against`. The model must be trained on tic-tac-toe."""
     if about['task'] != 'tictactoe' or tokenizer.name != 'byte':
         configurator.fail(f'{path} was not trained to play; type --ckpt=... of a run of train_bitnet.py config/tictactoe.py')
 
@@ -259,8 +259,8 @@ def play(model, tokenizer, dev, about, path):
 def main():
     for key, value, least in (('num_samples', num_samples, 1), ('max_new_tokens', max_new_tokens, 1),
                               ('temperature', temperature, 0), ('top_k', top_k, 0), ('games', games, 1)):
-        if not value >= least:                      # nan is no number to compare with
-            configurator.fail(f'{key}={value} makes no sense; type --{key}={least} or more')
+        if not value >= least:                      # true for nan too
+            configurator.fail(f'{key}={value} is too low; type --{key}={least} or more')
     for key, value, known in (('mode', mode, _MODES), ('side', side, ('X', 'O')),
                               ('against', against, ('', 'random', 'perfect'))):
         if value not in known:
@@ -274,15 +274,15 @@ def main():
     amp = common.autocast(dev, dtype)
     path = find_checkpoint(ckpt)
     if mode != 'play':
-        read_prompt(prompt)                         # a mistake in it shows before the model is loaded
+        read_prompt(prompt)                         # reports a mistake before the model is loaded
     model, tokenizer, about = load(path)
     model.to(dev)
-    sys.stdout.reconfigure(errors='replace')        # a character that the terminal lacks becomes ?
+    sys.stdout.reconfigure(errors='replace')        # replaces characters that the terminal lacks by ?
     clock, generator = time.perf_counter(), torch.Generator(dev).manual_seed(seed % 2 ** 63)
     with amp:
         if mode == 'play':
             return play(model, tokenizer, dev, about, path)
-        # A document's beginning, as the model saw it: after the end of another, or a line's end where lines have answers.
+        # Start of a document as in training: the end of the text before it, or a line end if each line has an answer.
         begin = to_ids(tokenizer, b'\n') if about['task'] else [tokenizer.eot]
         n_tokens = {'generate': write, 'chat': chat}[mode](model, tokenizer, dev, generator, begin)
     seconds = time.perf_counter() - clock
@@ -293,7 +293,7 @@ def main():
 
 if __name__ == '__main__':
     if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                  # `| head` ends this as quietly as it ends cat
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)                  # `| head` ends it without an error
     try:
         main()
     except KeyboardInterrupt:

@@ -1,13 +1,14 @@
 """
-Train a BitNet b1.58: weights -1, 0 and 1 with one scale a matrix, activations int8, all matrices but the embedding.
+Train a BitNet b1.58: every matrix but the embedding has weights -1, 0 and 1 and one scale; activations are int8.
 
-    python train_bitnet.py config/arithmetic.py                         # one core, 20 minutes: sums that it never saw
-    python train_bitnet.py config/tictactoe.py --quant=fp               # the full-precision twin of any experiment
-    torchrun --nproc_per_node=8 train_bitnet.py config/fineweb95m.py    # a node
-    python train_bitnet.py config/fineweb95m.py --estimate=True         # what it costs, before it costs anything
+    python train_bitnet.py config/arithmetic.py                         # one core, 20 minutes: it learns to add
+    python train_bitnet.py config/tictactoe.py --quant=fp               # the full-precision baseline
+    torchrun --nproc_per_node=8 train_bitnet.py config/fineweb95m.py    # a node with 8 GPUs
+    python train_bitnet.py config/fineweb95m.py --estimate=True         # print the cost of a run, train nothing
 
-The model is that of transformers' BitNetForCausalLM (microsoft/bitnet-b1.58-2B-4T), see hf.bitnet_state(). Constants,
-model, then main() from top to bottom. Stop it with Ctrl-C at any time and go on with --resume=auto.
+A ternary matrix trains latent full-precision weights and rounds them in each pass. The baseline, --quant=fp, is the same model
+without rounding, on the same batches. The model is BitNetForCausalLM of transformers (microsoft/bitnet-b1.58-2B-4T);
+hf.bitnet_state() converts the tensors. Ctrl-C saves and stops the run; --resume=auto continues it.
 """
 import math
 import os
@@ -27,77 +28,75 @@ from readers import tasks, tokens
 from report import costs
 
 # run
-out_dir = 'out/bitnet'         # config.py, log.jsonl, last.pt, best.pt, packed.safetensors go here
-seed = 1337                    # weights and order of samples
-init_from = 'scratch'          # scratch | resume | a checkpoint of this trainer whose weights to start from
-resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
-overwrite = False              # start anew in an out_dir that already holds a run
+out_dir = 'out/bitnet'         # folder for config.py, log.jsonl, last.pt, best.pt, packed.safetensors
+seed = 1337                    # sets the initial weights and the order of samples
+init_from = 'scratch'          # scratch | resume: continue out_dir | a checkpoint: use its weights
+resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
+overwrite = False              # start over in an out_dir that holds a run, and delete that run
 # data
-dataset = 'arithmetic'         # folder under data/, made by data/<name>/prepare.py
-vocab_size = 0                 # what to expect of its tokenizer; 0: anything. With it, estimate needs no data
-task = ''                      # arithmetic | tictactoe: answers and games are scored at each evaluation; '': text
+dataset = 'arithmetic'         # folder under data/; data/<name>/prepare.py makes it
+vocab_size = 0                 # expected vocabulary size of the tokenizer; 0: any. If it is set, estimate needs no data
+task = ''                      # arithmetic | tictactoe: each evaluation also scores answers or games; '': plain text
 batch_size = 32                # sequences per optimizer step, over all devices and micro-steps
-micro_batch_size = 0           # sequences one device holds at a time; 0: its whole share. Accumulation is derived
+micro_batch_size = 0           # sequences per device at a time; 0: its whole share. Lower: less memory, more micro-steps
 block_size = 128               # tokens per sequence
 # model
 n_layer = 4
-n_head = 4                     # of queries
-n_kv_head = 2                  # of keys and values, each shared by n_head / n_kv_head queries
-n_embd = 256                   # multiples of 256, n_ff too, fit the blocks of GGUF's ternary types
+n_head = 4                     # query heads
+n_kv_head = 2                  # key and value heads; n_head / n_kv_head query heads share each
+n_embd = 256                   # multiples of 256, also for n_ff, fit the blocks of GGUF's ternary types
 n_ff = 768                     # width of the gated MLP
-act = 'relu2'                  # of its gate: relu2 (b1.58-2B-4T) | silu (LLaMA, the first BitNets)
+act = 'relu2'                  # activation of the MLP's gate: relu2 (b1.58-2B-4T) | silu (LLaMA, the first BitNets)
 rope_theta = 10_000.0          # base of the rotary positions; 500,000 in the 2B model
 quant = 'tern'                 # tern | fp: the same model with full-precision matrices, the baseline
 # optimizer
-optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on the blocks' matrices, AdamW on the rest
-rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices; the rest gets AdamW
-interval = 200                 # ... steps between two bases
-side = 'right'                 # ... of the basis: left | right (keeps the fewest activations) | short
-projected = True               # ... a backward pass that makes no full gradients; with quant='fp', ternary layers make them
-max_iters = 2000               # optimizer steps in all, also for a resumed run
-learning_rate = 0.0            # peak; 0: that of PEAK_RATES for the size and quant
-second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF), all of it with fp
-min_lr = 0.0                   # at the last step
-schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops, weight decay ends)
-warmup_iters = 100             # linear warm-up, steps
-weight_decay = 0.1             # on matrices and embeddings, not on gains; 0 in the second half of two_stage where tern
-beta1 = 0.9                    # muon: of its AdamW; the momentum of the blocks' matrices is 0.95
+optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon. Both train the blocks' matrices, AdamW the rest
+rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices
+interval = 200                 # rsvd: steps between two updates of the basis
+side = 'right'                 # rsvd: side of the basis: left | right (saves the fewest activations) | short (the shorter side)
+projected = True               # rsvd: full-precision layers form no full gradients in the backward pass; low-bit layers do
+max_iters = 2000               # optimizer steps in total, including those before a resume
+learning_rate = 0.0            # peak, at the end of warm-up; 0: from PEAK_RATES, by model size and quant
+second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF), with fp all of it
+min_lr = 0.0                   # learning rate at the last step
+schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
+warmup_iters = 100             # steps of linear warm-up
+weight_decay = 0.1             # on matrices and embeddings, not on gains; 0 in the second half of two_stage with tern
+beta1 = 0.9                    # with muon, for AdamW only; Muon's own momentum is 0.95
 beta2 = 0.95
-grad_clip = 1.0                # global norm; 0: off
+grad_clip = 1.0                # largest global gradient norm; 0: no clipping
 # evaluation, saving and logging
-eval_interval = 250            # steps
-eval_iters = 50                # batches of batch_size sequences of the val split, the same ones each time
-log_interval = 10              # steps
-diag_interval = 100            # steps between counts of codes, flips and dead rows; 0: never
-save_interval = 250            # steps between writes of last.pt; best.pt: fewest wrong answers of a task, then lowest val loss
-wandb_log = False              # needs wandb installed and logged in
+eval_interval = 250            # steps between evaluations
+eval_iters = 50                # batches of batch_size sequences from the val split; every evaluation uses the same ones
+log_interval = 10              # steps between log records
+diag_interval = 100            # steps between log records of codes, flips and dead rows; 0: none
+save_interval = 250            # steps between saves of last.pt; best.pt has the fewest wrong answers, then the lowest val loss
+wandb_log = False              # also log to Weights & Biases; install wandb and log in first
 wandb_project = 'nanobit'
 wandb_run_name = ''            # '': the name of out_dir
 # system
-device = ''                    # '': cuda where there is one, else cpu
+device = ''                    # '': cuda if available, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-compile = None                 # torch.compile; None: on cuda. On a CPU it pays only in long runs
-estimate = False               # print what the run costs and stop: parameters, FLOPs, memory, hours
-tokens_per_s = 0.0             # for estimate: what it is to reckon with; 0: measured over a few steps
-profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+compile = None                 # torch.compile; None: on cuda only. On a CPU it pays off only in long runs
+estimate = False               # only print the cost of the run: parameters, FLOPs, memory, hours
+tokens_per_s = 0.0             # speed that estimate assumes; 0: measured over a few steps
+profile = False                # profile steps 5 to 7 with torch.profiler; prints a table and writes trace.json to out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
 
-# (parameters up to, first peak, second peak). Ternary: BitNet b1.58 Tips PDF, table 2, batches of 1M tokens; fp: its LLaMA
-# baselines. The Tips begin at 700M; smaller models take more (b1's paper has 2.4e-3 at 125M), so a config says what it took.
+# (parameters up to, first peak, second peak). tern: BitNet b1.58 Tips PDF, table 2, batches of 1M tokens. fp: its LLaMA
+# baselines. The table starts at 700M. Smaller models need more (2.4e-3 at 125M in the b1 paper), so configs set their rates.
 PEAK_RATES = {'tern': ((1.0e9, 1.5e-3, 1.0e-3), (math.inf, 1.2e-3, 8e-4)),
               'fp': ((1.0e9, 2.5e-4, 2.5e-4), (math.inf, 2.0e-4, 2.0e-4))}
-
-
-HEAD = ('lm_head.weight',)      # the embedding under another name, which early checkpoints lack
+HEAD = ('lm_head.weight',)      # the tied embedding under its second name; early checkpoints lack it
 
 
 @dataclass
 class BitNetConfig:
-    """Shape of a BitNet, plain types only: it is kept in checkpoints."""
+    """Shape of a BitNet. It has only plain types, because checkpoints store it."""
     vocab_size: int
     block_size: int = 128
     n_layer: int = 4
@@ -112,24 +111,24 @@ class BitNetConfig:
 
 
 class NormedLinear(nn.Module):
-    """The baseline's layer, with the names of TernaryLinear's: RMSNorm(act(x)) times a full-precision matrix."""
+    """Full-precision baseline of TernaryLinear, with the same parameter names: RMSNorm(act(x)) times a matrix."""
 
     def __init__(self, in_features, out_features, act, eps):
         super().__init__()
         self.in_features, self.eps = in_features, eps
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_())    # draws what TernaryLinear draws
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_())    # same random draws as TernaryLinear
         self.gain = nn.Parameter(torch.ones(in_features))
         self.act = layers.Activation(act) if act else nn.Identity()
 
     def forward(self, x):
-        x = self.act(x)                             # rms_norm sums in fp32 whatever this is
+        x = self.act(x)                             # rms_norm sums in fp32 for any dtype of x
         return self.multiply(F.rms_norm(x, (self.in_features,), self.gain.to(x.dtype), self.eps))
 
-    def multiply(self, x):                          # optim.attach() gives it another backward pass
+    def multiply(self, x):                          # optim.attach() replaces its backward pass
         return F.linear(x, self.weight)
 
     def unfused(self):
-        """The same as modules of torch, for who replaces linear layers; the tensors are shared."""
+        """Return the same layer as plain torch modules with shared tensors, for tools that replace linear layers."""
         with torch.device('meta'):
             norm, linear = nn.RMSNorm(self.in_features, self.eps), nn.Linear(self.in_features, len(self.weight), bias=False)
         norm.weight, linear.weight = self.gain, self.weight
@@ -137,8 +136,7 @@ class NormedLinear(nn.Module):
 
 
 def bitlinear(c, in_features, rows, act=None):
-    """A product of the RMSNorm of its input, done once however many matrices share it; rows: of each of these matrices,
-    which are rounded by a scale of their own."""
+    """One RMSNorm followed by several stacked matrices. rows: the height of each matrix; each is rounded with its own scale."""
     if c.quant == 'fp':
         return NormedLinear(in_features, sum(rows), act, c.norm_eps)
     return layers.TernaryLinear(in_features, sum(rows), chunks=tuple(rows), act=act, eps=c.norm_eps)
@@ -150,16 +148,16 @@ class Attention(nn.Module):
         self.head_dim = c.n_embd // c.n_head
         self.kv = c.n_kv_head * self.head_dim
         self.groups = c.n_head // c.n_kv_head
-        self.qkv_proj = bitlinear(c, c.n_embd, (c.n_embd, self.kv, self.kv))        # and input_layernorm
-        self.o_proj = bitlinear(c, c.n_embd, (c.n_embd,))                           # and attn_sub_norm
+        self.qkv_proj = bitlinear(c, c.n_embd, (c.n_embd, self.kv, self.kv))        # contains input_layernorm
+        self.o_proj = bitlinear(c, c.n_embd, (c.n_embd,))                           # contains attn_sub_norm
 
     def forward(self, x, rotary, cache=None):
         B, T, C = x.shape
         q, k, v = (t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)              # B, heads, T, head_dim
                    for t in self.qkv_proj(x).split((C, self.kv, self.kv), 2))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None:                       # keys and values of earlier tokens; one new one attends to all of them
-            assert T == 1 or 'k' not in cache, 'several tokens at once only into an empty cache'
+        if cache is not None:                       # keys and values of earlier tokens; a new token attends to all of them
+            assert T == 1 or 'k' not in cache, 'only an empty cache accepts several tokens at once'
             if 'k' in cache:
                 k, v = torch.cat([cache['k'], k], 2), torch.cat([cache['v'], v], 2)
             cache['k'], cache['v'] = k, v
@@ -176,8 +174,8 @@ def rotate(x, cos, sin):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_up_proj = bitlinear(c, c.n_embd, (c.n_ff, c.n_ff))                # and post_attention_layernorm
-        self.down_proj = bitlinear(c, c.n_ff, (c.n_embd,), f'{c.act}_glu')          # and ffn_sub_norm
+        self.gate_up_proj = bitlinear(c, c.n_embd, (c.n_ff, c.n_ff))                # contains post_attention_layernorm
+        self.down_proj = bitlinear(c, c.n_ff, (c.n_embd,), f'{c.act}_glu')          # contains ffn_sub_norm
 
     def forward(self, x):
         return self.down_proj(self.gate_up_proj(x))
@@ -194,7 +192,7 @@ class Block(nn.Module):
 
 
 class BitNet(nn.Module):
-    """BitNet b1.58, tied head. ids (B, T) int64 -> logits (B, T, vocab) or a mean loss in nats."""
+    """BitNet b1.58: rotary positions, tied head. ids (B, T) int64 -> last logits (B, 1, vocab), or mean loss in nats."""
 
     def __init__(self, c):
         super().__init__()
@@ -202,17 +200,17 @@ class BitNet(nn.Module):
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.n_embd, c.norm_eps)
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False, device='meta')     # draws nothing
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False, device='meta')     # draws no random numbers
         self.lm_head.weight = self.wte.weight
         head_dim = c.n_embd // c.n_head
-        turns = c.rope_theta ** (-torch.arange(0, head_dim, 2) / head_dim)          # radians a position
+        turns = c.rope_theta ** (-torch.arange(0, head_dim, 2) / head_dim)          # radians per position
         angles = torch.outer(torch.arange(c.block_size), torch.cat([turns, turns]))
         self.register_buffer('cos', angles.cos(), persistent=False)                 # (block_size, head_dim)
         self.register_buffer('sin', angles.sin(), persistent=False)
-        nn.init.normal_(self.wte.weight, std=0.02)  # so that the first loss is ln(vocab): the head is the same matrix
+        nn.init.normal_(self.wte.weight, std=0.02)  # the head is the same matrix, so the first loss is ln(vocab)
         for name, m in self.named_modules():
             if isinstance(m, NormedLinear | layers.TernaryLinear):
-                std = m.in_features ** -0.5         # less for what adds to the residual stream, as GPT-2 has it
+                std = m.in_features ** -0.5         # less for layers that add to the residual stream, as in GPT-2
                 nn.init.normal_(m.weight, std=std / math.sqrt(2 * c.n_layer) if name.endswith(('o_proj', 'down_proj')) else std)
 
     def forward(self, ids, targets=None, cache=None):
@@ -223,13 +221,13 @@ class BitNet(nn.Module):
             x = block(x, rotary, cache[i] if cache else None)
         x = self.norm(x)
         if targets is None:
-            return self.lm_head(x[:, [-1]])         # only the last position is needed to go on
+            return self.lm_head(x[:, [-1]])         # generation needs only the last position
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def ternary_matrices(model):
-    """{'0.q': (codes int8 (rows, in), scale)} of layer.{q, k, v, o, gate, up, down}."""
+    """Codes and scales of all ternary matrices, {'0.q': (int8 (rows, in), scale)} for layer.{q, k, v, o, gate, up, down}."""
     found = {}
     for i, block in enumerate(model.blocks):
         for names, m in (('q k v', block.attn.qkv_proj), ('o', block.attn.o_proj), ('gate up', block.mlp.gate_up_proj),
@@ -241,9 +239,9 @@ def ternary_matrices(model):
 
 
 def count_codes(before, after, start_scales):
-    """A log record of ternary matrices, before and after one step as {name: (codes, scale)}, and what their scales were at
-    the start: shares of the codes, share that the step flipped (None without `before`), rows that are all 0, and where the
-    scales went, by matrix and in all; scale_drift is the mean of |ln(scale / its start)|."""
+    """Log record of the ternary matrices before and after one step, each and in total: shares of -1, 0 and 1; share of codes
+    that the step changed (None without `before`); rows of zeros only; change of the scales since the start. before, after:
+    {name: (codes, scale)}. scale_drift is the mean of |ln(scale / start scale)|."""
     matrices, sizes = {}, [codes.numel() for codes, _ in after.values()]
     for name, (codes, scale) in after.items():
         share = lambda which: which.sum().item() / which.numel()
@@ -279,10 +277,10 @@ def main():
         | dict.fromkeys(('learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'diag_interval',
                          'tokens_per_s', 'vocab_size'), 0))
     for wrong, why in (
-            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
+            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (not rope_theta > 0, f'rope_theta={rope_theta} must be above 0'),
             (n_embd % (2 * n_head) or n_head % n_kv_head,
-             f'n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and that of n_kv_head={n_kv_head}')):
+             f'n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and n_head of n_kv_head={n_kv_head}')):
         if wrong:
             fail(why)
     amp = common.autocast(dev, dtype)
@@ -293,19 +291,19 @@ def main():
 
     # --------------------------------------------------------------------------------------------------------- data
     folder = tokens.dataset_dir(dataset)
-    imagined = estimate and vocab_size > 0 and not list(folder.glob('*.bin'))          # before a download of hours
+    no_data = estimate and vocab_size > 0 and not list(folder.glob('*.bin'))          # estimates work before the download
     held_out, train_tokens, n_vocab = [], 0, vocab_size
-    if not imagined:
+    if not no_data:
         train_data, val_data = tokens.load(folder, 'train'), tokens.load(folder, 'val')
         for split, data in (('train', train_data), ('val', val_data)):
             if len(data) <= block_size:
-                fail(f'{dataset}: {len(data)} {split} tokens, block_size={block_size} needs more')
+                fail(f'{dataset} has {len(data)} {split} tokens, block_size={block_size} needs more; type a lower --block_size')
         tokenizer = train_data.tokenizer
         bits_per_byte = len(val_data) / val_data.n_bytes / math.log(2)     # nats per token -> bits per byte of text
         train_tokens, n_vocab = len(train_data), tokenizer.vocab_size
         if vocab_size not in (0, n_vocab):
-            fail(f'{dataset} has a vocabulary of {n_vocab}, not of vocab_size={vocab_size}; type --vocab_size=0, or prepare it '
-                 'again')
+            fail(f'{dataset} has a vocabulary of {n_vocab}, not of vocab_size={vocab_size}; type --vocab_size=0, or run '
+                 'its prepare.py again')
         if task and tokenizer.name != 'byte':
             fail(f'task={task} is scored in bytes, {dataset} has {tokenizer.name} tokens; type --dataset={task}')
         if task:
@@ -318,12 +316,12 @@ def main():
     torch.manual_seed(seed)                                            # same weights on every rank
     try:
         model = BitNet(model_config)
-        if not (resume_path or imagined) and init_from != 'scratch':
+        if not (resume_path or no_data) and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_bitnet')
             common.check_tokens(state, init_from, tokenizer, dataset)
-            for key in ('n_head', 'n_kv_head', 'act', 'rope_theta'):     # tensors of one shape, another function
+            for key in ('n_head', 'n_kv_head', 'act', 'rope_theta'):     # these change the function, not the shapes
                 if state['model_config'][key] != config[key]:
-                    raise ValueError(f'{init_from} has {key}={state["model_config"][key]}; type --{key}=... as it has')
+                    raise ValueError(f'{init_from} has {key}={state["model_config"][key]}; type --{key}=... with this value')
             if state['model_config']['quant'] != quant:
                 say(f'{init_from} has quant={state["model_config"]["quant"]}; its latent weights become those of quant={quant}')
             common.load_model_state(model, state['model'], init_from, HEAD)
@@ -339,7 +337,7 @@ def main():
     say(f'{n_params:,} parameters, {sum(m.weight.numel() for m in low_bit):,} of them ternary; '
         f'packed {packed_bytes:,} bytes ({packed_bytes / 1e6:.1f} MB), fp32 {fp32_bytes:,} ({fp32_bytes / 1e6:.1f} MB)')
     say(f'{batch_size} sequences a step = {micro} x {accumulation} micro-steps x {world} processes '
-        f'= {batch_size * block_size:,} tokens' + ('' if imagined else
+        f'= {batch_size * block_size:,} tokens' + ('' if no_data else
         f'; {tokenizer.name} tokens, {len(train_data):,} train, {len(val_data):,} val'))
 
     # ---------------------------------------------------------------------------------------------------- optimizer
@@ -360,7 +358,7 @@ def main():
     gradients = getattr(opt, 'gradients', lambda: {p: p.grad for p in raw_model.parameters() if p.grad is not None})
 
     # ------------------------------------------------------------------------------------------------------- resume
-    step, best, wandb_id = 0, (math.inf, math.inf), None               # share of wrong answers, where there are any; val loss
+    step, best, wandb_id = 0, (math.inf, math.inf), None               # share of wrong answers (0 without a task), val loss
     start_scales = {name: scale for name, (_, scale) in ternary_matrices(model).items()} if quant == 'tern' else {}
     described = {**asdict(model_config), 'optimizer': optimizer} | ({'rank': rank, 'side': side} if optimizer == 'rsvd' else {})
     if resume_path:
@@ -402,7 +400,7 @@ def main():
 
     @torch.no_grad()
     def evaluate():
-        """Mean loss over the same eval_iters batches of the val split, shared out over ranks; None if stopped."""
+        """Mean loss over eval_iters fixed batches of the val split, divided among ranks; None if the run is stopped."""
         starts = common.sample_indices(seed, -1, len(val_data) - block_size, eval_iters * batch_size).reshape(-1, micro)
         raw_model.eval()
         total = n = 0
@@ -416,7 +414,7 @@ def main():
         return common.mean_over_ranks(total, n)
 
     def predict(texts):
-        """The likeliest next byte after each of n texts of one length."""
+        """The most likely next byte after each of n texts of equal length."""
         with amp:
             return tasks.next_logits(raw_model, tokenizer, texts, dev).argmax(-1).tolist()
 
@@ -459,11 +457,11 @@ def main():
                     say(', '.join(f'{name} {hits:,} of {n:,}' for name, (hits, n) in scores.items()))
                     record |= {name: hits / n for name, (hits, n) in scores.items()}
                     errors = tasks.errors(scores)
-                errors = common.mean_over_ranks(errors, rank_here == 0)            # rank 0's, on all ranks
+                errors = common.mean_over_ranks(errors, rank_here == 0)            # all ranks get rank 0's errors
                 log(record)
                 if math.isfinite(val_loss) and (errors, val_loss) < best:
                     before, best = best, (errors, val_loss)
-                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
+                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
                         best = before
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
@@ -497,10 +495,10 @@ def main():
         if grad_clip:
             common.clip_(grads.values(), grad_clip, grad_norm)
         counted = quant == 'tern' and diag_interval and (step + 1) % diag_interval == 0 and rank_here == 0
-        codes = ternary_matrices(raw_model) if counted and lr else None        # a last step of rate 0 flips nothing
+        codes = ternary_matrices(raw_model) if counted and lr else None        # a step with rate 0 changes no codes
         opt.step()
         opt.zero_grad(set_to_none=True)
-        del grads                                   # or they would live through the next forward pass
+        del grads                                   # free the gradients before the next forward pass
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1
@@ -535,7 +533,7 @@ def main():
             say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
         except OSError as e:
             failure = f'{e}; make room and type the same command with --resume=auto'
-        except ValueError as e:                     # the best weights are lost, the last ones are not
+        except ValueError as e:                     # best.pt is lost, last.pt is not
             failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
     common.close_processes()
     if run:

@@ -1,11 +1,12 @@
 """
-Train a residual CNN on images, each of its layers binary, ternary, 4-bit or real.
+Train a residual CNN on images; each of its layers is binary, ternary, 4-bit or real (full precision).
 
     python train_cnn.py config/digits_mixed.py                          # handwritten digits, nothing to download, a minute
-    torchrun --nproc_per_node=8 train_cnn.py config/food101_mixed.py    # Food-101 (python data/food101/prepare.py first)
-    python train_cnn.py --predict=image.jpg --resume=out/x/best.pt      # the five likeliest classes of a photograph
+    torchrun --nproc_per_node=8 train_cnn.py config/food101_mixed.py    # Food-101; first python data/food101/prepare.py
+    python train_cnn.py --predict=image.jpg --resume=out/x/best.pt      # the five most likely classes of an image
 
-Constants, model, images, then main() from top to bottom. Stop it with Ctrl-C at any time and go on with --resume=auto.
+model_config names the kind of each layer. A low-bit layer trains latent full-precision weights and rounds them in each pass.
+Ctrl-C saves and stops the run; --resume=auto continues it.
 """
 import collections
 import math
@@ -30,69 +31,69 @@ from readers import crops, images, tokens
 from report import pictures
 
 # run
-out_dir = 'out/cnn'            # config.py, log.jsonl, last.pt, best.pt, packed.safetensors and pictures go here
-model_name = ''                # for your records, in the log and wandb
-gpu_type = ''                  # for your records, in the log; '': the name of the device
-seed = 1337                    # weights, order of samples, crops, dropout, sketches
-init_from = 'scratch'          # scratch | a checkpoint whose weights to start from, as far as they fit
-resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
-overwrite = False              # start anew in an out_dir that already holds a run
-predict = ''                   # an image: only print its classes, by the checkpoint or packed file in `resume`
+out_dir = 'out/cnn'            # folder for config.py, log.jsonl, last.pt, best.pt, packed.safetensors and pictures
+model_name = ''                # a name for your records, written to the log and wandb
+gpu_type = ''                  # a device name for your records, written to the log; '': detected
+seed = 1337                    # sets the initial weights, the order of samples, crops, dropout and rsvd's random sketches
+init_from = 'scratch'          # scratch | a checkpoint: use its weights where name and shape match
+resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
+overwrite = False              # start over in an out_dir that holds a run, and delete that run
+predict = ''                   # path of an image: only print its classes, with the checkpoint or packed file in `resume`
 # data
-dataset = 'digits'             # folder under data/: digits, food101, images/<name>, made by data/*/prepare.py
-image_size = 64                # pixels of a side that the network sees
-crop_scale = (0.35, 1.0)       # training: a random part of the image, so much of its area
-crop_ratio = 4 / 3             # ... and at most so much wider than high, or higher than wide
-flip = False                   # ... mirrored at random; not for digits or letters
-eval_crop = 1.0                # evaluation: the middle, so much of the side
+dataset = 'digits'             # folder under data/: digits, food101 or images/<name>; its prepare.py makes it
+image_size = 64                # side of the network's input, in pixels
+crop_scale = (0.35, 1.0)       # training: area of the random crop, as a share of the image: (least, most)
+crop_ratio = 4 / 3             # training: largest ratio between the sides of the crop
+flip = False                   # training: mirror images at random; not for digits or letters
+eval_crop = 1.0                # evaluation: side of the centre crop, as a share of the image's side
 batch_size = 64                # images per optimizer step, over all devices and micro-steps
-micro_batch_size = 0           # images one device holds at a time; 0: its whole share. Accumulation is derived
-eval_batch_size = 128          # ... in evaluation
-num_workers = 2                # threads of each process that read images ahead; 0: none
+micro_batch_size = 0           # images per device at a time; 0: its whole share. Lower: less memory, more micro-steps
+eval_batch_size = 128          # images per device at a time in evaluation
+num_workers = 2                # threads per process that read images in advance; 0: none
 # model
-channels = (32, 64, 64, 128, 256)      # of the five blocks; the paper counts (32, 64, 128, 256, 512)
-fc = (256, 256)                # widths of fc1 and fc2; the paper counts (512, 256)
+channels = (32, 64, 64, 128, 256)      # output channels of the five blocks; the paper has (32, 64, 128, 256, 512)
+fc = (256, 256)                # widths of fc1 and fc2; the paper has (512, 256)
 filter_dimension = 3           # side of the kernels: 3 or 5
-residual = True                # False: blocks without the real 1x1 skip, as the paper has them
-model_config = dict(           # binary | real | ternary | int4, each; all but binary convolutions have a BatchNorm
+residual = True                # False: blocks without the real 1x1 skip, as in the paper
+model_config = dict(           # binary | real | ternary | int4 for each layer; all but binary convolutions have a BatchNorm
     conv1='real', conv2='real', conv3='real', conv4='real', conv5='real', conv6='real', conv7='real', conv8='real',
     conv9='real', conv10='real', fc1='real', fc2='real', final='real')
-norm = 'channel'               # of binary convolutions, over: channel (at each pixel) | spatial (each channel) | sample (all)
-binary_alpha = 0.25            # starting scale of binary layers
-binary_alpha_final = 1.0       # ... of a binary head, whose logits have this standard deviation
+norm = 'channel'               # binary convolutions normalise over: channel (per pixel) | spatial (per channel) | sample (all)
+binary_alpha = 0.25            # initial scale of binary layers
+binary_alpha_final = 1.0       # initial scale of a binary `final`: the standard deviation of the logits
 dropout = 0.0                  # after fc1 and fc2
 # optimizer
-optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on matrices and kernels | adam | sgd
+optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: for matrices and kernels | adam | sgd
 rank = 16                      # rsvd: dimensions of the moments of matrices and kernels
-interval = 200                 # ... steps between two bases
-side = 'left'                  # ... of the basis: left | right | short
-projected = False              # ... a backward pass that makes no full gradients of real fc layers
-epochs = 30.0                  # times each training image is seen in all, also for a resumed run
-max_iters = 0                  # optimizer steps in all; 0: those of `epochs`
-learning_rate = 1e-3           # peak
-lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}    # times the rate: latent weights (not biases), binary scales
-min_lr = 0.0                   # at the last step
+interval = 200                 # rsvd: steps between two updates of the basis
+side = 'left'                  # rsvd: side of the basis: left | right | short (the shorter side)
+projected = False              # rsvd: real fc layers form no full gradients in the backward pass
+epochs = 30.0                  # passes over the training images in total, including those before a resume
+max_iters = 0                  # optimizer steps in total; 0: `epochs` decides
+learning_rate = 1e-3           # peak, at the end of warm-up
+lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}   # rate factors: latent weights (not biases), binary scales
+min_lr = 0.0                   # learning rate at the last step
 schedule = 'cosine'            # cosine | linear | constant
-warmup_iters = 100             # linear warm-up, steps
-weight_decay = 0.05            # on weights, not on gains, biases and scales; inside the gradient for adam and sgd
-beta1 = 0.9                    # sgd: its momentum; muon's is 0.95 on matrices and kernels
+warmup_iters = 100             # steps of linear warm-up
+weight_decay = 0.05            # on weights, not on gains, biases and scales; adam and sgd add it to the gradient
+beta1 = 0.9                    # with sgd, the momentum; with muon, for AdamW only; Muon's own momentum is 0.95
 beta2 = 0.999
-grad_clip = 1.0                # global norm; 0: off
+grad_clip = 1.0                # largest global gradient norm; 0: no clipping
 # evaluation, saving and logging
-eval_interval = 0              # steps; 0: at the end of each epoch. The last step always has one
-log_interval = 20              # steps
-save_interval = 500            # steps between writes of last.pt; best.pt follows the evaluations
-wandb_log = False              # needs wandb installed and logged in
+eval_interval = 0              # steps between evaluations; 0: one after each epoch. There is always one after the last step
+log_interval = 20              # steps between log records
+save_interval = 500            # steps between saves of last.pt; best.pt has the highest top-1
+wandb_log = False              # also log to Weights & Biases; install wandb and log in first
 wandb_project = 'nanobit'
-wandb_run_name = ''            # '': model_name, or else the name of out_dir
+wandb_run_name = ''            # '': model_name, or the name of out_dir if that is empty too
 # system
-device = ''                    # '': cuda where there is one, else cpu
+device = ''                    # '': cuda if available, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-compile = None                 # torch.compile; None: on cuda. On a CPU it pays only in long runs
-profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+compile = None                 # torch.compile; None: on cuda only. On a CPU it pays off only in long runs
+profile = False                # profile steps 5 to 7 with torch.profiler; prints a table and writes trace.json to out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
-WORDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern'}     # in model_config: kind of layers.py; others have one name
+WORDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern'}     # name in model_config: kind in layers.py, where they differ
 KINDS = WORDS | {kind: kind for kind in layers.KINDS if kind not in WORDS.values()}
 OPTIMIZERS = (*optim.NAMES, 'adam', 'sgd')
 
@@ -103,7 +104,7 @@ OPTIMIZERS = (*optim.NAMES, 'adam', 'sgd')
 
 @dataclass
 class CNNConfig:
-    """Shape of a CNN, plain types only: it is kept in checkpoints."""
+    """Shape of a CNN. It has only plain types, because checkpoints store it."""
     n_classes: int
     model_config: dict
     channels: tuple = (32, 64, 64, 128, 256)
@@ -117,10 +118,9 @@ class CNNConfig:
 
 
 class CNN(nn.Module):
-    """Five blocks of two convolutions: convolution, normalisation, ReLU, twice, plus the block's input through a real 1x1
-    convolution where the channels change; 2x2 max-pooling behind the first four; the mean over pixels; fc1, fc2, final.
-    images (N, 3, H, W), sides of 16 pixels or more, best in torch.channels_last -> logits (N, n_classes).
-    """
+    """Residual CNN: images (N, 3, H, W), H and W 16 or more, best in torch.channels_last -> logits (N, n_classes).
+    Each of five blocks applies convolution, normalisation and ReLU twice and adds its input, through a real 1x1 convolution if
+    the channels change. 2x2 max-pooling follows the first four. Then come the mean over pixels, fc1, fc2 and final."""
 
     def __init__(self, c):
         super().__init__()
@@ -129,7 +129,7 @@ class CNN(nn.Module):
         for i in range(1, 11):
             kind, size = KINDS[c.model_config[f'conv{i}']], c.filter_dimension
             options = dict(norm=c.norm, alpha=c.binary_alpha) if kind == 'bin' else {}
-            # The ReLU between two convolutions is inside the second: a low-bit one keeps only what is in front of it.
+            # A low-bit second convolution applies the preceding ReLU itself and saves only the ReLU's input.
             folded = dict(act='relu') if i % 2 == 0 and kind != 'fp' else {}
             self.add_module(f'conv{i}', layers.conv2d(kind, *widths[i - 1:i + 1], size, padding=size // 2,
                                                       bias=kind == 'bin', **folded, **options))
@@ -156,13 +156,13 @@ class CNN(nn.Module):
 
 
 def relu(conv, y):
-    """ReLU behind a convolution and its normalisation: a binary layer keeps y, so the gradient is taken from y as well and not
-    from another tensor, as F.relu would; a BatchNorm does not, so that y can be overwritten."""
+    """ReLU after a convolution and its normalisation. A binary layer saves y, so threshold() reuses y for its gradient, where
+    F.relu would save another tensor. A BatchNorm does not save y, so the ReLU overwrites it."""
     return F.threshold(y, 0, 0) if isinstance(conv, layers.BinaryConv2d) else F.relu(y, inplace=True)
 
 
 def predict_image():
-    """Print the five likeliest classes of the image `predict`, computed in fp32."""
+    """Print the five most likely classes of the image `predict`, computed in fp32."""
     path = os.path.join(out_dir, 'best.pt') if resume in ('', 'auto') else resume
     try:
         if resume.endswith('.safetensors'):
@@ -204,24 +204,24 @@ def main():
     fail = lambda why: configurator.fail(why, rank0_only=True)
     wrong_kinds = [f'{layer}={kind!r}' for layer, kind in model_config.items() if kind not in KINDS]
     common.check_config(
-        config | {'optimizer': optimizer.lower()},                     # AdamW, rSVD, ... as torch and papers write them
+        config | {'optimizer': optimizer.lower()},                     # AdamW, rSVD, ... are accepted too
         {'schedule': ('cosine', 'linear', 'constant'), 'optimizer': OPTIMIZERS, 'side': optim.SIDES,
          'norm': ('channel', 'spatial', 'sample')},
         dict.fromkeys(('batch_size', 'eval_batch_size', 'log_interval', 'save_interval', 'rank', 'interval'), 1)
         | dict.fromkeys(('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'micro_batch_size',
                          'eval_interval', 'num_workers'), 0))
     for wrong, why in (
-            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
+            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (wrong_kinds, f'model_config: {", ".join(wrong_kinds)} is none of {", ".join(KINDS)}'),
-            (len(channels) != 5 or len(fc) != 2 or min(channels + fc) < 1, f'channels={channels}, fc={fc}: not 5 and 2 widths'),
-            (filter_dimension not in (1, 3, 5, 7), f'filter_dimension={filter_dimension} is no odd number up to 7'),
+            (len(channels) != 5 or len(fc) != 2 or min(channels + fc) < 1, f'channels={channels}, fc={fc} need 5 and 2 widths'),
+            (filter_dimension not in (1, 3, 5, 7), f'filter_dimension={filter_dimension} must be 1, 3, 5 or 7'),
             (len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1 or crop_ratio < 1,
-             f'crop_scale={crop_scale}, crop_ratio={crop_ratio}: shares from 0 to 1, the smaller one first, and 1 or more'),
-            (not 0 < eval_crop <= 1, f'eval_crop={eval_crop} is a share above 0 and at most 1'),
-            (image_size < 16, f'image_size={image_size} leaves nothing after four halvings; type --image_size=16 or more'),
-            (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} is 0 or more'),
-            (not 0 <= dropout < 1, f'dropout={dropout} is a share below 1'),
-            (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final start above 0'),
+             f'crop_scale={crop_scale}, crop_ratio={crop_ratio}: type two shares up to 1, smaller first, and a ratio from 1'),
+            (not 0 < eval_crop <= 1, f'eval_crop={eval_crop} must be above 0 and at most 1'),
+            (image_size < 16, f'image_size={image_size} is too small for four poolings; type --image_size=16 or more'),
+            (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
+            (not 0 <= dropout < 1, f'dropout={dropout} must be at least 0 and below 1'),
+            (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final must be above 0'),
             (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train')):
         if wrong:
             fail(why)
@@ -230,16 +230,16 @@ def main():
     torch.backends.cudnn.benchmark = True
     micro, accumulation = common.split_batch(batch_size, micro_batch_size, world)
     has_norm = {model_config['conv9'], model_config['conv10']} != {'binary'} or residual and channels[3] != channels[4]
-    if micro == 1 and image_size < 32 and has_norm:             # the fifth block, of which one pixel is left
+    if micro == 1 and image_size < 32 and has_norm:             # the fifth block has one pixel left
         fail(f'micro_batch_size=1 at image_size={image_size} leaves a BatchNorm one number to normalise; type a larger one')
     last_path, best_path, resume_path, elsewhere = common.find_run(out_dir, resume, overwrite)
 
     # --------------------------------------------------------------------------------------------------------- data
     folder = tokens.dataset_dir(dataset)
-    if rank_here == 0 and dataset == 'digits' and not (folder / 'images.json').exists():       # made in a second, no download
+    if rank_here == 0 and dataset == 'digits' and not (folder / 'images.json').exists():       # takes a second, no download
         if subprocess.run([sys.executable, str(folder / 'prepare.py')], stdout=subprocess.DEVNULL).returncode:
-            raise SystemExit(2)                     # it has said why
-    common.any_rank(False)                          # the others wait for it
+            raise SystemExit(2)                     # prepare.py printed the reason
+    common.any_rank(False)                          # barrier: other ranks wait for the data
     try:
         train_data, val_data = images.load(folder, 'train'), images.load(folder, 'val')
     except ValueError as e:
@@ -250,7 +250,7 @@ def main():
     epoch_of = lambda step: step * batch_size / len(train_data)
 
     def load(number):
-        """Of micro-batch `number`, counted from the start of training: pixels, labels, boxes, mirrored, on the CPU."""
+        """Pixels, labels, crop boxes and mirror flags, on the CPU, of micro-batch `number`; 0 is the first of training."""
         step, i = divmod(number, accumulation)
         where = np.arange(step * batch_size, (step + 1) * batch_size).reshape(accumulation, world, micro)[i, rank_here]
         chosen = common.epoch_indices(seed, step * batch_size, len(train_data), batch_size)
@@ -261,7 +261,7 @@ def main():
         return pixels, torch.from_numpy(train_data.labels[chosen]), *boxes
 
     def batches(number):
-        """Inputs and labels from a micro-batch on, on the device; num_workers threads read ahead."""
+        """Yield inputs and labels on the device, from micro-batch `number` on; num_workers threads read in advance."""
         while True:
             while len(ahead) <= num_workers:
                 ahead.append(readers.submit(load, number) if num_workers else number)
@@ -290,7 +290,7 @@ def main():
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
     packed_bytes, fp32_bytes = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
-    in_bits = lambda m: m.weight.numel() + (m.bias.numel() if m.kind == 'bin' else 0)      # the others' biases are fp32
+    in_bits = lambda m: m.weight.numel() + (m.bias.numel() if m.kind == 'bin' else 0)      # other biases stay fp32
     shares = {kind: sum(in_bits(m) for m in low_bit if m.kind == kind) / n_params for kind in layers.KINDS[1:]}
     say(f'{n_params:,} parameters, {shares["bin"]:.1%} binary, {shares["tern"]:.1%} ternary, {shares["int4"]:.1%} 4-bit; '
         f'packed {packed_bytes:,} bytes, fp32 {fp32_bytes:,}')
@@ -309,7 +309,7 @@ def main():
     name = optimizer.lower()
     if name in optim.NAMES:
         hidden = {p for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith('alpha')
-                  and not (name == 'muon' and n in ('conv1.weight', 'final.weight'))}       # input and output are AdamW's
+                  and not (name == 'muon' and n in ('conv1.weight', 'final.weight'))}       # AdamW trains these two
         opt = optim.make(name, groups, hidden, lr=learning_rate, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
                          seed=seed)
     else:
@@ -357,25 +357,25 @@ def main():
         model = torch.compile(model)
     if world > 1:
         model = common.distributed(model, dev, local_rank)
-    # A BatchNorm normalises by the images of one micro-batch on one rank. Its running statistics, which evaluation uses and
-    # checkpoints hold, are the mean over micro-batches and ranks: 2 processes equal 1 with 2 micro-steps.
+    # A BatchNorm normalises by the images of one micro-batch on one rank. Evaluation and checkpoints use the mean of its
+    # running statistics over micro-batches and ranks, so 2 processes equal 1 process with 2 micro-steps.
     statistics = [b for n, b in raw_model.named_buffers() if n.endswith(('running_mean', 'running_var'))]
     shared = bool(statistics) and world * accumulation > 1
     if world > 1 and statistics:
-        say(f'BatchNorm: each process normalises by its own {micro} images; what is saved is the mean over {world} processes')
+        say(f'BatchNorm: each process normalises by its own {micro} images; checkpoints store the mean over {world} processes')
 
     @torch.no_grad()
     def evaluate(net):
-        """(mean loss, shares right in the first and among the first five guesses, ids (n, 5), probability of the first (n,)) of
-        the whole val split, shared out over ranks; None if stopped."""
+        """(mean loss, top-1, top-5, ids of the five most likely classes (n, 5), probability of the first (n,)) on the whole val
+        split, divided among ranks; None if the run is stopped."""
         n, most = len(val_data), min(5, len(val_data.classes))
-        guesses, surety, total = torch.full((n, most), -1), torch.zeros(n), 0.0
+        guesses, confidence, total = torch.full((n, most), -1), torch.zeros(n), 0.0
         net.eval()
         for i in range(rank_here * eval_batch_size, -(-n // (eval_batch_size * world)) * eval_batch_size * world,
                        eval_batch_size * world):
             if common.any_rank(stopped()):
                 break
-            rows = slice(min(i, n), min(i + eval_batch_size, n))           # none for some ranks in the last round
+            rows = slice(min(i, n), min(i + eval_batch_size, n))           # empty on some ranks in the last round
             if rows.start < rows.stop:
                 pixels = torch.from_numpy(np.array(val_data.pixels[rows])).to(dev)
                 boxes = crops.middle_boxes(len(pixels), eval_crop)
@@ -383,18 +383,18 @@ def main():
                 with amp:
                     logits = net(x).float().cpu()
                 total += F.cross_entropy(logits, torch.from_numpy(val_data.labels[rows]), reduction='sum').item()
-                surety[rows], guesses[rows] = logits.softmax(1).amax(1), logits.topk(most).indices
+                confidence[rows], guesses[rows] = logits.softmax(1).amax(1), logits.topk(most).indices
         net.train()
         if common.any_rank(stopped()):
             return None
         loss = common.mean_over_ranks(total, (guesses[:, 0] >= 0).sum().item())
         if world > 1:
-            guesses, surety = guesses.to(dev), surety.to(dev)
+            guesses, confidence = guesses.to(dev), confidence.to(dev)
             dist.all_reduce(guesses, dist.ReduceOp.MAX)
-            dist.all_reduce(surety)
-            guesses, surety = guesses.cpu(), surety.cpu()
+            dist.all_reduce(confidence)
+            guesses, confidence = guesses.cpu(), confidence.cpu()
         hits = guesses == torch.from_numpy(np.array(val_data.labels))[:, None]
-        return loss, hits[:, 0].float().mean().item(), hits.any(1).float().mean().item(), guesses, surety
+        return loss, hits[:, 0].float().mean().item(), hits.any(1).float().mean().item(), guesses, confidence
 
     def log(record):
         if rank_here == 0:
@@ -407,13 +407,13 @@ def main():
             'wandb_id': wandb_id}, keep_previous)
 
     input_speed = 0.0
-    if step < total_iters:                          # what reading, cropping and scaling alone can do
+    if step < total_iters:                          # measure reading, cropping and scaling alone
         reading, timed = batches(step * accumulation), 0
-        for _ in range(num_workers + 1):            # whatever is read ahead is not timed
+        for _ in range(num_workers + 1):            # images read in advance are not timed
             next(reading)[1].cpu()
         clock = time.perf_counter()
         while timed < 2 * num_workers + 4 and time.perf_counter() - clock < 2:
-            next(reading)[1].cpu()                  # of CUDA's queue all is done
+            next(reading)[1].cpu()                  # waits until CUDA is done
             timed += 1
         input_speed = timed * micro * world / (time.perf_counter() - clock)
         for left in ahead if num_workers else ():
@@ -446,7 +446,7 @@ def main():
                      'top1': found[1], 'top5': found[2]})
                 if found[1] > best[0]:
                     before, best = best, [found[1], step]
-                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
+                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
                         best = before
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
@@ -488,7 +488,7 @@ def main():
             common.clip_(grads.values(), grad_clip, grad_norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        del grads                                   # or they would live through the next forward pass
+        del grads                                   # free the gradients before the next forward pass
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1
@@ -508,16 +508,16 @@ def main():
     # ---------------------------------------------------------------------------------------------------------- end
     readers.shutdown(wait=False, cancel_futures=True)
     if not failure and not stop:
-        common.any_rank(False)                      # all wait for the last save
+        common.any_rank(False)                      # barrier: all ranks wait for the last save
         try:
             state = common.read_best(best_path, 'train_cnn', best[0] >= 0)
             common.load_model_state(raw_model, state['model'], best_path)
         except OSError as e:
             failure = f'{e}; make room and type the same command with --resume=auto'
-        except ValueError as e:                     # the best weights are lost, the last ones are not
+        except ValueError as e:                     # best.pt is lost, last.pt is not
             failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
-        if not common.any_rank(bool(failure)):      # on one rank: the others must not wait for it in the evaluation
-            layers.pack(raw_model)                  # what is reported from here on is of the packed weights
+        if not common.any_rank(bool(failure)):      # if one rank failed, the others must not wait for it in evaluate()
+            layers.pack(raw_model)                  # everything reported below is of the packed weights
             found = evaluate(raw_model)
             stop = found is None
             if rank_here == 0 and not stop:
@@ -530,7 +530,7 @@ def main():
                          'best_step': state['step'], 'best_top1': state['best'][0], 'packed_top1': found[1],
                          'packed_top5': found[2]})
                     pictures.report(out_dir, val_data, found[3][:, 0].numpy(), found[4].numpy())
-                    say(f'best top-1 {state["best"][0]:.2%} at step {state["step"]}, chosen on the images it is judged on; '
+                    say(f'best top-1 {state["best"][0]:.2%} at step {state["step"]}, selected on these same images; '
                         f'packed into {path}: {size:,} bytes, top-1 {found[1]:.2%}; pictures and classes.csv in {out_dir}')
                 except OSError as e:
                     failure = f'{e}; make room and type the same command with --resume=auto'

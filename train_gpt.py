@@ -2,10 +2,11 @@
 Train a GPT-2 whose linear layers are full-precision, binary, ternary or 4-bit, in any mix.
 
     python train_gpt.py config/pycode_bin.py                            # a laptop, minutes
-    torchrun --nproc_per_node=8 train_gpt.py config/c4_bin6.py          # a node
-    python train_gpt.py config/pycode_bin.py --n_binary=6 --seed=2      # any constant below, --key=value
+    torchrun --nproc_per_node=8 train_gpt.py config/c4_bin6.py          # a node with 8 GPUs
+    python train_gpt.py config/pycode_bin.py --n_binary=6 --seed=2      # --key=value sets any constant below
 
-Constants, model, then main() from top to bottom. Stop it with Ctrl-C at any time and go on with --resume=auto.
+A low-bit layer trains latent full-precision weights and rounds them in each pass. All kinds of layers share this trainer and
+its batches, so their losses can be compared. Ctrl-C saves and stops the run; --resume=auto continues it.
 """
 import math
 import os
@@ -24,59 +25,59 @@ import optim
 from readers import tokens
 
 # run
-out_dir = 'out/gpt'            # config.py, log.jsonl, last.pt, best.pt, packed.safetensors go here
-seed = 1337                    # weights, order of samples and dropout
-init_from = 'scratch'          # scratch | resume | a checkpoint whose weights to start from | gpt2, gpt2-medium, ...
-resume = ''                    # auto: go on from out_dir if there is a run, else start | a checkpoint to go on from
-overwrite = False              # start anew in an out_dir that already holds a run
+out_dir = 'out/gpt'            # folder for config.py, log.jsonl, last.pt, best.pt, packed.safetensors
+seed = 1337                    # sets the initial weights, the order of samples and dropout
+init_from = 'scratch'          # scratch | resume: continue out_dir | a checkpoint: use its weights | gpt2, gpt2-medium, ...
+resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
+overwrite = False              # start over in an out_dir that holds a run, and delete that run
 # data
-dataset = 'pycode'             # folder under data/, made by data/<name>/prepare.py
+dataset = 'pycode'             # folder under data/; data/<name>/prepare.py makes it
 batch_size = 32                # sequences per optimizer step, over all devices and micro-steps
-micro_batch_size = 0           # sequences one device holds at a time; 0: its whole share. Accumulation is derived
+micro_batch_size = 0           # sequences per device at a time; 0: its whole share. Lower: less memory, more micro-steps
 block_size = 128               # tokens per sequence
 # model
 n_layer = 6
 n_head = 4
 n_embd = 128
-dropout = 0.0                  # 0 for pre-training; 0.1 or more for small data
-bias = False                   # biases in Linear and LayerNorm, as GPT-2 has
-qkv_proj = 'bin'               # fp | bin | tern | int4: kind of the q, k and v projections in the low-bit blocks
-c_proj = 'bin'                 # ... of the attention's output projection
-mlp_proj = 'bin'               # ... of both MLP matrices
-n_binary = 0                   # how many leading blocks use these kinds; 0: none, 6: exactly 6
-binary_blocks = ()             # or which ones, e.g. (0, 3, 5); counted from 0
-binary_alpha = 1.0             # starting scale of binary q, k, v and MLP input layers
-binary_alpha_out = 0.05        # ... of the layers that add to the residual stream; the embedding starts at 0.02
+dropout = 0.0                  # 0 for pre-training, 0.1 or more for small data sets
+bias = False                   # biases in Linear and LayerNorm, as in GPT-2
+qkv_proj = 'bin'               # fp | bin | tern | int4: kind of the q, k and v projections in low-bit blocks
+c_proj = 'bin'                 # kind of the attention's output projection in low-bit blocks
+mlp_proj = 'bin'               # kind of both MLP matrices in low-bit blocks
+n_binary = 0                   # number of low-bit blocks, from the first one on; 0: none, 6: exactly 6
+binary_blocks = ()             # low-bit blocks by number, e.g. (0, 3, 5), instead of n_binary; the first block is 0
+binary_alpha = 1.0             # initial scale of binary q, k, v and MLP input layers
+binary_alpha_out = 0.05        # initial scale of binary layers that add to the residual stream; embeddings start at 0.02
 # optimizer
-optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: on the blocks' matrices, AdamW on the rest
-rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices; the rest gets AdamW
-interval = 200                 # ... steps between two bases
-side = 'right'                 # ... of the basis: left | right (keeps the fewest activations) | short
-projected = True               # ... a backward pass that makes no full gradients of full-precision layers
-max_iters = 2000               # optimizer steps in all, also for a resumed run
-learning_rate = 1e-3           # peak
-lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0, 'alpha': 0.02}   # times the learning rate: latent weights, binary scales
-min_lr = 1e-4                  # at the last step
+optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon. Both train the blocks' matrices, AdamW the rest
+rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices
+interval = 200                 # rsvd: steps between two updates of the basis
+side = 'right'                 # rsvd: side of the basis: left | right (saves the fewest activations) | short (the shorter side)
+projected = True               # rsvd: full-precision layers form no full gradients in the backward pass; low-bit layers do
+max_iters = 2000               # optimizer steps in total, including those before a resume
+learning_rate = 1e-3           # peak, at the end of warm-up
+lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0, 'alpha': 0.02}   # rate factors: latent weights (not biases), binary scales
+min_lr = 1e-4                  # learning rate at the last step
 second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate
-schedule = 'cosine'            # cosine | linear | constant | two_stage (weight decay ends at half, for low-bit)
-warmup_iters = 100             # linear warm-up, steps
+schedule = 'cosine'            # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
+warmup_iters = 100             # steps of linear warm-up
 weight_decay = 0.1             # on matrices and embeddings, not on gains, biases and scales
-beta1 = 0.9                    # muon: of its AdamW; the momentum of the blocks' matrices is 0.95
+beta1 = 0.9                    # with muon, for AdamW only; Muon's own momentum is 0.95
 beta2 = 0.95
-grad_clip = 1.0                # global norm; 0: off
+grad_clip = 1.0                # largest global gradient norm; 0: no clipping
 # evaluation, saving and logging
-eval_interval = 250            # steps
-eval_iters = 50                # batches of batch_size sequences of the val split, the same ones each time
-log_interval = 10              # steps
-save_interval = 250            # steps between writes of last.pt; best.pt follows the evaluations
-wandb_log = False              # needs wandb installed and logged in
+eval_interval = 250            # steps between evaluations
+eval_iters = 50                # batches of batch_size sequences from the val split; every evaluation uses the same ones
+log_interval = 10              # steps between log records
+save_interval = 250            # steps between saves of last.pt; best.pt has the lowest val loss
+wandb_log = False              # also log to Weights & Biases; install wandb and log in first
 wandb_project = 'nanobit'
 wandb_run_name = ''            # '': the name of out_dir
 # system
-device = ''                    # '': cuda where there is one, else cpu
+device = ''                    # '': cuda if available, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
-compile = None                 # torch.compile; None: on cuda. On a CPU it pays only in long runs
-profile = False                # torch.profiler over steps 5 to 7: a table on the terminal, trace.json in out_dir
+compile = None                 # torch.compile; None: on cuda only. On a CPU it pays off only in long runs
+profile = False                # profile steps 5 to 7 with torch.profiler; prints a table and writes trace.json to out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
 
 
@@ -86,7 +87,7 @@ config = configurator.override(globals())   # file.py ... --key=value, later win
 
 @dataclass
 class GPTConfig:
-    """Shape of a GPT, plain types only: it is kept in checkpoints."""
+    """Shape of a GPT. It has only plain types, because checkpoints store it."""
     vocab_size: int
     block_size: int = 128
     n_layer: int = 6
@@ -106,7 +107,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, c, qkv_kind, out_kind):
         super().__init__()
         self.n_head, self.dropout = c.n_head, c.dropout
-        # One product, three matrices: each has its own threshold or scale, as q, k and v have in the papers.
+        # One product of three stacked matrices. As in the papers, q, k and v each have their own threshold or scale.
         self.c_attn = layers.linear(qkv_kind, c.n_embd, 3 * c.n_embd, c.bias, chunks=3, **scale_in(c, qkv_kind))
         self.c_proj = layers.linear(out_kind, c.n_embd, c.n_embd, c.bias, **scale_out(c, out_kind))
         self.resid_dropout = nn.Dropout(c.dropout)
@@ -114,8 +115,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))   # B, H, T, C/H
-        if cache is not None:                       # keys and values of earlier tokens; one new one attends to all of them
-            assert T == 1 or 'k' not in cache, 'several tokens at once only into an empty cache'
+        if cache is not None:                       # keys and values of earlier tokens; a new token attends to all of them
+            assert T == 1 or 'k' not in cache, 'only an empty cache accepts several tokens at once'
             if 'k' in cache:
                 k, v = torch.cat([cache['k'], k], 2), torch.cat([cache['v'], v], 2)
             cache['k'], cache['v'] = k, v
@@ -127,7 +128,7 @@ class MLP(nn.Module):
     def __init__(self, c, kind):
         super().__init__()
         self.c_fc = layers.linear(kind, c.n_embd, 4 * c.n_embd, c.bias, **scale_in(c, kind))
-        self.folded = kind != 'fp'                  # low-bit layers apply the GELU themselves and keep only its input
+        self.folded = kind != 'fp'                  # a low-bit layer applies the GELU itself and saves only its input
         self.c_proj = layers.linear(kind, 4 * c.n_embd, c.n_embd, c.bias, act='gelu' if self.folded else None,
                                     **scale_out(c, kind))
         self.dropout = nn.Dropout(c.dropout)
@@ -137,8 +138,8 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(x if self.folded else F.gelu(x)))
 
 
-# A binary layer's output has standard deviation alpha whatever its weights and input are: with the same alpha everywhere
-# the first steps add noise, 2 n_layer times as loud as the embeddings. A small alpha on the way out lets them speak.
+# A binary layer's output has standard deviation alpha, whatever its weights and input. If all alphas are equal, the first
+# steps add noise 2 n_layer times as large as the embeddings to the residual stream. A small scale_out avoids this.
 def scale_in(c, kind):
     return {'alpha': c.binary_alpha} if kind == 'bin' else {}
 
@@ -151,7 +152,7 @@ class Block(nn.Module):
     def __init__(self, c, low_bit):
         super().__init__()
         qkv, out, mlp = (c.qkv_proj, c.c_proj, c.mlp_proj) if low_bit else ('fp', 'fp', 'fp')
-        # A ternary layer has its RMSNorm inside; a LayerNorm in front would normalise twice.
+        # A ternary layer contains an RMSNorm; a LayerNorm before it would normalise twice.
         self.ln_1 = nn.Identity() if qkv == 'tern' else nn.LayerNorm(c.n_embd, bias=c.bias)
         self.attn = CausalSelfAttention(c, qkv, out)
         self.ln_2 = nn.Identity() if mlp == 'tern' else nn.LayerNorm(c.n_embd, bias=c.bias)
@@ -163,7 +164,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, pre-norm, learned positions, tied head. ids (B, T) int64 -> logits (B, T, vocab) or a mean loss in nats."""
+    """GPT-2: pre-norm, learned positions, tied head. ids (B, T) int64 -> last logits (B, 1, vocab), or mean loss in nats."""
 
     def __init__(self, c):
         super().__init__()
@@ -175,9 +176,9 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(c.n_embd, bias=c.bias)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
-        for name, m in self.named_modules():        # GPT-2's 0.02, and less for what adds to the residual stream
+        for name, m in self.named_modules():        # std 0.02 as in GPT-2, less for layers that add to the residual stream
             if isinstance(m, nn.Linear | nn.Embedding | layers.LowBit):
-                # A ternary layer's scale is mean|W|: it has to grow from 0.02 while its latent weights learn slowly.
+                # A ternary layer's scale is mean|W|. From 0.02 it grows too slowly, because latent weights learn slowly.
                 std = m.in_features ** -0.5 if isinstance(m, layers.TernaryLinear) else 0.02
                 nn.init.normal_(m.weight, std=std / math.sqrt(2 * c.n_layer) if name.endswith('c_proj') else std)
 
@@ -189,13 +190,13 @@ class GPT(nn.Module):
             x = block(x, cache[i] if cache else None)
         x = self.ln_f(x)
         if targets is None:
-            return self.lm_head(x[:, [-1]])         # only the last position is needed to go on
+            return self.lm_head(x[:, [-1]])         # generation needs only the last position
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
 
 def to_kinds_of(model, state):
-    """State dict of a GPT of other kinds, for this one. A ternary layer has the LayerNorm of its input inside, as a gain;
-    scales that this model has no use for are left out, and those that it needs keep their starting values."""
+    """Convert the state dict of a GPT with other kinds of layers for `model`. A ternary layer stores the LayerNorm of its input
+    as a gain. Scales that `model` does not use are dropped. Scales missing from `state` keep their initial values."""
     own, out = model.state_dict(), {}
     moved = {'ln_1.weight': 'attn.c_attn.gain', 'ln_2.weight': 'mlp.c_fc.gain'}
     for key, t in state.items():
@@ -208,8 +209,7 @@ def to_kinds_of(model, state):
 
 
 def load_gpt2(model, name):
-    """Copy the weights of Hugging Face's `name` (gpt2, gpt2-medium, ... or a folder whose name starts so) into a GPT of
-    the same shape."""
+    """Copy Hugging Face GPT-2 weights into a GPT of the same shape. name: gpt2, gpt2-medium, ... or a folder gpt2*."""
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
@@ -222,20 +222,19 @@ def load_gpt2(model, name):
         if not key.endswith(('.attn.bias', '.attn.masked_bias')):
             transposed = key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))    # GPT-2 stores (in, out)
             state[key] = t.T.contiguous() if transposed else t
-    for key in ('wte.weight', 'lm_head.weight'):    # the vocabulary is padded to a multiple of 64 here
+    for key in ('wte.weight', 'lm_head.weight'):    # this trainer pads the vocabulary to a multiple of 64
         state[key] = F.pad(state[key], (0, 0, 0, model.config.vocab_size - state[key].shape[0]))
     state['wpe.weight'] = state['wpe.weight'][:model.config.block_size]
     common.load_model_state(model, to_kinds_of(model, state), name, allow_missing=('alpha', 'gain'))
 
 
 def low_bit_blocks():
-    """binary_blocks, or the first n_binary; one clear line for numbers that name no block."""
+    """Numbers of the low-bit blocks: binary_blocks, or the first n_binary. Exits with a message if one does not exist."""
     if n_binary and binary_blocks:
         configurator.fail('give n_binary or binary_blocks, not both; type --n_binary=0 to use binary_blocks', rank0_only=True)
     chosen = tuple(binary_blocks) or tuple(range(n_binary))
     if not 0 <= n_binary <= n_layer or any(not 0 <= i < n_layer for i in chosen):
-        configurator.fail(f'blocks {chosen or n_binary} are not all among 0 .. {n_layer - 1} (n_layer={n_layer})',
-                          rank0_only=True)
+        configurator.fail(f'blocks {chosen or n_binary} are not all in 0 .. {n_layer - 1} (n_layer={n_layer})', rank0_only=True)
     return chosen
 
 
@@ -255,7 +254,7 @@ def main():
                        'save_interval', 'rank', 'interval'), 1)
         | dict.fromkeys(('learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters'), 0))
     for wrong, why in (
-            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} are shares below 1'),
+            (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (n_embd % n_head, f'n_embd={n_embd} is no multiple of n_head={n_head}')):
         if wrong:
             fail(why)
@@ -270,7 +269,7 @@ def main():
     train_data, val_data = tokens.load(folder, 'train'), tokens.load(folder, 'val')
     for split, data in (('train', train_data), ('val', val_data)):
         if len(data) <= block_size:
-            fail(f'{dataset}: {len(data)} {split} tokens, block_size={block_size} needs more')
+            fail(f'{dataset} has {len(data)} {split} tokens, block_size={block_size} needs more; type a lower --block_size')
     tokenizer = train_data.tokenizer
     bits_per_byte = len(val_data) / val_data.n_bytes / math.log(2)     # nats per token -> bits per byte of text
 
@@ -285,7 +284,7 @@ def main():
         if not resume_path and init_from.startswith('gpt2') and not os.path.isfile(init_from):
             load_gpt2(model, init_from)
             if tokenizer.name != 'gpt2':
-                raise ValueError(f'{init_from} knows GPT-2 tokens, {dataset} has {tokenizer.name} tokens; type --dataset=c4')
+                raise ValueError(f'{init_from} needs GPT-2 tokens, {dataset} has {tokenizer.name} tokens; type --dataset=c4')
         elif not resume_path and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_gpt')
             common.check_tokens(state, init_from, tokenizer, dataset)
@@ -304,8 +303,8 @@ def main():
     # ---------------------------------------------------------------------------------------------------- optimizer
     matrices = {id(p): p for n, p in model.named_parameters() if n.endswith('weight') and p.dim() > 1}
     scalars = {n: p for n, p in model.named_parameters() if id(p) not in matrices}
-    # A binary branch is noise at first, and full-precision blocks behind it do without: a scale as fast as the rest is at 0
-    # in a dozen steps, and the branch's weights are never learnt.
+    # A binary branch is noise at first, and later full-precision blocks do not need it. At the full learning rate its scale
+    # reaches 0 within a dozen steps, and its weights never learn.
     alphas = [scalars.pop(n) for n in list(scalars) if n.endswith('alpha')]
     groups = [{'params': [matrices.pop(id(m.weight)) for m in low_bit if m.kind == kind],
                'decay': weight_decay, 'lr_scale': lr_scale.get(kind, 1.0)} for kind in layers.KINDS[1:]]
@@ -360,7 +359,7 @@ def main():
 
     @torch.no_grad()
     def evaluate():
-        """Mean loss over the same eval_iters batches of the val split, shared out over ranks; None if stopped."""
+        """Mean loss over eval_iters fixed batches of the val split, divided among ranks; None if the run is stopped."""
         starts = common.sample_indices(seed, -1, len(val_data) - block_size, eval_iters * batch_size).reshape(-1, micro)
         raw_model.eval()
         total = n = 0
@@ -406,7 +405,7 @@ def main():
                      'val_bpb': val_loss * bits_per_byte})
                 if val_loss < best_val_loss:
                     before, best_val_loss = best_val_loss, val_loss
-                    if not common.any_rank(save(best_path)):           # the best is what is on disk, on all ranks
+                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
                         best_val_loss = before
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
@@ -441,7 +440,7 @@ def main():
             common.clip_(grads.values(), grad_clip, grad_norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        del grads                                   # or they would live through the next forward pass
+        del grads                                   # free the gradients before the next forward pass
         # TRAINING SECTION END
 
         step, timed_steps = step + 1, timed_steps + 1
@@ -472,7 +471,7 @@ def main():
             say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
         except OSError as e:
             failure = f'{e}; make room and type the same command with --resume=auto'
-        except ValueError as e:                     # the best weights are lost, the last ones are not
+        except ValueError as e:                     # best.pt is lost, last.pt is not
             failure = f'{e}; type --init_from={last_path} and another --out_dir to go on from the last weights'
     common.close_processes()
     if run:

@@ -1,17 +1,16 @@
-# GPT-2 124M on C4, all 12 blocks binary; packed 168.4 MB of 497.5.
-# expected val loss: none published: the reference diverged here
-# (the reference has no last LayerNorm and no end-of-text between documents; not measured here)
-# hardware: 8 GPUs of 80 GB; --micro_batch_size=5 for 24 GB, as many devices as divide
-# 480 / micro_batch_size see the same batches
-# time: 12.3B tokens: 7.2 GPU-hours at the 475k tokens/s that llm.c reports for full precision on one H100; not measured here
+# Train GPT-2 124M on C4 with all 12 blocks binary; packed 168.4 MB instead of 497.5.
+# expected val loss: none published, because this run of the reference diverged
+# not measured here; the reference has no final LayerNorm and no end-of-text token between documents
+# hardware: 8 GPUs of 80 GB, or of 24 GB with --micro_batch_size=5; any number of GPUs that divides 480 / micro_batch_size
+# time: not measured here; 12.3B tokens take 7.2 GPU-hours at llm.c's 475k tokens/s (full precision, one H100)
 # torchrun --nproc_per_node=8 train_gpt.py config/c4_bin12.py
 out_dir = 'out/c4_bin12'
-wandb_log = False              # True when wandb is installed and logged in
+wandb_log = False              # True if wandb is installed and logged in
 
-dataset = 'c4'                 # python data/c4/prepare.py first: 12.3B tokens, 25 GB
+dataset = 'c4'                 # first python data/c4/prepare.py: 12.3B tokens, 25 GB
 block_size = 1024
-batch_size = 480               # x 1,024 = 491,520 tokens a step
-micro_batch_size = 20          # per device; 8 devices: 3 micro-steps each
+batch_size = 480               # x 1,024 = 491,520 tokens per step
+micro_batch_size = 20          # per device; 8 devices take 3 micro-steps each; other numbers of devices see the same batches
 
 n_layer, n_head, n_embd = 12, 12, 768
 bias = False

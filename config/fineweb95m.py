@@ -1,16 +1,16 @@
-# A 95M-parameter BitNet b1.58 on FineWeb-Edu, the largest of the reference's experiments, in its shape.
-# expected val loss: none published (its authors note that the text was not yet coherent); not measured here
-# hardware, time: python train_bitnet.py config/fineweb95m.py --estimate=True, before any download; not measured here
-# torchrun --nproc_per_node=8 train_bitnet.py config/fineweb95m.py       (after python data/fineweb95m/prepare.py)
+# Train a 95M-parameter BitNet b1.58 on FineWeb-Edu: the reference's largest experiment, with the same model shape.
+# expected val loss: none published (the authors write that the text was not yet coherent); not measured here
+# hardware, time: not measured here; run python train_bitnet.py config/fineweb95m.py --estimate=True, even before the download
+# torchrun --nproc_per_node=8 train_bitnet.py config/fineweb95m.py       (first: python data/fineweb95m/prepare.py)
 out_dir = 'out/fineweb95m'
 dataset = 'fineweb95m'
 vocab_size = 32_000
 
-batch_size = 32                # x 256 = 8,192 tokens a step
+batch_size = 32                # x 256 = 8,192 tokens per step
 block_size = 256
 
 n_layer, n_head, n_kv_head = 8, 12, 6
-n_embd, n_ff = 768, 3072       # multiples of 256: fits the blocks of GGUF's ternary types
+n_embd, n_ff = 768, 3072       # multiples of 256 fit the blocks of GGUF's ternary types
 
 max_iters = 400_000            # 3.3B tokens
 learning_rate = 1.5e-3

@@ -1,7 +1,7 @@
-# Any folder of class folders, or a zip of one: python data/images/prepare.py --dir PATH --name=mine --size=80 first.
-# The reference's default layers are binary (conv1, conv2, fc1, fc2, final), the others real.
-# expected top-1: depends on the images; on ten classes of Food-101 in results/food10.md
-# hardware: 2 cores
+# Train a CNN on your own images: a folder with one folder per class, or a zip of it. The reference's default layers are binary
+# (conv1, conv2, fc1, fc2, final), the others real. First: python data/images/prepare.py --dir PATH --name=mine --size=80
+# expected top-1: depends on the images; results/food10.md has it for ten classes of Food-101
+# hardware: 2 CPU cores
 # time: 8 minutes for 3,750 images
 # python train_cnn.py config/images_mixed.py --dataset=images/mine
 out_dir = 'out/images_mixed'

@@ -1,13 +1,13 @@
-# A 1.2M-parameter GPT on the Python standard library's sources, byte tokens: the first 3 of 6 blocks binary.
-# expected val loss: depends on the Python version, whose sources are the text; compare the four configs on one machine
-# hardware: a laptop, 2 cores
+# Train a 1.2M-parameter GPT with the first 3 of 6 blocks binary on the bytes of the Python standard library's sources.
+# expected val loss: depends on the Python version, whose sources are the text; compare pycode_*.py on one machine
+# hardware: a laptop with 2 cores
 # time: 2 to 4 minutes
-# python train_gpt.py config/pycode_bin.py          (after python data/pycode/prepare.py)
+# python train_gpt.py config/pycode_bin.py          (first: python data/pycode/prepare.py)
 out_dir = 'out/pycode_bin'
 dataset = 'pycode'
 n_binary = 3
 
-batch_size = 16                # x 128 = 2,048 tokens a step
+batch_size = 16                # x 128 = 2,048 tokens per step
 max_iters = 1000
 learning_rate = 4e-3
 min_lr = learning_rate / 10

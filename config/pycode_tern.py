@@ -1,14 +1,14 @@
-# A 1.2M-parameter GPT on the Python standard library's sources, byte tokens: all 6 blocks ternary (BitNet b1.58).
-# expected val loss: depends on the Python version, whose sources are the text; compare the four configs on one machine
-# hardware: a laptop, 2 cores
+# Train a 1.2M-parameter GPT with all 6 blocks ternary (BitNet b1.58) on the bytes of the Python standard library's sources.
+# expected val loss: depends on the Python version, whose sources are the text; compare pycode_*.py on one machine
+# hardware: a laptop with 2 cores
 # time: 2 to 4 minutes
-# python train_gpt.py config/pycode_tern.py          (after python data/pycode/prepare.py)
+# python train_gpt.py config/pycode_tern.py          (first: python data/pycode/prepare.py)
 out_dir = 'out/pycode_tern'
 dataset = 'pycode'
 n_binary = 6
 qkv_proj = c_proj = mlp_proj = 'tern'
 
-batch_size = 16                # x 128 = 2,048 tokens a step
+batch_size = 16                # x 128 = 2,048 tokens per step
 max_iters = 1000
 learning_rate = 4e-3
 min_lr = learning_rate / 10

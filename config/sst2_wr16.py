@@ -1,14 +1,14 @@
-# DistilBERT on SST-2, queries, keys and values replaced by factors of rank 16; they and the head are trained.
+# Fine-tune DistilBERT on SST-2: factors of rank 16 replace the query, key and value matrices; only they and the head train.
 # expected accuracy: 87.3% (reference); not measured here
-# hardware: one GPU of 8 GB, or a CPU with patience
-# time: minutes on a GPU
-# python finetune_cls.py config/sst2_wr16.py          (after python data/sst2/prepare.py)
+# hardware: one GPU of 8 GB, or a CPU
+# time: minutes on a GPU, much longer on a CPU
+# python finetune_cls.py config/sst2_wr16.py          (first: python data/sst2/prepare.py)
 out_dir = 'out/sst2_wr16'
 task = 'sst2'
 method = 'weight_reduction'
 rank = 16
 
-max_len = 128                  # the reference's: 128 texts a step, constant rate, 10 epochs
+max_len = 128                  # as in the reference: 128 texts per step, a constant rate, 10 epochs
 batch_size = 128
 micro_batch_size = 32
 epochs = 10.0

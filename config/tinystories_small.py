@@ -1,17 +1,17 @@
-# A 3.7M-parameter BitNet b1.58 on a sample of TinyStories, for comparing it with its full-precision twin at equal tokens.
-# expected val loss: in results/tinystories.md
-# hardware: 2 cores, one run on each
-# time: in results/tinystories.md, ms/step x 1,000
-# python train_bitnet.py config/tinystories_small.py   (after python data/tinystories/prepare.py --file stories.txt)
+# Train a 3.7M-parameter BitNet b1.58 on a sample of TinyStories; --quant=fp is the full-precision baseline on the same tokens.
+# expected val loss: see results/tinystories.md
+# hardware: 2 CPU cores, one run on each
+# time: 1,000 times the ms/step of results/tinystories.md
+# python train_bitnet.py config/tinystories_small.py   (first: python data/tinystories/prepare.py --file stories.txt)
 out_dir = 'out/tinystories_small'
 dataset = 'tinystories'
 vocab_size = 2048
 
-batch_size = 16                # x 128 = 2,048 tokens a step
+batch_size = 16                # x 128 = 2,048 tokens per step
 block_size = 128
 
 n_layer, n_head, n_kv_head = 4, 4, 2
-n_embd, n_ff = 256, 768        # multiples of 256: fits the blocks of GGUF's ternary types
+n_embd, n_ff = 256, 768        # multiples of 256 fit the blocks of GGUF's ternary types
 
 max_iters = 1000
 learning_rate = 2e-3

@@ -1,14 +1,14 @@
-# What results/runs.py quality runs: a 1.2M-parameter GPT on WikiText-2, byte tokens, for comparing kinds at equal tokens.
-# expected val loss: in results/quality.md
-# hardware: 2 cores, one run on each
-# time: 5 to 7 minutes a run on one core
+# Train a 1.2M-parameter GPT on the bytes of WikiText-2, to compare kinds of layers at equal tokens (results/runs.py quality).
+# expected val loss: see results/quality.md
+# hardware: 2 CPU cores, one run on each
+# time: 5 to 7 minutes per run on one core
 # python train_gpt.py config/wikitext2.py --n_binary=3
 out_dir = 'out/wikitext2'
-dataset = 'text/wikitext2'     # data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --name=wikitext2
+dataset = 'text/wikitext2'     # from data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --name=wikitext2
 
 n_layer, n_head, n_embd = 6, 4, 128
 block_size = 128
-batch_size = 12                # x 128 = 1,536 tokens a step
+batch_size = 12                # x 128 = 1,536 tokens per step
 
 max_iters = 1500
 learning_rate = 4e-3

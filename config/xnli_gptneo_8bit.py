@@ -1,8 +1,8 @@
-# GPT-Neo 2.7B on 10,000 pairs of MultiNLI: LoRA over frozen int8 weights, tested on English and Spanish.
+# Fine-tune GPT-Neo 2.7B on 10,000 pairs of MultiNLI by LoRA over frozen int8 weights and test it in English and Spanish.
 # expected accuracy: none published; not measured here
 # hardware: one GPU of 12 GB
 # time: an hour on a GPU
-# python finetune_cls.py config/xnli_gptneo_8bit.py          (after python data/xnli/prepare.py)
+# python finetune_cls.py config/xnli_gptneo_8bit.py          (first: python data/xnli/prepare.py)
 out_dir = 'out/xnli_gptneo_8bit'
 task = 'xnli'
 model = 'EleutherAI/gpt-neo-2.7B'
