@@ -1,7 +1,7 @@
 """Documents to token files, shard by shard; an interrupted run continues. Shared by data/c4, tinystories and fineweb95m.
 
 A source is {split: spans}, or a function of the split. A span (read, start, stop) is one file: read() yields its documents
-as str, and the documents numbered [start, stop) are used. A continued run skips documents only inside one file.
+as str, and the documents numbered [start, stop) are used. A continued run does not read earlier files again.
 
 Progress is saved after each shard: the number of documents in finished shards, and the number of tokens of the next
 document that are in them. A continued run reads the current file up to that document and writes the rest of it.
@@ -186,7 +186,7 @@ def build(args, argv, source, settings, tokenizer=None, vocab_chars=0):
     """Build or continue args.out_dir. args: from parser(). source: function split -> spans, called only if needed.
 
     settings: dict of everything that determines the documents. tokenizer: None trains a BPE of args.vocab tokens on the first
-    vocab_chars characters of the training documents. --tokens does not matter, so a longer run gets the same BPE.
+    vocab_chars characters of the training documents. It does not depend on --tokens, so a longer run gets the same BPE.
     """
     limits = {'train': args.tokens, 'val': args.val_tokens}
     how = {'tokenizer': tokenizer.digest.hex()} if tokenizer else {'vocab': args.vocab, 'vocab_chars': vocab_chars}

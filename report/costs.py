@@ -13,17 +13,17 @@ import optim
 
 def saved_bytes(forward, model):
     """Bytes of the tensors that forward() saves for backward. Counts each storage once and skips the model's own tensors."""
-    own, kept = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}, {}
+    own, saved = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}, {}
 
-    def keep(t):
+    def record(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
         loss = forward()                            # keeps the graph alive: a freed tensor's address would be used again
     del loss
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def flops_per_token(model, n_layer, n_embd, block_size):
@@ -59,9 +59,9 @@ def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_
     def loss(n=None, model=model):
         with amp:
             return model(x[:n], y[:n])
-    kept = saved_bytes(loss, model)
+    saved = saved_bytes(loss, model)
     if micro > len(x):                              # extrapolate from n and 1: autocast saves its weight copies only once
-        kept += (kept - saved_bytes(lambda: loss(1), model)) / (len(x) - 1) * (micro - len(x))
+        saved += (saved - saved_bytes(lambda: loss(1), model)) / (len(x) - 1) * (micro - len(x))
 
     def step():                                     # RSVDAdam frees each gradient after its update, so fill them in again
         for p in model.parameters():
@@ -81,7 +81,7 @@ def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_
         step()                                      # allocates the optimizer's state at its real size
     state = ('AdamW moments', 2 * fp32) if adamw else (type(optimizer).__name__, optim.optimizer_bytes(optimizer))
     parts = {'weights, fp32': fp32, 'gradients': fp32, state[0]: state[1],
-             f'saved tensors, {micro} x {c.block_size} tokens': int(kept)}
+             f'saved tensors, {micro} x {c.block_size} tokens': int(saved)}
     if world > 1:
         parts['buffers for the exchange of gradients'] = fp32
     return [f'parameters       {n_params:,}',

@@ -73,7 +73,7 @@ class StepMeter:
         self.used, self.seconds = (self.joules(),), self.seconds + time.perf_counter() - self.began
 
     def joules(self):
-        """Joules since the run began. None without an energy meter, or with several processes: no process knows their sum."""
+        """Joules since the run began. None without an energy meter, or with several processes, whose sum is not measured."""
         if self.used:
             return self.used[0]
         used = self.energy() if self.world == 1 else None
@@ -110,15 +110,15 @@ class StepMeter:
         probe = self.device.type == 'cpu' and self.rank == 0 and (first in (0, 2) or self._first_refresh() or in_middle)
         self.disturbed, self.stepped, self.forward_flops = probe or count_flops, True, collections.Counter()
         if probe:
-            held = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
+            stored = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
             if self.world > 1:                      # DistributedDataParallel keeps its gradient buckets between steps
-                held += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
+                stored += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
         with contextlib.ExitStack() as stack:
             found = stack.enter_context(common.peak_meter(False)) if probe else None
             self.counter = stack.enter_context(flop_counter()) if count_flops and self.rank == 0 else None
             yield
         if probe:
-            self.epoch_peak = max(self.epoch_peak, held + found['bytes'])
+            self.epoch_peak = max(self.epoch_peak, stored + found['bytes'])
 
     def _counts(self):
         return collections.Counter({name: sum(ops.values()) for name, ops in self.counter.get_flop_counts().items()})
@@ -248,7 +248,7 @@ def sweep(config, script):
              rank0_only=True)
     if (ranks and config['method'] == 'full') or min(ranks, default=1) < 1 or folds == 1 or folds < 0:
         fail(f'ranks={ranks}, folds={folds}, method={config["method"]!r}: full has no rank; ranks are 1 or more, folds 0 or '
-             '2 and more')
+             'at least 2')
     os.makedirs(out_dir, exist_ok=True)
     save({**config, 'overwrite': False}, os.path.join(out_dir, 'config.py'),
          f'{os.path.basename(script)}: the runs in r* and fold*')

@@ -72,11 +72,11 @@ def blocks(text, start, stop):
 def check_utf8(path, text):
     decoder = codecs.getincrementaldecoder('utf-8')()
     for start in range(0, len(text), BLOCK):
-        held = len(decoder.getstate()[0])  # bytes of a character that began in the previous block
+        pending = len(decoder.getstate()[0])  # bytes of a character that began in the previous block
         try:
             decoder.decode(text[start:start + BLOCK], final=start + BLOCK >= len(text))
         except UnicodeDecodeError as error:
-            fail(f'{path} is not UTF-8 at byte {start - held + error.start:,}; convert it (iconv -t UTF-8) '
+            fail(f'{path} is not UTF-8 at byte {start - pending + error.start:,}; convert it (iconv -t UTF-8) '
                  'or use bytes: --vocab=0')
 
 
