@@ -110,15 +110,15 @@ class StepMeter:
         probe = self.device.type == 'cpu' and self.rank == 0 and (first in (0, 2) or self._first_refresh() or in_middle)
         self.disturbed, self.stepped, self.forward_flops = probe or count_flops, True, collections.Counter()
         if probe:
-            stored = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
+            base = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
             if self.world > 1:                      # DistributedDataParallel keeps its gradient buckets between steps
-                stored += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
+                base += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
         with contextlib.ExitStack() as stack:
             found = stack.enter_context(common.peak_meter(False)) if probe else None
             self.counter = stack.enter_context(flop_counter()) if count_flops and self.rank == 0 else None
             yield
         if probe:
-            self.epoch_peak = max(self.epoch_peak, stored + found['bytes'])
+            self.epoch_peak = max(self.epoch_peak, base + found['bytes'])
 
     def _counts(self):
         return collections.Counter({name: sum(ops.values()) for name, ops in self.counter.get_flop_counts().items()})
