@@ -17,8 +17,8 @@ def metrics(labels, predictions, n_labels):
     percentiles. If all predictions are right, the interval has width 0 and means little. ValueError for ids out of range.
 
     The scores of a resample depend only on its count of each (label, prediction) pair. For n rows drawn with replacement,
-    these counts are multinomial: n draws, with the observed shares as probabilities. So one call draws the counts instead
-    of the rows. The distribution is the same, without n random numbers per draw.
+    these counts are multinomial: n draws, with the observed shares as probabilities. So the counts are drawn directly, in
+    one call. The distribution is the same as with rows, without n random numbers per draw.
     """
     from sklearn.metrics import accuracy_score, f1_score
     labels, predictions = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
