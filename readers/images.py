@@ -131,7 +131,7 @@ def load(folder, split):
     folder = Path(folder)
     record = _read_record(folder)
     wrong = ('holds no images.json' if record is None else
-             f'has format version {record["version"]}, but this program reads {VERSION}' if record['version'] != VERSION else
+             f'has format version {record["version"]}, this program reads {VERSION}' if record['version'] != VERSION else
              'is unfinished' if not record['complete'] else '')
     if wrong:
         raise ValueError(f'{folder} {wrong}; type: {_command(folder, record)}')
@@ -154,7 +154,7 @@ def _damage(folder, split, sizes, crcs=None, checked_bytes=math.inf):
         path = folder / f'{split}_{FILES[i]}'
         found = path.stat().st_size if path.is_file() else 0
         if found < size or found > size and crcs:
-            return f'{path} has {found:,} bytes, but {size:,} were written'
+            return f'{path} has {found:,} bytes, {size:,} were written'
         if crcs and size <= checked_bytes:
             with open(path, 'rb') as file:
                 crc = 0

@@ -214,7 +214,7 @@ def load(folder, split):
     path = folder / f'{split}.csv'
     texts, labels = read_table(path, task['text'], task['label'])
     if len(texts) != task['rows'][split]:
-        raise ValueError(f'{path} has {len(texts):,} rows, but {task["rows"][split]:,} were written; run prepare.py again')
+        raise ValueError(f'{path} has {len(texts):,} rows, {task["rows"][split]:,} were written; run the prepare.py again')
     return texts, label_ids(labels, task['labels'], path), list(task['labels'])
 
 

@@ -98,7 +98,7 @@ def from_description(description):
     """Dict from Tokenizer.describe() -> Tokenizer."""
     name = description.get('name')
     if name not in TOKENIZER_FILE:
-        fail(f'unknown tokenizer {name!r}; choose one of: {", ".join(TOKENIZER_FILE)}')
+        fail(f'unknown tokenizer {name!r}; there are: {", ".join(TOKENIZER_FILE)}')
     return {'byte': byte, 'gpt2': gpt2, 'bpe': bpe}[name](description.get('text', ''))
 
 
@@ -257,7 +257,7 @@ def load(folder, split):
         found = {'shards': len(paths), 'tokens': sum(headers[path]['n_tokens'] for path in paths)}
         wanted = {key: record[split][key] for key in found} if record else found
         if found != wanted or [path.name for path in paths] != [_shard_name(split, i) for i in range(len(paths))]:
-            raise ValueError(f'{shown(folder)}: some of its {split} files are missing')
+            raise ValueError(f'{shown(folder)} lacks some of its {split} files')
     except ValueError as error:
         fail(f'{error}; run: {_command(folder)}')
     return TokenData(folder, paths, [headers[path] for path in paths])
@@ -276,7 +276,7 @@ def read_header(path):
     if crc != binascii.crc32(raw[:-4]):
         raise ValueError(f'{shown(path)} has a damaged header')
     if version != VERSION:
-        raise ValueError(f'{shown(path)} has format version {version}, but this program reads {VERSION}')
+        raise ValueError(f'{shown(path)} has format version {version}, this program reads {VERSION}')
     if n_tokens < 1 or size != HEADER.size + n_tokens * width:
         raise ValueError(f'{shown(path)} has {size:,} bytes, but its {n_tokens:,} tokens need '
                          f'{HEADER.size + n_tokens * width:,}; it was cut or damaged')

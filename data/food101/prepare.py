@@ -69,7 +69,7 @@ def local(folder):
     ids, splits = {name: label for label, name in enumerate(classes)}, {}
     for split, file in META.items():
         if wrong := [name for name in names[split] if name.count('/') != 1 or name.split('/')[0] not in ids]:
-            fail(f'{found / "meta" / file}.txt lists {wrong[0]!r}, whose class is not in train.txt; unpack the archive again')
+            fail(f'{found / "meta" / file}.txt lists {wrong[0]!r}, of no class in train.txt; unpack the archive again')
         paths = [str(found / 'images' / f'{name}.jpg') for name in names[split]]
         splits[split] = [(f'{name}.jpg', ids[name.split('/')[0]], path) for name, path in zip(names[split], paths, strict=True)]
         if missing := [path for path in paths if not Path(path).is_file()]:

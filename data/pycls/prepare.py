@@ -108,7 +108,7 @@ def main(argv=None):
     if len(found) < MIN_PACKAGES:
         fail(f'{root} has no sources of {", ".join(missing)}; use a full Python, not a zipped or stripped one')
     rows = split_rows(found)
-    print(f'Python {platform.python_version()} in {root}' + (f'; missing: {", ".join(missing)}' if missing else ''))
+    print(f'Python {platform.python_version()} in {root}' + (f'; not there: {", ".join(missing)}' if missing else ''))
     print('expected: 2,650 and 294 rows on 3.11.7, others differ')
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     task = {'task': 'pycls', 'labels': list(found), 'text': ('function',), 'label': 'package',
