@@ -1,10 +1,10 @@
-# make             says what there is
-# make train       the first experiment, from nothing to a sample
+# make             list the targets
+# make train       run the first experiment, from installation to a text sample
 #
-# .venv is built on first use and rebuilt when requirements.txt changes. Another Python: make PYTHON=python3.12 train
+# .venv is built on first use and rebuilt when requirements.txt changes. For another Python: make PYTHON=python3.12 train
 
 PYTHON ?= python3
-# Relative paths and `python -m`, so that a checkout under a path with spaces works and a moved one keeps working.
+# Relative paths and `python -m` work in a folder whose path has spaces, and after the folder is moved.
 PY := .venv/bin/python
 READY := .venv/.installed
 
@@ -29,9 +29,9 @@ bench: $(READY) ## time and memory of a training step
 results: $(READY) ## the runs behind the table in the README
 	$(PY) results/runs.py quality
 
-# .unfinished is there from the first byte to the last: an install that was interrupted is found by it and starts over.
-# pip alone would not notice, it takes a half-unpacked package for an installed one. Renaming it keeps its time, so a
-# requirements.txt edited during the install is newer and read again. A .venv made by hand is completed, not replaced.
+# .unfinished exists during the whole install. If a later run still finds it, the install was interrupted and starts over:
+# pip alone would take a half-unpacked package for an installed one. Renaming keeps the file's time, so a
+# requirements.txt edited during the install is newer and is read again. A .venv made by hand is completed, not replaced.
 $(READY): requirements.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"error: Python 3.10 or newer is needed; type: make PYTHON=python3.12 ...")'

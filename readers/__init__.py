@@ -1,1 +1,1 @@
-"""Reads what a run is trained on: token files, documents, labelled texts, images, their crops, and generated tasks."""
+"""Readers of training data: token files, documents, labelled texts, images, image crops, and generated tasks."""

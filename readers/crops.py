@@ -1,18 +1,18 @@
 """
-Crops of images on the device that the network is on, many at once, in plain torch: what train_cnn.py feeds to it.
+Random and middle crops of image batches in plain torch, on the device of the network; used by train_cnn.py.
 
     x = network_input(pixels, *random_boxes(seed, epochs, samples, (0.35, 1.0), 4 / 3, True), 64, mean, std)
     x = network_input(pixels, *middle_boxes(len(pixels), 0.9), 64, mean, std)
 
-A crop is a pure function of (seed, epoch, sample): it depends neither on the batch it is in nor on the number of processes.
+A crop is a pure function of (seed, epoch, sample). It depends neither on its batch nor on the number of processes.
 """
 import numpy as np
 import torch
 
 
 def uniform(seed, epochs, samples, count):
-    """float64 (n, count) in [0, 1), a pure function of the seed and of each sample's epoch and number, arrays (n,): no crop
-    depends on the batch it is in. The mixing function of splitmix64 (Steele et al. 2014), once for each of them."""
+    """Uniform random numbers in [0, 1), float64 (n, count): a pure function of the seed, and of the epoch and number of each
+    sample, arrays (n,). Applies the mixing function of splitmix64 (Steele et al. 2014) for epoch, sample and column."""
     def mix(x):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xbf58476d1ce4e5b9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94d049bb133111eb)
@@ -25,11 +25,11 @@ def uniform(seed, epochs, samples, count):
 
 
 def random_boxes(seed, epochs, samples, scale, ratio, flip):
-    """(boxes (n, 4), mirrored (n,) bool) for training: left, top, width, height in shares of the side; int (n,)
-    of epochs and samples.
+    """Random crops for training -> (boxes (n, 4), mirrored (n,) bool). A box is left, top, width, height in shares of the
+    side. epochs, samples: int (n,).
 
-    The random resized crop of torchvision: of ten areas, from scale[0] to scale[1], and ratios of width to height, from
-    1 / ratio to ratio, the first that fits, else the whole image; then a place; mirrored, with flip, every other time."""
+    This is torchvision's random resized crop. It draws ten areas, scale[0] to scale[1], and ten ratios of width to height,
+    1 / ratio to ratio. The first pair that fits, else the whole image, gets a random place. `flip` mirrors half the images."""
     u = uniform(seed, epochs, samples, 23)
     area = scale[0] + (scale[1] - scale[0]) * u[:, :10]
     ratios = ratio ** (2 * u[:, 10:20] - 1)
@@ -40,13 +40,13 @@ def random_boxes(seed, epochs, samples, scale, ratio, flip):
 
 
 def resample(pixels, boxes, mirrored, size):
-    """uint8 (n, s, s, 3), boxes (n, 4), mirrored (n,) -> fp32 (n, 3, size, size) from 0 to 255 in channels_last: the boxes cut
-    out and scaled, bilinear with antialiasing (a triangle as wide as a pixel of the coarser grid, as in Pillow), as one
-    product with a matrix (size, s) for the columns and one for the rows of each image."""
+    """Cut out boxes and scale them: uint8 (n, s, s, 3), boxes (n, 4), mirrored (n,) -> fp32 (n, 3, size, size), 0 to 255, in
+    channels_last. Bilinear with antialiasing, as in Pillow: the triangle is as wide as a pixel of the coarser grid. Each
+    image is multiplied by one (size, s) matrix for its columns and one for its rows."""
     n, s = pixels.shape[:2]
 
     def weights(start, length):
-        scale = (length * (s / size))[:, None, None]                           # pixels of the image for one of the result
+        scale = (length * (s / size))[:, None, None]                           # image pixels per pixel of the result
         middle = (start * s)[:, None, None] + (torch.arange(size, device=pixels.device)[:, None] + 0.5) * scale
         w = 1 - (torch.arange(s, device=pixels.device) + 0.5 - middle).abs() / scale.clamp(min=1)
         w = w.clamp_(min=0)
@@ -60,13 +60,13 @@ def resample(pixels, boxes, mirrored, size):
 
 
 def middle_boxes(n, share):
-    """(boxes, mirrored) for evaluation: the middle, `share` of the side, none mirrored."""
+    """Middle crops for evaluation -> (boxes, mirrored): `share` of the side, no image mirrored."""
     return np.tile([(1 - share) / 2, (1 - share) / 2, share, share], (n, 1)), np.zeros(n, dtype=bool)
 
 
 def network_input(pixels, boxes, mirrored, size, mean, std):
-    """What the network sees of uint8 images: resample(), then minus mean over std, three channels of a range of 0 to 1."""
+    """Crop and normalise uint8 images -> network input: resample(), then (x - mean) / std. mean, std: 3 channels in 0..1."""
     boxes, mirrored = (torch.from_numpy(t).to(pixels.device) for t in (boxes.astype(np.float32), mirrored))
     x = resample(pixels, boxes, mirrored, size)
     mean, std = (torch.tensor(t, device=x.device).view(3, 1, 1) * 255 for t in (mean, std))
-    return (x - mean) / std.clamp(min=1)             # one level of 255: a channel may be constant
+    return (x - mean) / std.clamp(min=1)             # 1 is one level of 255; the std of a constant channel is 0

@@ -1,13 +1,13 @@
-"""Documents to token files, shard by shard, so that an interrupted run continues where it stood: what c4, tinystories and
-fineweb95m do alike.
+"""Documents to token files, shard by shard; an interrupted run continues. Shared by data/c4, tinystories and fineweb95m.
 
-A source is {split: spans}, or a function of the split; a span (read, start, stop) is one file: read() gives its documents
-as str, of which those numbered [start, stop) count. Continuing skips inside one file, not through all of those before it.
+A source is {split: spans}, or a function of the split. A span (read, start, stop) is one file: read() yields its documents
+as str, and the documents numbered [start, stop) are used. A continued run does not read earlier files again.
 
-Progress is saved after each shard: how many documents lie in finished shards and how many tokens of the next one do.
-Continuing reads the file under way up to that document, writes the rest of it, and so gives the same shards as one
-unbroken run. A tokenizer that is trained on the documents is trained once: its file, whose SHA-256 progress.json has,
-is read again; where it is lost or changed, it is trained anew, and what another one wrote is removed.
+Progress is saved after each shard: the number of documents in finished shards, and the number of tokens of the next
+document that are in them. A continued run reads the current file up to that document and writes the rest of it.
+So it writes the same shards as an uninterrupted run. A tokenizer that is trained on the documents is trained once.
+progress.json stores the SHA-256 of its file. If that file is lost or changed, the tokenizer is trained again and the
+shards of the old one are deleted.
 
 Use:    see data/c4/prepare.py
 """
@@ -26,22 +26,22 @@ from configurator import fail
 from readers import tokens
 
 BATCH = 1024  # documents encoded at a time, on all cores
-ORDER = ('val', 'train')  # the small one first: a mistake shows early
+ORDER = ('val', 'train')  # the small split first, so that mistakes show early
 
 # -------------------------------------------------------------------------------------------------------- sources
 
 
 def hub_spans(hub_id, config, split, revision):
-    """-> [(read, 0, None)] for each file of a split on the Hub, in order; the documents are its column "text"."""
+    """Spans [(read, 0, None), ...], one per file of a split on the Hub, in order. The documents are in column "text"."""
     def from_hub(function):
         try:
             return function()
-        except Exception as error:  # several libraries' network errors pass through here, with no common class
+        except Exception as error:  # network errors of several libraries share no class
             fail(f'reading {hub_id} from the Hub failed ({type(error).__name__}: {str(error)[:200]}); run the same '
                  'command again to continue, or use local files: --file PATH')
 
     def load():
-        import datasets  # takes seconds, so not for --file
+        import datasets  # imported here: it takes seconds, and --file does not need it
         return datasets.load_dataset(hub_id, config, split=split, revision=revision, streaming=True)
     dataset = from_hub(load)
 
@@ -53,18 +53,18 @@ def hub_spans(hub_id, config, split, revision):
 
 
 def lines(path):
-    """Yields the lines of a file, plain or .gz, as bytes."""
+    """Yield the lines of a plain or .gz file as bytes."""
     try:
         with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as file:
             yield from file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        fail(f'{path} is a damaged or incomplete .gz file ({error}); get it again')
+        fail(f'{path} is a damaged or incomplete .gz file ({error}); download it again')
     except OSError as error:
         fail(f'cannot read {path}: {error.strerror}; give the path of a file, plain or .gz')
 
 
 def json_lines(path):
-    """Yields (line number, bytes) of the non-empty lines."""
+    """Yield (line number, bytes) for each non-empty line."""
     return ((number, line) for number, line in enumerate(lines(path), 1) if line.strip())
 
 
@@ -74,29 +74,29 @@ def json_text(path, number, line):
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        fail(f'{path}, line {number}: not a JSON object with a text in its field "text"; '
+        fail(f'{path}, line {number}: not a JSON object with a string in its field "text"; '
              'correct or delete that line')
     return text
 
 
 def local_source(paths, val_docs, val_paths=(), pieces=json_lines, text=json_text):
-    """-> ({split: spans}, the settings that stand for it); validation: val_paths, else the last val_docs documents (5%).
+    """Spans of local files -> ({split: spans}, settings). Validation: val_paths, else the last val_docs documents (5%).
 
-    pieces(path) yields (number, bytes), one a document, and is all that counting needs; text(path, number, bytes) -> str.
+    pieces(path) yields (number, bytes) for each document; text(path, number, bytes) decodes one to str.
     """
     def read(path):
         return (text(path, *piece) for piece in pieces(path))
     every = [*paths, *val_paths]
     counts = [sum(1 for _ in pieces(path)) for path in every]
     if not sum(counts):
-        fail(f'{", ".join(map(str, every))}: no documents; give files that hold some')
+        fail(f'{", ".join(map(str, every))}: no documents; give files that contain documents')
     if val_paths:
         val_docs = sum(counts[len(paths):])
     settings = {'sha256': [tokens.file_digest(path) for path in every], 'val_docs': val_docs}
     val_docs = max(1, sum(counts) // 20) if val_docs is None else val_docs
     split_at = sum(counts) - val_docs
     if val_docs < 1 or split_at < 1:
-        fail(f'{sum(counts)} documents cannot be split into training and {val_docs} for validation; '
+        fail(f'{sum(counts)} documents cannot be split into training documents and {val_docs} for validation; '
              'give more documents or change --val_docs')
     spans, first = {'train': [], 'val': []}, 0
     for path, count in zip(every, counts, strict=True):
@@ -109,7 +109,7 @@ def local_source(paths, val_docs, val_paths=(), pieces=json_lines, text=json_tex
 
 
 def texts(spans, span=0, number=0):
-    """Yields (span, number in its file, text) from a position on."""
+    """Yield (span, number in its file, text), starting at document `number` of span `span`."""
     for index in range(span, len(spans)):
         read, start, stop = spans[index]
         first = max(start, number) if index == span else start
@@ -121,7 +121,7 @@ def texts(spans, span=0, number=0):
 
 
 def trained(folder, record, spans, vocab, chars):
-    """The BPE of a folder under way: the one in it, else one trained on the first `chars` characters and kept there."""
+    """The BPE of an unfinished folder: loaded from it, else trained on the first `chars` characters and saved there."""
     path, kept = Path(folder) / tokens.TOKENIZER_FILE['bpe'], record.get('tokenizer')
     if path.is_file() and tokens.file_digest(path) == kept:
         return tokens.bpe(path.read_bytes().decode())
@@ -136,8 +136,8 @@ def trained(folder, record, spans, vocab, chars):
     tokenizer = tokens.train_bpe(first(chars), vocab)
     tokens.write_whole(path, tokenizer.text.encode())
     if tokens.file_digest(path) != kept:
-        # Shards before the record: after a crash in between, the record names shards that are missing, which
-        # open_folder notices, or none. The other way round, a shard of another tokenizer could outlive it.
+        # Delete the shards before saving the record. If a crash comes in between, open_folder() sees that shards are
+        # missing. In the other order, a shard of the old tokenizer could survive unnoticed.
         for shard in itertools.chain(*(Path(folder).glob(f'{split}_*.bin') for split in tokens.SPLITS)):
             shard.unlink()
         record |= {split: {} for split in tokens.SPLITS} | {'tokenizer': tokens.file_digest(path)}
@@ -146,15 +146,15 @@ def trained(folder, record, spans, vocab, chars):
 
 
 def encoded(stream, tokenizer):
-    """(span, number, text) -> (span, number, int64 tokens and eot), encoded by the batch."""
+    """Iterator of (span, number, text) -> (span, number, int64 tokens with eot at the end), encoded in batches."""
     while batch := list(itertools.islice(stream, BATCH)):
         for (span, number, _), ids in zip(batch, tokenizer.encode_batch([text for *_, text in batch]), strict=True):
             yield span, number, np.append(ids, tokenizer.eot)
 
 
 def build_split(out_dir, split, spans, limit, shard_tokens, tokenizer, record):
-    """Writes, or continues, one split of at most `limit` tokens (None: all); `record` (tokens.open_folder) keeps the place."""
-    # span (file), number (document in it), offset (token in that): the first token that no finished shard holds
+    """Write or continue one split of at most `limit` tokens (None: all). `record` (tokens.open_folder) stores the position."""
+    # span (file), number (document in it), offset (token in the document): the first token not yet in a finished shard
     place = record[split] or {'shards': 0, 'span': 0, 'number': 0, 'offset': 0, 'complete': False}
     record[split] = place
     if place['complete']:
@@ -171,7 +171,7 @@ def build_split(out_dir, split, spans, limit, shard_tokens, tokenizer, record):
             writer.write(part)
             total, offset = total + len(part), 0
             bar.update(len(part))
-            if writer.shards > place['shards']:  # what is pending is the end of this document
+            if writer.shards > place['shards']:  # the writer's pending tokens are the end of this document
                 place |= {'shards': writer.shards, 'span': span, 'number': number, 'offset': len(ids) - writer.pending}
                 tokens.save_record(out_dir, record)
     writer.close()
@@ -183,10 +183,10 @@ def build_split(out_dir, split, spans, limit, shard_tokens, tokenizer, record):
 
 
 def build(args, argv, source, settings, tokenizer=None, vocab_chars=0):
-    """Makes args.out_dir, or goes on with it. args: of parser(). source: split -> spans, asked for only where needed.
+    """Build or continue args.out_dir. args: from parser(). source: function split -> spans, called only if needed.
 
-    settings: what decides about the documents. tokenizer: None trains a BPE of args.vocab tokens on the first vocab_chars
-    characters of the training documents, whatever --tokens, so that a longer run has the same.
+    settings: dict of everything that determines the documents. tokenizer: None trains a BPE of args.vocab tokens on the first
+    vocab_chars characters of the training documents. It does not depend on --tokens, so a longer run gets the same BPE.
     """
     limits = {'train': args.tokens, 'val': args.val_tokens}
     how = {'tokenizer': tokenizer.digest.hex()} if tokenizer else {'vocab': args.vocab, 'vocab_chars': vocab_chars}
@@ -210,7 +210,7 @@ def count(text):
     except ValueError:
         number = 0
     if not 1 <= number < 1e15 or number % 1:
-        raise argparse.ArgumentTypeError(f'{text} is no whole number above 0; type for example 1e9')
+        raise argparse.ArgumentTypeError(f'{text} is not a whole number above 0; type for example 1e9')
     return int(number)
 
 
@@ -224,7 +224,7 @@ def vocabulary(text):
 
 
 def parser(doc, script, train_tokens, val_tokens, files, vocab=None):
-    """-> ArgumentParser with the options of all three; *_tokens: default limits (None: all); files: what --file takes."""
+    """ArgumentParser with the shared options. *_tokens: default limits (None: all); files: the kind of file for --file."""
     def size(limit):
         return f'{limit:,}' if limit else 'all'
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -234,9 +234,9 @@ def parser(doc, script, train_tokens, val_tokens, files, vocab=None):
     add('--tokens', type=count, default=train_tokens, help=f'training tokens, e.g. 1e9 ({size(train_tokens)})')
     add('--val_tokens', type=count, default=val_tokens, help=f'validation tokens ({size(val_tokens)})')
     add('--file', nargs='+', metavar='PATH', help=f'local {files} instead of the Hub')
-    add('--val_docs', type=count, help='validation documents; of local files the last 5%%')
+    add('--val_docs', type=count, help='number of validation documents (local files: the last 5%%)')
     if vocab:
-        add('--vocab', type=vocabulary, default=vocab, help=f'tokens of the BPE to train ({vocab:,})')
+        add('--vocab', type=vocabulary, default=vocab, help=f'vocabulary size of the BPE to train ({vocab:,})')
     add('--shard_tokens', type=count, default=tokens.SHARD_TOKENS, help='tokens per shard')
     add('--out_dir', default=Path(script).resolve().parent, type=Path)
     return options

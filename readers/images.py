@@ -1,10 +1,10 @@
-"""Image data folders: between files of photographs and the uint8 arrays that train_cnn.py reads.
+"""Image data folders: decodes image files into the uint8 arrays that train_cnn.py reads.
 
-A data folder holds three files per split and images.json, which tells how they were made and whether they are whole:
+A data folder holds three files per split. images.json records their settings, sizes and checksums:
 
     data/digits/train_pixels.bin  val_pixels.bin    uint8, n x size x size x 3, one image after the other, RGB
     data/digits/train_labels.bin  val_labels.bin    int64, little endian: the position of each image's class in `classes`
-    data/digits/train_names.txt   val_names.txt     where each image came from, a line each, escaped as JSON does it
+    data/digits/train_names.txt   val_names.txt     the source of each image, one per line, escaped as in JSON
     data/digits/images.json                         {"version", "size", "classes", "settings": {"source", "revision", ...},
                                                      "rows", "skipped": [[name, why]], "bytes", "crc32": {split: ...},
                                                      "mean", "std": of the training pixels in 0..1, "command", "complete"}
@@ -12,8 +12,8 @@ A data folder holds three files per split and images.json, which tells how they 
 Read:   data = images.load(tokens.dataset_dir('digits'), 'train'); data.pixels[7], data.labels[7], data.classes
 Write:  see data/{digits,food101,images}/prepare.py
 
-Pixels are stored at the size that training uses, once and for all: a step then reads what it needs through a memory map,
-and no epoch decodes a JPEG again. Food-101 at 256 x 256 takes 19.9 GB, 4 times its download.
+Pixels are stored at the size that training uses, so no epoch decodes a JPEG again. A step reads its images through a memory
+map. The price is disk space: Food-101 at 256 x 256 takes 19.9 GB, 4 times its download.
 """
 import collections
 import concurrent.futures
@@ -48,21 +48,21 @@ from readers import tokens
 
 VERSION = 1
 FILES = ('pixels.bin', 'labels.bin', 'names.txt')
-FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')     # Pillow would try others too, EPS by starting Ghostscript
-BATCH = 16              # images per message between processes; fewer where they are large
-SAVE_S = 5              # seconds between two notes of the place; a killed run repeats at most that much
-REPORTED = 20           # damaged images per split that are printed; images.json lists all
-CHECKED_BYTES = 1 << 30  # load() compares the checksum of up to so many bytes of pixels, about a second; prepare.py, of all
+FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')     # Pillow would also try EPS, which starts Ghostscript
+BATCH = 16              # images per message between processes; fewer if they are large
+SAVE_S = 5              # seconds between two saves of the progress; a killed run repeats at most that much work
+REPORTED = 20           # damaged images per split to print; images.json lists all
+CHECKED_BYTES = 1 << 30  # load() checks the checksums of files up to this size (about a second); prepare.py checks all files
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one image
 
 
 def read_image(source):
-    """Path or bytes of a JPEG, PNG, BMP, GIF, WebP, TIFF or PPM -> PIL image, RGB, turned upright as its EXIF says.
+    """Decode a JPEG, PNG, BMP, GIF, WebP, TIFF or PPM, path or bytes -> PIL image, RGB, turned upright by its EXIF data.
 
-    Transparent pixels show white; of several frames the first counts. 16-bit grey is scaled to 8 bits. Raises ValueError, one
-    line: no image, cut short, too large, of floats.
+    Transparent pixels become white. Only the first frame of several is used. 16-bit grey is scaled to 8 bits. Raises
+    ValueError, one line: not an image, cut short, too large, or of floats.
     """
     try:
         raw = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -72,7 +72,7 @@ def read_image(source):
         raise ValueError('is empty (0 bytes)')
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')             # odd EXIF, odd palettes; a size that Pillow refuses is an error
+            warnings.simplefilter('ignore')             # odd EXIF and palettes; a size that Pillow refuses is still an error
             with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
                 image.load()
                 if image.mode != 'F':
@@ -81,15 +81,15 @@ def read_image(source):
         raise ValueError(f'is no image: none of {", ".join(FORMATS)}') from None
     except MemoryError:
         raise
-    except Exception as e:                              # noqa: BLE001  damaged files raise many kinds, from every decoder
+    except Exception as e:                              # noqa: BLE001  each decoder raises other classes for damaged files
         raise ValueError(f'cannot be decoded ({" ".join(str(e).split())[:120] or type(e).__name__})') from None
-    raise ValueError('float image, of which nothing tells the range; convert it to 8 bits, or to 16-bit grey')
+    raise ValueError('float image, its range is unknown; convert it to 8 bits, or to 16-bit grey')
 
 
 def _rgb(image):
-    with contextlib.suppress(Exception):                # damaged EXIF is no reason to lose the picture
+    with contextlib.suppress(Exception):                # an image with damaged EXIF is still usable
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I'):                      # I;16 and its byte orders, I: Pillow's own conversion would clip
+    if image.mode.startswith('I'):                      # modes I;16 (any byte order) and I: Pillow's conversion would clip
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif image.has_transparency_data:
@@ -99,8 +99,8 @@ def _rgb(image):
 
 
 def square(image, size):
-    """PIL RGB image -> uint8 (size, size, 3): the shorter side scaled to `size` (bilinear, averaging where it gets
-    smaller), the middle of the longer one."""
+    """Scale and crop a PIL RGB image to a square -> uint8 (size, size, 3). The shorter side is scaled to `size` (bilinear,
+    averaging when it shrinks); of the longer side the middle is kept."""
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
 
 
@@ -110,8 +110,8 @@ def square(image, size):
 
 @dataclass
 class Images:
-    """One split: pixels uint8 (n, size, size, 3), a read-only memory map; labels int64 (n,); names: where each image came
-    from; classes: name of each label; mean, std: of the training pixels' channels in 0..1; digest: of the contents."""
+    """One split of images. pixels: uint8 (n, size, size, 3), a read-only memory map; labels: int64 (n,); names: source of
+    each image; classes: name of each label; mean, std: per channel of the training pixels in 0..1; digest: of the contents."""
     pixels: np.memmap
     labels: np.ndarray
     names: list
@@ -126,8 +126,8 @@ class Images:
 
 
 def load(folder, split):
-    """Images of one split, 'train' or 'val', of a folder made by build(). Raises ValueError, in one line that ends in what
-    to type: no folder, an unfinished one, one of another version, no such split, not the bytes that were written."""
+    """Load one split, 'train' or 'val', of a folder written by build() -> Images. Raises ValueError, one line that ends with
+    the command to type: the folder is missing, unfinished or of another version, the split unknown, or a file changed."""
     folder = Path(folder)
     record = _read_record(folder)
     wrong = ('holds no images.json' if record is None else
@@ -148,8 +148,8 @@ def load(folder, split):
 
 
 def _damage(folder, split, sizes, crcs=None, checked_bytes=math.inf):
-    """What is wrong with the files of a split, '' where nothing is. crcs: as written, compared in files of up to
-    checked_bytes; without them a file may be longer, which is what an interrupted run leaves."""
+    """Describe the damage to the files of a split; '' if there is none. crcs: the recorded checksums, compared for files of
+    up to checked_bytes. Without crcs a file may be too long: an interrupted run leaves such files."""
     for i, size in enumerate(sizes):
         path = folder / f'{split}_{FILES[i]}'
         found = path.stat().st_size if path.is_file() else 0
@@ -166,7 +166,7 @@ def _damage(folder, split, sizes, crcs=None, checked_bytes=math.inf):
 
 
 def _read_record(folder):
-    """images.json as a dict, None where there is none. Raises ValueError for a file that is not ours."""
+    """images.json as a dict, or None if it is missing. Raises ValueError for a file that no prepare.py wrote."""
     try:
         record = json.loads((folder / 'images.json').read_bytes())
         if {'version', 'settings', 'command', 'complete'} <= set(record):
@@ -175,11 +175,11 @@ def _read_record(folder):
         return None
     except (OSError, ValueError, TypeError):
         pass
-    raise ValueError(f'{folder / "images.json"} is not what a prepare.py wrote; remove it and type: {_command(folder)}')
+    raise ValueError(f'{folder / "images.json"} was not written by a prepare.py; remove it and type: {_command(folder)}')
 
 
 def _command(folder, record=None):
-    """What to type to make a folder: the command that began it, else the prepare.py that writes there."""
+    """The command that builds a folder: the one in its record, else the prepare.py that writes there."""
     data, folder = tokens.ROOT / 'data', folder.absolute()
     if record:
         return record['command']
@@ -195,15 +195,15 @@ def _command(folder, record=None):
 
 
 def build(folder, settings, splits, classes, size, workers=0, argv=None, expected=None):
-    """Make a data folder, continue one that was interrupted, or recognise a finished one.
+    """Build an image data folder, continue an interrupted one, or recognise a finished one.
 
-    settings: {'source', 'revision', ...}, with `classes` and `size` all that the result depends on; a folder of others is
-    made anew. splits: {'train': entries, 'val': entries}, either a sequence of (name, class index, source) or a function
-    place -> iterable of (place behind it, name, class index, source), where a place is what JSON can hold, None at first.
-    A source is an image's bytes, its path, or (path of a zip, member). workers: processes that decode, 0: as many as
-    cores. argv: the command line, for messages. expected: {split: images of the published set}; another count is a
-    ValueError. So is a split in which no image can be read, and a class without a training image; a full disk, OSError.
-    A damaged image is reported and left out. The files are the same whatever the number of workers and of kills.
+    settings: {'source', 'revision', ...}. The result depends only on settings, `classes` and `size`; a folder with others is
+    rebuilt. splits: {'train': entries, 'val': entries}. Entries are a sequence of (name, class index, source), or a function
+    place -> iterable of (next place, name, class index, source); a place is a JSON value, None at the start. A source is an
+    image's bytes, its path, or (path of a zip, member). workers: decoding processes, 0: one per core. argv: the command line,
+    for messages. expected: {split: images of the published set}. Raises ValueError for another count, a split without
+    readable images or a class without a training image, and OSError for a full disk. Damaged images are reported and
+    left out. The files do not depend on the number of workers or interruptions.
     """
     folder, expected = Path(folder), expected or {}
     if size < 1 or workers < 0:
@@ -224,7 +224,7 @@ def build(folder, settings, splits, classes, size, workers=0, argv=None, expecte
         states = record['progress']
         n, sums, squares = states['train']['bytes'][0] // 3, states['train']['sum'], states['train']['squares']
         record |= {key: {split: state[key] for split, state in states.items()} for key in ('rows', 'skipped', 'bytes', 'crc32')}
-        # var = E[x^2] - E[x]^2 as one fraction of integers, so that nothing cancels
+        # var = E[x^2] - E[x]^2 as one fraction of exact integers, which avoids cancellation
         record |= {'mean': [total / n / 255 for total in sums],
                    'std': [math.sqrt(n * square - total ** 2) / n / 255 for total, square in zip(sums, squares, strict=True)],
                    'complete': True}
@@ -236,7 +236,7 @@ def build(folder, settings, splits, classes, size, workers=0, argv=None, expecte
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Nobody else builds in `folder` meanwhile; the lock goes with its process, killed or not."""
+    """Lock `folder`, so that no other process builds in it. The lock ends with its process, even if that is killed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -252,7 +252,7 @@ def _locked(folder):
 
 
 def _open(folder, settings, splits, classes, size, argv):
-    """Starts, continues or recognises a data folder; returns its record."""
+    """Start a data folder, continue it, or recognise a finished one. Returns its record."""
     wanted = json.loads(json.dumps({'version': VERSION, 'size': size, 'classes': list(classes), 'settings': settings}))
     old = _read_record(folder)
     if old:
@@ -263,7 +263,7 @@ def _open(folder, settings, splits, classes, size, argv):
             if not any(damage):
                 return old
             why = f'is damaged ({next(filter(None, damage))})'
-        print(f'{folder} {why}; made anew', flush=True)
+        print(f'{folder} {why}; rebuilding it', flush=True)
     files = [path for split in tokens.SPLITS for name in FILES if (path := folder / f'{split}_{name}').exists()]
     if files and not old:
         raise ValueError(f'{files[0]} is there and no prepare.py wrote it; move it, or give another --out_dir')
@@ -271,37 +271,37 @@ def _open(folder, settings, splits, classes, size, argv):
     record = wanted | {'command': shlex.join(['python', script, *map(str, argv)]), 'complete': False, 'progress': {
         split: {'place': None, 'seen': 0, 'rows': 0, 'bytes': [0] * 3, 'crc32': [0] * 3, 'sum': [0] * 3, 'squares': [0] * 3,
                 'skipped': [], 'done': False} for split in splits}}
-    _save(folder, record)                               # before a file goes, so that after a kill they are known as ours
+    _save(folder, record)                               # before deleting files: a killed run must still recognise them as ours
     for path in files:
         path.unlink()
     return record
 
 
 def _check_space(folder, record, n):
-    """Says how much n images are; ValueError where the disk has no room for what is still to be written."""
+    """Print the size of n images. Raises ValueError if the disk has no room for the missing part."""
     total, free = 3 * record['size'] ** 2 * n, shutil.disk_usage(folder).free
     print(f'{n:,} images of {record["size"]} x {record["size"]} pixels: {total / 1e6:,.1f} MB', flush=True)
     missing = total - sum(state['bytes'][0] for state in record['progress'].values())
     if missing > free:
-        raise ValueError(f'{folder} needs {missing / 1e6:,.0f} MB more and its disk has {free / 1e6:,.0f} MB; make room, or '
-                         'choose a smaller --size, or another disk with --out_dir')
+        raise ValueError(f'{folder} needs {missing / 1e6:,.0f} MB more and its disk has {free / 1e6:,.0f} MB; make room, '
+                         'choose a smaller --size, or choose another disk with --out_dir')
 
 
 def _save(folder, record, files=()):
-    """Replace images.json in one step, when what it tells of is on the disk."""
+    """Replace images.json atomically, after the files that it describes are on disk."""
     for file in files:
         os.fsync(file.fileno())
-    # common.atomic_write would import torch, which takes longer than to make data/digits
+    # not common.atomic_write: importing torch takes longer than building data/digits
     tokens.write_whole(folder / 'images.json', json.dumps(record, indent=1).encode())
 
 
 def _build_split(folder, split, entries, record, total, workers):
-    """Writes, or continues, one split. record['progress'][split] is where it stands and what the files hold up to there."""
+    """Write or continue one split. record['progress'][split] stores its position, and the file contents up to there."""
     state = record['progress'][split]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / f'{split}_{name}', 'ab', buffering=0)) for name in FILES]
         for file, size in zip(files, state['bytes'], strict=True):
-            file.truncate(size)                         # without what a killed run wrote after it last saved
+            file.truncate(size)                         # drop everything that a killed run wrote after its last save
         if state['done']:
             return
         if state['seen']:
@@ -320,7 +320,7 @@ def _build_split(folder, split, entries, record, total, workers):
             parts = (pixels, np.array([label for _, label in kept], '<i8').tobytes(),
                      ''.join(json.dumps(name)[1:-1] + '\n' for name, _ in kept).encode())
             for file, part in zip(files, map(memoryview, parts), strict=True):
-                while part:                             # unbuffered, it may write less than all
+                while part:                             # an unbuffered write may write only a part
                     part = part[file.write(part):]
             for (_, name, _, _), error in zip(batch, errors, strict=True):
                 if error:
@@ -338,12 +338,12 @@ def _build_split(folder, split, entries, record, total, workers):
 
 
 def _check_split(folder, split, record, expected):
-    """Says what a split holds. ValueError: not as many images as published, none that can be read, or none of a class."""
+    """Print the counts of a split. ValueError: another count than published, no readable image, or a class without one."""
     state, classes, source = record['progress'][split], record['classes'], record['settings']['source']
     if expected not in (None, state['seen']):
-        raise ValueError(f'{split} of {source} has {state["seen"]:,} images, expected {expected:,}; get the source again')
+        raise ValueError(f'{split} of {source} has {state["seen"]:,} images, expected {expected:,}; download the source again')
     if not state['rows']:
-        raise ValueError(f'{split}: of the {state["seen"]:,} images of {source} none can be read; why is in '
+        raise ValueError(f'{split}: of the {state["seen"]:,} images of {source} none can be read; see the reasons in '
                          f'{folder / "images.json"} under "skipped"')
     counts = np.bincount(np.fromfile(folder / f'{split}_labels.bin', '<i8'), minlength=len(classes))
     low, high = int(counts.argmin()), int(counts.argmax())
@@ -359,8 +359,8 @@ def _check_split(folder, split, record, expected):
 
 
 def _decoded(entries, size, workers, total):
-    """Yields (entries, what _decode() gives for them) by the batch, in the order of the entries. Never more than four
-    batches per process are under way, so memory does not grow with their number."""
+    """Yield (entries, result of _decode()) per batch, in the order of the entries. At most four batches per process are
+    queued, so memory does not grow with the number of images."""
     batch_size = max(1, min(BATCH, (1 << 24) // (3 * size * size)))
     batches = iter(lambda: list(itertools.islice(entries, batch_size)), [])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -371,7 +371,7 @@ def _decoded(entries, size, workers, total):
         if workers <= 1:
             yield from ((batch, _decode(sources(batch), size)) for batch in batches)
             return
-        # no plain fork: the libraries that stream from the Hub run threads, and a fork in the middle of one can hang
+        # no plain fork: the libraries that stream from the Hub run threads, and a fork of a threaded process can hang
         method = 'forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn'
         pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker)
         for batch in itertools.chain(batches, itertools.repeat(None, 4 * workers)):
@@ -381,7 +381,7 @@ def _decoded(entries, size, workers, total):
                 batch, future = queue.popleft()
                 yield batch, future.result()
     except (concurrent.futures.BrokenExecutor, MemoryError):
-        raise ValueError('a decoding process died, for want of memory perhaps; run the same command again with --workers=1 '
+        raise ValueError('a decoding process died, perhaps for lack of memory; run the same command again with --workers=1 '
                          'to continue') from None
     finally:
         if pool:
@@ -389,7 +389,7 @@ def _decoded(entries, size, workers, total):
 
 
 def _start_worker():
-    """Ctrl-C is for the parent to handle; and when that is killed, its workers go too, instead of waiting for ever."""
+    """Set up a worker: the parent alone handles Ctrl-C, and the worker exits when its parent is killed."""
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -398,8 +398,8 @@ def _start_worker():
 
 
 def _decode(sources, size):
-    """n sources -> (pixels of those that can be read as bytes, their sum and sum of squares per channel as ints, and n
-    strings: what is wrong with each, '' where nothing is)."""
+    """Decode n sources -> (pixels of the readable images as bytes, sum and sum of squares per channel as ints, and n error
+    messages, '' for a readable image)."""
     kept, errors = [], []
     for source in sources:
         try:
@@ -408,13 +408,13 @@ def _decode(sources, size):
         except ValueError as e:
             errors.append(str(e))
     pixels = np.array(kept, np.uint8).reshape(-1, 3)
-    total = lambda values: [int(n) for n in values.sum(0, dtype=np.int64)]      # a batch is below 1e12: exact
+    total = lambda values: [int(n) for n in values.sum(0, dtype=np.int64)]      # exact: a batch stays below 1e12
     return pixels.tobytes(), total(pixels), total(np.square(pixels, dtype=np.uint16)), errors
 
 
 def _raw(source):
-    """The bytes of a source. ValueError for a damaged member of a zip, which is left out as a damaged image is; OSError,
-    where a disk or a permission fails, ends the run."""
+    """Read the bytes of a source. A damaged member of a zip raises ValueError and is left out like a damaged image. A disk
+    or permission error raises OSError and ends the run."""
     if isinstance(source, bytes):
         return source
     if isinstance(source, str | Path):
@@ -428,12 +428,12 @@ def _raw(source):
 
 @functools.lru_cache(2)
 def _zip(path, changed):
-    """An open zip, once per process; `changed` is its time of change."""
+    """An open zip file, cached per process. `changed` is its modification time."""
     return zipfile.ZipFile(path)
 
 
 def run(main):
-    """tokens.run for these scripts: a ValueError too is one line."""
+    """tokens.run() that also prints a ValueError as one line."""
     try:
         tokens.run(main)
     except ValueError as e:

@@ -1,13 +1,13 @@
 """
-Texts with a right answer: arithmetic and tic-tac-toe. How they are written, who plays, and how a model is scored.
+Tasks with a right answer, arithmetic and tic-tac-toe: text formats, players, and the scoring of a model.
 
-    12+34=46           a problem and its answer, one a line; + - or * between whole numbers, an answer may be negative
-    mr519...37X        a game, one a line: who plays X and who plays O (r at random, m by minimax), the cells in the order
-                       in which they are taken (123 / 456 / 789), and who won: X, O or - for nobody
+    12+34=46           a problem and its answer per line: + - or * between whole numbers; an answer may be negative
+    mr519...37X        a game per line: the players of X and of O (r: random, m: minimax), the cells in the order
+                       in which they are taken (123 / 456 / 789), and the winner: X, O or - for a draw
 
-A model plays by saying what comes next. Told `mr` it has to play X as a perfect player does, whatever O may do; told `rm`,
-O. Read by data/arithmetic, data/tictactoe, train_bitnet.py, which scores a model at each evaluation, and sample.py.
-A predictor, below, is any function from n texts (bytes) of one length to the n likeliest next bytes.
+A model plays by predicting the next character. After `mr` it must play X like a perfect player against any O. After `rm`
+it must play O. Used by data/arithmetic, data/tictactoe, sample.py and train_bitnet.py, which scores at each evaluation.
+Below, a predictor is any function from n texts (bytes) of equal length to the n most likely next bytes.
 """
 import functools
 import random
@@ -28,12 +28,12 @@ def problem(a, operation, b):
 
 
 def same_problem(a, operation, b):
-    """What is equal for problems of which one gives the other away: 12+34 and 34+12, 12-34 and 34-12."""
+    """A key that is equal for problems that reveal each other's answer: 12+34 and 34+12, 12-34 and 34-12."""
     return operation, min(a, b), max(a, b)
 
 
 def read_problems(text):
-    """bytes of whole lines -> list of problems, as bytes without the line end. Raises ValueError for any other line."""
+    """Bytes of whole lines -> list of problems as bytes, without line ends. Raises ValueError for any other line."""
     found = text.split()
     for line in found:
         match = PROBLEM.fullmatch(line)
@@ -43,9 +43,9 @@ def read_problems(text):
 
 
 def solve(predict, prompts, most):
-    """What a predictor writes after each of the prompts (bytes), up to the end of the line or `most` characters."""
+    """A predictor's answer to each prompt (bytes), up to the end of the line or `most` characters."""
     answers = [b''] * len(prompts)
-    for length in {len(p) for p in prompts}:        # no padding: those of one length together
+    for length in {len(p) for p in prompts}:        # prompts of equal length form one batch, so none needs padding
         open_ = [i for i, p in enumerate(prompts) if len(p) == length]
         while open_ and len(answers[open_[0]]) < most:
             for i, byte in zip(open_, predict([prompts[i] + answers[i] for i in open_]), strict=True):
@@ -55,7 +55,7 @@ def solve(predict, prompts, most):
 
 
 def score_arithmetic(predict, problems):
-    """{name: (right, all)}: answers right to the last digit and ended there, in all and for each operation."""
+    """{name: (right, all)}, over all problems and per operation. A right answer has every digit and then ends the line."""
     prompts = [b'\n' + line[:line.index(b'=') + 1] for line in problems]
     wanted = [line[line.index(b'=') + 1:] + b'\n' for line in problems]
     answers = solve(predict, prompts, max(map(len, wanted), default=0))
@@ -80,26 +80,26 @@ def three(cells):
 
 
 def winner(moves):
-    """'X' or 'O' with three in a line, '-' on a full board, '' while the game goes on."""
-    if three(moves[::-2]):                          # only who moved last can have won just now
+    """'X' or 'O' with three in a line, '-' for a draw on a full board, '' for an unfinished game."""
+    if three(moves[::-2]):                          # only the player of the last move can have won now
         return 'OX'[len(moves) % 2]
     return '-' if len(moves) == 9 else ''
 
 
 def legal(moves):
-    """Free cells, as a string; none when the game is over."""
+    """Free cells as a string; '' when the game is over."""
     return '' if winner(moves) else ''.join(c for c in CELLS if c not in moves)
 
 
 def best_moves(moves):
-    """Cells, as a string, that are best for who is to move: a win as soon, a loss as late as can be."""
+    """The best cells for the player to move, as a string: win as soon as possible, lose as late as possible."""
     turn = len(moves) % 2
     return _best(''.join(sorted(moves[turn::2])), ''.join(sorted(moves[1 - turn::2])))[1]
 
 
 @functools.cache
 def _best(mine, theirs):
-    """(value, best cells) for who is to move, by the sorted cells of both: 0 is a draw, a sooner end further from it."""
+    """(value, best cells) for the player to move, from the sorted cells of both. 0 is a draw; earlier ends are larger."""
     if three(theirs):
         return len(mine + theirs) - 10, ''
     values = {c: -_best(theirs, ''.join(sorted(mine + c)))[0] for c in CELLS if c not in mine + theirs}
@@ -108,12 +108,12 @@ def _best(mine, theirs):
 
 
 def play(moves, kind, rng):
-    """The cell that a player takes: kind 'm' one of the best, 'r' any free one."""
+    """The next move of a player, one cell: kind 'm' takes one of the best cells, 'r' any free cell."""
     return rng.choice(best_moves(moves) if kind == 'm' else legal(moves))
 
 
 def game(kinds, rng):
-    """A whole game between two kinds of players, as its line: ('mr', random.Random()) -> 'mr519...37X'"""
+    """A whole game between two kinds of players, as one line: ('mr', random.Random()) -> 'mr519...37X'"""
     moves = ''
     while not (won := winner(moves)):
         moves += play(moves, kinds[len(moves) % 2], rng)
@@ -121,7 +121,7 @@ def game(kinds, rng):
 
 
 def read_games(text):
-    """bytes of whole lines -> list of games as str. Raises ValueError for any other line."""
+    """Bytes of whole lines -> list of games as str. Raises ValueError for any other line."""
     found = text.split()
     for line in found:
         match = GAME.fullmatch(line)
@@ -132,7 +132,7 @@ def read_games(text):
 
 
 def score_moves(predict, games):
-    """{'legal_moves': (legal, all)}: of the likeliest moves at each position of these games (lines)."""
+    """{'legal_moves': (legal, all)}: how many of the most likely moves are legal, one for each position of these games."""
     positions = {kinds_moves[:i] for line in games for kinds_moves in [line[:-1]] for i in range(2, len(kinds_moves))}
     hits = 0
     for length in range(2, 11):
@@ -143,9 +143,9 @@ def score_moves(predict, games):
 
 
 def score_games(predict, against, n, seed):
-    """n games of a predictor against 'random' or 'perfect' ('r', 'm'), half of them as X. An illegal move loses the game.
+    """Play n games of a predictor against 'random' or 'perfect', half of them as X. An illegal move loses the game.
 
-    {against_wins, against_draws, against_losses, against_legal: (count, all)}; the last of all moves made in them."""
+    Returns {<against>_wins, _draws, _losses: (count, n), <against>_legal: (legal moves, all moves of the predictor)}."""
     rng, kind = random.Random(seed), {'random': 'r', 'perfect': 'm'}[against]
     result, moves_made, legal_made = {'wins': 0, 'draws': 0, 'losses': 0}, 0, 0
     for side in (0, 1):
@@ -172,14 +172,14 @@ def score_games(predict, against, n, seed):
 
 
 def score_lines(predict):
-    """Every game that can come about when a predictor plays, whatever the other side does: as X at most 384, as O 945.
+    """Play a predictor against every possible sequence of opponent moves: at most 384 games as X, 945 as O.
 
-    {lines_won, lines_drawn, lines_lost, lines_illegal: (count, all)}: it can be beaten where one of the last two is not 0."""
+    Returns {lines_won, lines_drawn, lines_lost, lines_illegal: (count, all)}. It is unbeatable if the last two are 0."""
     found = {'won': 0, 'drawn': 0, 'lost': 0, 'illegal': 0}
     for side in (0, 1):
         kinds, going = ('mr', 'rm')[side], ['']
         while going:
-            if len(going[0]) % 2 == side:           # all are of one length
+            if len(going[0]) % 2 == side:           # all games have the same length
                 said = predict([b'\n' + (kinds + moves).encode() for moves in going])
                 moved = [moves + chr(byte) for moves, byte in zip(going, said, strict=True) if chr(byte) in legal(moves)]
                 found['illegal'] += len(going) - len(moved)
@@ -196,21 +196,21 @@ def score_lines(predict):
 
 
 def next_logits(model, tokenizer, texts, device):
-    """(n, vocab) fp32 logits of a byte model for what comes after each of n texts (bytes) of one length, of which it sees as
-    much as fits into its context."""
-    import torch  # here, so that the data scripts start without it
+    """Next-byte logits of a byte model, fp32 (n, vocab), for n texts (bytes) of equal length. The model sees as much of the
+    end of each text as fits into its context."""
+    import torch  # imported here, so that the data scripts start without it
     with torch.no_grad():
         ids = torch.stack([torch.from_numpy(tokenizer.encode(t[-model.config.block_size:])) for t in texts]).to(device)
         return model(ids)[:, -1, :tokenizer.vocab_size].float()
 
 
 TASKS = ('', 'arithmetic', 'tictactoe')
-MOST = 2000     # held-out problems or games that one evaluation scores, in the random order of the validation split
+MOST = 2000     # held-out problems or games per evaluation, the first ones of the (shuffled) validation split
 READERS = {'arithmetic': read_problems, 'tictactoe': read_games}
 
 
 def read(task, text, where):
-    """The validation text of a data set -> its problems or games; one clear line for a data set of something else."""
+    """Validation text of a data set -> its problems or games. Another kind of data set is an error of one line."""
     try:
         return READERS[task](text)
     except ValueError as e:
@@ -218,8 +218,8 @@ def read(task, text, where):
 
 
 def score(task, predict, held_out, seed):
-    """{name: (count, all)} of the first MOST of what read() gave; for tic-tac-toe also of all that can happen to the model in
-    a game, and of 200 games against each kind of player."""
+    """Score a predictor on the first MOST items of read() -> {name: (count, all)}. For tic-tac-toe also score_lines(), and
+    200 games against each kind of player."""
     if task == 'arithmetic':
         return score_arithmetic(predict, held_out[:MOST])
     found = score_moves(predict, held_out[:MOST]) | score_lines(predict)
@@ -229,7 +229,7 @@ def score(task, predict, held_out, seed):
 
 
 def errors(scores):
-    """Share of wrong answers in what score() gave, or of games lost or ended by an illegal move among all that can happen."""
+    """Error rate from score(): the share of wrong answers, or of all possible games lost or ended by an illegal move."""
     if 'exact_match' in scores:
         right, n = scores['exact_match']
         return 1 - right / n

@@ -1,6 +1,6 @@
-"""Labelled texts: tables, and the folders that data/*/prepare.py make of them.
+"""Labelled texts for classification: reads tables and builds the data folders of data/*/prepare.py.
 
-A data folder holds one csv per split and task.json, which tells how to read them:
+A data folder holds one csv per split, and task.json, which describes the columns and labels:
 
     data/sst2/train.csv  val.csv     a column for each text and one for the label, by name
     data/sst2/task.json              {"task", "labels": names in the order of their ids, "text": columns, "label": column,
@@ -30,10 +30,10 @@ EXTENSIONS = ('.csv', '.tsv', '.parquet')
 
 
 def _numbered(path):
-    """Yields (line, fields) of a .csv or .tsv, blank lines left out. .tsv as in GLUE: quotes are plain characters."""
+    """Yield (line, fields) of a .csv or .tsv without its blank lines. In a .tsv quotes are plain characters, as in GLUE."""
     raw = Path(path).read_bytes()
     try:
-        text = raw.decode('utf-8-sig')              # spreadsheets put a byte-order mark in front
+        text = raw.decode('utf-8-sig')              # spreadsheets write a byte-order mark first
     except UnicodeDecodeError as e:
         line = raw.count(b'\n', 0, e.start) + 1
         raise ValueError(f'{path}, line {line}: not UTF-8; convert it: iconv -f LATIN1 -t UTF-8') from None
@@ -41,13 +41,13 @@ def _numbered(path):
         lines = ((number, line.rstrip('\r')) for number, line in enumerate(text.split('\n'), 1))
         yield from ((number, line.split('\t')) for number, line in lines if line)
         return
-    csv.field_size_limit(2 ** 31 - 1)               # 131,072 characters otherwise, less than some documents
+    csv.field_size_limit(2 ** 31 - 1)               # the default of 131,072 characters is too small for some documents
     reader, line = csv.reader(io.StringIO(text, newline=''), strict=True), 1
     try:
         for fields in reader:
             if fields:
                 yield line, fields
-            line = reader.line_num + 1              # a quoted field may hold line ends: this is where a row begins
+            line = reader.line_num + 1              # the first line of the next row: a quoted field may span lines
     except csv.Error as e:
         raise ValueError(f'{path}, line {line}: {e}; a quote that is not closed, or one that is not doubled?') from None
 
@@ -80,12 +80,12 @@ def _read_parquet(path, wanted):
 
 
 def read_columns(path, wanted, header=(), optional=''):
-    """(unit, places, columns): columns[i] the values of column wanted[i], places[j] where row j begins, in unit 'line'
-    or 'row'. header: the names of the columns where the file itself has none. optional: a column of a .csv or .tsv that
-    comes last if it is there."""
+    """Read columns of a table -> (unit, places, columns). columns[i] has the values of column wanted[i]; places[j] is
+    where row j begins, counted in `unit`, 'line' or 'row'. header: column names for a file without a header line.
+    optional: a column of a .csv or .tsv that is added as the last one if the file has it. Raises ValueError."""
     suffix = Path(path).suffix
     if suffix not in EXTENSIONS:
-        raise ValueError(f'{path} is none of {", ".join(EXTENSIONS)}; the extension tells how to read it')
+        raise ValueError(f'{path} is none of {", ".join(EXTENSIONS)}; rename or convert the file')
     if not Path(path).is_file():
         raise ValueError(f'there is no file {path}')
     try:
@@ -113,15 +113,15 @@ def read_columns(path, wanted, header=(), optional=''):
 
 
 def read_table(path, text, label='', header=()):
-    """(texts, labels) of a table: a list of tuples of str, one str per column in `text`, and a list of str.
+    """Read a table of texts and labels -> (texts, labels).
 
-    path: .csv (comma), .tsv (tab, nothing quoted) or .parquet, UTF-8; blank lines are skipped. text: names of one or two
-    columns. label: the label's column, '' for unlabelled texts; labels is then None. header: names of the columns of a
-    file without a header line. Raises ValueError in one line that names the file and, where there is one, the line.
+    texts: a list of tuples with one str per column in `text`. labels: a list of str, or None if `label` is ''. path: .csv
+    (comma), .tsv (tab, no quoting) or .parquet, UTF-8; blank lines are skipped. text: names of one or two columns. header:
+    column names for a file without a header line. Raises ValueError: one line that names the file and the line in it.
     """
     text = (text,) if isinstance(text, str) else tuple(text)
     if not 1 <= len(text) <= 2:
-        raise ValueError(f'{len(text)} text columns; name one, or two for pairs')
+        raise ValueError(f'{len(text)} text columns; name one column, or two for pairs')
     unit, places, columns = read_columns(path, text + ((label,) if label else ()), header)
     for name, values in zip(text, columns, strict=False):
         wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
@@ -135,9 +135,9 @@ def read_table(path, text, label='', header=()):
 
 
 def write_table(path, columns, rows):
-    """Write a csv, whole or not at all. columns: names; rows: iterable of tuples of str and numbers. Returns their count.
+    """Write a csv atomically. columns: names; rows: iterable of tuples of str and numbers. Returns the number of rows.
 
-    Every str is quoted, so that commas, quotes, line ends and empty texts come back as they were. Raises OSError."""
+    Every str is quoted, so that commas, quotes, line ends and empty texts survive the round trip. Raises OSError."""
     count = 0
 
     def write(temporary):
@@ -157,7 +157,7 @@ def _listed(names):
 
 
 def label_names(labels):
-    """Names in the order of their ids, of a list of str: by number where all are integers, else by the alphabet."""
+    """Label names in the order of their ids, from a list of str: sorted as numbers if all are integers, else as text."""
     names = set(labels)
     if len(names) < 2:
         raise ValueError(f'all {len(labels)} labels are {_listed(sorted(names)) or "missing"}; two or more are needed')
@@ -166,7 +166,7 @@ def label_names(labels):
 
 
 def label_ids(labels, names, path):
-    """List of int: the position of each label in `names`. ValueError for one that is not there; path, for its message."""
+    """Label ids, a list of int: the position of each label in `names`. ValueError, naming `path`, for an unknown label."""
     ids = {name: i for i, name in enumerate(names)}
     for row, label in enumerate(labels, 1):
         if label not in ids:
@@ -179,7 +179,7 @@ def label_ids(labels, names, path):
 
 
 def _read_task(folder):
-    """task.json as a dict, None where there is none. Raises ValueError for a file that is not ours."""
+    """task.json as a dict, or None if it is missing. Raises ValueError for a file that no prepare.py wrote."""
     path = Path(folder) / 'task.json'
     try:
         task = json.loads(path.read_bytes())
@@ -189,7 +189,7 @@ def _read_task(folder):
         return None
     except (OSError, ValueError, AttributeError):
         pass
-    raise ValueError(f'{path} is not what a prepare.py wrote; remove it and run the prepare.py again')
+    raise ValueError(f'{path} was not written by a prepare.py; remove it and run the prepare.py again')
 
 
 def _save_task(folder, task):
@@ -197,12 +197,12 @@ def _save_task(folder, task):
 
 
 def load(folder, split):
-    """(texts, ids, names) of one split of a folder made by build(): texts as in read_table, ids a list of int, names
-    the labels. Raises ValueError: no folder, an unfinished one, no such split, or not the rows that were written."""
+    """Load one split of a folder written by build() -> (texts, ids, names): texts as in read_table, ids a list of int,
+    names the labels. Raises ValueError for a missing or unfinished folder, an unknown split or changed rows."""
     folder = Path(folder)
     task = _read_task(folder)
     if task is None or not task['complete']:
-        # those that write labelled texts, not tokens
+        # only the scripts that write labelled texts, not tokens
         names = sorted(path.parent.name for path in tokens.ROOT.glob('data/*/prepare.py')
                        if 'texts.build(' in path.read_text(encoding='utf-8'))
         own = folder.absolute() == tokens.ROOT / 'data' / folder.name and folder.name in names
@@ -219,12 +219,12 @@ def load(folder, split):
 
 
 def build(folder, task, splits, expected=None, published=True):
-    """Make a data folder, or recognise it; an interrupted one is made anew.
+    """Build a data folder of labelled texts, or recognise a finished one. An interrupted build starts again.
 
     task: {'task', 'labels', 'text', 'label', 'source', 'revision'} as in task.json. splits: {split: function without
-    arguments that gives the rows (text, ..., label name)}. expected: {split: rows of the published set}; another count
-    is a ValueError, with published=False (local files) only shown. Does nothing where all of `task`, the names of the
-    splits and the files' sizes are those of a finished folder. Refuses to replace a csv that no build() wrote.
+    arguments that yields rows (text, ..., label name)}. expected: {split: rows of the published set}. Another count raises
+    ValueError; with published=False (local files) the counts are only printed. If a finished folder has the same `task`,
+    splits and file sizes, nothing is written. Raises ValueError rather than replace a csv that build() did not write.
     """
     folder, expected = Path(folder), expected or {}
     task = json.loads(json.dumps(task))
@@ -236,12 +236,12 @@ def build(folder, task, splits, expected=None, published=True):
         return
     if old:
         why = 'was not finished' if not old['complete'] else 'is damaged' if same else 'has other settings'
-        print(f'{folder} {why}; made anew')
+        print(f'{folder} {why}; rebuilding it')
     foreign = sorted(sizes(set(splits) - set(old['rows'] if old else ())))
     if foreign:
         raise ValueError(f'{folder / foreign[0]}.csv is there and no prepare.py wrote it; move it, or give another --out_dir')
     folder.mkdir(parents=True, exist_ok=True)
-    # the union, so that after a kill the next run still knows which files are ours
+    # The union of old and new splits: if this run is killed, the next one can still recognise all our files.
     _save_task(folder, {**task, 'rows': dict.fromkeys([*splits, *(old['rows'] if old else ())]), 'complete': False})
     for split in old['rows'] if old else ():
         for path in folder.glob(f'{split}.csv*'):
@@ -261,27 +261,27 @@ def build(folder, task, splits, expected=None, published=True):
 
 
 def named(labels, names, path):
-    """Labels that files give as a name or, some of them, as its id ('0', '1', ...) -> list of names. ValueError."""
+    """Labels given as names or as ids ('0', '1', ...) -> list of names. ValueError, naming `path`, for an unknown label."""
     known = {str(i): name for i, name in enumerate(names)} | {name: name for name in names}
     return [known[list(known)[i]] for i in label_ids(labels, list(known), path)]
 
 
 def hub_rows(hub_id, config, split, revision, text, label):
-    """Yields (text, ..., label id) of one split of a data set on the Hugging Face Hub; text, label: names of its fields.
+    """Yield (text, ..., label id) for one split of a data set on the Hugging Face Hub. text, label: names of its fields.
 
-    Streamed, as else all the splits are downloaded for one. Raises ValueError when the Hub cannot be read."""
+    Streams the split, because otherwise all splits are downloaded. Raises ValueError if the Hub cannot be read."""
     try:
         import datasets
         rows = datasets.load_dataset(hub_id, config, split=split, revision=revision, streaming=True)
         for row in rows:
             yield (*(row[field] for field in text), row[label])
-    except Exception as e:                          # noqa: BLE001  network errors of several libraries, no common class
+    except Exception as e:                          # noqa: BLE001  network errors of several libraries share no class
         raise ValueError(f'reading {hub_id} ({split}) from the Hub failed ({type(e).__name__}: {str(e)[:200]}); '
                          'run the same command again, or use local files (see --help)') from None
 
 
 def file_revision(paths):
-    """What stands for a Hub revision where the source is local files: 'sha256:...' over their contents, in order."""
+    """Revision of local files, in place of a Hub revision: 'sha256:...' over their contents, in order. ValueError."""
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f'there is no file {path}')
@@ -289,7 +289,7 @@ def file_revision(paths):
 
 
 def run(main):
-    """tokens.run for these scripts: a ValueError too is one line."""
+    """tokens.run() that also prints a ValueError as one line."""
     try:
         tokens.run(main)
     except ValueError as e:

@@ -1,10 +1,10 @@
-"""Token files and tokenizers: everything between a text on disk and the integers a trainer reads.
+"""Token files and tokenizers: from text on disk to the integers that a trainer reads.
 
 A data folder holds the shards of two splits, at most SHARD_TOKENS tokens each, and one record of how they were made:
 
     data/x/train_000000.bin  train_000001.bin ...  val_000000.bin ...
     data/x/progress.json     settings, command, counts, complete or not (see open_folder)
-    data/x/tokenizer.json    the tokenizer, where it is not simply bytes (gpt2.tiktoken for GPT-2's)
+    data/x/tokenizer.json    the tokenizer (gpt2.tiktoken for GPT-2); byte tokens need no such file
 
 One shard, all numbers little-endian:
 
@@ -13,7 +13,7 @@ One shard, all numbers little-endian:
          8    4  format version
         12    4  bytes per token: 2 (vocab <= 65536) or 4
         16    8  tokens in this file
-        24    8  bytes of text that they encode; an end-of-text token encodes none
+        24    8  bytes of text that these tokens encode; an end-of-text token counts 0 bytes
         32    4  vocab size
         36   32  tokenizer name, NUL-padded
         68   16  tokenizer digest, the first half of a SHA-256
@@ -48,8 +48,8 @@ MAGIC, VERSION = b'nanobit\0', 1
 HEADER = struct.Struct('<8sIIQQI32s16s40sI')
 
 # ----------------------------------------------------------------------------------------------------- tokenizers
-# Three tokenizers, one class: a table of the bytes of each token decodes all of them. `text` is whatever
-# rebuilds the tokenizer with nothing else on disk; it goes beside the tokens and into checkpoints.
+# One class serves three tokenizers: a table of each token's bytes decodes them all. `text` is enough to rebuild
+# the tokenizer without any other file. It is saved beside the tokens and in checkpoints.
 
 EOT = '<|endoftext|>'
 GPT2_BPE = ROOT / 'data' / 'gpt2_bpe'
@@ -61,9 +61,9 @@ TOKENIZER_FILE = {'byte': None, 'gpt2': 'gpt2.tiktoken', 'bpe': 'tokenizer.json'
 
 
 class Tokenizer:
-    """name, vocab_size, eot (end-of-text id), token_bytes: int64 (vocab_size,), text bytes per token, 0 for eot.
+    """Tokenizer with name, vocab_size, eot (id of end-of-text) and token_bytes: int64 (vocab_size,), text bytes, 0 for eot.
 
-    Text that spells the end-of-text token is encoded as the text it is; only a writer puts `eot` between documents.
+    encode() treats '<|endoftext|>' in a text as plain characters. Only a writer puts `eot` between documents.
     """
 
     def __init__(self, name, table, eot, encode_batch, text=''):
@@ -74,28 +74,28 @@ class Tokenizer:
         self.digest = hashlib.sha256(f'{name}\0{text}'.encode()).digest()[:16]
 
     def encode(self, text):
-        """str -> int64 array (tokens,). The byte tokenizer takes bytes as well."""
+        """str -> int64 array (tokens,). The byte tokenizer also takes bytes."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        """list of n str -> list of n int64 arrays; gpt2 and bpe use all cores."""
+        """List of n str -> list of n int64 arrays. gpt2 and bpe use all cores."""
         return [np.asarray(ids, dtype=np.int64) for ids in self._encode_batch(texts)]
 
     def decode_bytes(self, ids):
-        """Iterable of ids in [0, vocab_size) -> bytes; the inverse of encode, except eot, which gives its own name."""
+        """Iterable of ids in [0, vocab_size) -> bytes. Inverse of encode(); the eot of gpt2 and bpe becomes '<|endoftext|>'."""
         return b''.join([self._table[i] for i in ids])
 
     def decode(self, ids):
-        """Iterable of ids -> str; bytes that are not UTF-8, as at a cut character, become U+FFFD."""
+        """Iterable of ids -> str. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode('utf-8', 'replace')
 
     def describe(self):
-        """Plain str and int for a checkpoint; from_description() is the inverse."""
+        """Dict of plain str and int for a checkpoint. from_description() is the inverse."""
         return {'name': self.name, 'vocab_size': self.vocab_size, 'eot': self.eot, 'text': self.text}
 
 
 def from_description(description):
-    """The dict of Tokenizer.describe() -> Tokenizer."""
+    """Dict from Tokenizer.describe() -> Tokenizer."""
     name = description.get('name')
     if name not in TOKENIZER_FILE:
         fail(f'unknown tokenizer {name!r}; there are: {", ".join(TOKENIZER_FILE)}')
@@ -103,15 +103,15 @@ def from_description(description):
 
 
 def byte(text=''):
-    """256 tokens, token i is byte i, so any file survives. eot is NUL, which no text file that we accept contains."""
-    def encode_batch(texts):  # surrogateescape: bytes that came in through the command line go out unchanged
+    """Byte tokenizer: 256 tokens, token i is byte i, so any file round-trips. eot is NUL; accepted text files have no NUL."""
+    def encode_batch(texts):  # surrogateescape: bytes from the command line stay unchanged, UTF-8 or not
         raw = (t if isinstance(t, bytes) else t.encode('utf-8', 'surrogateescape') for t in texts)
         return [np.frombuffer(r, dtype=np.uint8) for r in raw]
     return Tokenizer('byte', [bytes([i]) for i in range(256)], 0, encode_batch)
 
 
 def gpt2(text=''):
-    """GPT-2's 50,257 tokens through tiktoken; from `text` (lines 'base64 rank') or from the files GPT-2 came with."""
+    """GPT-2's tokenizer of 50,257 tokens, by tiktoken: from `text` (lines 'base64 rank'), else from GPT-2's own files."""
     tiktoken = _import('tiktoken')
     if text:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, text.splitlines())}
@@ -128,22 +128,22 @@ def gpt2(text=''):
 
 
 def _gpt2_ranks():
-    """{token bytes: rank} from data/gpt2_bpe where the two files are there, else by tiktoken: cache or download."""
+    """{token bytes: rank} from the two files in data/gpt2_bpe, else from tiktoken's cache or download."""
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks as read_ranks
     local = all((GPT2_BPE / name).is_file() for name in GPT2_FILES)
     vocab, encoder = (str(GPT2_BPE / name) if local else GPT2_URL + name for name in GPT2_FILES)
     try:
         return read_ranks(vocab, encoder, *GPT2_FILES.values())
-    except (OSError, ValueError) as error:  # no network, or something else than the file of that SHA-256
+    except (OSError, ValueError) as error:  # no network, or a file with another SHA-256
         fail(f'cannot {"read" if local else "download"} GPT-2\'s tokenizer ({type(error).__name__}); '
              f'put vocab.bpe and encoder.json from {GPT2_URL} into {GPT2_BPE}')
 
 
 def bpe(text):
-    """Byte-level BPE from the JSON of the `tokenizers` library; eot is its <|endoftext|>."""
+    """Byte-level BPE from the JSON of the `tokenizers` library. eot is its <|endoftext|> token."""
     model = _import('tokenizers').Tokenizer.from_str(text)
-    model.encode_special_tokens = True  # '<|endoftext|>' met in a text is text
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']  # GPT-2's spelling of bytes as characters
+    model.encode_special_tokens = True  # encode '<|endoftext|>' inside a text as plain text
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']  # GPT-2 writes each byte as a character
     shifted = [b for b in range(256) if b not in plain]
     byte_of = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(shifted)}
     eot = model.token_to_id(EOT)
@@ -156,7 +156,7 @@ def bpe(text):
 
 
 def train_bpe(texts, vocab_size):
-    """Iterable of str, int -> Tokenizer of exactly vocab_size tokens; the same texts give the same tokenizer."""
+    """Train a byte-level BPE: iterable of str, int -> Tokenizer of exactly vocab_size tokens. Deterministic."""
     if not 257 <= vocab_size <= 1 << 24:
         fail(f'a trained vocabulary of {vocab_size} tokens is impossible: 256 bytes and end-of-text make 257; '
              'type --vocab=257 or more, or --vocab=0 for bytes')
@@ -184,13 +184,13 @@ def _import(package):
 
 
 def dataset_dir(name):
-    """'pycode' -> <repo>/data/pycode, from any working directory; an absolute, ./ or ../ path is taken as it is."""
+    """'pycode' -> <repo>/data/pycode, from any working directory. An absolute, ./ or ../ path stays as it is."""
     path = Path(name).expanduser()
     return path if path.is_absolute() or str(name).startswith('.') else ROOT / 'data' / path
 
 
 class TokenData:
-    """The shards of one split as one read-only array: len() tokens, .vocab_size, .n_bytes of text, .tokenizer."""
+    """The shards of one split as one read-only array of len() tokens, with .vocab_size, .n_bytes (of text), .tokenizer."""
 
     def __init__(self, folder, paths, headers):
         self.folder, self.paths = folder, paths
@@ -204,8 +204,8 @@ class TokenData:
         return int(self._ends[-1])
 
     def windows(self, starts, length):
-        """starts: ints (n,) in [0, len - length]; -> torch.int64 (n, length). A window may straddle shards."""
-        import torch  # here, so that prepare.py starts without it
+        """Starts, ints (n,) in [0, len - length] -> torch.int64 (n, length). A window may span shards. Raises IndexError."""
+        import torch  # imported here, so that prepare.py starts without it
         starts = np.asarray(starts, dtype=np.int64)
         if length < 1 or len(starts) and (starts.min() < 0 or starts.max() + length > len(self)):
             raise IndexError(f'windows of {length} from {starts.min()} to {starts.max()} in {len(self)} tokens')
@@ -218,14 +218,14 @@ class TokenData:
                 part = tokens[offset:offset + length - filled]
                 row[filled:filled + len(part)] = part
                 filled, shard = filled + len(part), shard + 1
-        if out.size and out.max() >= self.vocab_size:  # on a GPU this would be an unreadable device assert
-            fail(f'{shown(self.folder)} holds token {out.max()}, its vocabulary has {self.vocab_size}; '
+        if out.size and out.max() >= self.vocab_size:  # on a GPU this would fail as an unclear device assert
+            fail(f'{shown(self.folder)} contains token {out.max()}, but its vocabulary has {self.vocab_size}; '
                  f'the file is damaged; delete {shown(self.folder)}/*.bin and run: {_command(self.folder)}')
         return torch.from_numpy(out)
 
     @functools.cached_property
     def tokenizer(self):
-        """The Tokenizer these tokens were made with."""
+        """The Tokenizer that made these tokens."""
         if self.name not in TOKENIZER_FILE:
             fail(f'{shown(self.paths[0])} was made with an unknown tokenizer, {self.name!r}')
         file = TOKENIZER_FILE[self.name]
@@ -233,13 +233,13 @@ class TokenData:
             fail(f'{shown(self.folder / file)} is missing; run: {_command(self.folder)}')
         text = (self.folder / file).read_bytes().decode('utf-8', 'replace') if file else ''
         if hashlib.sha256(f'{self.name}\0{text}'.encode()).digest()[:16] != self.digest:
-            fail(f'{shown(self.folder / file)} is not the tokenizer of the tokens beside it; '
+            fail(f'{shown(self.folder / file)} is not the tokenizer that made the tokens beside it; '
                  f'run: {_command(self.folder)}')
         return from_description({'name': self.name, 'text': text})
 
 
 def load(folder, split):
-    """Data folder (see dataset_dir), 'train' or 'val' -> TokenData. Anything amiss is one clear line."""
+    """Load one split of a data folder: path (see dataset_dir), 'train' or 'val' -> TokenData. Errors are one line each."""
     folder, headers = Path(folder), {}
     record = _read_record(folder)
     if record and not record['complete']:
@@ -264,7 +264,7 @@ def load(folder, split):
 
 
 def read_header(path):
-    """Shard -> dict n_tokens, n_bytes, width (bytes per token), vocab_size, name, digest; ValueError if not whole."""
+    """Shard -> dict of n_tokens, n_bytes, width (bytes per token), vocab_size, name, digest. ValueError if damaged."""
     with open(path, 'rb') as file:
         raw = file.read(HEADER.size)
         size = os.fstat(file.fileno()).st_size
@@ -278,7 +278,7 @@ def read_header(path):
     if version != VERSION:
         raise ValueError(f'{shown(path)} has format version {version}, this program reads {VERSION}')
     if n_tokens < 1 or size != HEADER.size + n_tokens * width:
-        raise ValueError(f'{shown(path)} is {size:,} bytes, its {n_tokens:,} tokens need '
+        raise ValueError(f'{shown(path)} has {size:,} bytes, but its {n_tokens:,} tokens need '
                          f'{HEADER.size + n_tokens * width:,}; it was cut or damaged')
     return {'n_tokens': n_tokens, 'n_bytes': n_bytes, 'width': width, 'vocab_size': vocab_size,
             'name': name.rstrip(b'\0').decode(), 'digest': digest}
@@ -289,20 +289,20 @@ def _shard_name(split, number):
 
 
 def _shard_files(folder):
-    """The shards in a folder, in order; [] where there is no such folder."""
+    """The shards in a folder, in order; [] if the folder does not exist."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r'(train|val)_\d{6}\.bin', path.name))
 
 
 def shown(path):
-    """A path as a user types it: from the repository's root where it lies inside, whole elsewhere."""
+    """A path as a user types it: relative to the repository's root if inside it, otherwise unchanged."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def _command(folder):
-    """What to type to (re)make a folder: the command it was made with, else the prepare.py in or above it."""
+    """The command that builds a folder: the one recorded in it, else the prepare.py in the folder or in its parent."""
     record, folder = _read_record(folder), Path(folder).absolute()
     if record:
         return record['command']
@@ -318,10 +318,10 @@ def _command(folder):
 
 
 class Writer:
-    """Writes one split shard by shard; shards before `first_shard` are left alone. Holds no tokens in memory.
+    """Writes one split shard by shard. It does not touch the shards before `first_shard`. It keeps no tokens in memory.
 
-    Each shard grows under a temporary name and gets its own once it is whole and on the disk, so a file with a
-    shard's name is a whole shard. `shards` counts the finished ones, `pending` the tokens in the unfinished one.
+    A shard is written under a temporary name. It is renamed only when it is complete and on disk, so every file with
+    a shard's name is complete. `shards` counts the finished shards, `pending` the tokens in the unfinished one.
     """
 
     def __init__(self, folder, split, tokenizer, shard_tokens=SHARD_TOKENS, first_shard=0):
@@ -333,7 +333,7 @@ class Writer:
             write_whole(self.folder / TOKENIZER_FILE[tokenizer.name], tokenizer.text.encode())
 
     def write(self, ids):
-        """ids: ints (tokens,) in [0, vocab_size); goes on into further shards where it does not fit."""
+        """Append ids, ints (tokens,) in [0, vocab_size), and start new shards as needed. Raises ValueError."""
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
             raise ValueError(f'token {ids.min()} or {ids.max()} outside [0, {self.tokenizer.vocab_size})')
@@ -349,7 +349,7 @@ class Writer:
                 self.close()
 
     def close(self):
-        """Finishes the shard under way, if any."""
+        """Finish the current shard, if there is one."""
         if self._file is None:
             return
         head = HEADER.pack(MAGIC, VERSION, self._width, self.pending, self._bytes, self.tokenizer.vocab_size,
@@ -364,7 +364,7 @@ class Writer:
 
 
 def write(folder, split, pieces, tokenizer, shard_tokens=SHARD_TOKENS):
-    """Writes an iterable of int arrays, one after the other, as the shards of a split."""
+    """Write an iterable of int arrays, one after the other, as the shards of a split."""
     writer = Writer(folder, split, tokenizer, shard_tokens)
     for ids in pieces:
         writer.write(ids)
@@ -372,11 +372,11 @@ def write(folder, split, pieces, tokenizer, shard_tokens=SHARD_TOKENS):
 
 
 def open_folder(folder, settings, argv):
-    """Starts, continues or recognises a data folder; returns its record, kept in progress.json.
+    """Start a data folder, continue it, or recognise a finished one. Returns its record, which progress.json stores.
 
-    record = {'settings', 'command', 'complete': bool, 'train': {...}, 'val': {...}}. With `settings` equal to the
-    recorded ones and the recorded shards whole, the record comes back as it was (and a line says so where it is
-    complete); otherwise the old tokens are removed. Only finish() makes a folder complete, and load() refuses others.
+    record = {'settings', 'command', 'complete': bool, 'train': {...}, 'val': {...}}. If the settings are equal and all
+    shards are intact, returns the old record (and prints that the folder is complete, if it is). Otherwise deletes the
+    old tokens. Only finish() marks a folder as complete; load() refuses all others.
     """
     folder = Path(folder)
     settings = json.loads(json.dumps({'format': VERSION, **settings}))
@@ -396,7 +396,7 @@ def open_folder(folder, settings, argv):
             if record['complete']:
                 print(f'{shown(folder)} is complete with the same settings; left as it is')
             return record
-        print(f'{shown(folder)} {"is damaged (" + damage + ")" if damage else "has other settings"}; made anew')
+        print(f'{shown(folder)} {"is damaged (" + damage + ")" if damage else "has other settings"}; rebuilding it')
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*_shard_files(folder), *folder.glob('*.tmp'), *(folder / f for f in TOKENIZER_FILE.values() if f)]:
         path.unlink(missing_ok=True)
@@ -407,12 +407,12 @@ def open_folder(folder, settings, argv):
 
 
 def save_record(folder, record):
-    """Replaces progress.json in one step."""
+    """Replace progress.json atomically."""
     write_whole(Path(folder) / 'progress.json', json.dumps(record, indent=1).encode())
 
 
 def finish(folder, record):
-    """Counts what was written, marks the folder complete and prints the counts."""
+    """Count tokens and bytes of each split, mark the folder as complete and print the counts."""
     record['complete'] = True
     for split in SPLITS:
         paths = [path for path in _shard_files(Path(folder)) if path.name.startswith(split + '_')]
@@ -426,7 +426,7 @@ def finish(folder, record):
 
 
 def run(main):
-    """Runs a prepare.py: a full disk, an unreadable file or Ctrl-C is one line, not a traceback."""
+    """Run the main() of a prepare.py. A full disk, an unreadable file or Ctrl-C prints one line, not a traceback."""
     try:
         main()
     except KeyboardInterrupt:
@@ -438,7 +438,7 @@ def run(main):
 
 
 def file_digest(path):
-    """SHA-256 of a file, hex; reads it in pieces."""
+    """SHA-256 of a file as hex; reads the file in blocks."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(1 << 20):
@@ -447,7 +447,7 @@ def file_digest(path):
 
 
 def _read_record(folder):
-    """progress.json -> dict; None where there is none or it is unreadable."""
+    """progress.json -> dict, or None if it is missing or unreadable."""
     try:
         record = json.loads((Path(folder) / 'progress.json').read_bytes())
     except (OSError, ValueError):
@@ -461,14 +461,14 @@ def _temporary(path):
 
 
 def write_whole(path, content):
-    """bytes into a file that is whole or, after a crash, the one before it; without torch, unlike common.atomic_write."""
+    """Write bytes to a file atomically: after a crash the old file is intact. Unlike common.atomic_write, needs no torch."""
     file = open(_temporary(path), 'wb')
     file.write(content)
     _commit(file, path)
 
 
 def _commit(file, path):
-    """Closes a temporary file and gives it its name once its bytes are on the disk."""
+    """Close a temporary file and rename it once its bytes are on disk."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

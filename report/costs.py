@@ -1,6 +1,6 @@
 """
-What a training run costs, said before it runs: parameters, FLOPs, memory by part, hours. A trainer calls it with its model
-and a micro-batch of any tokens; what can be measured here in seconds is measured, the rest is arithmetic and says so.
+Estimates the cost of a training run before it starts: parameters, FLOPs, memory by part, hours. A trainer passes its model
+and a micro-batch of any tokens. Speed and saved tensors are measured here in seconds; the rest is arithmetic.
 """
 import time
 
@@ -12,31 +12,31 @@ import optim
 
 
 def saved_bytes(forward, model):
-    """Bytes that forward() keeps for its backward pass, each storage once, without the model's own tensors."""
-    own, kept = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}, {}
+    """Bytes of the tensors that forward() saves for backward. Counts each storage once and skips the model's own tensors."""
+    own, saved = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}, {}
 
-    def keep(t):
+    def record(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = forward()                            # alive until its tensors are counted: a freed one's address comes again
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
+        loss = forward()                            # keeps the graph alive: a freed tensor's address would be used again
     del loss
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def flops_per_token(model, n_layer, n_embd, block_size):
-    """Forward and backward of one token: 6 for each weight of a matrix, the head among them, and attention over the whole
-    context (PaLM, appendix B: 12 L C T, not halved for the causal mask)."""
+    """FLOPs of forward and backward per token: 6 per matrix weight, including the head, plus attention over the whole context
+    (PaLM, appendix B: 12 L C T, not halved for the causal mask)."""
     lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in lookups)
-    head = max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)), default=0)   # tied: looked up and
-    return 6 * (weights + head) + 12 * n_layer * n_embd * block_size                                    # multiplied
+    head = max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)), default=0)   # tied to the token
+    return 6 * (weights + head) + 12 * n_layer * n_embd * block_size                                    # embedding
 
 
 def mean_seconds(step, device, seconds=3):
-    """Of step(), called once to warm up (and compile) and then for about `seconds`, at least twice."""
+    """Mean seconds per call of step(). It is called once to warm up (and compile), then for about `seconds`, at least twice."""
     sync = torch.cuda.synchronize if device.type == 'cuda' else (lambda: None)
     step()
     sync()
@@ -49,9 +49,9 @@ def mean_seconds(step, device, seconds=3):
 
 
 def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_iters, world, tokens_per_s, train_tokens):
-    """The lines of an account. compiled: the model as it will run; x, y: (n, block_size) ids to measure with, n = micro or
-    1 < n < micro; tokens_per_s: 0 to measure it here, of `world` processes as fast as this one; train_tokens: how many there
-    are, 0 where that is not known."""
+    """Estimate the cost of a run -> list of lines to print. compiled: the model as it will run; x, y: (n, block_size) ids for
+    the measurements, n = micro or 1 < n < micro; tokens_per_s: 0 measures it here and assumes `world` processes of the same
+    speed; train_tokens: tokens of the data set, 0 if unknown."""
     c, device, mb = model.config, x.device, lambda n: f'{n / 1e6:12,.1f} MB'
     packed, fp32 = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
@@ -59,11 +59,11 @@ def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_
     def loss(n=None, model=model):
         with amp:
             return model(x[:n], y[:n])
-    kept = saved_bytes(loss, model)
-    if micro > len(x):                              # on a line through two points: autocast's copies of weights are kept once
-        kept += (kept - saved_bytes(lambda: loss(1), model)) / (len(x) - 1) * (micro - len(x))
+    saved = saved_bytes(loss, model)
+    if micro > len(x):                              # extrapolate from n and 1: autocast saves its weight copies only once
+        saved += (saved - saved_bytes(lambda: loss(1), model)) / (len(x) - 1) * (micro - len(x))
 
-    def step():                                     # RSVDAdam frees the gradients that it takes a step with
+    def step():                                     # RSVDAdam frees each gradient after its update, so fill them in again
         for p in model.parameters():
             p.grad = torch.ones_like(p) if p.grad is None and p.requires_grad else p.grad
         optimizer.step()
@@ -73,17 +73,17 @@ def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_
         update = mean_seconds(step, device)
         tokens_per_s = tokens_per_step / (one * tokens_per_step / (micro * x.shape[1] * world) + update)
         how = f'measured here on {len(x)} x {x.shape[1]} tokens' + (
-            f', for {world} processes as fast as this one that need no time to exchange gradients' if world > 1 else '')
+            f', for {world} processes of this speed, without the time to exchange gradients' if world > 1 else '')
     tokens = tokens_per_step * max_iters
     flops = flops_per_token(model, c.n_layer, c.n_embd, c.block_size)
     hours = tokens / tokens_per_s / 3600
     if not adamw and not optimizer.state:
-        step()                                      # its state has the sizes that it gets in a step
+        step()                                      # allocates the optimizer's state at its real size
     state = ('AdamW moments', 2 * fp32) if adamw else (type(optimizer).__name__, optim.optimizer_bytes(optimizer))
     parts = {'weights, fp32': fp32, 'gradients': fp32, state[0]: state[1],
-             f'activations kept, {micro} x {c.block_size} tokens': int(kept)}
+             f'saved tensors, {micro} x {c.block_size} tokens': int(saved)}
     if world > 1:
-        parts['gradients on their way to other processes'] = fp32
+        parts['buffers for the exchange of gradients'] = fp32
     return [f'parameters       {n_params:,}',
             f'packed           {packed:,} bytes, {packed / fp32:.1%} of fp32',
             f'a token          {flops:,} FLOPs forward and backward',
@@ -91,7 +91,7 @@ def estimate(model, compiled, optimizer, x, y, amp, micro, tokens_per_step, max_
             + (f', {tokens / train_tokens:.2f} times the data' if train_tokens else ''),
             f'compute          {flops * tokens:.3g} FLOPs',
             'memory of one process:', *(f'{mb(n)}  {name}' for name, n in parts.items()),
-            f'{mb(sum(parts.values()))}  in all, without what a single operation needs for itself',
+            f'{mb(sum(parts.values()))}  in all, without the temporaries of single operations',
             f'speed            {tokens_per_s:,.0f} tokens/s {how}, {flops * tokens_per_s / 1e12:.2f} TFLOP/s',
             f'time             {hours:,.1f} hours' + (f' ({hours / 24:.1f} days)' if hours > 48 else '')
-            + ', evaluations and saves not counted']
+            + ', without evaluations and saves']

@@ -1,4 +1,4 @@
-"""What a classifier of images leaves to look at: a table of its classes, their confusion, its surest mistakes."""
+"""Report of an image classifier: tables of its classes and mistakes, the confusion matrix and the most confident mistakes."""
 import csv
 import os
 import warnings
@@ -8,15 +8,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import atomic_write
 
-MISTAKES = 40           # the surest ones, in mistakes.png
+MISTAKES = 40           # mistakes shown in mistakes.png, the most confident ones
 COLUMNS = 8             # of mistakes.png
-INCHES = 25             # of a side of confusion.png at most: 3,000 pixels
-LABELLED = 150          # classes that still have their names beside confusion.png; more would not fit
+INCHES = 25             # longest side of confusion.png in inches: 3,000 pixels
+LABELLED = 150          # confusion.png shows class names up to this number of classes; more do not fit
 
 
 def report(out_dir, data, guesses, surety):
-    """Write classes.csv, mistakes.csv, confusion.png and mistakes.png into out_dir. data: images.Images; for each of them
-    guesses, int (n,), the predicted class and surety, float (n,), its probability. Raises OSError."""
+    """Write classes.csv, mistakes.csv, confusion.png and mistakes.png into out_dir. data: images.Images; guesses: int (n,),
+    the predicted class of each image; surety: float (n,), the probability of that class. Raises OSError."""
     classes, c = data.classes, len(data.classes)
     counts = np.zeros((c, c), dtype=np.int64)
     np.add.at(counts, (data.labels, guesses), 1)
@@ -37,31 +37,31 @@ def report(out_dir, data, guesses, surety):
 
 
 def _write_csv(path, rows):
-    def write(tmp):                                     # a file's name need not be UTF-8
+    def write(tmp):                                     # backslashreplace, because file names need not be UTF-8
         with open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
             csv.writer(f).writerows(rows)
     atomic_write(path, write)
 
 
 def escaped(text):
-    """A text with its control characters escaped, a newline as \\n."""
+    """Escape the control characters of a text: a newline becomes \\n."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 def confusion_png(path, counts, classes):
-    """Write a picture of counts, ints (c, c): rows the true class, columns the predicted one; colours are shares of the row.
+    """Draw a confusion matrix. counts: ints (c, c), rows true and columns predicted classes. Colours show shares of the row.
 
-    Up to 20 classes have their counts in the cells, up to LABELLED their names at the sides. Raises OSError."""
+    Cells show their counts for up to 20 classes; the axes show names for up to LABELLED classes. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     counts, c = np.asarray(counts), len(classes)
     if counts.shape != (c, c):
         raise ValueError(f'counts {counts.shape} are not those of {c} classes')
     shares = np.float32(counts / np.maximum(counts.sum(1, keepdims=True), 1))
-    inches = min(3 + c * (0.45 if c <= 20 else 0.18), INCHES)      # 0.18: a line of text of 8 points, and some air
+    inches = min(3 + c * (0.45 if c <= 20 else 0.18), INCHES)      # 0.18: one line of 8-point text with space around it
     fig = FigureCanvasAgg(Figure((inches + 0.5, inches), dpi=120, layout='constrained')).figure
     ax = fig.subplots()
-    # of 1,000 classes, colours that are interpolated as such would take 600 MB
+    # For 1,000 classes, interpolating colours instead of data would take 600 MB.
     image = ax.imshow(shares, cmap='Blues', vmin=0, vmax=1, interpolation='nearest', interpolation_stage='data')
     fig.colorbar(image, ax=ax, fraction=0.03, label='share of the true class')
     names = [name if len(name) <= 24 else f'{name[:23]}…' for name in map(escaped, classes)] if c <= LABELLED else []
@@ -73,14 +73,14 @@ def confusion_png(path, counts, classes):
         color = 'white' if shares[row, column] > 0.5 else '0.2'
         ax.text(column, row, f'{n:,}', ha='center', va='center', fontsize=7, color=color)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')      # a box stands for a letter that the font lacks
+        warnings.filterwarnings('ignore', 'Glyph .* missing')      # a letter missing in the font is drawn as a box
         atomic_write(path, lambda tmp: fig.savefig(tmp, format='png'))
 
 
 def mistakes_png(path, pixels, captions):
-    """Write a grid of pixels, uint8 (n, s, s, 3), each with its caption below. Images under 96 pixels are enlarged by a
-    whole number, so that their pixels stay squares. No images: a picture that says so. Raises OSError."""
-    import matplotlib  # its font: Pillow's own has no more than Latin letters
+    """Draw a grid of images, uint8 (n, s, s, 3), with a caption below each. Images under 96 pixels are enlarged by a whole
+    factor, so that their pixels stay square. Without images, the picture reads "no mistakes". Raises OSError."""
+    import matplotlib  # for its font: Pillow's own font has only Latin letters
     font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf'), 11)
     if not len(captions):
         page = Image.new('RGB', (240, 96), 'white')
@@ -101,7 +101,7 @@ def mistakes_png(path, pixels, captions):
 
 
 def _wrapped(text, font, width):
-    """Lines of a text, each at most `width` pixels; a word that alone is wider is cut."""
+    """Wrap a text into lines of at most `width` pixels. A single word that is wider is cut."""
     lines = ['']
     for word in text.split():
         while font.getlength(word) > width:

@@ -1,4 +1,4 @@
-"""How good a classifier is: accuracy and F1 with intervals, and whether one model is better than another.
+"""Accuracy and F1 of a classifier with confidence intervals, and a paired test of whether one model beats another.
 
     metrics(ids, predictions, len(names)),  compare(ids, predictions_a, predictions_b),  paired(path_a, path_b)
 """
@@ -6,37 +6,37 @@ import numpy as np
 
 from readers.texts import read_columns
 
-SEED, DRAWS = 42, 10_000        # of the bootstrap behind each interval
+SEED, DRAWS = 42, 10_000        # of the bootstrap that gives each interval
 
 
 def metrics(labels, predictions, n_labels):
     """Accuracy and F1 of predictions (n,) against labels (n,), both ids in [0, n_labels), with 95% intervals.
 
     Returns a dict: accuracy, accuracy_low, accuracy_high, f1, f1_low, f1_high, f1_kind, n. f1_kind is 'binary' for two
-    labels (the F1 of label 1) and else 'macro' (mean over the labels that occur). The intervals are percentiles of a
-    bootstrap; where all predictions are right theirs has no width, which says little. ValueError for ids out of range.
+    labels (the F1 of label 1), otherwise 'macro' (mean over the labels that occur). The intervals are bootstrap
+    percentiles. If all predictions are right, the interval has width 0 and means little. ValueError for ids out of range.
 
-    A resample of the rows matters only by how many rows of each (label, prediction) it holds. Drawing n rows with
-    replacement, those counts are multinomial with n draws and the observed shares as probabilities; so the confusion
-    matrices are drawn as that, in one call, instead of the rows: the same distribution, without n numbers per draw.
+    The scores of a resample depend only on its count of each (label, prediction) pair. For n rows drawn with replacement,
+    these counts are multinomial: n draws, with the observed shares as probabilities. So the counts are drawn directly, in
+    one call. The distribution is the same as with rows, without n random numbers per draw.
     """
     from sklearn.metrics import accuracy_score, f1_score
     labels, predictions = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
     n = len(labels)
     if not n or labels.shape != predictions.shape or labels.ndim != 1:
-        raise ValueError(f'labels {labels.shape} and predictions {predictions.shape} are not as many, or none')
+        raise ValueError(f'labels {labels.shape} and predictions {predictions.shape} are empty or not as many')
     for name, ids in (('labels', labels), ('predictions', predictions)):
         if ids.min() < 0 or ids.max() >= n_labels:
-            raise ValueError(f'{name} hold {ids.min()} to {ids.max()}, ids of {n_labels} labels are 0 to {n_labels - 1}')
+            raise ValueError(f'{name} are {ids.min()} to {ids.max()}, but ids of {n_labels} labels are 0 to {n_labels - 1}')
     is_binary = n_labels == 2
     cells, counts = np.unique(labels * n_labels + predictions, return_counts=True)
     rows, columns = np.eye(n_labels)[cells // n_labels], np.eye(n_labels)[cells % n_labels]         # (cells, n_labels)
     generator, drawn, step = np.random.default_rng(SEED), [], max(1, 5_000_000 // (len(cells) + n_labels))
     for first in range(0, DRAWS, step):
         table = generator.multinomial(n, counts / n, min(step, DRAWS - first)).astype(float)        # (draws, cells)
-        hits, marked = table @ (rows * columns), table @ (rows + columns)       # 2 TP and 2 TP + FP + FN, of each label
+        hits, marked = table @ (rows * columns), table @ (rows + columns)       # TP and 2 TP + FP + FN, per label
         with np.errstate(invalid='ignore'):
-            f1 = 2 * hits / marked                                              # 0 / 0: that label does not occur
+            f1 = 2 * hits / marked                                              # 0 / 0: the label does not occur
         f1 = np.nan_to_num(f1[:, 1]) if is_binary else np.nanmean(f1, axis=1)
         drawn.append((hits.sum(1) / n, f1))
     intervals = np.percentile(np.concatenate(drawn, axis=1), (2.5, 97.5), axis=1).T.tolist()
@@ -47,14 +47,14 @@ def metrics(labels, predictions, n_labels):
 
 
 def detectable(n, discordant):
-    """The smallest difference in accuracy that McNemar's test at 5% finds with 80% power on n rows, when a share
-    `discordant` of the rows is right in one model only.
+    """The smallest difference in accuracy that McNemar's test at 5% detects with 80% power on n rows. `discordant` is the
+    share of rows that exactly one of the two models gets right. Returns a share, at most 1.
 
     Miettinen 1968, Connor 1987 (Biometrics 43, p. 207): n = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 / d^2 with s the
-    discordant share, d the difference, z_a = 1.960, z_b = 0.842. Solved for d, a quadratic:
-    d = sqrt(s) (z_a sqrt(n) + z_b sqrt(n + z_b^2 - z_a^2)) / (n + z_b^2). A difference cannot be more than s: where d
-    would be, s = d, all of the rows that differ speaking for one model. It is the formula of the large-sample test; the
-    exact one that compare() uses finds a little less. At most 1.
+    discordant share, d the difference, z_a = 1.960, z_b = 0.842. This is a quadratic in d, with the solution
+    d = sqrt(s) (z_a sqrt(n) + z_b sqrt(n + z_b^2 - z_a^2)) / (n + z_b^2). The difference cannot exceed s. If the solution
+    does, s = d is used: all discordant rows favour one model. The formula is for the large-sample test; the exact test in
+    compare() detects slightly less.
     """
     z_a, z_b = 1.959964, 0.841621
     root = z_b * max(0.0, n + z_b ** 2 - z_a ** 2) ** 0.5
@@ -62,25 +62,25 @@ def detectable(n, discordant):
     if 0 < difference <= discordant:
         return difference
     low, high = 0.0, 1.0
-    for _ in range(50):                             # s = d: n d = (z_a + z_b sqrt(1 - d))^2, by halving
+    for _ in range(50):                             # s = d: solve n d = (z_a + z_b sqrt(1 - d))^2 by bisection
         middle = (low + high) / 2
         low, high = (low, middle) if n * middle > (z_a + z_b * (1 - middle) ** 0.5) ** 2 else (middle, high)
     return high
 
 
 def compare(labels, a, b, names=('a', 'b')):
-    """Is b better than a? labels, a, b: (n,) labels and two models' predictions for the same rows, in the same terms.
+    """Test whether model b beats model a. labels, a, b: (n,) labels and both models' predictions, all ids or all names.
 
     Returns a dict: n, accuracy_a, accuracy_b, difference (b - a) with its 95% interval difference_low, difference_high;
-    only_a, only_b (rows right in that model only), p (McNemar's exact test: of the only_a + only_b rows, is the share of
-    b one half? two-sided), detectable (see there), verdict (a sentence with `names`). Accuracies are shares, not percent.
-    The interval resamples rows, each with both its predictions; only three kinds of row matter, so it draws counts.
+    only_a, only_b (rows that only this model gets right); p (McNemar's exact test, two-sided: is b's share of the
+    only_a + only_b rows one half?); detectable (see detectable()); verdict (a sentence with `names`). Accuracies are shares,
+    not percent. The interval resamples rows, drawn as the counts of three kinds of row. ValueError for unequal shapes.
     """
     from scipy.stats import binomtest
     labels, a, b = np.asarray(labels), np.asarray(a), np.asarray(b)
     n = len(labels)
     if not n or not labels.shape == a.shape == b.shape:
-        raise ValueError(f'labels {labels.shape}, a {a.shape} and b {b.shape} are not as many, or none')
+        raise ValueError(f'labels {labels.shape}, a {a.shape} and b {b.shape} are empty or not as many')
     right_a, right_b = a == labels, b == labels
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     p = float(binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
@@ -99,7 +99,7 @@ def compare(labels, a, b, names=('a', 'b')):
 
 
 def _keyed_predictions(path):
-    """({(language or '', index): (label, prediction)} in order, has a language column) of a predictions file."""
+    """Read a predictions file -> ({(language or '', index): (label, prediction)} in file order, has a language column)."""
     unit, places, columns = read_columns(path, ['index', 'label', 'prediction'], optional='language')
     found = {}
     for place, index, label, prediction, *language in zip(places, *columns, strict=True):
@@ -111,9 +111,9 @@ def _keyed_predictions(path):
 
 
 def paired(path_a, path_b):
-    """(labels, a, b, languages) of two predictions files of the same rows, as lists of str in the order of path_a.
+    """Pair two predictions files of the same rows -> (labels, a, b, languages), lists of str in the order of path_a.
 
-    Raises ValueError where a row is in one file only or its label differs: those models saw different test sets."""
+    languages: None without such a column. ValueError if a row is in one file only or its label differs: other test sets."""
     (a, has_language), (b, _) = _keyed_predictions(path_a), _keyed_predictions(path_b)
     row = lambda key: ' '.join(['index', key[1], *filter(None, key[:1])])
     for one, other, path, other_path in ((a, b, path_a, path_b), (b, a, path_b, path_a)):

@@ -1,8 +1,8 @@
-"""The csv and yaml files that a fine-tuning run leaves, made from its log and what it measured; and runs compared.
+"""The csv and yaml files of a fine-tuning run, written from its log and measurements; comparison and sweeps of runs.
 
 epoch_loss.csv, epoch_peak_memory.csv, flops_profiler_stats.csv, forward_pass.csv, memory_breakdown.csv, optimizer_memory.csv,
-predictions.csv, results.yaml, resource_usage.yaml. Bytes, milliseconds, joules, FLOPs (a multiply-add is two); what nobody
-measured is an empty field or null.
+predictions.csv, results.yaml, resource_usage.yaml. Units: bytes, milliseconds, joules, FLOPs (a multiply-add counts as two).
+A value that was not measured is an empty field or null.
 """
 import collections
 import contextlib
@@ -35,7 +35,7 @@ def write_yaml(path, found):
 
 
 def flop_counter():
-    """A FlopCounterMode that also knows what attention is on a CPU."""
+    """A FlopCounterMode that also counts attention on the CPU, which torch's own counter misses."""
     aten = torch.ops.aten
     return flop_counters.FlopCounterMode(display=False, depth=None, custom_mapping={
         aten._scaled_dot_product_flash_attention_for_cpu:
@@ -45,16 +45,16 @@ def flop_counter():
 
 
 class StepMeter:
-    """Peak memory, gradient bytes, FLOPs, joules and seconds of a run's training steps, on rank 0.
+    """Measures peak memory, gradient bytes, FLOPs, joules and seconds of training steps, on rank 0.
 
-    CUDA: the allocator's own peak of every step. CPU: every allocation of some steps: the first and third of a process, one
-    in the middle of each epoch and, for RSVDAdam, the first refresh of each weight that has moments already."""
+    CUDA: the allocator's peak over all steps. CPU: all allocations of some steps: the first and third step of a process, one
+    step in the middle of each epoch and, for RSVDAdam, the first refresh of each weight that already has moments."""
 
     def __init__(self, net, optimizer, device, rank, world):
         self.net, self.optimizer, self.device, self.rank, self.world = net, optimizer, device, rank, world
         self.gradient_bytes, self.flops, self.counter, self.disturbed, self.refreshed = 0, None, None, False, set()
         self.epoch_peak, self.seconds, self.joules_before, self.first_step = 0, 0.0, 0.0, None
-        self.stepped, self.used = False, ()         # used: joules when training had ended
+        self.stepped, self.used = False, ()         # used: joules at the end of training
 
     def state(self):
         return {'peak': self.peak(), 'gradient_bytes': self.gradient_bytes, 'joules': self.joules() or 0.0,
@@ -69,11 +69,11 @@ class StepMeter:
         self.reset_cuda()
 
     def end(self):
-        """Of training: energy and seconds stand still from here on."""
+        """End of training: joules() and `seconds` do not change any more."""
         self.used, self.seconds = (self.joules(),), self.seconds + time.perf_counter() - self.began
 
     def joules(self):
-        """Since the run began; None where nothing measures them, and with several processes, whose sum nobody sees."""
+        """Joules since the run began. None without an energy meter, or with several processes, whose sum is not measured."""
         if self.used:
             return self.used[0]
         used = self.energy() if self.world == 1 else None
@@ -86,11 +86,11 @@ class StepMeter:
             self.stepped = False
 
     def reset(self):
-        """A new epoch."""
+        """Start a new epoch."""
         self.epoch_peak = 0
 
     def peak(self):
-        """Bytes, of this epoch so far."""
+        """Peak bytes of this epoch so far."""
         if self.device.type == 'cuda' and self.stepped:
             return max(self.epoch_peak, torch.cuda.max_memory_allocated(self.device))
         return self.epoch_peak
@@ -105,20 +105,20 @@ class StepMeter:
 
     @contextlib.contextmanager
     def step(self, step, in_middle, count_flops):
-        """Around a step, from the batch to the update; forward() and backward_done() inside."""
+        """Wrap one step, from the batch to the update. forward() and backward_done() are called inside."""
         first = step - self.first_step
         probe = self.device.type == 'cpu' and self.rank == 0 and (first in (0, 2) or self._first_refresh() or in_middle)
         self.disturbed, self.stepped, self.forward_flops = probe or count_flops, True, collections.Counter()
         if probe:
-            held = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
-            if self.world > 1:                      # DistributedDataParallel's buckets stay between steps
-                held += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
+            base = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
+            if self.world > 1:                      # DistributedDataParallel keeps its gradient buckets between steps
+                base += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
         with contextlib.ExitStack() as stack:
             found = stack.enter_context(common.peak_meter(False)) if probe else None
             self.counter = stack.enter_context(flop_counter()) if count_flops and self.rank == 0 else None
             yield
         if probe:
-            self.epoch_peak = max(self.epoch_peak, held + found['bytes'])
+            self.epoch_peak = max(self.epoch_peak, base + found['bytes'])
 
     def _counts(self):
         return collections.Counter({name: sum(ops.values()) for name, ops in self.counter.get_flop_counts().items()})
@@ -140,7 +140,7 @@ class StepMeter:
 
 
 def forward_row(net, x, amp, cuda):
-    """The row of forward_pass.csv: one forward pass in evaluation of the batch x, {name: tensor}."""
+    """The row of forward_pass.csv: one forward pass in eval mode on the batch x, {name: tensor}."""
     net.eval()
     with torch.no_grad(), amp:
         with flop_counter() as counter:
@@ -153,13 +153,13 @@ def forward_row(net, x, amp, cuda):
 
 
 def write_run(out_dir, about, names, evaluated, meter, forward, adam_bytes):
-    """Write the files of a run and return results.yaml's dict.
+    """Write all result files of a run and return the dict of results.yaml.
 
-    about: {key: value} that say what it is (model, task, method, rank, seed, ...). names: labels in the order of the data
-    set: F1 is of the second of two. evaluated: {language or '': (labels (n,), predictions (n,), rows of the file (n,), loss,
-    seconds a text)}, labels and predictions by name. meter: a StepMeter after its run. forward: a row of forward_pass.csv.
-    adam_bytes: what AdamW would keep for all parameters. FLOPs are of the last step; those of the backward pass only as a
-    whole, as torch's counter counts some of it several times in modules that share an input.
+    about: {key: value} that describe the run (model, task, method, rank, seed, ...). names: labels in the order of the data
+    set; with two labels, F1 is that of the second. evaluated: {language or '': (labels (n,), predictions (n,), rows of the
+    file (n,), loss, seconds per text)}, labels and predictions as names. meter: a StepMeter after its run. forward: a row of
+    forward_pass.csv. adam_bytes: size of AdamW's state for all parameters. FLOPs are those of the last step. The backward
+    pass has a total only: torch counts parts of it several times in modules that share an input.
     """
     table = lambda name, columns, rows: texts.write_table(os.path.join(out_dir, name), columns, rows)
     records = common.read_log(out_dir)
@@ -204,12 +204,12 @@ def write_run(out_dir, about, names, evaluated, meter, forward, adam_bytes):
                {**usage, 'resident_bytes': common.peak_memory_bytes(), 'training_s': meter.seconds,
                 'device': str(meter.device), 'processes': meter.world, 'machine': platform.machine(), 'cpus': os.cpu_count(),
                 **common.versions()})
-    write_yaml(os.path.join(out_dir, 'results.yaml'), results)          # the last: who finds it finds the others
+    write_yaml(os.path.join(out_dir, 'results.yaml'), results)          # last: if it exists, all other files exist
     return results
 
 
 def in_words(results):
-    """A line for each language that was evaluated."""
+    """The results as text: one line per evaluated language, then the time per text."""
     lines = [f'{key + ": " if key else ""}accuracy {r["accuracy"]:.2%} [{r["accuracy_low"]:.2%}, {r["accuracy_high"]:.2%}], '
              f'{r["f1_kind"]} F1 {r["f1"]:.4f} [{r["f1_low"]:.4f}, {r["f1_high"]:.4f}], n = {r["n"]:,}'
              for key, r in results.get('languages', {'': results}).items()]
@@ -217,9 +217,9 @@ def in_words(results):
 
 
 def compare_runs(paths):
-    """Print how each run differs from the first one, from the predictions they left for the same texts: folders or files."""
+    """Compare each run with the first by their predictions for the same texts, and print it. paths: run folders or files."""
     if len(paths) < 2:
-        fail('one run cannot be compared; type --compare=out/a,out/b')
+        fail('one run cannot be compared; type for example --compare=out/a,out/b')
     paths = [p if os.path.splitext(p)[1] in texts.EXTENSIONS else os.path.join(p, 'predictions.csv') for p in paths]
     names = [os.path.relpath(os.path.dirname(p) or '.') for p in paths]
     for path, name in zip(paths[1:], names[1:], strict=True):
@@ -239,16 +239,16 @@ def compare_runs(paths):
 
 
 def sweep(config, script):
-    """One run of `script` for each of config's ranks and folds, in a process of its own, as a peak of memory is a process's;
-    then sweep.csv and a line for each rank. The same command goes on where it was stopped."""
+    """Run `script` once for each of config's ranks and folds, then write sweep.csv and print one line per rank. Each run is a
+    process of its own, because peak memory is measured per process. The same command continues a stopped sweep."""
     import yaml
     ranks, folds, out_dir = config['ranks'], config['folds'], config['out_dir']
     if 'RANK' in os.environ:
-        fail('ranks and folds start processes of their own; type python in place of torchrun, or one rank and fold at a time',
+        fail('ranks and folds start their own processes; type python in place of torchrun, or give one rank and fold at a time',
              rank0_only=True)
     if (ranks and config['method'] == 'full') or min(ranks, default=1) < 1 or folds == 1 or folds < 0:
-        fail(f'ranks={ranks}, folds={folds}, method={config["method"]!r}: full has no rank; ranks are 1 or more, folds 0 or 2 '
-             'and more')
+        fail(f'ranks={ranks}, folds={folds}, method={config["method"]!r}: full has no rank; ranks are 1 or more, folds 0 or '
+             'at least 2')
     os.makedirs(out_dir, exist_ok=True)
     save({**config, 'overwrite': False}, os.path.join(out_dir, 'config.py'),
          f'{os.path.basename(script)}: the runs in r* and fold*')
@@ -261,7 +261,7 @@ def sweep(config, script):
         print(f'{path}:', flush=True)
         child = subprocess.Popen([sys.executable, os.path.abspath(script), *words])
         while child.poll() is None:
-            if stopped():                           # Ctrl-C has reached it as well, which it takes for the same signal
+            if stopped():                           # after Ctrl-C the child gets two signals and treats them as one
                 child.terminate()
                 child.wait()
             time.sleep(0.05)
@@ -272,7 +272,7 @@ def sweep(config, script):
                 raise FileNotFoundError
             with open(os.path.join(path, 'results.yaml')) as f:
                 rows.append({'rank': rank, 'fold': fold} | yaml.safe_load(f))
-        except FileNotFoundError:                   # a signal, to both or to it alone
+        except FileNotFoundError:                   # a signal stopped both processes or only the child
             print('stopped; the same command goes on')
             return
     columns = ('rank', 'fold', 'accuracy', 'f1', 'eval_loss', 'peak_bytes', 'optimizer_bytes', 'ms_per_step')

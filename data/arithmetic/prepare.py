@@ -1,11 +1,11 @@
-"""Sums, differences and products of whole numbers, one a line: 12+34=46. Made here, no download.
+"""Arithmetic problems, one per line: 12+34=46. Sums, differences and products of whole numbers. No download.
 
     python data/arithmetic/prepare.py                                    all additions of numbers below 100
     python data/arithmetic/prepare.py --operations='+-*' --digits=3      -> data/arithmetic, other problems
 
-A tenth of the problems is the validation split, chosen by a hash, and never occurs in training, nor does the same one with
-its numbers exchanged: with 12+34, 34+12 is held out as well. Each of them is there once; training text is the others in one
-random order after another, LINES lines in all. With the defaults: 10,000 problems, 9,111 to train on and 889 to validate.
+The validation split holds a tenth of the problems, chosen by a hash, each once. They never occur in training. If 12+34 is
+held out, so is 34+12. The training text repeats the other problems, each time in a new random order, up to LINES lines.
+The defaults give 10,000 problems: 9,111 for training and 889 for validation.
 Byte tokens. Train with --dataset=arithmetic --task=arithmetic.
 """
 import argparse
@@ -37,13 +37,13 @@ def main(argv=None):
     parser.error = fail  # one line instead of the usage
     parser.add_argument('--operations', default=OPERATIONS, help=f'some of + - * ({OPERATIONS})')
     parser.add_argument('--digits', type=int, default=DIGITS, help=f'digits of the largest numbers ({DIGITS})')
-    parser.add_argument('--lines', type=int, default=LINES, help=f'training problems, with repetitions ({LINES:,})')
+    parser.add_argument('--lines', type=int, default=LINES, help=f'training lines, with repetitions ({LINES:,})')
     parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
     args = parser.parse_args(argv)
     if not args.operations or set(args.operations) - set(tasks.OPERATIONS):
         fail(f'--operations={args.operations} are not some of + - *; type for example --operations=+-')
     if not 1 <= args.digits <= 3 or args.lines < 1:
-        fail(f'--digits={args.digits} must be 1, 2 or 3, --lines={args.lines} 1 or more; there are a million pairs of 3 digits')
+        fail(f'--digits={args.digits} must be 1, 2 or 3, --lines={args.lines} 1 or more; type for example --digits=2')
 
     splits = {split: [] for split in tokens.SPLITS}
     for operation in dict.fromkeys(args.operations):

@@ -2,11 +2,11 @@
 
     python data/digits/prepare.py                  -> data/digits, enlarged to 16 x 16
 
-Every fifth image of each class is validation: 1,442 images to train on and 355 to validate, 140 to 147 and 34 to 36 of each
-digit. Grey becomes RGB with three equal channels, so that what trains on photographs trains on this as well. On these two
-splits scikit-learn's LogisticRegression(max_iter=5000), of pixels 0 to 1, gets 343 of the 355 right, 96.6%. Source: the test
-part of UCI's Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998. Terms: CC BY 4.0. Train with
---dataset=digits.
+Every fifth image of each class is validation. There are 1,442 training images, 140 to 147 per digit, and 355 validation
+images, 34 to 36 per digit. Grey becomes RGB with three equal channels, so that a network for photographs can use it. On
+these splits scikit-learn's LogisticRegression(max_iter=5000), on pixels in 0 to 1, gets 343 of the 355 right, 96.6%. Source:
+the test part of UCI's Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998. Terms: CC BY 4.0. Train
+with --dataset=digits.
 """
 import argparse
 import sys
@@ -19,17 +19,17 @@ from configurator import fail  # noqa: E402
 from readers import images  # noqa: E402
 
 EXPECTED = {'train': 1442, 'val': 355}
-VAL_EVERY = 5  # of each class, so that both splits have all of them in the same shares
+VAL_EVERY = 5  # every fifth image of each class, so that the classes have the same shares in both splits
 
 
 def entries():
-    """{split: [(name, digit, the image as a PGM file)]}"""
+    """{split: [(name, digit, image as the bytes of a PGM file)]}"""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         fail(f'the package scikit-learn is not installed; run: {sys.executable} -m pip install scikit-learn')
     digits = load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8); there, values are 0 to 16
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8); the source has values 0 to 16
     splits, seen = {'train': [], 'val': []}, [0] * 10
     for number, (image, digit) in enumerate(zip(grey, digits.target.tolist(), strict=True)):
         seen[digit] += 1
@@ -43,7 +43,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail  # one line instead of the usage
-    parser.add_argument('--size', type=int, default=16, help='pixels of a side (16)')
+    parser.add_argument('--size', type=int, default=16, help='pixels per side (16)')
     parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
     args = parser.parse_args(argv)
 

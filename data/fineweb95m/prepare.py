@@ -1,18 +1,18 @@
-"""FineWeb-Edu in a BPE of 32,000 tokens, for a model of 95M parameters; streamed, continues where it was interrupted.
+"""FineWeb-Edu in a BPE of 32,000 tokens, for a model of 95M parameters. Streamed; an interrupted run continues.
 
     python data/fineweb95m/prepare.py                                3.28B tokens: 400,000 steps of 32 x 256
     python data/fineweb95m/prepare.py --tokens=1e9                   -> data/fineweb95m, ten training shards
     python data/fineweb95m/prepare.py --file a.json.gz b.jsonl --val_docs=500     local files instead of the Hub
 
-Expects HuggingFaceFW/fineweb-edu, configuration sample-10BT: web pages chosen for their educational value, 9,672,101 of
-them in 14 files of about 2 GB, 9.97B tokens of GPT-2's; 3.28B take about a third (10 GB of download, 6.6 GB of shards).
+Expects HuggingFaceFW/fineweb-edu, configuration sample-10BT: 9,672,101 web pages chosen for their educational value, in
+14 files of about 2 GB, 9.97B GPT-2 tokens. 3.28B tokens need about a third (10 GB of download, 6.6 GB of shards).
 It has no validation split: its first --val_docs pages (10,000) are validation, the others training. Local files are JSON
-lines with a field "text" (plain or .gz); of these the last --val_docs, or 5%, are validation. An end-of-text token
+lines with a field "text" (plain or .gz); their last --val_docs pages, or 5%, are validation. An end-of-text token
 follows each page. Terms: ODC-BY, and Common Crawl's terms of use. Train with --dataset=fineweb95m.
 
-The BPE is byte-level and trained on the first 200,000,000 characters of the training pages, or on all where there are
-fewer: the Hub's are read a second time for that. It has as many tokens as Llama 2's, which the published run took and
-whose files need permission; they are other tokens, so compare losses per byte of text, not per token.
+The byte-level BPE is trained on the first 200,000,000 characters of the training pages, or on all if there are fewer.
+This reads those pages of the Hub twice. The vocabulary has the size of Llama 2's, which the published run used and whose
+files need permission. The tokens differ, so compare losses per byte of text, not per token.
 """
 import sys
 from pathlib import Path
@@ -22,11 +22,11 @@ from readers import documents, tokens  # noqa: E402
 
 HUB_ID, CONFIG = 'HuggingFaceFW/fineweb-edu', 'sample-10BT'
 REVISION = '87f09149ef4734204d70ed1d046ddc9ca3f2b8f9'
-TOKENS = 400_000 * 32 * 256  # the 95M run: steps x sequences x tokens of each
+TOKENS = 400_000 * 32 * 256  # the 95M run: steps x sequences x tokens per sequence
 VAL_TOKENS = 5_000_000
-VAL_DOCS = 10_000  # twice as many as VAL_TOKENS need, at about 1,000 tokens each
+VAL_DOCS = 10_000  # twice what VAL_TOKENS needs, at about 1,000 tokens per page
 VOCAB = 32_000
-VOCAB_CHARS = 200_000_000  # training pages that the vocabulary is made from
+VOCAB_CHARS = 200_000_000  # characters of training pages that train the BPE
 
 
 def main(argv=None):

@@ -4,11 +4,11 @@
     python data/food101/prepare.py --size=64             1.2 GB, the same download
     python data/food101/prepare.py --dir food-101        the unpacked official archive instead of the Hub
 
-Expects ethz/food101: 75,750 images to train on, 750 of each dish, and 25,250 to validate, 250 of each. The training labels
-were not cleaned and are partly wrong, those for validation were. --dir takes the folder with images/<class>/<id>.jpg,
-meta/train.txt and meta/test.txt. A run that was interrupted continues when the same command is given again: it reads the
-file under way (0.5 GB) once more, not those before it. Bossard et al., ECCV 2014. Terms: scientific fair use; the pictures
-are Foodspotting's users'. Train with --dataset=food101.
+Expects ethz/food101: 75,750 training images, 750 per dish, and 25,250 validation images, 250 per dish. Some training labels
+are wrong; only the validation labels were cleaned. --dir takes the folder with images/<class>/<id>.jpg,
+meta/train.txt and meta/test.txt. To continue an interrupted run, type the same command again. It reads only the current
+file (0.5 GB) again. Source: Bossard et al., ECCV 2014. Terms: scientific fair use; the pictures belong to users of
+Foodspotting. Train with --dataset=food101.
 """
 import argparse
 import itertools
@@ -20,8 +20,8 @@ from configurator import fail  # noqa: E402
 from data.images.prepare import revision  # noqa: E402
 from readers import images  # noqa: E402
 
-HUB_ID, REVISION = 'ethz/food101', 'e06acf2a88084f04bce4d4a525165d68e0a36c38'  # the one that MTEB pins as well
-HUB_SPLIT = {'val': 'validation', 'train': 'train'}  # the small one first: a mistake shows early
+HUB_ID, REVISION = 'ethz/food101', 'e06acf2a88084f04bce4d4a525165d68e0a36c38'  # MTEB pins the same one
+HUB_SPLIT = {'val': 'validation', 'train': 'train'}  # the small split first, so that mistakes show early
 META = {'val': 'test', 'train': 'train'}
 EXPECTED = {'val': 25_250, 'train': 75_750}
 
@@ -29,17 +29,17 @@ EXPECTED = {'val': 25_250, 'train': 75_750}
 def from_hub(function):
     try:
         return function()
-    except Exception as e:  # several libraries' network errors pass through here, with no common class
+    except Exception as e:  # network errors of several libraries share no class
         raise ValueError(f'reading {HUB_ID} from the Hub failed ({type(e).__name__}: {str(e)[:200]}); run the same '
                          'command again to continue, or use the unpacked archive: --dir PATH') from None
 
 
 def hub():
-    """-> (classes, {split: function as in images.build}); a place is [file, row in it]."""
+    """Food-101 on the Hub -> (classes, {split: function as in images.build}). A place is [file, row in it]."""
     def load(split):
-        import datasets  # takes seconds, so not for --dir
+        import datasets  # imported here: it takes seconds, and --dir does not need it
         return datasets.load_dataset(HUB_ID, split=HUB_SPLIT[split], revision=REVISION, streaming=True).cast_column(
-            'image', datasets.Image(decode=False))  # as bytes, which our processes decode
+            'image', datasets.Image(decode=False))  # as bytes: the worker processes decode them
     loaded = {split: from_hub(lambda split=split: load(split)) for split in HUB_SPLIT}
     classes = loaded['train'].features['label'].names
 
@@ -60,7 +60,7 @@ def hub():
 
 
 def local(folder):
-    """-> (classes, {split: [(name, class index, path)]}) of the unpacked archive, or of the folder that it lies in."""
+    """The unpacked archive, or the folder that contains it -> (classes, {split: [(name, class index, path)]})."""
     found = next((path for path in (folder, folder / 'food-101') if (path / 'meta' / 'train.txt').is_file()), None)
     if found is None:
         fail(f'{folder} has no meta/train.txt; unpack food-101.tar.gz and give its folder food-101')
@@ -86,8 +86,8 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.error = fail  # one line instead of the usage
     parser.add_argument('--dir', type=Path, metavar='PATH', help='the unpacked food-101 instead of the Hub')
-    parser.add_argument('--size', type=int, default=256, help='pixels of a side (256)')
-    parser.add_argument('--workers', type=int, default=0, help='processes that decode (0: one per core)')
+    parser.add_argument('--size', type=int, default=256, help='pixels per side (256)')
+    parser.add_argument('--workers', type=int, default=0, help='decoding processes (0: one per core)')
     parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
     args = parser.parse_args(argv)
 

@@ -1,15 +1,15 @@
-"""Images of your own: a folder with a folder per class, or a .zip of it.
+"""Your own images: a folder with one folder per class, or a .zip of it.
 
     python data/images/prepare.py --dir photos                           -> data/images/photos
     python data/images/prepare.py --dir food.zip --size=80 --name=mine   -> data/images/mine
 
-    photos/cat/1.jpg  photos/dog/2.png ...               --val_share of each class is set aside for validation
-    photos/train/cat/1.jpg  photos/val/cat/2.png ...     or the split is yours; val may be called validation or test
+    photos/cat/1.jpg  photos/dog/2.png ...               --val_share of each class becomes the validation split
+    photos/train/cat/1.jpg  photos/val/cat/2.png ...     or you choose the split; val may be called validation or test
 
-Takes jpg, png, bmp, gif, webp, tiff and ppm in any mode and size. Each image is turned upright, its shorter side scaled to
---size and the middle cut out; damaged ones are listed and left out. An image takes 3 x size x size bytes: 12 kB at 64, 197 kB
-at 256. A run that was interrupted continues when the same command is given again. The terms of the data are those of your
-files; nothing is downloaded. Train with --dataset=images/NAME.
+Reads jpg, png, bmp, gif, webp, tiff and ppm in any mode and size. Each image is turned upright. Its shorter side is scaled to
+--size, and the middle is cut out. Damaged images are listed and left out. An image takes 3 x size x size bytes: 12 kB at 64,
+197 kB at 256. To continue an interrupted run, type the same command again. The terms of the data are those of your files;
+nothing is downloaded. Train with --dataset=images/NAME.
 """
 import argparse
 import collections
@@ -30,11 +30,11 @@ VAL_NAMES = ('val', 'validation', 'valid', 'test')      # the first of these bes
 
 
 def class_folders(path, val_share=0.1):
-    """(classes, {'train': [(name, class index, source)], 'val': ...}) of a folder, or a .zip, with a folder per class.
+    """List a folder or .zip with a folder per class -> (classes, {'train': [(name, class index, source)], 'val': ...}).
 
-    With train/ and val/ (or validation/, valid/, test/) on top these are the splits; else val_share of each class, at
-    least one image, goes to val by a hash of its name. Hidden files, and those that are no images by their suffix, are
-    ignored. Raises ValueError in one line.
+    If train/ and val/ (or validation/, valid/, test/) are at the top, they are the splits. Otherwise val_share of each class,
+    at least one image, goes to val, chosen by a hash of the name. Hidden files and files without an image suffix are
+    ignored. Raises ValueError, one line.
     """
     path = Path(path).expanduser()
     if not 0 < val_share < 1:
@@ -44,7 +44,7 @@ def class_folders(path, val_share=0.1):
     files, folders = _in_zip(path) if path.is_file() else _in_folder(path)
     below = lambda names, head: {name[1:] for name in names if name[0] == head and len(name) > 1}
     tops, prefix = sorted({name[0] for name in folders}), ()
-    # a folder around everything, as archives have, or a train/ alone
+    # skip a single outer folder, which archives often have, or a train/ without val/
     while len(tops) == 1 and below(folders, tops[0]) and not any(_is_image(name) for name in files if len(name) < 3):
         prefix += (tops[0],)
         files, folders = {name[1:]: source for name, source in files.items() if len(name) > 1}, below(folders, tops[0])
@@ -63,7 +63,7 @@ def class_folders(path, val_share=0.1):
         heads, found = {}, {'train': {}, 'val': {}}
         for name, members in _classes(files, folders, '/'.join((str(path), *prefix))).items():
             if len(members) < 2:
-                raise ValueError(f'class {name!r} of {path} has one image; two or more can be split, add some')
+                raise ValueError(f'class {name!r} of {path} has one image; a split needs two or more, add some')
             order = sorted(members, key=lambda image: hashlib.sha256(json.dumps([name, image]).encode()).digest())     # noqa: B023
             n_val = min(max(1, round(val_share * len(order))), len(order) - 1)
             found['val'][name] = {image: members[image] for image in order[:n_val]}
@@ -75,7 +75,7 @@ def class_folders(path, val_share=0.1):
 
 
 def _classes(files, folders, where):
-    """{class: {name in its folder: source}} of what lies below the folder `where`."""
+    """{class: {name in its folder: source}} for the class folders below the folder `where`."""
     found, ignored = {name[0]: {} for name in folders}, collections.Counter()
     for name, source in files.items():
         if _is_image(name) and len(name) > 1:
@@ -86,7 +86,7 @@ def _classes(files, folders, where):
         kinds = ', '.join(f'{n:,} {what}' for what, n in ignored.most_common(5))
         print(f'{where}: ignored {ignored.total():,} file{"s" * (ignored.total() > 1)}: {kinds}')
     if not found:
-        raise ValueError(f'{where} has no class folders; put the images of each class into a folder of its name')
+        raise ValueError(f'{where} has no class folders; put the images of each class into a folder named after the class')
     for name in sorted(found):
         if not found[name]:
             raise ValueError(f'{where}/{name} has no images ({", ".join(SUFFIXES)}); add some, or remove it')
@@ -104,7 +104,7 @@ def _is_hidden(name):
 
 
 def _in_folder(path):
-    """({name of a file, as a tuple of its parts: path}, {name of a folder}); links are followed, but not in circles."""
+    """Walk a folder -> ({file name, as a tuple of its parts: path}, {folder name}). Links are followed, loops are not."""
     files, folders = {}, set()
 
     def walk(folder, parts, above):
@@ -122,7 +122,7 @@ def _in_folder(path):
 
 
 def _in_zip(path):
-    """_in_folder() of a .zip; a file's value is (path, member)."""
+    """Like _in_folder(), for a .zip. The value of a file is (path, member)."""
     files, folders = {}, set()
     try:
         with zipfile.ZipFile(path) as archive:
@@ -132,8 +132,8 @@ def _in_zip(path):
     for member in members:
         name = tuple(part for part in member.filename.replace('\\', '/').split('/') if part not in ('', '.'))
         if member.flag_bits & 1:
-            raise ValueError(f'{path} is encrypted; unpack it, and give the folder')
-        if not name or any(map(_is_hidden, name)) or member.external_attr >> 28 == 0xA:         # a link
+            raise ValueError(f'{path} is encrypted; unpack it and give the folder')
+        if not name or any(map(_is_hidden, name)) or member.external_attr >> 28 == 0xA:         # 0xA: a symbolic link
             continue
         if not member.is_dir():
             files[name] = (str(path), member.filename)
@@ -142,8 +142,8 @@ def _in_zip(path):
 
 
 def revision(splits):
-    """'sha256:...' of what splits (as from class_folders) are made from: each file's name, size and time of change; in a zip,
-    name, size and checksum."""
+    """Revision of the files of splits (as from class_folders): 'sha256:...' over each file's name, size and modification time;
+    in a zip, over name, size and checksum."""
     zips, digest = {}, hashlib.sha256()
     for split, entries in splits.items():
         for name, label, source in entries:
@@ -164,10 +164,10 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.error = fail  # one line instead of the usage
     parser.add_argument('--dir', required=True, type=Path, metavar='PATH', help='folder of class folders, or a .zip of it')
-    parser.add_argument('--name', help='write to data/images/NAME (the name of the folder or .zip)')
-    parser.add_argument('--size', type=int, default=64, help='pixels of a side (64)')
-    parser.add_argument('--val_share', type=float, default=0.1, help='for validation, where there is no val/ (0.1)')
-    parser.add_argument('--workers', type=int, default=0, help='processes that decode (0: one per core)')
+    parser.add_argument('--name', help='write to data/images/NAME (default: the name of the folder or .zip)')
+    parser.add_argument('--size', type=int, default=64, help='pixels per side (64)')
+    parser.add_argument('--val_share', type=float, default=0.1, help='share for validation if there is no val/ (0.1)')
+    parser.add_argument('--workers', type=int, default=0, help='decoding processes (0: one per core)')
     parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
     args = parser.parse_args(argv)
     name = args.name if args.name is not None else args.dir.resolve().stem if args.dir.is_file() else args.dir.resolve().name

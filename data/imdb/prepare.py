@@ -4,9 +4,9 @@
     python data/imdb/prepare.py --dir aclImdb      from the unpacked aclImdb_v1.tar.gz: train/neg/*.txt, train/pos/*.txt,
                                                    test/neg/*.txt, test/pos/*.txt
 
-Writes train.csv (25,000 rows) and val.csv (25,000 rows, the published test split; there is no other). At the source all
-negative reviews come before all positive ones, so that the first rows are of one label; train.csv is shuffled by a fixed
-seed. Line breaks stay as the <br /> that they are. Terms: none are stated at the source. Train with --dataset=imdb.
+Writes train.csv (25,000 rows) and val.csv (25,000 rows, the published test split; there is no validation split). The source
+has all negative reviews before all positive ones, so train.csv is shuffled with a fixed seed. Line breaks stay <br />, as in
+the source. Terms: the source states none. Train with --dataset=imdb.
 """
 import argparse
 import hashlib
@@ -33,7 +33,7 @@ def hub(split):
 
 
 def local(folder, split):
-    """The reviews of one split below an aclImdb folder; files go by number, as 10_9.txt comes after 9_8.txt."""
+    """The reviews of one split of an aclImdb folder. Files are sorted by number: 10_9.txt comes after 9_8.txt."""
     rows = []
     for label in LABELS:
         paths = list((Path(folder) / HUB_SPLIT[split] / label).glob('*.txt'))

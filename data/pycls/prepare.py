@@ -1,17 +1,16 @@
-"""Which package is this Python function from? The standard library's own sources, found on any machine. No download.
+"""Classify Python functions by their package. Uses the standard library on this machine. No download.
 
     python data/pycls/prepare.py                             -> data/pycls
 
-Sizes depend on the Python version: 3.11.7 gives 2,650 functions of nine packages to train on and 294 to validate, 3.10 to
-3.13 are within 2% of that, so compare figures only between runs on the same Python. A package that a system leaves out is
-a label less; four must be there.
+Sizes depend on the Python version. 3.11.7 gives 2,650 training functions of nine packages and 294 validation functions;
+3.10 to 3.13 are within 2% of that. So compare figures only between runs on the same Python. A package that is missing on a
+system is one label less; at least four packages are needed.
 
-A row is a function or method, three lines or more, without what would give the answer away: docstring, comments and
-imports are gone, and the packages' names, wherever they stand as a word, read `package`. What is left is what
-the code does and the names that it uses: a linear model on a bag of its words gets 92% right, the commonest label 20%.
-Exact duplicates are kept once, at most 500 functions are taken of a package, and 10% are val.csv, by a hash of path and
-qualified name, so a function stays on its side when others come and go. Terms: the Python Software Foundation License.
-Train with --dataset=pycls.
+A row is a function or method of at least three lines. Anything that would reveal the answer is removed: docstrings, comments
+and imports. Each package name that stands as a word becomes `package`. The code and its other names remain: a linear model
+on a bag of words gets 92% right, the most common label 20%. Exact duplicates are kept once. At most 500 functions per
+package are used. val.csv gets 10%, chosen by a hash of path and qualified name, so a function stays in its split when
+others are added or removed. Terms: the Python Software Foundation License. Train with --dataset=pycls.
 """
 import argparse
 import ast
@@ -27,11 +26,11 @@ from configurator import fail  # noqa: E402
 from data.pycode.prepare import find  # noqa: E402
 from readers import texts  # noqa: E402
 
-# in every Python from 3.10 to 3.14, with some hundred functions each; tkinter has most, but is often not installed
+# packages in every Python from 3.10 to 3.14, with some hundred functions each; tkinter has the most, but is often missing
 PACKAGES = ('asyncio', 'email', 'http', 'importlib', 'logging', 'multiprocessing', 'unittest', 'urllib', 'xml')
 MIN_PACKAGES, MIN_FUNCTIONS, MAX_FUNCTIONS = 4, 20, 500
 VAL_PERCENT = 10
-# as a word, also within names like http_open; HTTPResponse stays
+# matches a package name as a word, also within names like http_open, but not in HTTPResponse
 NAMES = re.compile(rf'(?<![a-z0-9])(?:{"|".join(PACKAGES)})(?![a-z0-9])', re.IGNORECASE)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -54,28 +53,28 @@ class Strip(ast.NodeTransformer):
 
 
 def functions(tree, prefix=''):
-    """Yields (qualified name, node); not those inside of functions, which are part of the text of the outer one."""
+    """Yield (qualified name, node) for each function. A nested function is part of the text of its outer function."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, FUNCTION):
             yield prefix + node.name, node
-        elif isinstance(node, ast.stmt | ast.ExceptHandler):  # also under if and try
+        elif isinstance(node, ast.stmt | ast.ExceptHandler):  # a function may also be inside `if` or `try`
             yield from functions(node, f'{prefix}{node.name}.' if isinstance(node, ast.ClassDef) else prefix)
 
 
 def text(node):
-    """The function without comments, docstrings, imports and the packages' names, as str."""
+    """Source of a function as str, without comments, docstrings, imports and package names."""
     return NAMES.sub('package', ast.unparse(Strip().visit(node)))
 
 
 def collect(root):
-    """Library folder -> {package: {text: key}}, key the hash of path and qualified name; a text occurs once in all."""
+    """Library folder -> {package: {text: key}}. key: hash of path and qualified name. Each text occurs only once in all."""
     seen, found = set(), {}
     for package in PACKAGES:
         found[package] = {}
         for path in find(root / package):
             try:
                 tree = ast.parse((root / package / path).read_bytes())
-            except (SyntaxError, ValueError):  # some systems ship files of another Python
+            except (SyntaxError, ValueError):  # some systems ship files for another Python version
                 continue
             for name, node in functions(tree):
                 function = text(node)
@@ -87,7 +86,7 @@ def collect(root):
 
 
 def split_rows(found):
-    """{package: {text: key}} -> {'train': [(text, package)], 'val': ...}, in the order of their keys, which is random."""
+    """{package: {text: key}} -> {'train': [(text, package)], 'val': ...}, sorted by key, which is a random order."""
     kept = [(key, function, package) for package, functions in found.items()
             for key, function in sorted((key, function) for function, key in functions.items())[:MAX_FUNCTIONS]]
     rows = {'train': [], 'val': []}

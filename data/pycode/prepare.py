@@ -1,11 +1,11 @@
-"""Python code, found on any machine that runs this: the standard library's own sources, byte tokens. No download.
+"""Python code in byte tokens: the sources of the standard library on this machine. No download.
 
     python data/pycode/prepare.py                            -> data/pycode
 
-Sizes depend on the Python version: 3.11.7 has 669 files, 10,701,289 bytes to train on and 613,968 to validate; others
-have more or less, and some systems leave parts out, so compare losses only between runs on the same Python. About 5%
-of the files are the validation split, chosen by a hash of their path, so a file stays on its side when others come and
-go. A NUL (end of text) follows each file. Terms: the Python Software Foundation License. Train with --dataset=pycode.
+Sizes depend on the Python version. 3.11.7 has 669 files: 10,701,289 training bytes and 613,968 validation bytes. Some
+systems leave out parts, so compare losses only between runs on the same Python. About 5% of the files are the
+validation split, chosen by a hash of their path, so a file stays in its split when others are added or removed. A NUL
+(end of text) follows each file. Terms: the Python Software Foundation License. Train with --dataset=pycode.
 """
 import argparse
 import hashlib
@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import fail  # noqa: E402
 from readers import tokens  # noqa: E402
 
-# tests are large and repetitive, installed packages differ from machine to machine
+# Tests are large and repetitive; installed packages differ between machines.
 SKIP_DIRS = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'idlelib', '__pycache__'}
-# what the build wrote about this very machine: config-3.11-x86_64-linux-gnu/, _sysconfigdata__linux_x86_64-linux-gnu.py
+# Python's build writes these per machine: config-3.11-x86_64-linux-gnu/, _sysconfigdata__linux_x86_64-linux-gnu.py
 SKIP_PREFIXES = ('config-', '_sysconfigdata')
 VAL_PERCENT = 5
 
 
 def find(root):
-    """Folder -> sorted paths of its .py files relative to it, posix style; links are not followed."""
+    """Sorted paths of the .py files in a folder, relative to it, posix style. Links are not followed."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [d for d in subfolders if d not in SKIP_DIRS and not d.startswith(SKIP_PREFIXES)]

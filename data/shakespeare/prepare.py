@@ -1,11 +1,11 @@
 """Tiny Shakespeare: 1,115,394 bytes (characters) of plays, byte tokens. Downloads 1.1 MB, takes seconds.
 
     python data/shakespeare/prepare.py                       -> data/shakespeare
-    python data/shakespeare/prepare.py --file input.txt      from a copy that is already here
+    python data/shakespeare/prepare.py --file input.txt      from a local copy
 
-Expects the file of SHA256; writes its first 90% as 1,003,854 training and the rest as 111,540 validation tokens,
-nanoGPT's split, so losses per character compare. The plays are in the public domain; the file is the one of
-karpathy/char-rnn. Train with --dataset=shakespeare.
+Expects the file with digest SHA256. Its first 90% are 1,003,854 training tokens, the rest 111,540 validation tokens.
+This is nanoGPT's split, so losses per character are comparable. The plays are in the public domain. The file comes
+from karpathy/char-rnn. Train with --dataset=shakespeare.
 """
 import argparse
 import sys
@@ -17,7 +17,7 @@ from configurator import fail  # noqa: E402
 from data.text.prepare import build  # noqa: E402
 from readers import tokens  # noqa: E402
 
-# the commit is pinned; the digest makes sure of it
+# The URL pins the commit; the digest verifies the content.
 URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e'
        '/data/tinyshakespeare/input.txt')
 SIZE = 1_115_394  # bytes
@@ -25,13 +25,13 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def download(path):
-    """Fetches URL to path, in one step."""
+    """Download URL to path atomically."""
     print(f'downloading {URL}')
     temporary = path.with_name(path.name + '.tmp')
     try:
         with urllib.request.urlopen(URL, timeout=60) as answer:
             temporary.write_bytes(answer.read())
-    except OSError as error:  # URLError is one
+    except OSError as error:  # includes URLError
         fail(f'cannot download {URL} ({error}); get it by other means and type: --file PATH')
     temporary.replace(path)
 
@@ -41,8 +41,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail  # one line instead of the usage
-    parser.add_argument('--file', type=Path, metavar='PATH', help='input.txt, instead of the download')
-    parser.add_argument('--vocab', type=int, default=0, help='0 or 256: bytes; else tokens of a BPE to train')
+    parser.add_argument('--file', type=Path, metavar='PATH', help='local input.txt instead of the download')
+    parser.add_argument('--vocab', type=int, default=0, help='0 or 256: bytes; else vocabulary size of a BPE to train')
     parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
     args = parser.parse_args(argv)
 

@@ -3,9 +3,9 @@
     python data/sst2/prepare.py                                       -> data/sst2
     python data/sst2/prepare.py --file train.tsv --val_file dev.tsv   GLUE's files instead of the Hub
 
-Writes train.csv (67,349 rows) and val.csv, the published validation split (872 rows); the labels of the test split are
-not public. Local files are tables with the columns sentence and label, the label a name or 0 (negative), 1 (positive).
-Terms: none are stated at the source. Train with --dataset=sst2.
+Writes train.csv (67,349 rows) and val.csv, the published validation split (872 rows). The labels of the test split are
+not public. Local files are tables with the columns sentence and label. A label is a name, or 0 (negative) or 1 (positive).
+Terms: the source states none. Train with --dataset=sst2.
 """
 import argparse
 import sys

@@ -3,9 +3,9 @@
     python data/text/prepare.py --file mytext.txt                                         -> data/text
     python data/text/prepare.py --file a.txt b.txt --val_file c.txt --vocab=8192 --name=mine  -> data/text/mine
 
-Expects UTF-8 (bytes: anything without NUL). Without --val_file the last 5% of each file, cut at a line end, is the
-validation split. Files are joined by the tokenizer's end-of-text token; one file has none, so that in bytes its token
-count is its size. The terms of the data are those of your files; nothing is downloaded. Train with --dataset=text or
+Expects UTF-8 (byte tokens: any file without NUL). Without --val_file the last 5% of each file, cut at a line end, are the
+validation split. An end-of-text token stands between two files. A single file needs none, so its number of byte tokens
+is its size. The terms of the data are those of your files; nothing is downloaded. Train with --dataset=text or
 --dataset=text/NAME.
 """
 import argparse
@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import fail  # noqa: E402
 from readers import tokens  # noqa: E402
 
-BLOCK = 1 << 20  # bytes encoded at a time, plus what is left of the last line
+BLOCK = 1 << 20  # bytes encoded at a time, plus the rest of the last line
 VAL_FRACTION = 0.05
 
 
 def open_text(path):
-    """A non-empty file without NUL -> its bytes, memory-mapped; anything else is one clear line."""
+    """Memory map of a non-empty text file without NUL. Any other file is an error of one line."""
     try:
         with open(path, 'rb') as file:
             text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -37,14 +37,14 @@ def open_text(path):
     nul = text.find(b'\0')
     if nul >= 0:
         fail(f'{path} has a NUL byte at offset {nul:,}, so it is no text file; '
-             'UTF-16 is converted by: iconv -f UTF-16 -t UTF-8')
+             'convert UTF-16 with: iconv -f UTF-16 -t UTF-8')
     return text
 
 
 def cut(text):
-    """Where the validation split begins: the line end nearest to VAL_FRACTION before the end, with text on both sides.
+    """Start of the validation split, in bytes: the line end nearest to VAL_FRACTION before the end, with text on both sides.
 
-    A text without such a line end is cut between two characters; one of a single character cannot be cut: None.
+    A text without such a line end is cut between two characters. A text of one character cannot be cut: returns None.
     """
     wanted = int(len(text) * (1 - VAL_FRACTION))
     line_ends = [text.rfind(b'\n', 0, wanted) + 1, text.find(b'\n', wanted) + 1]
@@ -57,7 +57,7 @@ def cut(text):
 
 
 def blocks(text, start, stop):
-    """bytes [start, stop) in pieces of about BLOCK that end with a line, or between two characters in a huge line."""
+    """Yield bytes [start, stop) in blocks of about BLOCK. Each ends at a line end, or inside a huge line between characters."""
     while start < stop:
         end = min(start + BLOCK, stop)
         if end < stop:
@@ -72,16 +72,16 @@ def blocks(text, start, stop):
 def check_utf8(path, text):
     decoder = codecs.getincrementaldecoder('utf-8')()
     for start in range(0, len(text), BLOCK):
-        held = len(decoder.getstate()[0])  # bytes of a character begun in the block before
+        pending = len(decoder.getstate()[0])  # bytes of a character that began in the previous block
         try:
             decoder.decode(text[start:start + BLOCK], final=start + BLOCK >= len(text))
         except UnicodeDecodeError as error:
-            fail(f'{path} is not UTF-8 at byte {start - held + error.start:,}; convert it (iconv -t UTF-8) '
+            fail(f'{path} is not UTF-8 at byte {start - pending + error.start:,}; convert it (iconv -t UTF-8) '
                  'or use bytes: --vocab=0')
 
 
 def build(out_dir, train, val, vocab, argv):
-    """Writes a data folder. train, val: lists of (path, start, stop) in bytes; vocab: 0 or 256 bytes, else trained."""
+    """Write a data folder. train, val: lists of (path, start, stop) in bytes; vocab: 0 or 256: bytes, else size of a BPE."""
     texts = {path: open_text(path) for path, _, _ in train + val}
     is_bpe = vocab not in (0, 256)
     if is_bpe:
@@ -124,7 +124,7 @@ def main(argv=None):
     parser.error = fail  # one line instead of the usage
     parser.add_argument('--file', nargs='+', required=True, metavar='PATH', help='training text')
     parser.add_argument('--val_file', nargs='+', default=[], metavar='PATH', help='validation text')
-    parser.add_argument('--vocab', type=int, default=0, help='0 or 256: bytes; else tokens of a BPE to train')
+    parser.add_argument('--vocab', type=int, default=0, help='0 or 256: bytes; else vocabulary size of a BPE to train')
     parser.add_argument('--name', default='', help='write to data/text/NAME')
     parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
     args = parser.parse_args(argv)
@@ -136,7 +136,7 @@ def main(argv=None):
         text = open_text(path)
         middle = len(text) if args.val_file else cut(text)
         if middle is None:
-            fail(f'{path} is too short to be split; add --val_file')
+            fail(f'{path} is too short to split; add --val_file')
         train.append((path, 0, middle))
         if not args.val_file:
             val.append((path, middle, len(text)))

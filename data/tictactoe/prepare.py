@@ -1,12 +1,12 @@
-"""Games of tic-tac-toe between players at random and perfect ones, one a line: mr519...37X. Made here, no download.
+"""Tic-tac-toe games between random and perfect players, one per line: mr519...37X. No download.
 
     python data/tictactoe/prepare.py                       -> data/tictactoe
 
-`m` plays by minimax, one of the best moves at random (a win as soon, a loss as late as can be), `r` any free cell. A third of
-the games each are mr and rm, which show what a perfect player does about any move, a sixth each mm and rr. A tenth of all
-possible games, chosen by a hash of their moves, is the validation split: none of them occurs in training, whoever plays.
-GAMES games to train on, where a game may come more than once; in validation it does not, and the shares of the pairings are
-the same as far as there are as many different games: 666 mr, 589 rm, 333 mm, 333 rr. Byte tokens. Train with
+`m` plays by minimax: one of the best moves at random (win as soon, lose as late as possible). `r` takes any free cell. mr and
+rm are a third of the games each; they show a perfect player's answer to any move. mm and rr are a sixth each. A tenth of all
+possible games, chosen by a hash of their moves, is held out: with any players, they never occur in training. The training
+split has GAMES games, with repetitions. The validation split has no repetitions and the same shares of the pairings, as far
+as there are enough different games: 666 mr, 589 rm, 333 mm, 333 rr. Byte tokens. Train with
 --dataset=tictactoe --task=tictactoe.
 """
 import argparse
@@ -36,7 +36,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail  # one line instead of the usage
-    parser.add_argument('--games', type=int, default=GAMES, help=f'games to train on ({GAMES:,})')
+    parser.add_argument('--games', type=int, default=GAMES, help=f'training games ({GAMES:,})')
     parser.add_argument('--val_games', type=int, default=VAL_GAMES, help=f'held-out games ({VAL_GAMES:,})')
     parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
     args = parser.parse_args(argv)
@@ -48,10 +48,10 @@ def main(argv=None):
     if record['complete']:
         return
     tokenizer, rng, left = tokens.byte(), random.Random(0), args.games
-    val = {kinds: {} for kinds in PLAYERS}          # sets that keep their order
+    val = {kinds: {} for kinds in PLAYERS}          # dicts used as ordered sets
 
     def train_games():
-        """Games for training, a thousand at a time; what is held out goes to `val`, each once, as many as of these players."""
+        """Yield training games in batches of about a thousand. Held-out games go to `val`, each once, up to their share."""
         nonlocal left
         with tqdm(total=args.games, desc='games', disable=None) as bar:
             while left:

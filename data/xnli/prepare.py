@@ -1,15 +1,15 @@
-"""XNLI: does a premise entail a hypothesis, contradict it, or neither? English to train on, 15 languages to test on.
+"""XNLI: does a premise entail a hypothesis, contradict it, or neither? English training data, tests in 15 languages.
 
     python data/xnli/prepare.py                                -> data/xnli; downloads about 60 MB, takes minutes
     python data/xnli/prepare.py --languages en,de
     python data/xnli/prepare.py --file train.tsv --val_file dev.tsv --xnli_dir XNLI      local files instead of the Hub
 
 Writes train.csv (MultiNLI's 392,702 English pairs), val.csv (its 9,815 matched validation pairs), and for each language
-val-<language>.csv (2,490) and test-<language>.csv (5,010), people's translations of the same pairs. The labels are
-entailment, neutral, contradiction, in this order (not the alphabet's): ids 0, 1, 2. Pairs whose annotators found no
-majority, label - or -1, are left out and counted.
-Local files: --file and --val_file are tables with the columns premise, hypothesis and label, a name or its id; --xnli_dir
-holds dev-<language>.tsv and maybe test-<language>.tsv, the same three columns without a header.
+val-<language>.csv (2,490) and test-<language>.csv (5,010), human translations of the same pairs. The labels entailment,
+neutral, contradiction have the ids 0, 1, 2 (not alphabetical). Pairs without a majority among the annotators, label - or
+-1, are left out and counted.
+Local files: --file and --val_file are tables with the columns premise, hypothesis and label (a name or an id). --xnli_dir
+contains dev-<language>.tsv and optionally test-<language>.tsv, with the same three columns and no header.
 Terms: MultiNLI's are mixed (OANC, CC BY, CC BY-SA), XNLI is CC BY-NC. Train with --dataset=xnli.
 """
 import argparse
@@ -33,7 +33,7 @@ EXPECTED = {'train': 392_702, 'val': 9_815} | {f'{split}-{language}': count for 
 
 
 def labelled(rows, split):
-    """Yields (premise, hypothesis, name) of rows with a label; says how many had none."""
+    """Yield (premise, hypothesis, label name) for each row with a label. Prints the number of rows without one."""
     dropped = 0
     for premise, hypothesis, label in rows:
         if label in ('-', '-1', -1):
@@ -52,7 +52,7 @@ def hub(split):
 
 
 def local(path, split):
-    """The rows of a local table; a split of a language has no header."""
+    """The labelled rows of a local table. The table of a language split has no header."""
     found, labels = texts.read_table(path, TEXT, 'label', header=(*TEXT, 'label') if '-' in split else ())
     is_known = [label not in ('-', '-1') for label in labels]
     names = iter(texts.named([label for label, known in zip(labels, is_known, strict=True) if known], LABELS, path))
@@ -60,7 +60,7 @@ def local(path, split):
 
 
 def languages_in(text):
-    """'en,de' -> ['en', 'de']; anything that XNLI has not is one clear line."""
+    """'en,de' -> ['en', 'de']. A language that XNLI does not have is an error of one line."""
     languages = [language for language in text.replace(' ', '').split(',') if language]
     for language in languages:
         if language not in LANGUAGES:
@@ -71,13 +71,13 @@ def languages_in(text):
 
 
 def local_files(args):
-    """{split: path}. Without --languages those that --xnli_dir holds; with it each must be there."""
+    """{split: path} of the local files. Without --languages, all languages in --xnli_dir; with it, each file must exist."""
     if not args.xnli_dir.is_dir():
-        fail(f'there is no folder {args.xnli_dir}; --xnli_dir holds dev-<language>.tsv')
+        fail(f'there is no folder {args.xnli_dir}; give as --xnli_dir the folder of dev-<language>.tsv')
     languages = languages_in(args.languages) if args.languages else [
         language for language in LANGUAGES if (args.xnli_dir / f'dev-{language}.tsv').is_file()]
     if not languages:
-        fail(f'{args.xnli_dir} holds no dev-<language>.tsv of a language of XNLI: {", ".join(LANGUAGES)}')
+        fail(f'{args.xnli_dir} holds no dev-<language>.tsv; use a language of XNLI: {", ".join(LANGUAGES)}')
     files = {'train': Path(args.file), 'val': Path(args.val_file)}
     for split, name in XNLI_FILE.items():
         for language in languages:
@@ -94,7 +94,7 @@ def main(argv=None):
     parser.add_argument('--languages', default='', metavar='en,de', help='languages to test on (all)')
     parser.add_argument('--file', metavar='PATH', help='local training table (.tsv, .csv, .parquet)')
     parser.add_argument('--val_file', metavar='PATH', help='local validation table')
-    parser.add_argument('--xnli_dir', type=Path, metavar='DIR', help='local folder of dev-<language>.tsv')
+    parser.add_argument('--xnli_dir', type=Path, metavar='DIR', help='local folder with dev-<language>.tsv')
     parser.add_argument('--out_dir', default=Path(__file__).resolve().parent, type=Path)
     args = parser.parse_args(argv)
     given = [bool(args.file), bool(args.val_file), bool(args.xnli_dir)]
