@@ -8,7 +8,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: help train test bench results
+.PHONY: help train test check peers bench results
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,12 @@ train: $(READY) ## data, a small 1-bit GPT on Python code, its loss curve and a 
 test: $(READY) ## linter and tests, on the CPU, no network
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n auto --dist loadfile
+
+check: $(READY) ## the numerics of layers, quantizers and optimizers; run it after you edit a layer
+	$(PY) -m pytest tests/test_layers.py tests/test_quant.py tests/test_optim.py
+
+peers: $(READY) ## other implementations that tests and bench.py compare with
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 
 bench: $(READY) ## time and memory of a training step
 	$(PY) bench.py train
