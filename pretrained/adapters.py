@@ -1,5 +1,5 @@
 """
-LoRA adapters of a model: trained alone, merged, kept and loaded in peft's folder layout.
+LoRA adapters of a model: train them alone, merge them, save and load them in peft's folder layout.
 
     convert(model, {'*attn*': ('lora', dict(rank=8, base='nf4'))})          # layers.py
     only_adapters(model)
@@ -17,16 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from common import atomic_write
 from layers import LoRALinear, is_linear, set_module
 
-PEFT = 'base_model.model.'      # what peft puts before a module's name
+PEFT = 'base_model.model.'      # peft's prefix of a module's name
 
 
 def adapters(model):
-    """{name: LoRALinear} of the model, or of what torch.compile or DistributedDataParallel wraps; ValueError when there is
-    none."""
+    """{name: LoRALinear} of a model, also inside torch.compile or DistributedDataParallel. Raises ValueError if it has none."""
     model = bare(model)
     found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not found or '' in found:
-        raise ValueError('the model has no LoRA layers inside; convert it with a lora rule first')
+        raise ValueError('the model has no LoRA layers inside; convert() it with a lora rule first')
     return found
 
 
@@ -37,7 +36,7 @@ def bare(model):
 
 
 def only_adapters(model):
-    """Freeze everything but the adapters, as peft does; returns the model."""
+    """Freeze all parameters but the adapters, as peft does. Returns the model."""
     trained = {id(p) for m in adapters(model).values() for p in (m.lora_A, m.lora_B)}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
@@ -45,9 +44,9 @@ def only_adapters(model):
 
 
 def merge_adapters(model, *inputs, requantize=False):
-    """LoRALinear.merge() of every adapter, in place, on what reaches it in model(*inputs); returns {name: damage}.
+    """Merge every adapter into its base layer, in place. Returns {name: damage} of LoRALinear.merge().
 
-    The model runs once as for evaluation."""
+    model(*inputs) runs once in evaluation mode and gives each adapter its input, for the damage. Raises ValueError."""
     seen, found, training = {}, adapters(model), {m: m.training for m in model.modules()}
     hooks = [m.register_forward_pre_hook(lambda _, args, kwargs, name=name: seen.update(
              {name: next(iter([*args, *kwargs.values()])).detach()}), with_kwargs=True) for name, m in found.items()]
@@ -61,7 +60,7 @@ def merge_adapters(model, *inputs, requantize=False):
             m.training = was
     if unseen := found.keys() - seen.keys():
         raise ValueError(f'merge_adapters: these inputs do not reach {sorted(unseen)[0]}')
-    merged = {name: m.merge(seen[name], requantize) for name, m in found.items()}       # all of them or, on an error, none
+    merged = {name: m.merge(seen[name], requantize) for name, m in found.items()}       # an error changes nothing
     places = {id(m): name for name, m in found.items()}
     model = bare(model)
     for name, m in list(model.named_modules(remove_duplicate=False)):               # a layer may have several names
@@ -71,15 +70,15 @@ def merge_adapters(model, *inputs, requantize=False):
 
 
 def save_adapters(model, folder, base_model='', heads=(), task_type=None):
-    """Write the adapters alone to `folder` as peft lays them out: adapter_model.safetensors and adapter_config.json.
+    """Save the adapters alone in peft's layout: adapter_model.safetensors and adapter_config.json in `folder`.
 
-    base_model: name or path of the Hugging Face model they belong to, for peft. heads: names of modules that were trained
-    as a whole beside them, e.g. a classifier, kept with them (peft's modules_to_save); task_type: peft's, e.g. SEQ_CLS."""
+    base_model: name or path of their Hugging Face model, for peft. heads: names of fully trained modules that are saved too,
+    e.g. a classifier (peft's modules_to_save). task_type: peft's task_type, e.g. SEQ_CLS. Raises OSError if writing fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     found = adapters(model)
     first = next(iter(found.values()))
-    # peft takes a name in a list for the end of one; a single string and the keys of patterns are regular expressions.
+    # peft matches a name in a list against the end of module names. A single string and pattern keys are regular expressions.
     longer = {name: {n for n, _ in bare(model).named_modules() if n.endswith(f'.{name}')} for name in found}
     ranks, alphas = ({f'^{re.escape(name)}' if longer[name] else name: getattr(m, key) for name, m in found.items()
                       if getattr(m, key) != getattr(first, key)} for key in ('rank', 'alpha'))
@@ -96,7 +95,7 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None):
     os.makedirs(folder, exist_ok=True)
     try:
         atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(tensors, tmp, {'format': 'pt'}))
-    except SafetensorError as e:                    # what a full disk is there
+    except SafetensorError as e:                    # safetensors raises this for a full disk
         raise OSError(f'could not write {folder}: {e}') from None
 
     def write(tmp):
@@ -106,9 +105,9 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None):
 
 
 def load_adapters(model, folder):
-    """Put the adapters of save_adapters, or of peft, into the model, in place; layers without LoRA get it. Returns names.
+    """Load adapters of save_adapters() or peft into the model, in place. Other linear layers become LoRALinear. Returns names.
 
-    Raises ValueError naming what is missing, unknown or of another shape; the model is then untouched."""
+    Raises ValueError that names a tensor if it is missing, unknown or of another shape. The model is then unchanged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     model, path = bare(model), os.path.join(folder, 'adapter_model.safetensors')
@@ -123,7 +122,7 @@ def load_adapters(model, folder):
     if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora', 'fan_in_fan_out')):
         raise ValueError(f'{folder}: only plain LoRA adapters can be loaded')
     present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    heads = {}                                      # peft takes a name for the end of one, and adds names that no module has
+    heads = {}                                      # peft matches the end of names, and lists names that no module has
     for head in config.get('modules_to_save') or ():
         here = [n for n, _ in model.named_modules() if f'.{n}'.endswith(f'.{head}')]
         heads |= {f'{PEFT}{n}.': n for n in here or [head]}
