@@ -1,4 +1,4 @@
-"""bench.py's measurements of single linear layers: bits, error and time of every kind beside nn.Linear."""
+"""Measurements of single linear layers for bench.py: bits, error and time of every kind, compared to nn.Linear."""
 import importlib.util
 import json
 import re
@@ -21,9 +21,9 @@ LAYERS = {'linear': None, 'linear trained': None, 'half': 'half', 'int8': 'int8'
 
 
 def make_layer(name, columns, rows, device, dtype):
-    """(layer, bits per weight, relative RMS error) of a layer with N(0,1) weights, no bias, frozen but for adapters and
-    low rank, computing in dtype. 'bitsandbytes nf4 eval' is what its layer becomes in evaluation on a CPU with bf16
-    instructions: another arrangement of the weights, arithmetic in bf16 whatever the input, no backward pass."""
+    """Make a layer with N(0,1) weights and no bias that computes in dtype: (layer, bits per weight, relative RMS error).
+    All but adapters and low-rank factors is frozen. 'bitsandbytes nf4 eval' is its layer in evaluation on a CPU with bf16
+    instructions: the weights have another layout, arithmetic is in bf16 for any input, and there is no backward pass."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(columns, rows, bias=False, device=device))
     w = nn.init.normal_(model[0].weight).detach().clone()
@@ -45,11 +45,11 @@ def make_layer(name, columns, rows, device, dtype):
     base = getattr(layer, 'base', layer)
     q = (base.effective_weight() if isinstance(base, layers.LowBit) else base.weight.float() if name != 'lowrank'
          else (base.A * base.c @ base.B).detach())
-    if name == 'binary':                            # its output is normalised: the scale that fits best is the layer's
+    if name == 'binary':                            # the output is normalised, so the best scale counts
         q = q * (q * w).sum() / q.square().sum()
     held = [t for t in [*base.parameters(), *base.buffers()]]
     if name == 'ternary':
-        held.remove(base.gain)                      # of the RMSNorm that it has inside
+        held.remove(base.gain)                      # belongs to the RMSNorm inside the layer
     return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
 
 
@@ -78,11 +78,11 @@ def layers_worker(a):
 
 
 def every_layer(a):
-    """Every kind of layer: bits per weight, error on normal weights, time beside a frozen nn.Linear."""
+    """Measure every kind of layer: bits per weight, error on normal weights, time relative to a frozen nn.Linear."""
     names = a.kinds.split(',') if a.kinds else [n for n in LAYERS if 'bits' not in n
                                                 or importlib.util.find_spec('bitsandbytes')]
     if unknown := [n for n in names if n not in LAYERS]:
-        configurator.fail(f'{unknown[0]!r} is no kind of layer; type --kinds= and some of {",".join(LAYERS)}')
+        configurator.fail(f'{unknown[0]!r} is no kind of layer; type --kinds= with some of {",".join(LAYERS)}')
     if not re.fullmatch(r'[1-9]\d*x[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*x[1-9]\d*)*', a.shapes):
         configurator.fail(f'--shapes={a.shapes} is not tokens x in x out; type e.g. --shapes=1x1024x1024,32x1024x4096')
     shapes = [tuple(map(int, s.split('x'))) for s in a.shapes.split(',')]
