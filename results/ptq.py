@@ -1,14 +1,14 @@
 """
-The tables of ptq.py: one model, quantized, pruned and taken apart, by the commands below.
+Make the tables of ptq.py: quantization, pruning and sensitivity of one model, by the commands below.
 
     python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=4096 --name=wikitext2_bpe
     python train_gpt.py config/wikitext2_bpe.py
-    python results/ptq.py                          # all of them, prune takes longest
-    python results/ptq.py sensitivity              # one of ptq, prune, sensitivity, choose, big
-    python results/ptq.py --table                  # from the kept rows alone
-    python results/runs.py blocks                  # train with the blocks that `choose` chose, and with others
+    python results/ptq.py                          # all parts; prune takes longest
+    python results/ptq.py sensitivity              # one part of ptq, prune, sensitivity, choose, big
+    python results/ptq.py --table                  # tables from the stored rows, without a run
+    python results/runs.py blocks                  # train with the blocks that `choose` selected, and with others
 
-Rows go to results/ptq_*.jsonl, tables and pictures beside them and into README.md. No number in them is typed by hand.
+Rows go to results/ptq_*.jsonl, tables and pictures to the same folder and README.md. No number in them is typed by hand.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ import keep
 from keep import ROOT, number, table
 
 CKPT = ['--ckpt=out/wikitext2_bpe', '--out=out/ptq']
-# part: what is run, where its rows are kept
+# part: (command, name of the file that stores its rows)
 PARTS = {'ptq': (['ptq.py', *CKPT], 'ptq_schemes'),
          'prune': (['ptq.py', 'prune', *CKPT], 'ptq_prune'),
          'sensitivity': (['ptq.py', 'sensitivity', *CKPT, '--scheme=bin'], 'ptq_sensitivity'),
@@ -83,12 +83,12 @@ def tabulate(name):
     """Write the table of results/<name>.jsonl and draw its picture."""
     from report import plot_ptq
     found, path = keep.read(name), ROOT / 'results' / f'{name}.png'
-    if all(map(of_choose, found)):                  # what was chosen stands below the table of sensitivity
+    if all(map(of_choose, found)):                  # rows of choose appear below the table of sensitivity
         return
     title = f'{found[-1].get("ckpt")}: nats per token'
     if name == 'ptq_schemes':
         plot_ptq.sizes(path, found, title)
-    elif name == 'ptq_prune':                       # rows without updates are those that `zeros_from` speaks of
+    elif name == 'ptq_prune':                       # without updates: the rows with zeros_from
         found = [r for r in found if r['retrain_iters']]
         plot_ptq.shares(path, found, f'{title}, {found[-1]["retrain_iters"]} updates')
     elif name == 'ptq_sensitivity':
@@ -102,7 +102,7 @@ def tabulate(name):
 
 
 def gpt2_shape():
-    """Time and memory of `ptq.py --save` on a model of GPT-2's shape, each scheme in a process of its own."""
+    """Measure time and memory of `ptq.py --save` on a model of GPT-2's shape, each scheme in a fresh process."""
     import numpy as np
     import torch
 
@@ -117,7 +117,7 @@ def gpt2_shape():
         tokens.write(work / 'data', split, [random.integers(0, 256, n)], tokenizer)
     model = GPT(GPTConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768))
     fp32 = 4 * sum(p.numel() for p in model.parameters())
-    # What a trainer leaves has two moments of Adam beside the weights.
+    # A checkpoint of a trainer has two moments of Adam beside the weights.
     common.save_checkpoint(str(work / 'best.pt'), {
         'trainer': 'train_gpt', 'step': 0, 'model_config': vars(model.config), 'model': model.state_dict(),
         'optimizer': {'exp_avg': torch.zeros(fp32 // 4), 'exp_avg_sq': torch.zeros(fp32 // 4)}, 'best_val_loss': 0.0,
