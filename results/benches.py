@@ -95,7 +95,7 @@ def mib(row, key, digits=2):
 def bench_table(name):
     """Markdown lines of a caption and a table, from the rows of bench.py in results/<name>.jsonl."""
     rows, (_, head, columns) = keep.read(name), BENCHES[name]
-    merged = {}                                     # one row per variant, and per dtype where that matters
+    merged = {}                                     # one row per variant (and dtype); sizes of `layers` are columns
     for r in rows:
         key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'bitnet_speed', 'conv') else None
         if name == 'layers':

@@ -88,7 +88,7 @@ def tabulate(name):
     title = f'{found[-1].get("ckpt")}: nats per token'
     if name == 'ptq_schemes':
         plot_ptq.sizes(path, found, title)
-    elif name == 'ptq_prune':                       # without updates: the rows with zeros_from
+    elif name == 'ptq_prune':                       # rows without updates are only the source of `zeros_from`
         found = [r for r in found if r['retrain_iters']]
         plot_ptq.shares(path, found, f'{title}, {found[-1]["retrain_iters"]} updates')
     elif name == 'ptq_sensitivity':
