@@ -115,26 +115,26 @@ def quantize(subject, model, name, alone=False):
     def put(n, new=None, options=options):
         weights = model.get_submodule(n).weight.numel()
         described.update(replace.replace(model, n, kind, options, new))
-        held = model.get_submodule(n).state_dict()
-        counts[0] += sum(t.nbytes for key, t in held.items() if key != 'bias' and isinstance(t, torch.Tensor))
+        state = model.get_submodule(n).state_dict()
+        counts[0] += sum(t.nbytes for key, t in state.items() if key != 'bias' and isinstance(t, torch.Tensor))
         counts[1] += weights
 
     def visit(n, moments):
         layer = model.get_submodule(n)
         weight = layer.weight.detach()
         try:
-            found = CALIBRATED[method](weight, moments, levels)
+            quantized = CALIBRATED[method](weight, moments, levels)
         except ValueError as e:
             raise ValueError(f'{n}: {e}') from None
-        later[n] = GroupLinear.from_codes(layer, levels, group, *found), options | {'scaled_input': len(found) > 3}
+        later[n] = GroupLinear.from_codes(layer, levels, group, *quantized), options | {'scaled_input': len(quantized) > 3}
         if not alone:
             put(n, *later.pop(n))
 
     if method in CALIBRATED:
         linears = [n for n, m in wanted.items() if isinstance(m, nn.Linear)]
         calibrate.for_each_layer(model, subject.calibration(windows, seed), subject.run, linears, visit)
-        for n, found in later.items():
-            put(n, *found)
+        for n, quantized in later.items():
+            put(n, *quantized)
     for n, module in wanted.items():
         if method == 'bnb' and isinstance(module, nn.Linear) and not replace.tied_to(model, n):
             put(n, bitsandbytes_layer(module, levels))
@@ -146,7 +146,7 @@ def quantize(subject, model, name, alone=False):
 
 
 def bitsandbytes_layer(linear, kind):
-    """bitsandbytes layer with the weights of `linear`: nf4, or int8 with columns of outliers above 6.0 kept apart."""
+    """bitsandbytes layer with the weights of `linear`: nf4, or int8 that treats columns of outliers above 6.0 separately."""
     import bitsandbytes as bnb
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)           # it logs in each pass that it computes in fp16
     rows, columns, bias = linear.out_features, linear.in_features, linear.bias is not None
@@ -160,7 +160,7 @@ def bitsandbytes_layer(linear, kind):
 def check(subject, names):
     """Check the options before anything is computed. Raises ValueError."""
     if twice := [n for n in names if names.count(n) > 1]:
-        raise ValueError(f'{twice[0]} is asked for twice')
+        raise ValueError(f'{twice[0]} is given twice; type it once')
     if save:
         subject.refuse(save)
     wanted = replace.layers_of(subject.model, skip)
@@ -208,14 +208,14 @@ def timings(subject, model, base):
     order. Figures are medians over rounds. {} with time_rounds=0."""
     row, nets = {}, (model,) if base is None else (model, base)
     for key, n in (('1', 1), ('many', 10 ** 6)) if time_rounds else ():
-        ids, found = subject.ids(n), [[] for _ in nets]
+        ids, times = subject.ids(n), [[] for _ in nets]
         with torch.no_grad():
             for i in range(time_rounds):
                 for k in sorted(range(len(nets)), reverse=i % 2):
                     ms = median_ms(lambda net=nets[k], ids=ids: subject.passed(net, ids), 0.2, ids.device.type == 'cuda')
-                    found[k].append(ms / ids.shape[1])
-        row[f'ms_{key}'] = statistics.median(found[0])
-        row[f'ratio_{key}'] = 1.0 if base is None else statistics.median(m / b for m, b in zip(*found, strict=True))
+                    times[k].append(ms / ids.shape[1])
+        row[f'ms_{key}'] = statistics.median(times[0])
+        row[f'ratio_{key}'] = 1.0 if base is None else statistics.median(m / b for m, b in zip(*times, strict=True))
     return row
 
 
@@ -276,7 +276,7 @@ def save_quantized(subject, folder, start, before):
     time and resident bytes before the model was loaded."""
     names = chosen(schemes, [], [n for n in SCHEMES if SCHEMES[n][0] != 'bnb'])
     if len(names) != 1:
-        raise ValueError(f'--save keeps one model, {len(names)} schemes were asked for; type e.g. --schemes=gptq4')
+        raise ValueError(f'--save writes one model, but {len(names)} schemes are given; type e.g. --schemes=gptq4')
     if subject.about['quantized']:
         raise ValueError(f'{subject.name} is quantized already; type --ckpt=... of a full-precision model')
     name, = names
@@ -389,7 +389,7 @@ def prune(subject, folder):
     if not jobs or any(not 0 <= a <= 1 for _, a in jobs):
         raise ValueError(f'methods={methods!r}, amounts={amounts}: type --methods, and --amounts as shares from 0 to 1')
     if save and len(jobs) != 1:
-        raise ValueError(f'--save keeps one model, not {len(jobs)}; type one of --methods and one of --amounts')
+        raise ValueError(f'--save writes one model, not {len(jobs)}; type one of --methods and one of --amounts')
     if any(m.startswith('wanda') for m, _ in jobs):
         subject.calibration(1, seed)
     elif 'windows' in _changed:
@@ -476,11 +476,11 @@ def sensitivity(subject, folder):
                      sum(subject.model.get_submodule(n).weight.numel() for n in names), 'base_loss': base, 'loss': loss,
                      'delta': loss - base, 'ckpt': subject.name, 'group': group, 'device': common.device_name(subject.dev)})
         write_rows(folder, 'sensitivity', rows)
-    found = {(r['block'], r['kind']): r['delta'] for r in rows}
-    table = [{'block': b, **{k: found.get((b, k)) for k in [*kinds, 'all']}} for b in [*blocks, 'all']]
+    deltas = {(r['block'], r['kind']): r['delta'] for r in rows}
+    table = [{'block': b, **{k: deltas.get((b, k)) for k in [*kinds, 'all']}} for b in [*blocks, 'all']]
     print(f'{subject.name}: {base:.4f} {subject.unit}; increase with only these layers as {scheme}, {bits_each:.3f} bits')
     show(table, [('block', 'block', ''), *((k, k, '+.4f') for k in [*kinds, 'all'])], None)
-    plot_ptq.heat(os.path.join(folder, 'sensitivity.png'), list(blocks), kinds, found,
+    plot_ptq.heat(os.path.join(folder, 'sensitivity.png'), list(blocks), kinds, deltas,
                   f'{subject.name}: {scheme}, {subject.unit}')
     print(f'wrote {folder}/sensitivity.jsonl and {folder}/sensitivity.png')
 
@@ -519,13 +519,13 @@ def choose(subject, folder):
         write_rows(folder, 'choose', rows)
     numbers = tuple(sorted(list(blocks).index(b) for b in taken))
     path = os.path.join(folder, 'chosen.py')
-    said = (f'ptq.py choose: of the {c.n_layer} blocks of {subject.name}, {numbers} add the least loss as {scheme}, '
-            f'{of(need):.2f} bits per weight')
+    summary = (f'ptq.py choose: of the {c.n_layer} blocks of {subject.name}, {numbers} add the least loss as {scheme}, '
+               f'{of(need):.2f} bits per weight')
     base_config = os.path.join(os.path.dirname(subject.name), 'config.py')
     command = f'python train_gpt.py {base_config} {path} --out_dir=out/chosen'
     configurator.save({'n_binary': 0, 'binary_blocks': numbers, 'qkv_proj': kind, 'c_proj': kind, 'mlp_proj': kind}, path,
-                      f'{said}\n{command}')
-    print(f'{said}\nto start from the weights of this model, add --init_from={subject.name}\n'
+                      f'{summary}\n{command}')
+    print(f'{summary}\nto start from the weights of this model, add --init_from={subject.name}\n'
           f'wrote {folder}/choose.jsonl and {path}; train it with: {command}')
 
 

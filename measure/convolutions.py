@@ -92,14 +92,14 @@ def conv(a):
     for v, worker in zip(variants, workers, strict=True):
         memory[v] = worker.ask('memory')
         worker.close()
-    found = dict(zip(variants, answers, strict=True))
+    answers_of = dict(zip(variants, answers, strict=True))
     print('forward and backward of a 3x3 convolution with normalisation and ReLU (channels x pixels of a side), and a training '
           f'step of the network;\n{a.batch} images of {a.image_size} pixels, {a.device} ({device_name(a)}), '
           f'{a.threads} threads, torch {torch.__version__}, compile={a.compile}, {a.rounds} rounds x {a.steps} steps;\n'
           'peak: tensors alive at once')
     rows = []
     for name, dtype in variants:
-        mine, base = found[name, dtype], found.get(('real', dtype))
+        mine, base = answers_of[name, dtype], answers_of.get(('real', dtype))
         one, real = memory[name, dtype], memory.get(('real', dtype), {})
         row = {'bench': 'conv', 'name': name, 'dtype': dtype, **one}
         for key in mine[0]:

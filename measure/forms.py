@@ -93,8 +93,8 @@ def theoretical_bytes(module):
     if isinstance(module, layers.TernaryLinear):
         return -(-module.in_features // 4) * out + 4 * module.chunks + bias + 4 * module.in_features * module.norm
     if isinstance(module, layers.BinaryLinear):
-        held = getattr(module, 'packed_bias', None)
-        return -(-module.in_features // 8) * out + (0 if held is None else -(-out // 8)) + 4 * module.alpha.numel()
+        packed_bias = getattr(module, 'packed_bias', None)
+        return -(-module.in_features // 8) * out + (0 if packed_bias is None else -(-out // 8)) + 4 * module.alpha.numel()
     if isinstance(module, layers.LowRankLinear):
         return 4 * module.rank * (module.in_features + out + 1) + bias
     if isinstance(module, layers.LoRALinear):
@@ -128,17 +128,17 @@ def output(model, x):
 
 def stats_worker(a, load):
     model, inputs = base_model(a, load)
-    model, x, held = form(model, a.name, a).train(), inputs(a.batch), {}
+    model, x, outputs = form(model, a.name, a).train(), inputs(a.batch), {}
     cuda = a.device == 'cuda'
 
     def forward():
-        held['y'] = output(model, x)
+        outputs['y'] = output(model, x)
     y = output(model, x)                            # libraries allocate memory on first use
     y.float().square().mean().backward()
     model.zero_grad(set_to_none=True)
     del y
     up = peak_above(forward, cuda)
-    loss = held.pop('y').float().square().mean()
+    loss = outputs.pop('y').float().square().mean()
     after = peak_above(loss.backward, cuda)
     yield {**counts(model), 'forward_bytes': up, 'backward_bytes': after, 'resident_bytes': peak_memory_bytes()}
 

@@ -37,9 +37,9 @@ def make_layer(name, columns, rows, device, dtype):
         layer = layer.to(device)
         state = layer.weight.quant_state
         q = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).float()
-        held = [layer.weight, state.absmax] + ([state.state2.absmax] if state.nested else [])
+        stored = [layer.weight, state.absmax] + ([state.state2.absmax] if state.nested else [])
         layer.train(not name.endswith('eval'))
-        return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
+        return layer, 8 * sum(t.nbytes for t in stored) / w.numel(), ((q - w).norm() / w.norm()).item()
     layers.convert(model, {'0': LAYERS[name]}, verbose=False, packed=True)
     layer = model[0]
     base = getattr(layer, 'base', layer)
@@ -47,17 +47,17 @@ def make_layer(name, columns, rows, device, dtype):
          else (base.A * base.c @ base.B).detach())
     if name == 'binary':                            # the output is normalised, so the best scale counts
         q = q * (q * w).sum() / q.square().sum()
-    held = [t for t in [*base.parameters(), *base.buffers()]]
+    stored = [t for t in [*base.parameters(), *base.buffers()]]
     if name == 'ternary':
-        held.remove(base.gain)                      # belongs to the RMSNorm inside the layer
-    return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
+        stored.remove(base.gain)                    # belongs to the RMSNorm inside the layer
+    return layer, 8 * sum(t.nbytes for t in stored) / w.numel(), ((q - w).norm() / w.norm()).item()
 
 
 def layers_worker(a):
     rows = {}
     for line in sys.stdin:
-        ask = json.loads(line)
-        tokens, columns, outs = ask['shape']
+        request = json.loads(line)
+        tokens, columns, outs = request['shape']
         if (columns, outs) not in rows:
             rows[columns, outs] = make_layer(a.name, columns, outs, a.device, getattr(torch, a.dtype))
         layer, bits, error = rows[columns, outs]
@@ -73,8 +73,8 @@ def layers_worker(a):
             layer.zero_grad(set_to_none=True)
             layer(x.requires_grad_()).backward(g)
         cuda = a.device == 'cuda'
-        yield {'bits': bits, 'error': error, 'forward_ms': median_ms(forward, ask['seconds'], cuda),
-               'both_ms': None if a.name.endswith('eval') else median_ms(both, ask['seconds'], cuda)}
+        yield {'bits': bits, 'error': error, 'forward_ms': median_ms(forward, request['seconds'], cuda),
+               'both_ms': None if a.name.endswith('eval') else median_ms(both, request['seconds'], cuda)}
 
 
 def every_layer(a):
@@ -90,15 +90,15 @@ def every_layer(a):
     names.insert(0, 'linear')
     rows = []
     for shape in shapes:
-        ask = json.dumps({'shape': shape, 'seconds': a.seconds})
-        workers, answers = in_turns([dict(vars(a), run=None, bench='layers', name=n) for n in names], a.rounds, ask, ask)
+        line = json.dumps({'shape': shape, 'seconds': a.seconds})
+        workers, answers = in_turns([dict(vars(a), run=None, bench='layers', name=n) for n in names], a.rounds, line, line)
         for worker in workers:
             worker.close()
         base = answers[0]
-        for name, found in zip(names, answers, strict=True):
-            ms = {k: middle(found, k) for k in ('forward_ms', 'both_ms')}
-            by = {k.replace('ms', 'ratio'): ratio(found, base, k) for k in ms}
-            rows.append({'bench': 'layers', 'name': name, 'bits': found[0]['bits'], 'error': found[0]['error'], **ms, **by,
+        for name, mine in zip(names, answers, strict=True):
+            ms = {k: middle(mine, k) for k in ('forward_ms', 'both_ms')}
+            by = {k.replace('ms', 'ratio'): ratio(mine, base, k) for k in ms}
+            rows.append({'bench': 'layers', 'name': name, 'bits': mine[0]['bits'], 'error': mine[0]['error'], **ms, **by,
                          'tokens': shape[0], 'in': shape[1], 'out': shape[2], 'dtype': a.dtype, 'threads': a.threads,
                          'device': device_name(a), 'torch': torch.__version__})
         one = rows[-len(names)]

@@ -32,14 +32,14 @@ def refresh_every(optimizer, steps):
 
 def block_optimizer(name, params):
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)       # it warns of missing 4-bit kernels, not needed here
-    kind, _, what = name.partition(' ')
+    kind, _, rank = name.partition(' ')
     if kind == 'adamw':
         return torch.optim.AdamW(params, fused=True)
     if kind == 'rsvd':
-        return RSVDAdam(params, rank=int(what), side='short', interval=NEVER)
+        return RSVDAdam(params, rank=int(rank), side='short', interval=NEVER)
     if kind == 'galore':
         import galore_torch
-        return galore_torch.GaLoreAdamW([{'params': params, 'rank': int(what), 'update_proj_gap': NEVER, 'scale': 1.0,
+        return galore_torch.GaLoreAdamW([{'params': params, 'rank': int(rank), 'update_proj_gap': NEVER, 'scale': 1.0,
                                           'proj_type': 'std'}], no_deprecation_warning=True)
     import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(params)
@@ -47,8 +47,8 @@ def block_optimizer(name, params):
 
 def state_bytes(optimizer):
     """optimizer_bytes() of any optimizer. Counts GaLore's bases, which are inside objects; a shared tensor counts once."""
-    found = [t for s in optimizer.state.values() for v in s.values() for t in (v, getattr(v, 'ortho_matrix', None))]
-    return sum({t.data_ptr(): t.nbytes for t in found if torch.is_tensor(t)}.values())
+    tensors = [t for s in optimizer.state.values() for v in s.values() for t in (v, getattr(v, 'ortho_matrix', None))]
+    return sum({t.data_ptr(): t.nbytes for t in tensors if torch.is_tensor(t)}.values())
 
 
 def optim_worker(a):
@@ -112,19 +112,19 @@ def optim(a):
     workers, answers = in_turns([dict(vars(a), run=None, bench='optim', name=n) for n in names], a.rounds, 1, a.steps)
     for worker in workers:
         worker.close()
-    found = dict(zip(names, answers, strict=True))
-    for name in [n for n in names if 'failed' in found[n][0]]:
-        print(f'left out: {name} ({found.pop(name)[0]["failed"]})')
+    answers_of = dict(zip(names, answers, strict=True))
+    for name in [n for n in names if 'failed' in answers_of[n][0]]:
+        print(f'left out: {name} ({answers_of.pop(name)[0]["failed"]})')
     print(f'{4 * a.layers} matrices of {a.layers} blocks of width {a.dim}, fp32, {a.device} ({device_name(a)}), {a.threads} '
           f'threads, torch {torch.__version__}, {a.rounds} rounds x {a.steps} steps;\nrefresh: of all matrices, in addition '
           f'to a plain step; amortised: one refresh in {INTERVAL} steps. full SVD: torch.linalg.svd, 4 shapes x {a.layers}')
     rows = []
-    for name, mine in found.items():
-        peer = found.get(name.replace('rsvd', 'galore')) if name.startswith('rsvd') else None
+    for name, mine in answers_of.items():
+        peer = answers_of.get(name.replace('rsvd', 'galore')) if name.startswith('rsvd') else None
         rows.append({'bench': 'optim', 'name': name, **{k: middle(mine, k) for k in mine[0]},
-                     'ratio': ratio(mine, found['adamw'], 'ms'), 'galore_ratio': ratio(mine, peer, 'ms'),
-                     'svd_ratio': ratio(mine, found['full SVD'], 'refresh_ms'),
-                     'amortised_ratio': ratio(mine, found['adamw'], 'amortised_ms'), 'interval': INTERVAL, 'dim': a.dim,
+                     'ratio': ratio(mine, answers_of['adamw'], 'ms'), 'galore_ratio': ratio(mine, peer, 'ms'),
+                     'svd_ratio': ratio(mine, answers_of['full SVD'], 'refresh_ms'),
+                     'amortised_ratio': ratio(mine, answers_of['adamw'], 'amortised_ms'), 'interval': INTERVAL, 'dim': a.dim,
                      'layers': a.layers, 'threads': a.threads, 'device': device_name(a), 'torch': torch.__version__})
     show(rows, [('name', 'optimizer', ''), ('optimizer_bytes', 'bytes', ',.0f'), ('ms', 'ms/step', '.1f'),
                 ('ratio', 'x adamw', '.2f'), ('galore_ratio', 'x galore', '.2f'), ('refresh_ms', 'refresh ms', ',.0f'),
@@ -303,14 +303,14 @@ def finetune(a):
     workers, answers = in_turns([dict(vars(a), run=None, bench='finetune', name=n) for n in names], a.rounds, 1, a.steps)
     for worker in workers:
         worker.close()
-    found, memory = dict(zip(names, answers, strict=True)), {r['name']: r for r in rows}
+    answers_of, memory = dict(zip(names, answers, strict=True)), {r['name']: r for r in rows}
     for name, r in memory.items():
-        r.update({k: middle(found[name], k) for k in found[name][0]}, bench='finetune', rank=a.rank, batch=a.batch,
+        r.update({k: middle(answers_of[name], k) for k in answers_of[name][0]}, bench='finetune', rank=a.rank, batch=a.batch,
                  tokens=a.tokens, dim=a.dim, layers=a.layers, attention=a.attention,
                  threads=a.threads, interval=INTERVAL)
         for base in ('adamw', 'lora'):
             for key in ('ms', 'amortised_ms'):
-                r[f'{key}_x_{base}'] = ratio(found[name], found.get(base), key)
+                r[f'{key}_x_{base}'] = ratio(answers_of[name], answers_of.get(base), key)
             r[f'peak_x_{base}'] = r['peak_bytes'] / memory[base]['peak_bytes'] if base in memory else None
     print(f'DistilBERT, 2 labels, rank {a.rank}: {shape_of(a)}, {a.rounds} rounds x {a.steps} steps;\namortised: with one '
           f'refresh of every basis in {INTERVAL} steps; MiB; peak: tensors alive at once, in any step; saved: tensors saved '

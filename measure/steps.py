@@ -117,7 +117,7 @@ def train(a):
     flops = tokens * memory[variants[0]]['flops_per_token'] if peak else None
     print(f'training step, {a.model}, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, '
           f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
-          f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: of the process, above its start')
+          f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: growth of the process')
     rows = []
     for kind, dtype in variants:
         mine, base = times[kind, dtype], times.get(('fp', dtype), times[kind, dtype])

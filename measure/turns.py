@@ -62,20 +62,20 @@ def in_turns(jobs, rounds, warm_up, line):
         w.ask(warm_up)
     answers = [[] for _ in jobs]
     for _ in range(rounds):
-        for w, found in zip(workers, answers, strict=True):
-            found.append(w.ask(line))
+        for w, mine in zip(workers, answers, strict=True):
+            mine.append(w.ask(line))
     return workers, answers
 
 
-def middle(found, key):
+def middle(answers, key):
     """Median over rounds of a figure in the answers; None if an answer lacks it."""
-    values = [r.get(key) for r in found]
+    values = [r.get(key) for r in answers]
     return None if None in values else statistics.median(values)
 
 
-def ratio(found, base, key):
+def ratio(answers, base, key):
     """Median over rounds of the ratio of a figure to that of another variant in the same round; None if an answer lacks it."""
-    pairs = [(r.get(key), b.get(key)) for r, b in zip(found, base or [{}] * len(found), strict=True)]
+    pairs = [(r.get(key), b.get(key)) for r, b in zip(answers, base or [{}] * len(answers), strict=True)]
     return None if any(None in pair for pair in pairs) else statistics.median(m / b for m, b in pairs)
 
 

@@ -23,10 +23,10 @@ PEFT = 'base_model.model.'      # peft's prefix of a module's name
 def adapters(model):
     """{name: LoRALinear} of a model, also inside torch.compile or DistributedDataParallel. Raises ValueError if it has none."""
     model = bare(model)
-    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not found or '' in found:
+    loras = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not loras or '' in loras:
         raise ValueError('the model has no LoRA layers inside; convert() it with a lora rule first')
-    return found
+    return loras
 
 
 def bare(model):
@@ -47,9 +47,9 @@ def merge_adapters(model, *inputs, requantize=False):
     """Merge every adapter into its base layer, in place. Returns {name: damage} of LoRALinear.merge().
 
     model(*inputs) runs once in evaluation mode and gives each adapter its input, for the damage. Raises ValueError."""
-    seen, found, training = {}, adapters(model), {m: m.training for m in model.modules()}
+    seen, loras, training = {}, adapters(model), {m: m.training for m in model.modules()}
     hooks = [m.register_forward_pre_hook(lambda _, args, kwargs, name=name: seen.update(
-             {name: next(iter([*args, *kwargs.values()])).detach()}), with_kwargs=True) for name, m in found.items()]
+             {name: next(iter([*args, *kwargs.values()])).detach()}), with_kwargs=True) for name, m in loras.items()]
     try:
         with torch.no_grad():
             bare(model).eval()(*inputs)
@@ -58,10 +58,10 @@ def merge_adapters(model, *inputs, requantize=False):
             hook.remove()
         for m, was in training.items():
             m.training = was
-    if unseen := found.keys() - seen.keys():
+    if unseen := loras.keys() - seen.keys():
         raise ValueError(f'merge_adapters: these inputs do not reach {sorted(unseen)[0]}')
-    merged = {name: m.merge(seen[name], requantize) for name, m in found.items()}       # an error changes nothing
-    places = {id(m): name for name, m in found.items()}
+    merged = {name: m.merge(seen[name], requantize) for name, m in loras.items()}       # an error changes nothing
+    places = {id(m): name for name, m in loras.items()}
     model = bare(model)
     for name, m in list(model.named_modules(remove_duplicate=False)):               # a layer may have several names
         if id(m) in places:
@@ -76,19 +76,19 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None):
     e.g. a classifier (peft's modules_to_save). task_type: peft's task_type, e.g. SEQ_CLS. Raises OSError if writing fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    found = adapters(model)
-    first = next(iter(found.values()))
+    loras = adapters(model)
+    first = next(iter(loras.values()))
     # peft matches a name in a list against the end of module names. A single string and pattern keys are regular expressions.
-    longer = {name: {n for n, _ in bare(model).named_modules() if n.endswith(f'.{name}')} for name in found}
-    ranks, alphas = ({f'^{re.escape(name)}' if longer[name] else name: getattr(m, key) for name, m in found.items()
+    longer = {name: {n for n, _ in bare(model).named_modules() if n.endswith(f'.{name}')} for name in loras}
+    ranks, alphas = ({f'^{re.escape(name)}' if longer[name] else name: getattr(m, key) for name, m in loras.items()
                       if getattr(m, key) != getattr(first, key)} for key in ('rank', 'alpha'))
-    targets = '|'.join(map(re.escape, found)) if set().union(*longer.values()) - found.keys() else list(found)
+    targets = '|'.join(map(re.escape, loras)) if set().union(*longer.values()) - loras.keys() else list(loras)
     config = {'peft_type': 'LORA', 'base_model_name_or_path': base_model, 'r': first.rank, 'lora_alpha': first.alpha,
               'lora_dropout': first.dropout, 'target_modules': targets, 'rank_pattern': ranks, 'alpha_pattern': alphas,
               'bias': 'none', 'fan_in_fan_out': False, 'task_type': task_type, 'inference_mode': True,
               'modules_to_save': list(heads) or None}
     tensors = {f'{PEFT}{name}.lora_{ab}.weight': getattr(m, f'lora_{ab}').detach().cpu().contiguous()
-               for name, m in found.items() for ab in 'AB'}
+               for name, m in loras.items() for ab in 'AB'}
     for head in heads:
         for key, t in bare(model).get_submodule(head).state_dict().items():
             tensors[f'{PEFT}{head}.{key}'] = t.detach().cpu().contiguous()
@@ -116,7 +116,7 @@ def load_adapters(model, folder):
             config = json.load(f)
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as e:
-        raise ValueError(f'{folder} holds no LoRA adapters ({type(e).__name__}: {e})') from e
+        raise ValueError(f'{folder} has no LoRA adapters ({type(e).__name__}: {e})') from e
     if not isinstance(config, dict) or not isinstance(config.get('lora_alpha'), int | float):
         raise ValueError(f'{folder}/adapter_config.json has no lora_alpha')
     if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora', 'fan_in_fan_out')):
@@ -124,8 +124,8 @@ def load_adapters(model, folder):
     present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     heads = {}                                      # peft matches the end of names, and lists names that no module has
     for head in config.get('modules_to_save') or ():
-        here = [n for n, _ in model.named_modules() if f'.{n}'.endswith(f'.{head}')]
-        heads |= {f'{PEFT}{n}.': n for n in here or [head]}
+        matches = [n for n, _ in model.named_modules() if f'.{n}'.endswith(f'.{head}')]
+        heads |= {f'{PEFT}{n}.': n for n in matches or [head]}
     saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith(tuple(heads)) and '.lora_' not in k}
     names = list(dict.fromkeys([*present, *(k.removeprefix(PEFT).rsplit('.lora_', 1)[0] for k in tensors)]))
     wanted = {f'{PEFT}{name}.lora_{ab}.weight' for name in names for ab in 'AB'}

@@ -69,12 +69,12 @@ class Observed:
         self.model, self.names, self.stop, self.called = model, names, stop, set()
 
     def __enter__(self):
-        found, self.hooks = {}, []
+        moments_of, self.hooks = {}, []
         for name in self.names:
             layer = self.model.get_submodule(name)
-            found[name] = moments = Moments(layer.in_features, layer.weight.device)
+            moments_of[name] = moments = Moments(layer.in_features, layer.weight.device)
             self.hooks.append(layer.register_forward_pre_hook(partial(self._add, name, moments)))
-        return found
+        return moments_of
 
     def _add(self, name, moments, _, args):
         moments.add(args[0])
@@ -119,13 +119,13 @@ def for_each_layer(model, batches, run, names, visit):
         for hook in hooks:
             hook.remove()
     for (name, block), (following, _) in itertools.zip_longest(blocks, blocks[1:], fillvalue=('', None)) if inside else ():
-        here = [n for n in names if n.startswith(f'{name}.')]
-        if here:
-            with Observed(model, here) as found:
+        inner = [n for n in names if n.startswith(f'{name}.')]
+        if inner:
+            with Observed(model, inner) as moments_of:
                 for args, kwargs in calls[name]:
                     block(*args, **kwargs)
-            for n in here:
-                visit(n, found.pop(n))
+            for n in inner:
+                visit(n, moments_of.pop(n))
         if following and following not in begins:
             for at, (args, kwargs) in enumerate(calls[name]):
                 y = block(*args, **kwargs)
@@ -134,13 +134,13 @@ def for_each_layer(model, batches, run, names, visit):
         calls.pop(name)
     if rest:
         observed = Observed(model, rest, stop=bool(blocks))           # without blocks a layer may be called in a loop
-        with observed as found:
+        with observed as moments_of:
             for batch in batches:
                 observed.called.clear()
                 with contextlib.suppress(_Enough):
                     run(model, batch)
         for n in rest:
-            visit(n, found.pop(n))
+            visit(n, moments_of.pop(n))
 
 
 def _with_hidden(args, kwargs, hidden):
@@ -245,9 +245,9 @@ def _gptq(weight, U, order, grid, levels, group, act_order):
                 w[j + 1:].addr_(u[j, j + 1:], errors[j], alpha=-1)
         if stop < n:
             W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
-    found = torch.empty_like(codes)
-    found[order] = codes
-    return {'codes': found.T.contiguous(), 'scale': scale.T.contiguous(), 'zero': zero.T.contiguous()}
+    in_order = torch.empty_like(codes)
+    in_order[order] = codes
+    return {'codes': in_order.T.contiguous(), 'scale': scale.T.contiguous(), 'zero': zero.T.contiguous()}
 
 
 def awq(weight, moments, levels, group):

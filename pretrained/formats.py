@@ -44,10 +44,10 @@ class GroupLinear(LowBitLinear):
 
     def buffers_of(self, codes, scale, zero, input_scale=None):
         """Packed buffers of codes (out, in), scale and zero (out, groups), input_scale (in,); any float or integer dtypes."""
-        held = in_blocks(lambda rows: {'code': pack_bits(rows, self.bits)}, codes) | {'weight_scale': scale.half()}
+        buffers = in_blocks(lambda rows: {'code': pack_bits(rows, self.bits)}, codes) | {'weight_scale': scale.half()}
         if GRIDS[self.levels].zero is None:
-            held['zero'] = pack_bits(zero, self.bits)
-        return held if input_scale is None else held | {'input_scale': input_scale.half()}
+            buffers['zero'] = pack_bits(zero, self.bits)
+        return buffers if input_scale is None else buffers | {'input_scale': input_scale.half()}
 
     @classmethod
     def from_codes(cls, linear, levels, group, codes, scale, zero, input_scale=None):
@@ -84,8 +84,8 @@ class GroupLinear(LowBitLinear):
     def product_of_codes(self, x):
         if not self._in_whole_bytes():
             return None
-        held = {'absmax': self.weight_scale.view(-1)}
-        y = product4(x, self.code.view(-1), held, f'codes{self.bits}', self.out_features)
+        scales = {'absmax': self.weight_scale.view(-1)}
+        y = product4(x, self.code.view(-1), scales, f'codes{self.bits}', self.out_features)
         return y if y is None else y.sub_(x.float().unflatten(1, (-1, self.group)).sum(-1) @ self.shifts().T)
 
     def look_up(self, ids):

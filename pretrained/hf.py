@@ -91,7 +91,7 @@ def load(name, names, dtype=torch.float32, weights=True):
         if len(tokenizer) <= len(tokenizer.all_special_tokens):         # transformers returns an empty one if there is none
             raise ValueError('there is no tokenizer')
         if tokenizer.pad_token is None and tokenizer.eos_token is None:
-            raise ValueError('its tokenizer has neither a token for padding nor one for the end')
+            raise ValueError('its tokenizer has no padding token and no end token')
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = tokenizer.truncation_side = 'right'
@@ -201,8 +201,8 @@ def encode(tokenizer, texts, max_len):
     rows = []
     for i in range(0, len(texts), 1000):
         columns = [list(column) for column in zip(*texts[i:i + 1000], strict=True)]
-        found = tokenizer(*columns, truncation=True, max_length=max_len, padding=False, return_attention_mask=False)
-        rows += [{key: np.asarray(values[j], dtype=np.int32) for key, values in found.items()}
+        encoded = tokenizer(*columns, truncation=True, max_length=max_len, padding=False, return_attention_mask=False)
+        rows += [{key: np.asarray(values[j], dtype=np.int32) for key, values in encoded.items()}
                  for j in range(len(columns[0]))]
     if any(len(row['input_ids']) == 0 for row in rows):             # a decoder's tokenizer returns no token for an empty text
         for row in rows:

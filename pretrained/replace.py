@@ -56,23 +56,23 @@ def layers_of(model, skip):
     """
     prefixes = tuple(f'{n}.' for row in find_blocks(model) for n, _ in row)
     # No subclasses, which compute something else, and no layers that share a weight with one.
-    found = {n: m for n, m in model.named_modules()
-             if type(m) in (nn.Linear, nn.Embedding) and getattr(m, 'max_norm', None) is None}
-    found = {n: m for n, m in found.items() if tied_to(model, n) in ('', *found)}
+    candidates = {n: m for n, m in model.named_modules()
+                  if type(m) in (nn.Linear, nn.Embedding) and getattr(m, 'max_norm', None) is None}
+    candidates = {n: m for n, m in candidates.items() if tied_to(model, n) in ('', *candidates)}
     words = [w.strip() for w in skip.split(',') if w.strip()]
     skipped = set()
     for word in words:
-        here = {*layers.matching(found, word), *(n for n in found if f'.{word}.' in f'.{n}.')}
+        matches = {*layers.matching(candidates, word), *(n for n in candidates if f'.{word}.' in f'.{n}.')}
         if word == 'embd':
-            here |= {n for n, m in found.items() if isinstance(m, nn.Embedding)}
+            matches |= {n for n, m in candidates.items() if isinstance(m, nn.Embedding)}
         elif word == 'head' and prefixes:
-            here |= {n for n, m in found.items() if isinstance(m, nn.Linear) and not n.startswith(prefixes)}
-        elif not here and word != 'head':
-            raise ValueError(f'skip={word!r} names no layer; the layers are {", ".join(found)}')
-        skipped |= here
+            matches |= {n for n, m in candidates.items() if isinstance(m, nn.Linear) and not n.startswith(prefixes)}
+        elif not matches and word != 'head':
+            raise ValueError(f'skip={word!r} names no layer; the layers are {", ".join(candidates)}')
+        skipped |= matches
     skipped |= {tied_to(model, n) for n in skipped} - {''}
-    wanted = {n: m for n, m in found.items() if n not in skipped
-              and not (isinstance(m, nn.Embedding) and isinstance(found.get(tied_to(model, n)), nn.Linear))}
+    wanted = {n: m for n, m in candidates.items() if n not in skipped
+              and not (isinstance(m, nn.Embedding) and isinstance(candidates.get(tied_to(model, n)), nn.Linear))}
     if not wanted:
         low = sum(isinstance(m, layers.LowBit) for m in model.modules())
         raise ValueError(f'there is nothing to quantize: {low} layers are low-bit already, skip={skip!r} leaves out the rest; '
@@ -127,11 +127,11 @@ def restore(model, described, tensors):
         tied = f'{entry.get("tied")}.layer.'        # a shared tensor is stored under its first name
         own = f'{name}.layer.' if entry.get('embedding') else f'{name}.'
         prefix = tied if any(k.startswith(tied) for k in tensors) else own
-        held = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        own_tensors = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         if isinstance(new, layers.LowBit):
-            if held['code'].numel() * 8 < rows * columns * new.bits:
-                raise ValueError(f'{name}: {held["code"].numel()} bytes of codes for {rows} x {columns} weights')
-            new.hold_({key: torch.empty_like(t) for key, t in held.items() if key != 'bias'})
+            if own_tensors['code'].numel() * 8 < rows * columns * new.bits:
+                raise ValueError(f'{name}: {own_tensors["code"].numel()} bytes of codes for {rows} x {columns} weights')
+            new.hold_({key: torch.empty_like(t) for key, t in own_tensors.items() if key != 'bias'})
         new.to_empty(device='cpu').requires_grad_(False)
         if entry.get('embedding'):
             new = PackedEmbedding(new, old.weight.dtype)

@@ -84,8 +84,8 @@ BENCHES = {
 }
 
 
-def times(row, what):
-    return '-' if row[f'{what}_ms'] is None else f'{row[f"{what}_ms"]:.3g} ({row[f"{what}_ratio"]:.2f})'
+def times(row, key):
+    return '-' if row[f'{key}_ms'] is None else f'{row[f"{key}_ms"]:.3g} ({row[f"{key}_ratio"]:.2f})'
 
 
 def mib(row, key, digits=2):

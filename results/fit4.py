@@ -20,8 +20,8 @@ import quant  # noqa: E402
 def error(levels, group, generator, blocks=1 << 15):
     """Quantize `blocks` new blocks: (relative RMS error, levels moved to the means of their values)."""
     w = torch.randn(blocks, group, generator=generator)
-    codes, held = quant.search4(w, levels)
-    s = quant.scales4(held)[:, None]
+    codes, scales = quant.search4(w, levels)
+    s = quant.scales4(scales)[:, None]
     off = (levels[codes.long()] * s - w).square().sum() / w.square().sum()
     weight = (s * s).expand_as(w).flatten()
     total = torch.zeros(16).scatter_add_(0, codes.long().flatten(), (w / s).flatten() * weight)

@@ -32,8 +32,8 @@ def of_choose(row):
     return 'taken' in row
 
 
-def schemes(found):
-    r = found[-1]
+def schemes(rows):
+    r = rows[-1]
     columns = {'scheme': '`{scheme}`', 'bits/weight': number('bits', '.2f'), 'val loss': '{loss:.4f}',
                'difference': number('delta', '+.4f'), 'perplexity': '{perplexity:,.1f}', 'ms, 1 token': number('ms_1', '.2f'),
                '× fp': number('ratio_1', '.2f'), 'ms/token, many': number('ms_many', '.3f'),
@@ -41,26 +41,26 @@ def schemes(found):
     return [f'`config/wikitext2_bpe.py`, {r["device"]}, torch {r["torch"]}; the block matrices are quantized, the head and '
             f'embeddings are not (`skip={r["skip"]}`); groups of {r["group"]}; GPTQ and AWQ saw {r["windows"]} windows of the '
             'training split; loss in nats per token of a BPE over the batches of the training\'s evaluations; times in turns '
-            'with the full-precision model.', '', *table(columns, found)]
+            'with the full-precision model.', '', *table(columns, rows)]
 
 
-def prune(found):
+def prune(rows):
     columns = {'method': '{method}', 'share': '{amount:.2f}', 'zeros': '{zeros:.4f}', 'val loss': '{pruned_loss:.4f}',
                'retrained': '{loss:.4f}', 'difference': number('delta', '+.4f'), 'file bytes': '{file_bytes:,}',
                'smaller': number('compression', '.2f')}
-    r = found[-1]
+    r = rows[-1]
     return [f'The same model; AdamW {r["retrain_lr"]:g}, {r["retrain_iters"]} updates with the zeros kept; the difference is '
             'to the model after as many updates without zeros; the file has a bit for each weight and what is not 0 in fp32.',
-            '', *table(columns, found)]
+            '', *table(columns, rows)]
 
 
-def sensitivity(found):
-    taken, found = list(filter(of_choose, found)), [r for r in found if not of_choose(r)]
-    deltas = {(r['block'], r['kind']): r['delta'] for r in found}
-    blocks, kinds = (list(dict.fromkeys(r[k] for r in found)) for k in ('block', 'kind'))
+def sensitivity(rows):
+    taken, rows = list(filter(of_choose, rows)), [r for r in rows if not of_choose(r)]
+    deltas = {(r['block'], r['kind']): r['delta'] for r in rows}
+    blocks, kinds = (list(dict.fromkeys(r[k] for r in rows)) for k in ('block', 'kind'))
     columns = {'block': '{}'.format, **{f'`{k}`' if k != 'all' else 'all': (lambda b, k=k: format(deltas[b, k], '+.4f'))
                                         for k in kinds}}
-    r = found[0]
+    r = rows[0]
     text = [f'By how much the validation loss, {r["base_loss"]:.4f}, rises with these layers alone as `{r["scheme"]}`, '
             f'{r["bits"]:.2f} bits a weight, without any training.', '', *table(columns, blocks)]
     if taken:
@@ -69,35 +69,35 @@ def sensitivity(found):
     return text
 
 
-def big(found):
+def big(rows):
     columns = {'scheme': '`{scheme}`', 'left as they are': lambda r: r['skip'] or 'none', 'seconds': '{seconds:.0f}',
                'bits/weight': '{bits:.2f}', 'most memory of the process, bytes': '{peak:,}', 'above its start': '{above:,}',
                '× fp32 model': '{ratio:.2f}', 'file bytes': '{size:,}'}
-    r = found[0]
+    r = rows[0]
     return [f'A GPT-2 of 124M, random weights ({r["fp32"]:,} bytes in fp32, read from a checkpoint), {r["windows"]} '
             f'calibration windows of {r["block"]} tokens, {r["device"]}, {r["threads"]} threads; `--save`, from before the '
-            'model is read to the whole file.', '', *table(columns, found)]
+            'model is read to the whole file.', '', *table(columns, rows)]
 
 
 def tabulate(name):
     """Write the table of results/<name>.jsonl and draw its picture."""
     from report import plot_ptq
-    found, path = keep.read(name), ROOT / 'results' / f'{name}.png'
-    if all(map(of_choose, found)):                  # rows of choose appear below the table of sensitivity
+    rows, path = keep.read(name), ROOT / 'results' / f'{name}.png'
+    if all(map(of_choose, rows)):                   # rows of choose appear below the table of sensitivity
         return
-    title = f'{found[-1].get("ckpt")}: nats per token'
+    title = f'{rows[-1].get("ckpt")}: nats per token'
     if name == 'ptq_schemes':
-        plot_ptq.sizes(path, found, title)
+        plot_ptq.sizes(path, rows, title)
     elif name == 'ptq_prune':                       # rows without updates are only the source of `zeros_from`
-        found = [r for r in found if r['retrain_iters']]
-        plot_ptq.shares(path, found, f'{title}, {found[-1]["retrain_iters"]} updates')
+        rows = [r for r in rows if r['retrain_iters']]
+        plot_ptq.shares(path, rows, f'{title}, {rows[-1]["retrain_iters"]} updates')
     elif name == 'ptq_sensitivity':
-        cells = {(r['block'], r['kind']): r['delta'] for r in found if not of_choose(r)}
+        cells = {(r['block'], r['kind']): r['delta'] for r in rows if not of_choose(r)}
         blocks, kinds = (list(dict.fromkeys(k for k in column if k != 'all')) for column in zip(*cells, strict=True))
-        plot_ptq.heat(path, blocks, kinds, cells, f'{found[0]["ckpt"]}: {found[0]["scheme"]}, nats per token')
+        plot_ptq.heat(path, blocks, kinds, cells, f'{rows[0]["ckpt"]}: {rows[0]["scheme"]}, nats per token')
     if path.exists():
         keep.shrink(name)
-    lines = {'ptq_schemes': schemes, 'ptq_prune': prune, 'ptq_sensitivity': sensitivity, 'ptq_big': big}[name](found)
+    lines = {'ptq_schemes': schemes, 'ptq_prune': prune, 'ptq_sensitivity': sensitivity, 'ptq_big': big}[name](rows)
     keep.publish(name, lines)
 
 
@@ -124,14 +124,14 @@ def gpt2_shape():
         'config': {'dataset': str(work / 'data'), 'seed': 1, 'batch_size': 1, 'eval_iters': 1, 'block_size': 256},
         'tokenizer': tokenizer.describe()})
     del model
-    found = []
+    rows = []
     for scheme, skip in (('rtn4', 'head,embd'), ('gptq4', 'head,embd'), ('awq4', 'head,embd'), ('rtn4', ''), ('gptq4', '')):
         subprocess.run([sys.executable, 'ptq.py', f'--ckpt={work}', f'--schemes={scheme}', f'--skip={skip}',
                         f'--save={work}/q.safetensors'], cwd=ROOT, check=True)
         row = json.loads((work / 'save.jsonl').read_text())
-        found.append(row | {'fp32': fp32, 'ratio': row['above'] / fp32})
+        rows.append(row | {'fp32': fp32, 'ratio': row['above'] / fp32})
     (ROOT / 'out' / 'ptq').mkdir(exist_ok=True)
-    (ROOT / 'out' / 'ptq' / 'big.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in found))
+    (ROOT / 'out' / 'ptq' / 'big.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
 
 
 def main():
