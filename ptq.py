@@ -204,7 +204,7 @@ def share_of(described, model):
 
 def timings(subject, model, base):
     """Milliseconds per token for one token ('ms_1') and for a full context ('ms_many'), with ratios to `base` ('ratio_1',
-    'ratio_many'). base=None: `model` is the original. Each of time_rounds rounds runs both models for 0.2 s and swaps their
+    'ratio_many'). base=None: `model` is the original. Each of time_rounds rounds runs each model for 0.2 s, in alternating
     order. Figures are medians over rounds. {} with time_rounds=0."""
     row, nets = {}, (model,) if base is None else (model, base)
     for key, n in (('1', 1), ('many', 10 ** 6)) if time_rounds else ():

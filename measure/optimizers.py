@@ -247,7 +247,7 @@ def sent_bytes(model, optimizer):
 
 
 def finetune_memory_worker(a):
-    """Peak bytes of the first steps, of an ordinary step when every weight has its basis, and of refreshes; and their parts."""
+    """Peak bytes of the first steps, of an ordinary step with all bases, and of refreshes; bytes of the tensors in them."""
     model, optimizer = finetune_model(a)
     forward, step = training(model, optimizer, a)
     peak = lambda: peak_bytes(model, optimizer, step, a.device == 'cuda')

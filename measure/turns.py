@@ -45,7 +45,7 @@ class Worker:
 
 
 def measure(names, bench, a):
-    """Measure each name in a fresh process, one after the other. Returns a row for each: its answer, device and version."""
+    """Measure each name in a fresh process, one after the other. Returns a row for each: answer, device, torch version."""
     rows = []
     for name in names:
         worker = Worker(dict(vars(a), run=None, bench=bench, name=name))

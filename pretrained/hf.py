@@ -110,7 +110,7 @@ def load(name, names, dtype=torch.float32, weights=True):
                 raise ValueError(f'the weights there lack {sorted(lost - head.keys())[0]}')
             fresh = not weights or bool(lost) or not same
             if fresh and weights:
-                for p in head.values():             # or transformers does not initialize them
+                for p in head.values():             # otherwise transformers would skip their initialization
                     p._is_hf_initialized = False
                 for module in dict.fromkeys(n.rpartition('.')[0] for n in head):
                     net._init_weights(net.get_submodule(module))
