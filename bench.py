@@ -1,22 +1,22 @@
 """
-Time, memory and error, measured. Every variant runs in a fresh process of its own; ratios are to a baseline of the same run.
+Measure time, memory and error of variants. Each variant runs in a fresh process; ratios are to a baseline of the same run.
 
-    python bench.py stats bignet half lora int4 qlora          # parameters, bytes, peaks of BigNet's compressed forms
-    python bench.py compare half lora int4 qlora               # how far their outputs are from the full-precision ones
+    python bench.py stats bignet half lora int4 qlora          # parameters, bytes and peak memory of BigNet's compressed forms
+    python bench.py compare half lora int4 qlora               # differences of their outputs from the full-precision ones
     python bench.py fit lora qlora --seeds=1,2,3               # a small training loop; exit status 1 if it does not learn
-    python bench.py layers                                     # every kind: bits, error, time beside nn.Linear
-    python bench.py train                                      # a training step of each kind, fp32 and bf16, 2 minutes
+    python bench.py layers                                     # bits, error and time of every kind of layer, and of nn.Linear
+    python bench.py train                                      # a training step of each kind in fp32 and bf16; 2 minutes
     python bench.py train --gpt2 --device=cuda --compile       # GPT-2 124M at 1,024 tokens on a GPU
-    python bench.py train --model=bitnet                       # train_bitnet.py's model beside its full-precision twin
-    python bench.py train --fineweb95m --device=cuda --compile # ... in the shape of config/fineweb95m.py
+    python bench.py train --model=bitnet                       # the model of train_bitnet.py and its full-precision twin
+    python bench.py train --fineweb95m --device=cuda --compile # the same in the shape of config/fineweb95m.py
     python bench.py optim                                      # a step and a refresh of low-rank optimizers, GPT-2's blocks
     python bench.py optim-bytes                                # optimizer bytes and peak memory of DistilBERT, by rank
     python bench.py finetune                                   # DistilBERT: a training step of full, LoRA, low-rank Adam
-    python bench.py conv                                       # train_cnn.py's layers beside Conv2d and BatchNorm2d
-    python bench.py bundle nanobit.zip                         # the sources, byte for byte the same zip each time
+    python bench.py conv                                       # train_cnn.py's layers, and Conv2d with BatchNorm2d
+    python bench.py bundle nanobit.zip                         # the sources as a zip, byte for byte the same each time
 
-stats and compare take a run's checkpoint or a Hugging Face folder in place of bignet. --json=PATH appends the rows as JSON
-lines; `python plot.py bars PATH` draws them.
+stats and compare also take a checkpoint or a Hugging Face folder instead of bignet. --json=PATH appends the rows to a file as
+JSON lines; `python plot.py bars PATH` draws them.
 """
 import argparse
 import hashlib
@@ -39,14 +39,14 @@ BUNDLED = ('*.py', '*.c', '*.md', '*.txt', '*.toml', 'LICENSE', 'Makefile', 'rea
 
 
 def bundle(a):
-    """A zip of the sources with a manifest of checksums, byte for byte the same from the same sources."""
+    """Zip the sources with a manifest of checksums; the same sources give the same bytes."""
     root = Path(__file__).resolve().parent
     files = {p.relative_to(root).as_posix(): p.read_bytes() for glob in BUNDLED for p in root.glob(glob) if p.is_file()}
     lines = [f'{hashlib.sha256(data).hexdigest()}  {name}\n' for name, data in sorted(files.items())]
     files['MANIFEST.sha256'] = ''.join(lines).encode()
 
     def write(tmp):
-        with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z:        # stored: what zlib makes of it differs by version
+        with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z:        # stored: compressed bytes differ by zlib version
             for name, data in sorted(files.items()):
                 entry = zipfile.ZipInfo(f'nanobit/{name}', (1980, 1, 1, 0, 0, 0))
                 entry.create_system, entry.external_attr = 3, 0o644 << 16
@@ -57,10 +57,10 @@ def bundle(a):
         configurator.fail(f'{e}; type another path')
     print(f'{a.path}: {len(files)} files, {os.path.getsize(a.path):,} bytes, sha256 '
           f'{hashlib.sha256(Path(a.path).read_bytes()).hexdigest()}')
-    print('unpack it and type: sha256sum -c MANIFEST.sha256')
+    print('to check it, unpack it and type: sha256sum -c MANIFEST.sha256')
 
 
-# what a process of its own measures; measure/ imports no tool, so what sample.py knows of the trainers is handed to it
+# The generators that run in the fresh processes. measure/ imports no tool, so it gets the models of sample.py as arguments.
 WORKERS = {'stats': lambda a: forms.stats_worker(a, load), 'compare': lambda a: forms.compare_worker(a, load),
            'fit': forms.fit_worker, 'layers': matrices.layers_worker, 'train': lambda a: steps.train_worker(a, sample.MODELS),
            'optim': optimizers.optim_worker, 'optim_bytes': optimizers.optim_bytes_worker,
@@ -69,21 +69,21 @@ WORKERS = {'stats': lambda a: forms.stats_worker(a, load), 'compare': lambda a: 
 
 
 def load(path):
-    """The language model of a run's folder or of one of its files."""
+    """Load the language model of a run's folder or of one of its files."""
     return sample.load(sample.find_checkpoint(path))[0]
 
 
 def worker(a):
-    """This process is one variant's: a line of JSON on stdout for each line on stdin."""
+    """Measure one variant in this process: answer each line on stdin by a line of JSON on stdout."""
     a = argparse.Namespace(**json.loads(a.job))
     torch.set_num_threads(a.threads)
-    torch.set_float32_matmul_precision('high' if a.bench == 'train' else 'highest')    # no TF32 in what is compared
+    torch.set_float32_matmul_precision('high' if a.bench == 'train' else 'highest')    # no TF32 where errors count
     for answer in WORKERS[a.bench](a):
         print(json.dumps(answer), flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):                       # one line, like every other mistake
+    def error(self, message):                       # in one line, like all other mistakes
         configurator.fail(f'{message}; type {self.prog} --help')
 
 
@@ -108,17 +108,17 @@ def main():
     compare = command('compare', forms.compare, **shape, batch=32, seed=0)
     fit = command('fit', forms.fit, **shape, batch=100, steps=200, lr=1e-3)
     for p in (stats, compare, fit):
-        p.add_argument('names', nargs='+', metavar='form', help=f'bignet or a checkpoint, {", ".join(forms.FORMS)}')
+        p.add_argument('names', nargs='+', metavar='form', help=f'bignet, a checkpoint or one of {", ".join(forms.FORMS)}')
     fit.add_argument('--seeds', default='1', help='e.g. 1,2,3')
     p = command('layers', matrices.every_layer, rounds=7, seconds=0.2)
     p.add_argument('--kinds', default='', help='default: all')
     p.add_argument('--shapes', default='1x1024x1024,32x1024x1024,512x1024x1024', help='tokens x in x out, ...')
-    p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of the inputs')
+    p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='dtype of the inputs')
     p = command('train', steps.train, n_layer=6, n_head=4, n_kv_head=2, n_embd=256, n_ff=768, block_size=256, vocab_size=256,
                 batch_size=16, rounds=7, steps=3)
     p.add_argument('--model', default='gpt', choices=tuple(steps.KINDS))
     p.add_argument('--compile', action='store_true')
-    p.add_argument('--kinds', default='', help='default: all of the model')
+    p.add_argument('--kinds', default='', help='kinds of layer, e.g. fp,bin; default: all of the model')
     p.add_argument('--dtypes', default='float32,bfloat16')
     p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')
     p.add_argument('--fineweb95m', action='store_true', help='the shape of config/fineweb95m.py')
@@ -129,22 +129,22 @@ def main():
     tune = command('finetune', optimizers.finetune, **shape, rank=16, rounds=5, steps=2)
     bytes_.add_argument('--ranks', default='4,8,16,64,128')
     for p in (bytes_, tune):
-        p.add_argument('--attention', default='sdpa', choices=('sdpa', 'eager'), help="transformers' name of it")
-    tune.add_argument('--variants', default=','.join(optimizers.FINETUNES), help='some of them')
+        p.add_argument('--attention', default='sdpa', choices=('sdpa', 'eager'), help='attention of transformers')
+    tune.add_argument('--variants', default=','.join(optimizers.FINETUNES), help='default: all')
     p = command('conv', convolutions.conv, batch=64, image_size=64, rounds=7, steps=2)
     p.add_argument('--compile', action='store_true')
-    p.add_argument('--variants', default=','.join(convolutions.CONVS), help='some of them')
+    p.add_argument('--variants', default=','.join(convolutions.CONVS), help='default: all')
     p.add_argument('--dtypes', default='float32,bfloat16')
     command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args()
     if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():
-        configurator.fail('torch sees no CUDA device here; type --device=cpu')
+        configurator.fail('there is no CUDA device here; type --device=cpu')
     for key in ('batch', 'batch_size', 'steps', 'rounds', 'rank', 'dim', 'layers', 'tokens', 'threads'):
         if getattr(a, key, 1) < 1:
             configurator.fail(f'--{key}={getattr(a, key)} must be 1 or more; type another number')
     if getattr(a, 'json', ''):
         try:
-            open(a.json, 'a').close()               # before hours of measuring, not after
+            open(a.json, 'a').close()               # fail before hours of measuring, not after
         except OSError as e:
             configurator.fail(f'cannot write {a.json} ({e.strerror}); type another --json=PATH')
     a.run(a)

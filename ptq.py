@@ -1,21 +1,21 @@
 """
 Post-training quantization, pruning and sensitivity of a trained model.
 
-    python ptq.py --ckpt=out/x                                  # the model, then each scheme: one table, ptq.jsonl, ptq.png
-    python ptq.py --ckpt=out/x --schemes=rtn4,gptq4 --skip=     # these two, of the head and the embedding too
-    python ptq.py --ckpt=out/x --schemes=gptq4 --save=out/x/gptq4.safetensors     # really packed; sample.py and ptq.py read it
+    python ptq.py --ckpt=out/x                                  # compare all schemes: prints a table, writes ptq.jsonl, ptq.png
+    python ptq.py --ckpt=out/x --schemes=rtn4,gptq4 --skip=     # two schemes; quantizes the head and the embedding too
+    python ptq.py --ckpt=out/x --schemes=gptq4 --save=out/x/gptq4.safetensors     # writes a packed file for sample.py, ptq.py
     python ptq.py prune --ckpt=out/x --methods=wanda --amounts=0.5
-    python ptq.py sensitivity --ckpt=out/x --scheme=bin         # one block, one kind of projection at a time
-    python ptq.py choose --ckpt=out/x --bits=16.5               # which blocks to train as binary, as a config of train_gpt.py
+    python ptq.py sensitivity --ckpt=out/x --scheme=bin         # quantizes one block or one kind of projection at a time
+    python ptq.py choose --ckpt=out/x --bits=16.5               # chooses blocks to train as binary; a config for train_gpt.py
 
---ckpt is a run of train_gpt.py or train_bitnet.py, on its own validation data; or a language model of transformers (a folder,
-or an id like gpt2) with --text=FILE and --calibration=FILE; or a classifier of transformers with --dataset=sst2.
+--ckpt is one of: a run of train_gpt.py or train_bitnet.py, evaluated on its own validation data; a language model of
+transformers (a folder or an id) with --text=FILE and --calibration=FILE; one of its classifiers with --dataset=sst2.
 
-    half          fp16                             int8, int8a8   absmax per row; a8: int8 inputs too
-    uniform16 ..  16 even levels, groups of 16 ..  nf4, nf4dq     16 normal quantiles; dq: scales of 8 bits
-    fit4          16 fitted levels                 rtn4 .. rtn2   integers with a zero per group, to the nearest
-    awq4 .. awq2  the same, inputs scaled          gptq4 .. gptq2 the same, each column making up for those before
-    tern, bin     mean|w| times -1, 0, 1 or -1, 1: what needs training   bnb8, bnb_nf4, bnb_nf4dq   bitsandbytes', if installed
+    half          fp16                               int8, int8a8   absmax scale per row; a8: the inputs are int8 too
+    uniform16 ..  16 even levels, groups of 16 ..    nf4, nf4dq     16 normal quantiles; dq: 8-bit scales
+    fit4          16 fitted levels                   rtn4 .. rtn2   integers with a zero per group, rounded to the nearest
+    awq4 .. awq2  like rtn, with scaled inputs       gptq4 .. gptq2 like rtn; each column corrects the errors of earlier ones
+    tern, bin     mean|w| times {-1, 0, 1}, {-1, 1}; need training    bnb8, bnb_nf4, bnb_nf4dq   bitsandbytes, if installed
 """
 import copy
 import importlib.util
@@ -40,35 +40,35 @@ from pretrained import calibrate, replace, subjects
 from pretrained.formats import GroupLinear
 from report import plot_ptq
 
-mode = 'compare'               # compare | prune | sensitivity | choose; also without --mode=, as the first word
-ckpt = 'out/gpt'               # a run's folder or one of its files | a folder or id of transformers
-out = ''                       # folder for tables and pictures; '': the run's
-dataset = ''                   # '': what the model was trained on | for a classifier: labelled texts, e.g. sst2
-text = ''                      # a language model of transformers: text file to evaluate it on
-calibration = ''               # ... and one to look at its inputs with
-eval_iters = 0                 # batches to evaluate on; 0: those of the training, or all of the text
-batch_size = 0                 # windows in one; 0: as in the training
-block_size = 0                 # tokens in one; 0: as in the training
+mode = 'compare'               # compare | prune | sensitivity | choose; can be the first word, without --mode=
+ckpt = 'out/gpt'               # folder of a run or one of its files | folder or id of transformers
+out = ''                       # folder for tables and pictures; '': the folder of the model, or out/ptq_ID for an id
+dataset = ''                   # '': the training data of the model | for a classifier: labelled texts, e.g. sst2
+text = ''                      # language model of transformers: text file to evaluate it on
+calibration = ''               # language model of transformers: another text file, for the calibration set
+eval_iters = 0                 # evaluation batches; 0: as in training, or the whole text
+batch_size = 0                 # windows (for a classifier: texts) per batch; 0: as in training, or 4 windows, 32 texts
+block_size = 0                 # tokens per window; 0: as in training, or up to 1024 of a language model, 128 of a classifier
 # quantization
-schemes = ''                   # names from the head of this file, separated by commas; '': all
-skip = 'head,embd'             # layers to leave as they are: head, embd or words of names; '': none
+schemes = ''                   # names from the top of this file, separated by commas; '': all
+skip = 'head,embd'             # layers that stay unchanged: head, embd or words of layer names, with commas; '': none
 group = 128                    # weights of a row that share a scale in rtn, awq, gptq, tern and bin; 0: the whole row
-windows = 128                  # calibration windows of block_size tokens, or texts
-act_order = True               # gptq: columns with large inputs first
-clip = True                    # gptq: clipping, ranges by the error of the output
-damp = 0.01                    # gptq: added to the diagonal of H, times its mean
-save = ''                      # with one scheme or one pruning: where to write the packed model
-time_rounds = 5                # passes that are timed, in turns with the model as it was; 0: none
+windows = 128                  # size of the calibration set: windows of block_size tokens, or texts of a classifier
+act_order = True               # gptq: quantize the columns with the largest inputs first
+clip = True                    # gptq: choose the range of each group by the error of its output
+damp = 0.01                    # gptq: share of the mean of H's diagonal that is added to the diagonal, 0 to 1
+save = ''                      # file or new folder for the packed model; needs one scheme, or one pruning method and amount
+time_rounds = 5                # timing rounds, in turns with the original model; 0: no timing
 # prune
-methods = 'magnitude,global,2:4,wanda,wanda2:4'     # of these, what to prune by
-amounts = (0.25, 0.5, 0.75)    # share of the weights that becomes 0, 1.0: all; 2:4 is one half
-retrain_iters = 200            # updates with the zeros kept
-retrain_lr = 1e-5              # AdamW
+methods = 'magnitude,global,2:4,wanda,wanda2:4'     # pruning methods, separated by commas; the default is all of them
+amounts = (0.25, 0.5, 0.75)    # shares of the weights to set to 0; 1.0: all. 2:4 always prunes one half
+retrain_iters = 200            # AdamW steps after pruning; pruned weights stay 0
+retrain_lr = 1e-5              # learning rate of these steps
 # sensitivity and choose
-scheme = 'bin'                 # what a block or kind of projection becomes
-bits = 0.0                     # choose: bits per weight that the blocks may take on average, a full-precision one 32
-seed = 1337                    # calibration windows, order of samples
-device = ''                    # '': cuda where there is one, else cpu
+scheme = 'bin'                 # scheme by which a block or a kind of projection is quantized
+bits = 0.0                     # choose: mean bits per weight that the blocks may have; a full-precision block has 32
+seed = 1337                    # seed of the calibration set and of the order of samples
+device = ''                    # '': cuda if there is one, else cpu
 _MODES = ('compare', 'prune', 'sensitivity', 'choose')
 _defaults = dict(globals())
 _words = [f'--mode={word}' if word.isalpha() else word for word in sys.argv[1:]]
@@ -82,10 +82,10 @@ SCHEMES = {'half': ('', 'half', {}), 'int8': ('', 'int8', {}), 'int8a8': ('', 'i
            **{f'{method}{n}': (method, f'int{n}', {}) for n in (4, 3, 2) for method in ('rtn', 'awq', 'gptq')},
            'tern': ('rtn', 'tern', {}), 'bin': ('rtn', 'bin', {}),
            'bnb8': ('bnb', 'int8', {}), 'bnb_nf4': ('bnb', 'nf4', {}), 'bnb_nf4dq': ('bnb', 'nf4dq', {})}
-# method of a scheme: the options that it looks at; with a group it leaves grouped codes behind
+# method of a scheme: the options that it uses. A method with the option group makes GroupLinear layers.
 METHODS = {'': (), 'bnb': (), 'rtn': ('group',), 'awq': ('group', 'windows'),
            'gptq': ('group', 'windows', 'act_order', 'clip', 'damp')}
-# a method that looks at inputs -> (codes, scale, zero) of a weight, and a scale of the inputs where it has one
+# calibrated method -> (codes, scale, zero) of a weight; awq also returns the scale of the inputs
 CALIBRATED = {'awq': lambda weight, moments, levels: calibrate.awq(weight, moments, levels, group),
               'gptq': lambda weight, moments, levels: calibrate.gptq(weight, moments, levels, group, act_order=act_order,
                                                                      clip=clip, damp=damp)}
@@ -98,16 +98,16 @@ PRUNING = ('magnitude', 'global', '2:4', 'wanda', 'wanda2:4')
 
 
 def rule(name):
-    """(kind, options) of the layers that scheme `name` leaves behind."""
+    """(kind, options) of the layers that scheme `name` makes."""
     method, kind, options = SCHEMES[name]
     return ('group', {'levels': kind, 'group': group}) if 'group' in METHODS[method] else (kind, options)
 
 
 def quantize(subject, model, name, alone=False):
-    """Replace layers of `model` by scheme `name`, one after the other, in place. Returns ({name: entry} for restore(), bits per
-    replaced weight with all that comes with the codes, biases aside). Raises ValueError, naming the layer.
+    """Quantize the layers of `model` by scheme `name`, one after the other, in place.
 
-    alone: calibrated layers get the inputs of a model in which nothing else is quantized."""
+    Returns ({name: entry} for restore(), bits per weight). The bits count everything stored in the replaced layers but biases.
+    alone: calibrate each layer in a model in which nothing else is quantized. Raises ValueError that names the layer."""
     method, levels, _ = SCHEMES[name]
     kind, options = rule(name)
     wanted, described, counts, later = replace.layers_of(model, skip), {}, [0, 0], {}
@@ -115,40 +115,40 @@ def quantize(subject, model, name, alone=False):
     def put(n, new=None, options=options):
         weights = model.get_submodule(n).weight.numel()
         described.update(replace.replace(model, n, kind, options, new))
-        held = model.get_submodule(n).state_dict()
-        counts[0] += sum(t.nbytes for key, t in held.items() if key != 'bias' and isinstance(t, torch.Tensor))
+        state = model.get_submodule(n).state_dict()
+        counts[0] += sum(t.nbytes for key, t in state.items() if key != 'bias' and isinstance(t, torch.Tensor))
         counts[1] += weights
 
     def visit(n, moments):
         layer = model.get_submodule(n)
         weight = layer.weight.detach()
         try:
-            found = CALIBRATED[method](weight, moments, levels)
+            quantized = CALIBRATED[method](weight, moments, levels)
         except ValueError as e:
             raise ValueError(f'{n}: {e}') from None
-        later[n] = GroupLinear.from_codes(layer, levels, group, *found), options | {'scaled_input': len(found) > 3}
+        later[n] = GroupLinear.from_codes(layer, levels, group, *quantized), options | {'scaled_input': len(quantized) > 3}
         if not alone:
             put(n, *later.pop(n))
 
     if method in CALIBRATED:
         linears = [n for n, m in wanted.items() if isinstance(m, nn.Linear)]
         calibrate.for_each_layer(model, subject.calibration(windows, seed), subject.run, linears, visit)
-        for n, found in later.items():
-            put(n, *found)
+        for n, quantized in later.items():
+            put(n, *quantized)
     for n, module in wanted.items():
         if method == 'bnb' and isinstance(module, nn.Linear) and not replace.tied_to(model, n):
             put(n, bitsandbytes_layer(module, levels))
-        elif method != 'bnb' and n not in described:                    # embeddings have no inputs to look at
+        elif method != 'bnb' and n not in described:                    # embeddings have no inputs to calibrate on
             put(n)
     if not counts[1]:
-        raise ValueError(f'{name} has no layer to replace; bitsandbytes has linear layers only')
+        raise ValueError(f'{name} has no layer to replace, because bitsandbytes has linear layers only; type other --schemes')
     return described, counts[0] * 8 / counts[1]
 
 
 def bitsandbytes_layer(linear, kind):
-    """Their int8 layer, columns with outliers above 6.0 apart, or their nf4 layer, with the weights of `linear`."""
+    """bitsandbytes layer with the weights of `linear`: nf4, or int8 that treats columns of outliers above 6.0 separately."""
     import bitsandbytes as bnb
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)           # it says at each pass that it computes in fp16
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)           # it logs in each pass that it computes in fp16
     rows, columns, bias = linear.out_features, linear.in_features, linear.bias is not None
     new = bnb.nn.Linear8bitLt(columns, rows, bias, has_fp16_weights=False, threshold=6.0) if kind == 'int8' else \
         bnb.nn.Linear4bit(columns, rows, bias, quant_type='nf4', compute_dtype=torch.float32,
@@ -158,9 +158,9 @@ def bitsandbytes_layer(linear, kind):
 
 
 def check(subject, names):
-    """Raises ValueError for what is wrong with the request, before anything is computed."""
+    """Check the options before anything is computed. Raises ValueError."""
     if twice := [n for n in names if names.count(n) > 1]:
-        raise ValueError(f'{twice[0]} is asked for twice')
+        raise ValueError(f'{twice[0]} is given twice; type it once')
     if save:
         subject.refuse(save)
     wanted = replace.layers_of(subject.model, skip)
@@ -185,14 +185,14 @@ def check(subject, names):
 
 
 def refuse_unused(names, what):
-    """Raises ValueError for an option that was given and none of the schemes `names` looks at."""
+    """Raises ValueError for an option that was given but that no scheme of `names` uses."""
     for key in OPTIONS:
         if key in _changed and not any(key == 'skip' or key in METHODS[SCHEMES[name][0]] for name in names):
             raise ValueError(f'{key} has no use for {what}; leave --{key} out')
 
 
 def file_bytes(subject, model, described):
-    """Size of the packed model as a file, with all that it takes to load it; bitsandbytes' tensors are kept as they are."""
+    """Bytes of the packed model as a file that can be loaded. The tensors of bitsandbytes are stored unchanged."""
     with tempfile.TemporaryDirectory() as folder:
         return common.save_packed(model, os.path.join(folder, 'packed.safetensors'), subject.meta | {'quantized': described})
 
@@ -203,19 +203,19 @@ def share_of(described, model):
 
 
 def timings(subject, model, base):
-    """{'ms_1', 'ms_many', 'ratio_1', 'ratio_many'}: milliseconds a token, one alone and a whole context at once; ratios to
-    `base`, None for the model as it was. In each of time_rounds rounds both work for a fifth of a second, in turns, first one
-    and then the other first; the medians over rounds. {} with time_rounds=0."""
+    """Milliseconds per token for one token ('ms_1') and for a full context ('ms_many'), with ratios to `base` ('ratio_1',
+    'ratio_many'). base=None: `model` is the original. Each of time_rounds rounds runs each model for 0.2 s, in alternating
+    order. Figures are medians over rounds. {} with time_rounds=0."""
     row, nets = {}, (model,) if base is None else (model, base)
     for key, n in (('1', 1), ('many', 10 ** 6)) if time_rounds else ():
-        ids, found = subject.ids(n), [[] for _ in nets]
+        ids, times = subject.ids(n), [[] for _ in nets]
         with torch.no_grad():
             for i in range(time_rounds):
                 for k in sorted(range(len(nets)), reverse=i % 2):
                     ms = median_ms(lambda net=nets[k], ids=ids: subject.passed(net, ids), 0.2, ids.device.type == 'cuda')
-                    found[k].append(ms / ids.shape[1])
-        row[f'ms_{key}'] = statistics.median(found[0])
-        row[f'ratio_{key}'] = 1.0 if base is None else statistics.median(m / b for m, b in zip(*found, strict=True))
+                    times[k].append(ms / ids.shape[1])
+        row[f'ms_{key}'] = statistics.median(times[0])
+        row[f'ratio_{key}'] = 1.0 if base is None else statistics.median(m / b for m, b in zip(*times, strict=True))
     return row
 
 
@@ -226,7 +226,7 @@ COLUMNS = [('scheme', 'scheme', ''), ('bits', 'bits/weight', '.3f'), ('loss', 'v
 
 
 def evaluated(subject, model, name, first, described, **row):
-    """A row of the table; first: that of the model as it was, or None; described: by replace()."""
+    """Evaluate the model; returns a row of the table. first: row of the original model, or None. described: by replace()."""
     loss = subject.loss(model)
     row |= {'scheme': name, 'loss': loss, 'perplexity': math.exp(min(loss, 700)) if subject.causal else None,
             'accuracy': subject.accuracy, 'delta': first and loss - first['loss'],
@@ -252,7 +252,7 @@ def compare(subject, folder):
     rows = [evaluated(subject, model, first, None, done, **timings(subject, model, None))]
     if subject.trained is not None:
         print(f'val loss {rows[0]["loss"]:.4f}; its training wrote down {subject.trained:.4f} for the same batches')
-    if done:                                        # its row goes not in the place of the table that it was chosen from
+    if done:                                        # a separate file; the comparison table stays
         name = f'{os.path.splitext(os.path.basename(subject.name))[0]}_ptq' if os.path.isfile(subject.name) else 'ptq'
         show(rows, columns(rows), None)
         print(f'wrote {write_rows(folder, name, rows)}')
@@ -265,20 +265,20 @@ def compare(subject, folder):
         print(f'{name}: val loss {rows[-1]["loss"]:.4f}', flush=True)
         path = write_rows(folder, 'ptq', rows)
     show(rows, columns(rows), None)
-    print(f'bits/weight are of {rows[-1]["share"]:.1%} of the weights, the rest stays as it is (skip={skip!r}); smaller: '
-          'than the first row')
+    print(f'bits/weight: of the {rows[-1]["share"]:.1%} of the weights that are quantized (skip={skip!r}); smaller: compared '
+          'to the first row')
     plot_ptq.sizes(os.path.join(folder, 'ptq.png'), rows, f'{subject.name}: {subject.unit}')
     print(f'wrote {path} and {folder}/ptq.png')
 
 
 def save_quantized(subject, folder, start, before):
-    """--save: quantize in place, layer by layer, so that one full-precision model is all that is ever held. start, before:
+    """--save: quantize in place, layer by layer, so that there is never a second full-precision model in memory. start, before:
     time and resident bytes before the model was loaded."""
     names = chosen(schemes, [], [n for n in SCHEMES if SCHEMES[n][0] != 'bnb'])
     if len(names) != 1:
-        raise ValueError(f'--save keeps one model, {len(names)} schemes were asked for; type e.g. --schemes=gptq4')
+        raise ValueError(f'--save writes one model, but {len(names)} schemes are given; type e.g. --schemes=gptq4')
     if subject.about['quantized']:
-        raise ValueError(f'{subject.name} is quantized already')
+        raise ValueError(f'{subject.name} is quantized already; type --ckpt=... of a full-precision model')
     name, = names
     check(subject, names)
     described, bits_each = quantize(subject, subject.model, name)
@@ -287,7 +287,7 @@ def save_quantized(subject, folder, start, before):
            'peak': common.peak_memory_bytes(), 'above': common.peak_memory_bytes() - before, 'windows': windows,
            'block': subject.block, 'threads': torch.get_num_threads(), 'device': common.device_name(subject.dev),
            'torch': torch.__version__}
-    print(f'{name}: {bits_each:.3f} bits per weight of {len(described)} layers, {row["seconds"]:.1f} s, most memory '
+    print(f'{name}: {bits_each:.3f} bits per weight of {len(described)} layers, {row["seconds"]:.1f} s, peak memory '
           f'{row["peak"]:,} bytes, {row["above"]:,} above the start; wrote {save}: {size:,} bytes')
     row['loss'] = subject.loss(subject.model)
     write_rows(folder, 'save', [row])
@@ -295,7 +295,7 @@ def save_quantized(subject, folder, start, before):
 
 
 def chosen(words, default, known):
-    """The names in `words`, or for '' the default; a ValueError for one that is not known, or none of them."""
+    """List of the names in `words`, separated by commas; '': the default. Raises ValueError for a name not in `known`."""
     names = [w.strip() for w in words.split(',')] if words else list(default)
     if unknown := [n for n in names if n not in known]:
         raise ValueError(f'{unknown[0]!r} is none of {", ".join(known)}')
@@ -306,8 +306,8 @@ _written = set()
 
 
 def write_rows(folder, name, rows):
-    """rows as JSON lines in folder/name.jsonl, whole or not at all; what an earlier call of ptq.py left there is kept as
-    name.prev.jsonl. Returns the path."""
+    """Write rows as JSON lines to folder/name.jsonl, atomically; returns the path. A file of an earlier run of ptq.py becomes
+    name.prev.jsonl."""
     def write(tmp):
         with open(tmp, 'w') as f:
             f.writelines(json.dumps(r) + '\n' for r in rows)
@@ -324,16 +324,16 @@ def write_rows(folder, name, rows):
 
 
 def smallest(scores, k):
-    """Mask of all but the k smallest in the last dimension, exactly, ties by position."""
+    """Mask that is False for exactly the k smallest scores in the last dimension, ties by position, and True elsewhere."""
     mask = torch.ones_like(scores, dtype=torch.bool)
     return mask.scatter_(-1, scores.argsort(dim=-1, stable=True)[..., :k], False)
 
 
 def prune_(subject, model, method, amount):
-    """Set weights of the linear layers to 0 in place; returns {name: mask of those that stay}.
+    """Set weights of the linear layers to 0 in place. Returns {name: mask of the weights that stay}.
 
-    magnitude: the smallest |w| of each matrix; global: of all of them; wanda: the smallest |w| |x_j| of each row, with the
-    norm of the j-th input over the calibration windows (arXiv 2306.11695); 2:4: of each four weights in a row two."""
+    magnitude: the smallest |w| of each matrix. global: the smallest |w| of all matrices. wanda: the smallest |w| |x_j| of each
+    row; |x_j| is the norm of input j over the calibration set (arXiv 2306.11695). 2:4: two of every four weights of a row."""
     names, masks = [n for n, m in replace.layers_of(model, skip).items() if isinstance(m, nn.Linear)], {}
     weight = lambda n: model.get_submodule(n).weight.detach()
 
@@ -362,14 +362,14 @@ def prune_(subject, model, method, amount):
 
 
 def retrain(subject, model, masks):
-    """retrain_iters updates of all weights with AdamW; those that are 0 stay 0."""
+    """Train all weights for retrain_iters steps of AdamW; pruned weights stay 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=retrain_lr)
-    torch.manual_seed(seed)                         # dropout: the same updates for all
+    torch.manual_seed(seed)                         # the same dropout for every method
     model.train()
     for step in range(retrain_iters):
         loss = subject.training_loss(model, seed, step)
         if not torch.isfinite(loss):
-            raise ValueError(f'loss {loss.item()} at step {step} of the retraining; try a lower --retrain_lr')
+            raise ValueError(f'loss {loss.item()} at step {step} of the retraining; type a lower --retrain_lr')
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -387,9 +387,9 @@ PRUNED = [('method', 'method', ''), ('amount', 'share', '.2f'), ('zeros', 'zeros
 def prune(subject, folder):
     jobs = [(m, a) for m in chosen(methods, [], PRUNING) for a in ((0.5,) if m.endswith('2:4') else amounts)]
     if not jobs or any(not 0 <= a <= 1 for _, a in jobs):
-        raise ValueError(f'methods={methods!r}, amounts={amounts}: give methods, and shares from 0 to 1, where 1.0 is all')
+        raise ValueError(f'methods={methods!r}, amounts={amounts}: type --methods, and --amounts as shares from 0 to 1')
     if save and len(jobs) != 1:
-        raise ValueError(f'--save keeps one model, not {len(jobs)}; type one of --methods and one of --amounts')
+        raise ValueError(f'--save writes one model, not {len(jobs)}; type one of --methods and one of --amounts')
     if any(m.startswith('wanda') for m, _ in jobs):
         subject.calibration(1, seed)
     elif 'windows' in _changed:
@@ -400,9 +400,9 @@ def prune(subject, folder):
         if isinstance(module, nn.Linear) and replace.tied_to(subject.model, n):
             raise ValueError(f'{n} is an embedding too, which is not pruned; type --skip=head,embd')
         if isinstance(module, nn.Linear) and module.in_features % 4 and any(m.endswith('2:4') for m, _ in jobs):
-            raise ValueError(f'2:4 does not fit {n}: rows of {module.in_features} weights are no fours')
+            raise ValueError(f'2:4 does not fit {n}: 4 does not divide a row of {module.in_features}; type other --methods')
     rows = []
-    for method, amount in [('none', 0.0), *jobs]:   # the model as it was gets the same updates
+    for method, amount in [('none', 0.0), *jobs]:   # the original model is trained as long
         start = time.perf_counter()
         model = copy.deepcopy(subject.model)
         masks = prune_(subject, model, method, amount) if method != 'none' else {}
@@ -411,7 +411,7 @@ def prune(subject, folder):
         weights = [model.get_submodule(n).weight for n in masks]
         zeros = sum((w == 0).sum().item() for w in weights) / max(1, sum(w.numel() for w in weights))
         described = {}
-        for n in masks:                             # a bit for each weight, and those that are not 0
+        for n in masks:                             # stored as one bit per weight and the nonzero values
             described |= replace.replace(model, n, 'sparse', {})
         row = evaluated(subject, model, method, rows[0] if rows else None, described)
         rows.append(row | {'method': method, 'amount': amount, 'zeros': zeros, 'pruned_loss': pruned_loss,
@@ -432,8 +432,8 @@ def prune(subject, folder):
 
 
 def quantized_copy(subject):
-    """(a copy of the model whose block layers are all quantized by `scheme`, its bits per weight, {block name: {kind of
-    projection: layer name}})."""
+    """Copy the model and quantize the linear layers of its blocks by `scheme`. Returns (copy, bits per weight, {block name:
+    {kind of projection: layer name}})."""
     if scheme not in SCHEMES:
         raise ValueError(f'scheme={scheme!r} is none of {", ".join(SCHEMES)}')
     check(subject, [scheme])
@@ -443,14 +443,14 @@ def quantized_copy(subject):
         if inside and isinstance(module, nn.Linear):
             blocks[inside][n.removeprefix(f'{inside}.')] = n
     if not any(blocks.values()):
-        raise ValueError(f'{subject.name} has no blocks with linear layers to take apart')
+        raise ValueError(f'{subject.name} has no blocks with linear layers; type another --ckpt or --skip')
     other = copy.deepcopy(model)
     _, bits_each = quantize(subject, other, scheme, alone=True)
     return other, bits_each, blocks
 
 
 def loss_with(subject, other, names, **where):
-    """Loss of the model with the layers `names` of `other` in the place of its own."""
+    """Loss of the model when its layers `names` are those of `other`. The model is unchanged afterwards."""
     model = subject.model
     own = {n: model.get_submodule(n) for n in names}
     for n in names:
@@ -476,26 +476,26 @@ def sensitivity(subject, folder):
                      sum(subject.model.get_submodule(n).weight.numel() for n in names), 'base_loss': base, 'loss': loss,
                      'delta': loss - base, 'ckpt': subject.name, 'group': group, 'device': common.device_name(subject.dev)})
         write_rows(folder, 'sensitivity', rows)
-    found = {(r['block'], r['kind']): r['delta'] for r in rows}
-    table = [{'block': b, **{k: found.get((b, k)) for k in [*kinds, 'all']}} for b in [*blocks, 'all']]
-    print(f'{subject.name}: {base:.4f} {subject.unit}; its rise with these layers alone as {scheme}, {bits_each:.3f} bits')
+    deltas = {(r['block'], r['kind']): r['delta'] for r in rows}
+    table = [{'block': b, **{k: deltas.get((b, k)) for k in [*kinds, 'all']}} for b in [*blocks, 'all']]
+    print(f'{subject.name}: {base:.4f} {subject.unit}; increase with only these layers as {scheme}, {bits_each:.3f} bits')
     show(table, [('block', 'block', ''), *((k, k, '+.4f') for k in [*kinds, 'all'])], None)
-    plot_ptq.heat(os.path.join(folder, 'sensitivity.png'), list(blocks), kinds, found,
+    plot_ptq.heat(os.path.join(folder, 'sensitivity.png'), list(blocks), kinds, deltas,
                   f'{subject.name}: {scheme}, {subject.unit}')
     print(f'wrote {folder}/sensitivity.jsonl and {folder}/sensitivity.png')
 
 
-# scheme: kind of a layer of train_gpt.py
+# scheme: the kind of layer that train_gpt.py trains for it
 TRAINABLE = {kind: kind for kind in layers.KINDS if kind in SCHEMES} | {'uniform16': 'int4'}
 
 
 def choose(subject, folder):
-    """Take blocks one by one, each time the one that costs least beside those taken, until the rest fits the budget. What they
-    cost is measured on windows of the training split: what is chosen is judged on the other."""
+    """Choose blocks to quantize until the model fits the budget of `bits`. Each round takes the block that adds the least loss
+    to the blocks already taken. The loss is on the training split, because the result is judged on the validation split."""
     if scheme not in TRAINABLE:
         raise ValueError(f'scheme={scheme!r}: train_gpt.py trains {", ".join(TRAINABLE)} of these; type --scheme=bin')
     if subject.meta.get('trainer') != 'train_gpt' or any(isinstance(m, layers.LowBit) for m in subject.model.modules()):
-        raise ValueError(f'{subject.name} is no full-precision model of train_gpt.py, for which this writes a config')
+        raise ValueError(f'{subject.name} is no full-precision model of train_gpt.py; type --ckpt=... of one')
     kind, c = TRAINABLE[scheme], subject.model.config
     other, _, blocks = quantized_copy(subject)
     sizes = [subject.model.get_submodule(n).weight.shape for n in next(iter(blocks.values())).values()]
@@ -504,10 +504,10 @@ def choose(subject, folder):
     of = lambda k: (k * low + (len(blocks) - k) * 32) / len(blocks)
     need = next((k for k in range(len(blocks) + 1) if of(k) <= bits), None)
     if not need:
-        raise ValueError(f'bits={bits:g}: with all {len(blocks)} blocks as {kind} it is {low:.3f} bits, with none 32; type '
-                         f'--bits={math.ceil(100 * of(len(blocks) // 2)) / 100:g} for half of them')
+        raise ValueError(f'bits={bits:g}: with all {len(blocks)} blocks as {kind} it is {low:.3f} bits per weight, with none '
+                         f'32; type --bits={math.ceil(100 * of(len(blocks) // 2)) / 100:g} for half of the blocks')
     taken, rows, base = [], [], subject.loss(subject.model, on_training=True)
-    print(f'{subject.name}: {base:.4f} {subject.unit} on windows of its training split, by which the blocks are chosen')
+    print(f'{subject.name}: {base:.4f} {subject.unit} on the training split; this loss decides which blocks are chosen')
     while len(taken) < need:
         losses = {b: loss_with(subject, other, [n for t in [*taken, b] for n in blocks[t].values()], on_training=True)
                   for b in blocks if b not in taken}
@@ -519,13 +519,13 @@ def choose(subject, folder):
         write_rows(folder, 'choose', rows)
     numbers = tuple(sorted(list(blocks).index(b) for b in taken))
     path = os.path.join(folder, 'chosen.py')
-    said = (f'ptq.py choose: blocks {numbers} of {c.n_layer} of {subject.name} cost least as {scheme}, {of(need):.2f} bits a '
-            'weight')
+    summary = (f'ptq.py choose: of the {c.n_layer} blocks of {subject.name}, {numbers} add the least loss as {scheme}, '
+               f'{of(need):.2f} bits per weight')
     base_config = os.path.join(os.path.dirname(subject.name), 'config.py')
     command = f'python train_gpt.py {base_config} {path} --out_dir=out/chosen'
     configurator.save({'n_binary': 0, 'binary_blocks': numbers, 'qkv_proj': kind, 'c_proj': kind, 'mlp_proj': kind}, path,
-                      f'{said}\n{command}')
-    print(f'{said}\nwith --init_from={subject.name} training goes on from this model\n'
+                      f'{summary}\n{command}')
+    print(f'{summary}\nto start from the weights of this model, add --init_from={subject.name}\n'
           f'wrote {folder}/choose.jsonl and {path}; train it with: {command}')
 
 

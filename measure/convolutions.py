@@ -1,4 +1,4 @@
-"""bench.py's measurements of convolutions: a training step of one layer of train_cnn.py and of the whole network."""
+"""Measurements of convolutions for bench.py: a training step of one layer of train_cnn.py, and of the whole network."""
 import statistics
 import sys
 
@@ -20,7 +20,7 @@ CHANNELS = (32, 64, 64, 128, 256)
 
 
 def one_layer(kind, norm, channels):
-    """A convolution, what normalises it and one ReLU: behind the real one, inside and in front of the low-bit ones."""
+    """A convolution with its normalisation and one ReLU: after the real convolution, inside and before the low-bit ones."""
     if kind == 'fp':
         return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
                              nn.ReLU(inplace=True))
@@ -30,7 +30,7 @@ def one_layer(kind, norm, channels):
 
 
 def network(kind, norm):
-    """train_cnn.py's for 101 classes; mixed: the reference's binary layers."""
+    """The network of train_cnn.py for 101 classes. mixed: the layers that are binary in the reference are binary here."""
     names = [f'conv{i}' for i in range(1, 11)] + ['fc1', 'fc2', 'final']
     binary = ('conv1', 'conv2', 'fc1', 'fc2', 'final')
     kinds = {n: NAMES['bin' if n in binary else 'fp'] if kind == 'mixed' else NAMES[kind] for n in names}
@@ -38,7 +38,7 @@ def network(kind, norm):
 
 
 def conv_worker(a):
-    """For each line, a number of steps or memory, one answer: milliseconds of a step of the layers and of the network."""
+    """Answer each line: a number of steps by milliseconds per step of each layer and of the network, 'memory' by bytes."""
     cuda, (kind, norm) = a.device == 'cuda', CONVS[a.name]
     amp = torch.autocast(a.device, torch.bfloat16, enabled=a.dtype == 'bfloat16')
     torch.manual_seed(0)
@@ -80,26 +80,26 @@ def conv_worker(a):
 
 
 def conv(a):
-    """A training step of train_cnn.py's convolutions, binary ones beside Conv2d and BatchNorm2d, and of the network."""
+    """Measure a training step of train_cnn.py's convolutions, relative to Conv2d with BatchNorm2d, and of the network."""
     variants = [(name, dtype) for dtype in a.dtypes.split(',') for name in a.variants.split(',')]
     if wrong := [v for names in variants for v in names if v not in (*CONVS, 'float32', 'bfloat16')]:
         configurator.fail(f'{wrong[0]!r} is no variant or dtype; type some of {",".join(CONVS)} and float32,bfloat16')
     if a.image_size < 16:
-        configurator.fail(f'--image_size={a.image_size} leaves nothing after four halvings; type 16 or more')
+        configurator.fail(f'--image_size={a.image_size} is too small to be halved four times; type 16 or more')
     jobs = [dict(vars(a), run=None, bench='conv', name=n, dtype=d) for n, d in variants]
     workers, answers = in_turns(jobs, a.rounds, 2, a.steps)
     memory = {}
     for v, worker in zip(variants, workers, strict=True):
         memory[v] = worker.ask('memory')
         worker.close()
-    found = dict(zip(variants, answers, strict=True))
+    answers_of = dict(zip(variants, answers, strict=True))
     print('forward and backward of a 3x3 convolution with normalisation and ReLU (channels x pixels of a side), and a training '
           f'step of the network;\n{a.batch} images of {a.image_size} pixels, {a.device} ({device_name(a)}), '
           f'{a.threads} threads, torch {torch.__version__}, compile={a.compile}, {a.rounds} rounds x {a.steps} steps;\n'
           'peak: tensors alive at once')
     rows = []
     for name, dtype in variants:
-        mine, base = found[name, dtype], found.get(('real', dtype))
+        mine, base = answers_of[name, dtype], answers_of.get(('real', dtype))
         one, real = memory[name, dtype], memory.get(('real', dtype), {})
         row = {'bench': 'conv', 'name': name, 'dtype': dtype, **one}
         for key in mine[0]:

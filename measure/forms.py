@@ -1,4 +1,4 @@
-"""bench.py's measurements of whole models in compressed forms: their bytes and peaks, their error, whether they still learn."""
+"""Measurements of whole models in compressed forms for bench.py: bytes, peak memory, error, and whether they still learn."""
 import os
 import re
 import statistics
@@ -16,8 +16,8 @@ from measure.turns import Worker, device_name, measure, mib, show
 
 
 class BigNet(nn.Sequential):
-    """6 residual blocks of three Linear(dim, dim), ReLU between, LayerNorm between blocks: 18,903,040 parameters at 1,024.
-    The model of a course on deep learning (UT Austin), whose compressed forms are a common first exercise."""
+    """Residual MLP: 6 blocks of three Linear(dim, dim) with ReLU between them, LayerNorm between blocks; 18,903,040 parameters
+    for dim=1024. It is the model of a deep learning course (UT Austin), where students compress it as an exercise."""
 
     class Block(nn.Sequential):
         def __init__(self, dim):
@@ -30,16 +30,16 @@ class BigNet(nn.Sequential):
         super().__init__(*(m for i in range(6) for m in ([nn.LayerNorm(dim)] if i else []) + [self.Block(dim)]))
 
 
-WORDS = {'tern': 'ternary', 'bin': 'binary'}        # what a format is called here, where not as in layers.FORMATS
+WORDS = {'tern': 'ternary', 'bin': 'binary'}        # names of forms that differ from layers.FORMATS
 FORMS = {WORDS.get(kind, kind): kind for kind in layers.FORMATS if kind not in ('fp', 'lora', 'group', 'sparse')}
 FORMS |= {{'half': 'lora', 'int4': 'qlora'}.get(name, f'lora-{name}'): ('lora', kind) for name, kind in FORMS.items()
           if kind != 'lowrank'}
-# The course's bounds, max and mean, on the distance of outputs from the full-precision ones.
+# The course's bounds (max, mean) on the absolute difference of outputs from the full-precision ones.
 BOUNDS = {'half': (1e-2, 1e-3), 'lora': (5e-3, 5e-4), 'int4': (.5, .1), 'qlora': (.5, .1)}
 
 
 def base_model(a, load):
-    """(model, inputs(n)) of a.base: BigNet with weights of a.seed, a Hugging Face folder, or what load(path) gives of a run."""
+    """(model, inputs(n)) of a.base: BigNet with weights from a.seed, a Hugging Face folder, or a run, read by load(path)."""
     torch.manual_seed(a.seed)
     if a.base == 'bignet':
         model, inputs = BigNet(a.dim), lambda n: torch.randn(n, a.dim)
@@ -57,7 +57,7 @@ def base_model(a, load):
 
 
 def form(model, name, a):
-    """The model with its nn.Linear layers, but for tied ones, in the form `name`; unchanged for a base's own name."""
+    """Convert the nn.Linear layers of the model, except tied ones, to the form `name`. The name of a base changes nothing."""
     if name not in FORMS:
         return model
     kind, base = FORMS[name] if isinstance(FORMS[name], tuple) else (FORMS[name], None)
@@ -71,14 +71,14 @@ def form(model, name, a):
         layers.convert(model, {n: (kind, options) for n in linears}, verbose=False, packed=True)
     except ValueError as e:
         configurator.fail(f'{e}; give other options')
-    for m in model.modules():                       # biases stay trainable, as in the course; under an adapter they do not
+    for m in model.modules():                       # biases stay trainable, as in the course, except under an adapter
         if isinstance(m, layers.Linear4bit | layers.Int8Linear) and base is None and m.bias is not None:
             m.bias.requires_grad_(True)
     return model
 
 
 def theoretical_bytes(module):
-    """Bytes of one module by the formula of its format, from its shape alone; None for a module without one."""
+    """Bytes of one module by the formula of its format, from its shape alone. None if the module has no formula."""
     n = getattr(module, 'in_features', 0) * getattr(module, 'out_features', 0)
     out = getattr(module, 'out_features', 0)
     bias = 0 if getattr(module, 'bias', None) is None else 4 * out
@@ -93,20 +93,20 @@ def theoretical_bytes(module):
     if isinstance(module, layers.TernaryLinear):
         return -(-module.in_features // 4) * out + 4 * module.chunks + bias + 4 * module.in_features * module.norm
     if isinstance(module, layers.BinaryLinear):
-        held = getattr(module, 'packed_bias', None)
-        return -(-module.in_features // 8) * out + (0 if held is None else -(-out // 8)) + 4 * module.alpha.numel()
+        packed_bias = getattr(module, 'packed_bias', None)
+        return -(-module.in_features // 8) * out + (0 if packed_bias is None else -(-out // 8)) + 4 * module.alpha.numel()
     if isinstance(module, layers.LowRankLinear):
         return 4 * module.rank * (module.in_features + out + 1) + bias
     if isinstance(module, layers.LoRALinear):
-        return 4 * module.rank * (module.in_features + out)             # and its base, a module of its own
+        return 4 * module.rank * (module.in_features + out)             # its base is another module
     if isinstance(module, nn.Linear):
         return 4 * n + bias
     return None
 
 
 def counts(model):
-    """{parameters: as numbers of the network, whatever holds them; elements: of the tensors that do; bytes, by formula
-    and summed over tensors}. A tied weight counts once."""
+    """Count parameters, elements and bytes of a model. parameters: weights of the network, in any format; elements: of the
+    tensors that store them. Bytes are by formula and summed over tensors. A tied weight counts once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = layers.model_bytes(model)[1] // 4
@@ -128,26 +128,26 @@ def output(model, x):
 
 def stats_worker(a, load):
     model, inputs = base_model(a, load)
-    model, x, held = form(model, a.name, a).train(), inputs(a.batch), {}
+    model, x, outputs = form(model, a.name, a).train(), inputs(a.batch), {}
     cuda = a.device == 'cuda'
 
     def forward():
-        held['y'] = output(model, x)
-    y = output(model, x)                            # libraries set themselves up on first use
+        outputs['y'] = output(model, x)
+    y = output(model, x)                            # libraries allocate memory on first use
     y.float().square().mean().backward()
     model.zero_grad(set_to_none=True)
     del y
     up = peak_above(forward, cuda)
-    loss = held.pop('y').float().square().mean()
+    loss = outputs.pop('y').float().square().mean()
     after = peak_above(loss.backward, cuda)
     yield {**counts(model), 'forward_bytes': up, 'backward_bytes': after, 'resident_bytes': peak_memory_bytes()}
 
 
 def stats(a):
-    """Parameters, bytes and peaks of a model's compressed forms."""
+    """Measure parameters, bytes and peak memory of a model's compressed forms."""
     names = split_names(a)
-    print(f'{a.base}, batch {a.batch}, {a.device} ({device_name(a)}), torch {torch.__version__}; MiB. forward: most alive '
-          'at once above\nthe model itself; backward: the same above what the forward pass left, gradients included')
+    print(f'{a.base}, batch {a.batch}, {a.device} ({device_name(a)}), torch {torch.__version__}; MiB. forward: peak of '
+          'tensors above\nthe model itself; backward: the same above the tensors after the forward pass, gradients included')
     millions = lambda n: f'{n / 1e6:.2f} M'
     show(measure(names, 'stats', a),
          [('name', 'form', ''), ('trainable', 'trainable', millions), ('frozen', 'frozen', millions),
@@ -169,20 +169,20 @@ def compare_worker(a, load):
 
 
 def compare(a):
-    """Distance of the outputs of compressed forms from those of the full-precision model, same weights, same inputs."""
+    """Compare the outputs of compressed forms with those of the full-precision model, for the same weights and inputs."""
     names = split_names(a)
     print(f'{a.base}, batch {a.batch}, {a.device} ({device_name(a)}), torch {torch.__version__}; |output - output in full '
-          'precision|, and the root mean square of it over that of the output')
+          'precision|; relative: its root mean square over that of the output')
     rows = measure(names, 'compare', a)
     show(rows, [('name', 'form', ''), ('max', 'max', '.2e'), ('max_bound', 'bound', '.0e'), ('mean', 'mean', '.2e'),
                 ('mean_bound', 'bound', '.0e'), ('relative', 'relative', '.4f')], a.json)
     bounded = [r for r in rows if r['max_bound'] is not None]
     if over := [r['name'] for r in bounded if not (r['max'] <= r['max_bound'] and r['mean'] <= r['mean_bound'])]:
-        sys.exit(f'error: over its bound: {", ".join(over)}')
+        sys.exit(f'error: the difference is over its bound: {", ".join(over)}')
 
 
 def fit_worker(a):
-    """Noise with random binary labels, learnt by heart: a linear head is trained with whatever the form leaves trainable."""
+    """Memorize noise with random binary labels: train a linear head and all parameters that the form leaves trainable."""
     for line in sys.stdin:
         seed = int(line)
         torch.manual_seed(seed)
@@ -214,7 +214,7 @@ def fit_worker(a):
 
 
 def fit(a):
-    """A small training loop on BigNet's forms; exit status 1 if one does not learn."""
+    """Train BigNet's forms in a small loop; exit status 1 if one does not learn."""
     if not re.fullmatch(r'\d+(,\d+)*', a.seeds):
         configurator.fail(f'--seeds={a.seeds} are no numbers; type e.g. --seeds=1,2,3')
     rows = []
@@ -225,7 +225,7 @@ def fit(a):
         answers = [worker.ask(seed) for seed in a.seeds.split(',')]
         worker.close()
         losses = [r['loss'] for r in answers]
-        # The head alone, everything else frozen, reaches 0.89 to 0.92 in 200 steps: adapters that learn do better.
+        # The head alone reaches an accuracy of 0.89 to 0.92 in 200 steps. Adapters that learn exceed it.
         trains = name in ('bignet', 'lowrank') or 'lora' in name
         rows.append({'bench': 'fit', 'name': name, 'loss': statistics.mean(losses),
                      'sd': statistics.stdev(losses) if len(losses) > 1 else None, 'losses': losses, 'threads': a.threads,
@@ -243,11 +243,11 @@ def fit(a):
 
 
 def split_names(a):
-    """The forms asked for; a path or bignet among them becomes the base. One line for a name that is neither."""
+    """Names on the command line. A path or bignet among them becomes a.base. A name that is no form and no file is an error."""
     bases = dict.fromkeys(n for n in a.names if n not in FORMS)
     a.base = next(iter(bases), 'bignet')
     if len(bases) > 1:
-        configurator.fail(f'one model at a time; type only one of {", ".join(bases)}')
+        configurator.fail(f'bench.py measures one model at a time; type only one of {", ".join(bases)}')
     for name in a.names:
         if name not in (*FORMS, 'bignet') and (name != a.base or not os.path.exists(name)):
             configurator.fail(f'{name!r} is no form and no file; type one of bignet, {", ".join(FORMS)} or a checkpoint')

@@ -1,4 +1,4 @@
-"""bench.py's measurements of single linear layers: bits, error and time of every kind beside nn.Linear."""
+"""Measurements of single linear layers for bench.py: bits, error and time of every kind, compared to nn.Linear."""
 import importlib.util
 import json
 import re
@@ -21,9 +21,9 @@ LAYERS = {'linear': None, 'linear trained': None, 'half': 'half', 'int8': 'int8'
 
 
 def make_layer(name, columns, rows, device, dtype):
-    """(layer, bits per weight, relative RMS error) of a layer with N(0,1) weights, no bias, frozen but for adapters and
-    low rank, computing in dtype. 'bitsandbytes nf4 eval' is what its layer becomes in evaluation on a CPU with bf16
-    instructions: another arrangement of the weights, arithmetic in bf16 whatever the input, no backward pass."""
+    """Make a layer with N(0,1) weights and no bias that computes in dtype: (layer, bits per weight, relative RMS error).
+    All but adapters and low-rank factors is frozen. 'bitsandbytes nf4 eval' is its layer in evaluation on a CPU with bf16
+    instructions: the weights have another layout, arithmetic is in bf16 for any input, and there is no backward pass."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(columns, rows, bias=False, device=device))
     w = nn.init.normal_(model[0].weight).detach().clone()
@@ -37,27 +37,27 @@ def make_layer(name, columns, rows, device, dtype):
         layer = layer.to(device)
         state = layer.weight.quant_state
         q = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).float()
-        held = [layer.weight, state.absmax] + ([state.state2.absmax] if state.nested else [])
+        stored = [layer.weight, state.absmax] + ([state.state2.absmax] if state.nested else [])
         layer.train(not name.endswith('eval'))
-        return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
+        return layer, 8 * sum(t.nbytes for t in stored) / w.numel(), ((q - w).norm() / w.norm()).item()
     layers.convert(model, {'0': LAYERS[name]}, verbose=False, packed=True)
     layer = model[0]
     base = getattr(layer, 'base', layer)
     q = (base.effective_weight() if isinstance(base, layers.LowBit) else base.weight.float() if name != 'lowrank'
          else (base.A * base.c @ base.B).detach())
-    if name == 'binary':                            # its output is normalised: the scale that fits best is the layer's
+    if name == 'binary':                            # the output is normalised, so the best scale counts
         q = q * (q * w).sum() / q.square().sum()
-    held = [t for t in [*base.parameters(), *base.buffers()]]
+    stored = [t for t in [*base.parameters(), *base.buffers()]]
     if name == 'ternary':
-        held.remove(base.gain)                      # of the RMSNorm that it has inside
-    return layer, 8 * sum(t.nbytes for t in held) / w.numel(), ((q - w).norm() / w.norm()).item()
+        stored.remove(base.gain)                    # belongs to the RMSNorm inside the layer
+    return layer, 8 * sum(t.nbytes for t in stored) / w.numel(), ((q - w).norm() / w.norm()).item()
 
 
 def layers_worker(a):
     rows = {}
     for line in sys.stdin:
-        ask = json.loads(line)
-        tokens, columns, outs = ask['shape']
+        request = json.loads(line)
+        tokens, columns, outs = request['shape']
         if (columns, outs) not in rows:
             rows[columns, outs] = make_layer(a.name, columns, outs, a.device, getattr(torch, a.dtype))
         layer, bits, error = rows[columns, outs]
@@ -73,16 +73,16 @@ def layers_worker(a):
             layer.zero_grad(set_to_none=True)
             layer(x.requires_grad_()).backward(g)
         cuda = a.device == 'cuda'
-        yield {'bits': bits, 'error': error, 'forward_ms': median_ms(forward, ask['seconds'], cuda),
-               'both_ms': None if a.name.endswith('eval') else median_ms(both, ask['seconds'], cuda)}
+        yield {'bits': bits, 'error': error, 'forward_ms': median_ms(forward, request['seconds'], cuda),
+               'both_ms': None if a.name.endswith('eval') else median_ms(both, request['seconds'], cuda)}
 
 
 def every_layer(a):
-    """Every kind of layer: bits per weight, error on normal weights, time beside a frozen nn.Linear."""
+    """Measure every kind of layer: bits per weight, error on normal weights, time relative to a frozen nn.Linear."""
     names = a.kinds.split(',') if a.kinds else [n for n in LAYERS if 'bits' not in n
                                                 or importlib.util.find_spec('bitsandbytes')]
     if unknown := [n for n in names if n not in LAYERS]:
-        configurator.fail(f'{unknown[0]!r} is no kind of layer; type --kinds= and some of {",".join(LAYERS)}')
+        configurator.fail(f'{unknown[0]!r} is no kind of layer; type --kinds= with some of {",".join(LAYERS)}')
     if not re.fullmatch(r'[1-9]\d*x[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*x[1-9]\d*)*', a.shapes):
         configurator.fail(f'--shapes={a.shapes} is not tokens x in x out; type e.g. --shapes=1x1024x1024,32x1024x4096')
     shapes = [tuple(map(int, s.split('x'))) for s in a.shapes.split(',')]
@@ -90,15 +90,15 @@ def every_layer(a):
     names.insert(0, 'linear')
     rows = []
     for shape in shapes:
-        ask = json.dumps({'shape': shape, 'seconds': a.seconds})
-        workers, answers = in_turns([dict(vars(a), run=None, bench='layers', name=n) for n in names], a.rounds, ask, ask)
+        line = json.dumps({'shape': shape, 'seconds': a.seconds})
+        workers, answers = in_turns([dict(vars(a), run=None, bench='layers', name=n) for n in names], a.rounds, line, line)
         for worker in workers:
             worker.close()
         base = answers[0]
-        for name, found in zip(names, answers, strict=True):
-            ms = {k: middle(found, k) for k in ('forward_ms', 'both_ms')}
-            by = {k.replace('ms', 'ratio'): ratio(found, base, k) for k in ms}
-            rows.append({'bench': 'layers', 'name': name, 'bits': found[0]['bits'], 'error': found[0]['error'], **ms, **by,
+        for name, mine in zip(names, answers, strict=True):
+            ms = {k: middle(mine, k) for k in ('forward_ms', 'both_ms')}
+            by = {k.replace('ms', 'ratio'): ratio(mine, base, k) for k in ms}
+            rows.append({'bench': 'layers', 'name': name, 'bits': mine[0]['bits'], 'error': mine[0]['error'], **ms, **by,
                          'tokens': shape[0], 'in': shape[1], 'out': shape[2], 'dtype': a.dtype, 'threads': a.threads,
                          'device': device_name(a), 'torch': torch.__version__})
         one = rows[-len(names)]

@@ -1,4 +1,4 @@
-"""bench.py's measurements of optimizers: a step and a refresh of them alone, their state, whole steps of fine-tuning."""
+"""Measurements of optimizers for bench.py: time of a step and of a refresh, bytes of their state, whole fine-tuning steps."""
 import argparse
 import importlib.util
 import logging
@@ -20,8 +20,8 @@ from report import costs
 # ---------------------------------------------------------------------------------------------------------------------
 # a step of an optimizer
 
-INTERVAL = 200                  # steps that a refresh is spread over
-NEVER = 10 ** 9                 # an interval that no run reaches
+INTERVAL = 200                  # steps over which the time of a refresh is amortised
+NEVER = 10 ** 9                 # interval in steps that no run reaches: no refresh
 PEERS = {'galore': 'galore_torch', 'bitsandbytes': 'bitsandbytes'}
 
 
@@ -31,36 +31,36 @@ def refresh_every(optimizer, steps):
 
 
 def block_optimizer(name, params):
-    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)       # it misses kernels of its 4-bit layers, not needed here
-    kind, _, what = name.partition(' ')
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)       # it warns of missing 4-bit kernels, not needed here
+    kind, _, rank = name.partition(' ')
     if kind == 'adamw':
         return torch.optim.AdamW(params, fused=True)
     if kind == 'rsvd':
-        return RSVDAdam(params, rank=int(what), side='short', interval=NEVER)
+        return RSVDAdam(params, rank=int(rank), side='short', interval=NEVER)
     if kind == 'galore':
         import galore_torch
-        return galore_torch.GaLoreAdamW([{'params': params, 'rank': int(what), 'update_proj_gap': NEVER, 'scale': 1.0,
+        return galore_torch.GaLoreAdamW([{'params': params, 'rank': int(rank), 'update_proj_gap': NEVER, 'scale': 1.0,
                                           'proj_type': 'std'}], no_deprecation_warning=True)
     import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(params)
 
 
 def state_bytes(optimizer):
-    """optimizer_bytes() of any optimizer: GaLore's bases too, which are in objects; what weights share counts once."""
-    found = [t for s in optimizer.state.values() for v in s.values() for t in (v, getattr(v, 'ortho_matrix', None))]
-    return sum({t.data_ptr(): t.nbytes for t in found if torch.is_tensor(t)}.values())
+    """optimizer_bytes() of any optimizer. Counts GaLore's bases, which are inside objects; a shared tensor counts once."""
+    tensors = [t for s in optimizer.state.values() for v in s.values() for t in (v, getattr(v, 'ortho_matrix', None))]
+    return sum({t.data_ptr(): t.nbytes for t in tensors if torch.is_tensor(t)}.values())
 
 
 def optim_worker(a):
-    """For each line, a number of steps, their median and what a refresh of all matrices takes longer. GaLore's is its first
-    step, once. full SVD: torch.linalg.svd of one matrix of each shape, times the layers."""
+    """Answer each line, a number of steps, by the median ms of a step and the additional ms of a refresh of all matrices. For
+    GaLore, the first step is the refresh. full SVD: torch.linalg.svd of one matrix of each shape, times the layers."""
     cuda, first = a.device == 'cuda', None
     torch.manual_seed(0)
     shapes = [(3 * a.dim, a.dim), (a.dim, a.dim), (4 * a.dim, a.dim), (a.dim, 4 * a.dim)]
     params = [nn.Parameter(torch.randn(s, device=a.device)) for s in shapes * (1 if a.name == 'full SVD' else a.layers)]
     grads = [torch.randn_like(p) for p in params]
 
-    def give():                                     # anew: RSVDAdam frees the gradients that it has projected
+    def give():                                     # before each step, because RSVDAdam frees projected gradients
         for p, g in zip(params, grads, strict=True):
             p.grad = g
 
@@ -75,7 +75,7 @@ def optim_worker(a):
             if first is None:
                 optimizer = block_optimizer(a.name, params)
                 first = times_ms(optimizer.step, 1, cuda, give)[0]
-        except Exception as e:                      # noqa: BLE001  a peer may lack what it needs on this device
+        except Exception as e:                      # noqa: BLE001  another package may not support this device
             if a.name.split()[0] not in PEERS:
                 raise
             yield {'failed': str(e).split('\n')[0]}
@@ -92,7 +92,7 @@ def optim_worker(a):
 
 
 def numbers_in(a, key):
-    """The numbers of an option such as --ranks=16,128."""
+    """List of the numbers of an option such as --ranks=16,128."""
     text = getattr(a, key)
     if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', text):
         configurator.fail(f'--{key}={text} are no numbers; type e.g. --{key}=16,128')
@@ -100,31 +100,31 @@ def numbers_in(a, key):
 
 
 def block_variants(ranks):
-    """Names of what is measured: peers only where their package is."""
+    """Names of the optimizers to measure. Those of other packages are left out if their package is not installed."""
     names = ['adamw', *(f'{kind} {r}' for kind in ('rsvd', 'galore') for r in ranks), 'bitsandbytes 8bit', 'full SVD']
     absent = [kind for kind, package in PEERS.items() if importlib.util.find_spec(package) is None]
     return [n for n in names if n.split()[0] not in absent]
 
 
 def optim(a):
-    """A step and a refresh of low-rank optimizers on the block matrices of GPT-2 124M, beside AdamW and other packages."""
+    """Measure a step and a refresh of low-rank optimizers on GPT-2 124M's block matrices, and of AdamW and other packages."""
     names = block_variants(numbers_in(a, 'ranks'))
     workers, answers = in_turns([dict(vars(a), run=None, bench='optim', name=n) for n in names], a.rounds, 1, a.steps)
     for worker in workers:
         worker.close()
-    found = dict(zip(names, answers, strict=True))
-    for name in [n for n in names if 'failed' in found[n][0]]:
-        print(f'left out: {name} ({found.pop(name)[0]["failed"]})')
+    answers_of = dict(zip(names, answers, strict=True))
+    for name in [n for n in names if 'failed' in answers_of[n][0]]:
+        print(f'left out: {name} ({answers_of.pop(name)[0]["failed"]})')
     print(f'{4 * a.layers} matrices of {a.layers} blocks of width {a.dim}, fp32, {a.device} ({device_name(a)}), {a.threads} '
-          f'threads, torch {torch.__version__}, {a.rounds} rounds x {a.steps} steps;\na refresh is of all of them, beyond a '
-          f'plain step; amortised: at one in {INTERVAL} steps. full SVD: torch.linalg.svd, 4 shapes x {a.layers}')
+          f'threads, torch {torch.__version__}, {a.rounds} rounds x {a.steps} steps;\nrefresh: of all matrices, in addition '
+          f'to a plain step; amortised: one refresh in {INTERVAL} steps. full SVD: torch.linalg.svd, 4 shapes x {a.layers}')
     rows = []
-    for name, mine in found.items():
-        peer = found.get(name.replace('rsvd', 'galore')) if name.startswith('rsvd') else None
+    for name, mine in answers_of.items():
+        peer = answers_of.get(name.replace('rsvd', 'galore')) if name.startswith('rsvd') else None
         rows.append({'bench': 'optim', 'name': name, **{k: middle(mine, k) for k in mine[0]},
-                     'ratio': ratio(mine, found['adamw'], 'ms'), 'galore_ratio': ratio(mine, peer, 'ms'),
-                     'svd_ratio': ratio(mine, found['full SVD'], 'refresh_ms'),
-                     'amortised_ratio': ratio(mine, found['adamw'], 'amortised_ms'), 'interval': INTERVAL, 'dim': a.dim,
+                     'ratio': ratio(mine, answers_of['adamw'], 'ms'), 'galore_ratio': ratio(mine, peer, 'ms'),
+                     'svd_ratio': ratio(mine, answers_of['full SVD'], 'refresh_ms'),
+                     'amortised_ratio': ratio(mine, answers_of['adamw'], 'amortised_ms'), 'interval': INTERVAL, 'dim': a.dim,
                      'layers': a.layers, 'threads': a.threads, 'device': device_name(a), 'torch': torch.__version__})
     show(rows, [('name', 'optimizer', ''), ('optimizer_bytes', 'bytes', ',.0f'), ('ms', 'ms/step', '.1f'),
                 ('ratio', 'x adamw', '.2f'), ('galore_ratio', 'x galore', '.2f'), ('refresh_ms', 'refresh ms', ',.0f'),
@@ -133,11 +133,11 @@ def optim(a):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# DistilBERT: what its optimizer holds, and a step of fine-tuning it
+# DistilBERT: bytes of its optimizer state, and a step of fine-tuning
 
 
 def distilbert(a):
-    """DistilBERT with 2 labels from random weights, ready to train; one line where there is no transformers."""
+    """DistilBERT with 2 labels and random weights, in training mode. Without transformers it is a one-line error."""
     if importlib.util.find_spec('transformers') is None:
         configurator.fail("DistilBERT's shape comes from transformers; type: pip install transformers")
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -148,7 +148,7 @@ def distilbert(a):
 
 
 def training(model, optimizer, a):
-    """(forward, step) on a.batch rows of random tokens, or on fewer."""
+    """(forward, step), functions that run on a.batch rows of random tokens or, given a number of rows, on fewer."""
     ids = torch.randint(model.config.vocab_size, (a.batch, a.tokens), device=a.device)
     labels = torch.randint(2, (a.batch,), device=a.device)
 
@@ -181,20 +181,20 @@ def optim_bytes_worker(a):
     optimizer = (torch.optim.AdamW(model.parameters(), fused=True) if scheme == 'adam' else
                  RSVDAdam(groups, rank_fraction=int(rank) / a.dim, side='left' if scheme == 'left' else 'short'))
     _, step = training(model, optimizer, a)
-    peak = max(peak_bytes(model, optimizer, step, a.device == 'cuda') for _ in range(2))    # a refresh, an ordinary step
+    peak = max(peak_bytes(model, optimizer, step, a.device == 'cuda') for _ in range(2))    # the first step is a refresh
     yield {'scheme': SCHEMES[scheme], 'rank': int(rank) if rank else None, 'optimizer_bytes': optimizer_bytes(optimizer),
            'peak_bytes': peak}
 
 
 def optim_bytes(a):
-    """Bytes of RSVDAdam's and Adam's state for DistilBERT, from its tensors after a step, beside peak training memory."""
+    """Measure the bytes of RSVDAdam's and Adam's state for DistilBERT after a step, and peak training memory."""
     names = ['adam', *(f'{scheme} {r}' for scheme in list(SCHEMES)[1:] for r in numbers_in(a, 'ranks'))]
     rows = measure(names, 'optim_bytes', a)
     for r in rows:
         r.update({f'{k}_saved': 1 - r[f'{k}_bytes'] / rows[0][f'{k}_bytes'] for k in ('optimizer', 'peak')},
                  batch=a.batch, tokens=a.tokens, dim=a.dim, layers=a.layers, threads=a.threads)
     print(f'DistilBERT, 2 labels: {shape_of(a)}; peak: tensors\nalive at once in a training step, weights and optimizer '
-          f'included; rank: of min(m, n) = {a.dim}; saved: of Adam\'s')
+          f'included; rank: of min(m, n) = {a.dim}; saved: share of Adam\'s bytes')
     show(rows, [('scheme', 'low rank', ''), ('rank', 'rank', ''), ('optimizer_bytes', 'optimizer bytes', ','),
                 ('optimizer_bytes', 'MiB', mib), ('optimizer_saved', 'saved', '.1%'), ('peak_bytes', 'peak MiB', mib),
                 ('peak_saved', 'saved', '.1%')], a.json)
@@ -204,8 +204,8 @@ FINETUNES = ('adamw', 'lora', 'lora without dropout', 'rsvd', 'rsvd projected')
 
 
 def finetune_model(a):
-    """(model, optimizer) of a variant. RSVDAdam's side is right: a linear layer then need not keep its input, and every row
-    of an embedding learns; the same without attach()."""
+    """(model, optimizer) of a variant. RSVDAdam uses side='right', so that a linear layer need not save its input and every row
+    of an embedding learns. The variant without attach() uses the same side."""
     model = distilbert(a)
     if a.name.startswith('lora'):
         rule = 'lora', dict(rank=a.rank, alpha=16.0, dropout=0.1 if a.name == 'lora' else 0.0)
@@ -222,22 +222,22 @@ def finetune_model(a):
 
 
 def first_bases(optimizer, step):
-    """Steps on one row each until every weight has its first basis: as in a run, but for its size."""
+    """Run steps on one row each until every weight has its first basis, as in a run but with a smaller batch."""
     while any(s.get('wait') for s in optimizer.state.values()):
         step(1)
 
 
 def refreshes(optimizer):
-    """Makes single weights due in the next step, as stagger does: the last of each shape, whose turn in the backward pass
-    comes when most is alive."""
+    """Make the last weight of each shape due for a refresh in the next step, one weight at a time, as stagger does. The
+    backward pass reaches this weight when most tensors are alive."""
     for p in {p.shape: p for p in getattr(optimizer, 'slots', {})}.values():
         optimizer.state[p]['step'] = NEVER
         yield
 
 
 def sent_bytes(model, optimizer):
-    """Bytes that DistributedDataParallel and attach() send in a step: fp32 gradients of what is trained, R of the others,
-    and their refreshes' products, spread over the interval."""
+    """Bytes per step that DistributedDataParallel and attach() send: fp32 gradients of trained parameters, R of the projected
+    ones, and the products of their refreshes, divided by the interval."""
     n = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     for p, slot in getattr(optimizer, 'slots', {}).items():
         _, rank, sides = optimizer.low_rank(p, slot.group)
@@ -247,7 +247,7 @@ def sent_bytes(model, optimizer):
 
 
 def finetune_memory_worker(a):
-    """Peaks of the first steps, of an ordinary one when every weight has its basis, of refreshes; what they consist of."""
+    """Peak bytes of the first steps, of an ordinary step with all bases, and of refreshes; bytes of the tensors in them."""
     model, optimizer = finetune_model(a)
     forward, step = training(model, optimizer, a)
     peak = lambda: peak_bytes(model, optimizer, step, a.device == 'cuda')
@@ -269,10 +269,10 @@ def finetune_memory_worker(a):
 
 
 def finetune_worker(a):
-    """For each line, a number of ordinary steps: their median, what a refresh of all weights takes longer, and what the
-    process had grown by at most before the first such refresh, which as a whole is none of a run that staggers them."""
+    """Answer each line, a number of ordinary steps, by their median ms, the additional ms of a refresh of all weights, and the
+    largest growth of resident memory. The growth ends before the first such refresh, because a run staggers its refreshes."""
     cuda, resident = a.device == 'cuda', None
-    distilbert(argparse.Namespace(**{**vars(a), 'dim': 64, 'layers': 1, 'device': 'cpu'}))     # imports are not the model's
+    distilbert(argparse.Namespace(**{**vars(a), 'dim': 64, 'layers': 1, 'device': 'cpu'}))     # imports must not count
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))
     before = resident_bytes()
     model, optimizer = finetune_model(a)
@@ -290,31 +290,31 @@ def finetune_worker(a):
             refresh = times_ms(step, 1, cuda)[0] - ms
             refresh_every(optimizer, NEVER)
         if cuda:
-            torch.cuda.empty_cache()                # the other variants' processes share the card
+            torch.cuda.empty_cache()                # processes of other variants share the card
         yield {'ms': ms, 'refresh_ms': refresh, 'amortised_ms': ms + (refresh or 0) / INTERVAL, 'resident_bytes': resident}
 
 
 def finetune(a):
-    """A whole training step of DistilBERT, dropout on: full AdamW, LoRA, low-rank Adam with and without full gradients."""
+    """Measure a training step of DistilBERT with dropout: full AdamW, LoRA, low-rank Adam with and without full gradients."""
     names = a.variants.split(',')
     if unknown := [n for n in names if n not in FINETUNES]:
-        configurator.fail(f'{unknown[0]!r} is no variant; type --variants= and some of {",".join(FINETUNES)}')
+        configurator.fail(f'{unknown[0]!r} is no variant; type --variants= with some of {",".join(FINETUNES)}')
     rows = measure(names, 'finetune_memory', a)
     workers, answers = in_turns([dict(vars(a), run=None, bench='finetune', name=n) for n in names], a.rounds, 1, a.steps)
     for worker in workers:
         worker.close()
-    found, memory = dict(zip(names, answers, strict=True)), {r['name']: r for r in rows}
+    answers_of, memory = dict(zip(names, answers, strict=True)), {r['name']: r for r in rows}
     for name, r in memory.items():
-        r.update({k: middle(found[name], k) for k in found[name][0]}, bench='finetune', rank=a.rank, batch=a.batch,
+        r.update({k: middle(answers_of[name], k) for k in answers_of[name][0]}, bench='finetune', rank=a.rank, batch=a.batch,
                  tokens=a.tokens, dim=a.dim, layers=a.layers, attention=a.attention,
                  threads=a.threads, interval=INTERVAL)
         for base in ('adamw', 'lora'):
             for key in ('ms', 'amortised_ms'):
-                r[f'{key}_x_{base}'] = ratio(found[name], found.get(base), key)
+                r[f'{key}_x_{base}'] = ratio(answers_of[name], answers_of.get(base), key)
             r[f'peak_x_{base}'] = r['peak_bytes'] / memory[base]['peak_bytes'] if base in memory else None
-    print(f'DistilBERT, 2 labels, rank {a.rank}: {shape_of(a)}, {a.rounds} rounds x {a.steps} steps;\namortised: with a '
-          f'refresh of every basis in {INTERVAL} steps; MiB; peak: tensors alive at once, in any step; saved: for the backward '
-          'pass;\nall-reduce: what ranks send in a step')
+    print(f'DistilBERT, 2 labels, rank {a.rank}: {shape_of(a)}, {a.rounds} rounds x {a.steps} steps;\namortised: with one '
+          f'refresh of every basis in {INTERVAL} steps; MiB; peak: tensors alive at once, in any step; saved: tensors saved '
+          'for the backward pass;\nall-reduce: bytes that a process sends in a step')
     show(rows, [('name', 'variant', ''), ('ms', 'ms/step', '.0f'), ('ms_x_adamw', 'x adamw', '.2f'),
                 ('ms_x_lora', 'x lora', '.2f'), ('amortised_ms', 'amortised', '.0f'), ('peak_bytes', 'peak', mib),
                 ('peak_x_adamw', 'x adamw', '.3f'), ('peak_x_lora', 'x lora', '.3f'), ('resident_bytes', 'resident', mib),

@@ -1,4 +1,4 @@
-"""bench.py's measurements of language models: time and memory of a whole training step, of each kind of layer."""
+"""Measurements of language models for bench.py: time and memory of a whole training step, for each kind of layer."""
 import runpy
 import statistics
 import sys
@@ -15,12 +15,12 @@ from common import peak_memory_bytes
 from measure.turns import device_name, in_turns, mib, peak_bytes, resident_bytes, show, times_ms
 from report import costs
 
-# Dense bf16 peak of a card without sparsity, from its data sheet, for the share of it that a model's arithmetic uses.
+# Peak dense bf16 FLOP/s of each card, without sparsity, from its data sheet; the reference for model FLOPs utilization (MFU).
 PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, '4090': 165e12}
 
 
 class PlainGPT(nn.Module):
-    """The fp model of train_gpt.py in plain PyTorch, for knowing what its low-bit frame costs when nothing is low-bit."""
+    """The fp model of train_gpt.py in plain PyTorch. Compared to it, fp shows the cost of the low-bit code path itself."""
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
         super().__init__()
@@ -42,7 +42,7 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(F.linear(self.ln_f(x), self.wte.weight).flatten(0, 1), targets.flatten())
 
 
-# model of train_<name>.py: its kinds, and what in its config makes every matrix of that kind
+# model of train_<name>.py: its kinds, and the config that gives every matrix this kind
 KINDS = {'gpt': ('plain', *layers.KINDS), 'bitnet': ('fp', 'tern')}
 ALL_OF = {'gpt': lambda kind, n_layer: dict(qkv_proj=kind, c_proj=kind, mlp_proj=kind,
                                             binary_blocks=() if kind == 'fp' else tuple(range(n_layer))),
@@ -50,7 +50,7 @@ ALL_OF = {'gpt': lambda kind, n_layer: dict(qkv_proj=kind, c_proj=kind, mlp_proj
 
 
 def make_model(kind, a, models):
-    """The model of the trainer in the sizes of `a`, all its matrices of `kind`. models: {trainer: (model, its config)}."""
+    """The model of train_<a.model>.py in the sizes of `a`, all matrices of `kind`. models: {trainer: (model, config class)}."""
     if kind == 'plain':
         return PlainGPT(a.vocab_size, a.block_size, a.n_layer, a.n_head, a.n_embd)
     make, shape = models[f'train_{a.model}']
@@ -59,11 +59,11 @@ def make_model(kind, a, models):
 
 
 def train_worker(a, models):
-    """For each line (a number of steps, or memory) one answer."""
+    """Answer each line: a number of steps by their milliseconds, 'memory' by bytes, parameters and FLOPs per token."""
     cuda = a.device == 'cuda'
     torch.manual_seed(0)
     ids = torch.randint(a.vocab_size, (a.batch_size, a.block_size + 1), device=a.device)
-    torch.mm(torch.ones(8, 8), torch.ones(8, 8))                # the matmul library's own set-up is not the model's
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))                # memory for set-up of the matmul library must not count
     before = resident_bytes()
     model = make_model(a.name, a, models).to(a.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -85,14 +85,14 @@ def train_worker(a, models):
             continue
         times = times_ms(step, int(line), cuda)
         if cuda:
-            torch.cuda.empty_cache()                            # the other variants' processes share the card
+            torch.cuda.empty_cache()                            # processes of other variants share the card
         yield {'ms': times}
 
 
 def train(a):
-    """Median ms of a whole training step (forward, backward, clip, AdamW) and peak memory, per kind and dtype."""
+    """Measure a whole training step (forward, backward, clip, AdamW) of each kind and dtype: median ms and peak memory."""
     if a.gpt2 and (a.fineweb95m or a.model == 'bitnet'):
-        configurator.fail('--gpt2 is the shape of another model; type one of --gpt2, --fineweb95m and --model=bitnet')
+        configurator.fail('--gpt2 is the shape of another model; type only one of --gpt2, --fineweb95m and --model=bitnet')
     if a.gpt2:
         a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size = 12, 12, 768, 1024, 50304
     if a.fineweb95m:
@@ -117,7 +117,7 @@ def train(a):
     flops = tokens * memory[variants[0]]['flops_per_token'] if peak else None
     print(f'training step, {a.model}, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, '
           f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
-          f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: of the process, above its start')
+          f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: growth of the process')
     rows = []
     for kind, dtype in variants:
         mine, base = times[kind, dtype], times.get(('fp', dtype), times[kind, dtype])

@@ -1,4 +1,4 @@
-"""What every measurement of bench.py uses: a process for each variant, turns, medians, peaks, tables."""
+"""Shared parts of all measurements of bench.py: one process per variant, turns, medians, peak memory, tables."""
 import json
 import os
 import resource
@@ -20,13 +20,13 @@ BENCH = Path(__file__).resolve().parents[1] / 'bench.py'
 
 
 class Worker:
-    """One variant in a process of its own: ask(line) sends it a line and gives its answer, a dict."""
+    """One variant in a fresh process. ask(line) sends a line to it and returns its answer, a dict."""
 
     def __init__(self, job):
         self.job = job
         self.process = subprocess.Popen([sys.executable, str(BENCH), 'worker', json.dumps(job)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True,
-                                        env={'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR',     # the profiler talks
+                                        env={'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR',     # silent profiler
                                              **os.environ})
 
     def ask(self, line=''):
@@ -35,9 +35,9 @@ class Worker:
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (ValueError, OSError):
-            if self.process.wait() == 2:            # one clear line is there already
+            if self.process.wait() == 2:            # the process printed its one-line error
                 sys.exit(2)
-            configurator.fail(f'{self.job["name"]} failed, see above')
+            configurator.fail(f'{self.job["name"]} failed; see the traceback above')
 
     def close(self):
         self.process.stdin.close()
@@ -45,7 +45,7 @@ class Worker:
 
 
 def measure(names, bench, a):
-    """One answer of a fresh process for each name, one after the other."""
+    """Measure each name in a fresh process, one after the other. Returns a row for each: answer, device, torch version."""
     rows = []
     for name in names:
         worker = Worker(dict(vars(a), run=None, bench=bench, name=name))
@@ -55,32 +55,32 @@ def measure(names, bench, a):
 
 
 def in_turns(jobs, rounds, warm_up, line):
-    """[[answer, ...] of each job]: their processes live at once but work in turns, round after round, so that what else
-    the machine does falls on all of them alike. Gives (workers, answers); the workers can be asked more."""
+    """Measure jobs in turns: only one process works at a time, so that other load on the machine affects all jobs alike.
+    Returns (workers, [[answer of each round] of each job]); the workers still accept lines."""
     workers = [Worker(job) for job in jobs]
     for w in workers:
         w.ask(warm_up)
     answers = [[] for _ in jobs]
     for _ in range(rounds):
-        for w, found in zip(workers, answers, strict=True):
-            found.append(w.ask(line))
+        for w, mine in zip(workers, answers, strict=True):
+            mine.append(w.ask(line))
     return workers, answers
 
 
-def middle(found, key):
-    """Median over rounds of a figure in their answers; None where there is none."""
-    values = [r.get(key) for r in found]
+def middle(answers, key):
+    """Median over rounds of a figure in the answers; None if an answer lacks it."""
+    values = [r.get(key) for r in answers]
     return None if None in values else statistics.median(values)
 
 
-def ratio(found, base, key):
-    """Median over rounds of a figure's ratio to another variant's of the same round; None where one has none."""
-    pairs = [(r.get(key), b.get(key)) for r, b in zip(found, base or [{}] * len(found), strict=True)]
+def ratio(answers, base, key):
+    """Median over rounds of the ratio of a figure to that of another variant in the same round; None if an answer lacks it."""
+    pairs = [(r.get(key), b.get(key)) for r, b in zip(answers, base or [{}] * len(answers), strict=True)]
     return None if any(None in pair for pair in pairs) else statistics.median(m / b for m, b in pairs)
 
 
 def show(rows, columns, path):
-    """Print rows (dicts) as a table, columns: (key, header, format spec or function); append them to path as JSON lines."""
+    """Print rows (dicts) as a table and append them to path as JSON lines. columns: (key, header, format spec or function)."""
     cells = [[h for _, h, _ in columns]]
     for r in rows:
         cells.append(['-' if r.get(k) is None else f(r[k]) if callable(f) else format(r[k], f) for k, _, f in columns])
@@ -101,7 +101,7 @@ def device_name(a):
 
 
 def times_ms(step, n, cuda, before=lambda: None):
-    """Milliseconds of each of n calls of step(), with before() in between, untimed."""
+    """Milliseconds of each of n calls of step(). before() runs before each call and is not timed."""
     sync, times = torch.cuda.synchronize if cuda else (lambda: None), []
     for _ in range(n):
         before()
@@ -114,7 +114,7 @@ def times_ms(step, n, cuda, before=lambda: None):
 
 
 def median_ms(step, seconds, cuda):
-    """Median milliseconds of step(), repeated for about `seconds` and at least 3 times."""
+    """Median milliseconds of step(), which is repeated for about `seconds`, at least 3 times."""
     times, end = [], time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         times += times_ms(step, 1, cuda)
@@ -122,12 +122,12 @@ def median_ms(step, seconds, cuda):
 
 
 def peak_bytes(model, optimizer, step, cuda):
-    """Most bytes of tensors alive at once in step(), the model and what the optimizer holds before it included."""
+    """Peak bytes of tensors alive at once in step(), including the model and the optimizer state from before it."""
     return sum(p.nbytes for p in model.parameters()) + optimizer_bytes(optimizer) + peak_above(step, cuda)
 
 
 def resident_bytes():
-    """Resident memory now (Linux), else the peak so far."""
+    """Resident memory of this process in bytes: now on Linux, elsewhere the peak so far."""
     try:
         return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
     except OSError:

@@ -1,1 +1,1 @@
-"""Works on a model that is trained already: Hugging Face folders, LoRA adapters, calibration, and the replacement of layers."""
+"""Works on trained models: Hugging Face models, LoRA adapters, calibration, and the replacement of layers."""

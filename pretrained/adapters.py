@@ -1,5 +1,5 @@
 """
-LoRA adapters of a model: trained alone, merged, kept and loaded in peft's folder layout.
+LoRA adapters of a model: train them alone, merge them, save and load them in peft's folder layout.
 
     convert(model, {'*attn*': ('lora', dict(rank=8, base='nf4'))})          # layers.py
     only_adapters(model)
@@ -17,17 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from common import atomic_write
 from layers import LoRALinear, is_linear, set_module
 
-PEFT = 'base_model.model.'      # what peft puts before a module's name
+PEFT = 'base_model.model.'      # peft's prefix of a module's name
 
 
 def adapters(model):
-    """{name: LoRALinear} of the model, or of what torch.compile or DistributedDataParallel wraps; ValueError when there is
-    none."""
+    """{name: LoRALinear} of a model, also inside torch.compile or DistributedDataParallel. Raises ValueError if it has none."""
     model = bare(model)
-    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not found or '' in found:
-        raise ValueError('the model has no LoRA layers inside; convert it with a lora rule first')
-    return found
+    loras = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not loras or '' in loras:
+        raise ValueError('the model has no LoRA layers inside; convert() it with a lora rule first')
+    return loras
 
 
 def bare(model):
@@ -37,7 +36,7 @@ def bare(model):
 
 
 def only_adapters(model):
-    """Freeze everything but the adapters, as peft does; returns the model."""
+    """Freeze all parameters but the adapters, as peft does. Returns the model."""
     trained = {id(p) for m in adapters(model).values() for p in (m.lora_A, m.lora_B)}
     for p in model.parameters():
         p.requires_grad_(id(p) in trained)
@@ -45,12 +44,12 @@ def only_adapters(model):
 
 
 def merge_adapters(model, *inputs, requantize=False):
-    """LoRALinear.merge() of every adapter, in place, on what reaches it in model(*inputs); returns {name: damage}.
+    """Merge every adapter into its base layer, in place. Returns {name: damage} of LoRALinear.merge().
 
-    The model runs once as for evaluation."""
-    seen, found, training = {}, adapters(model), {m: m.training for m in model.modules()}
+    model(*inputs) runs once in evaluation mode and gives each adapter its input, for the damage. Raises ValueError."""
+    seen, loras, training = {}, adapters(model), {m: m.training for m in model.modules()}
     hooks = [m.register_forward_pre_hook(lambda _, args, kwargs, name=name: seen.update(
-             {name: next(iter([*args, *kwargs.values()])).detach()}), with_kwargs=True) for name, m in found.items()]
+             {name: next(iter([*args, *kwargs.values()])).detach()}), with_kwargs=True) for name, m in loras.items()]
     try:
         with torch.no_grad():
             bare(model).eval()(*inputs)
@@ -59,10 +58,10 @@ def merge_adapters(model, *inputs, requantize=False):
             hook.remove()
         for m, was in training.items():
             m.training = was
-    if unseen := found.keys() - seen.keys():
+    if unseen := loras.keys() - seen.keys():
         raise ValueError(f'merge_adapters: these inputs do not reach {sorted(unseen)[0]}')
-    merged = {name: m.merge(seen[name], requantize) for name, m in found.items()}       # all of them or, on an error, none
-    places = {id(m): name for name, m in found.items()}
+    merged = {name: m.merge(seen[name], requantize) for name, m in loras.items()}       # an error changes nothing
+    places = {id(m): name for name, m in loras.items()}
     model = bare(model)
     for name, m in list(model.named_modules(remove_duplicate=False)):               # a layer may have several names
         if id(m) in places:
@@ -71,32 +70,32 @@ def merge_adapters(model, *inputs, requantize=False):
 
 
 def save_adapters(model, folder, base_model='', heads=(), task_type=None):
-    """Write the adapters alone to `folder` as peft lays them out: adapter_model.safetensors and adapter_config.json.
+    """Save the adapters alone in peft's layout: adapter_model.safetensors and adapter_config.json in `folder`.
 
-    base_model: name or path of the Hugging Face model they belong to, for peft. heads: names of modules that were trained
-    as a whole beside them, e.g. a classifier, kept with them (peft's modules_to_save); task_type: peft's, e.g. SEQ_CLS."""
+    base_model: name or path of their Hugging Face model, for peft. heads: names of fully trained modules that are saved too,
+    e.g. a classifier (peft's modules_to_save). task_type: peft's task_type, e.g. SEQ_CLS. Raises OSError if writing fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    found = adapters(model)
-    first = next(iter(found.values()))
-    # peft takes a name in a list for the end of one; a single string and the keys of patterns are regular expressions.
-    longer = {name: {n for n, _ in bare(model).named_modules() if n.endswith(f'.{name}')} for name in found}
-    ranks, alphas = ({f'^{re.escape(name)}' if longer[name] else name: getattr(m, key) for name, m in found.items()
+    loras = adapters(model)
+    first = next(iter(loras.values()))
+    # peft matches a name in a list against the end of module names. A single string and pattern keys are regular expressions.
+    longer = {name: {n for n, _ in bare(model).named_modules() if n.endswith(f'.{name}')} for name in loras}
+    ranks, alphas = ({f'^{re.escape(name)}' if longer[name] else name: getattr(m, key) for name, m in loras.items()
                       if getattr(m, key) != getattr(first, key)} for key in ('rank', 'alpha'))
-    targets = '|'.join(map(re.escape, found)) if set().union(*longer.values()) - found.keys() else list(found)
+    targets = '|'.join(map(re.escape, loras)) if set().union(*longer.values()) - loras.keys() else list(loras)
     config = {'peft_type': 'LORA', 'base_model_name_or_path': base_model, 'r': first.rank, 'lora_alpha': first.alpha,
               'lora_dropout': first.dropout, 'target_modules': targets, 'rank_pattern': ranks, 'alpha_pattern': alphas,
               'bias': 'none', 'fan_in_fan_out': False, 'task_type': task_type, 'inference_mode': True,
               'modules_to_save': list(heads) or None}
     tensors = {f'{PEFT}{name}.lora_{ab}.weight': getattr(m, f'lora_{ab}').detach().cpu().contiguous()
-               for name, m in found.items() for ab in 'AB'}
+               for name, m in loras.items() for ab in 'AB'}
     for head in heads:
         for key, t in bare(model).get_submodule(head).state_dict().items():
             tensors[f'{PEFT}{head}.{key}'] = t.detach().cpu().contiguous()
     os.makedirs(folder, exist_ok=True)
     try:
         atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(tensors, tmp, {'format': 'pt'}))
-    except SafetensorError as e:                    # what a full disk is there
+    except SafetensorError as e:                    # safetensors raises this for a full disk
         raise OSError(f'could not write {folder}: {e}') from None
 
     def write(tmp):
@@ -106,9 +105,9 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None):
 
 
 def load_adapters(model, folder):
-    """Put the adapters of save_adapters, or of peft, into the model, in place; layers without LoRA get it. Returns names.
+    """Load adapters of save_adapters() or peft into the model, in place. Other linear layers become LoRALinear. Returns names.
 
-    Raises ValueError naming what is missing, unknown or of another shape; the model is then untouched."""
+    Raises ValueError that names a tensor if it is missing, unknown or of another shape. The model is then unchanged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     model, path = bare(model), os.path.join(folder, 'adapter_model.safetensors')
@@ -117,16 +116,16 @@ def load_adapters(model, folder):
             config = json.load(f)
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as e:
-        raise ValueError(f'{folder} holds no LoRA adapters ({type(e).__name__}: {e})') from e
+        raise ValueError(f'{folder} has no LoRA adapters ({type(e).__name__}: {e})') from e
     if not isinstance(config, dict) or not isinstance(config.get('lora_alpha'), int | float):
         raise ValueError(f'{folder}/adapter_config.json has no lora_alpha')
     if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora', 'fan_in_fan_out')):
         raise ValueError(f'{folder}: only plain LoRA adapters can be loaded')
     present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    heads = {}                                      # peft takes a name for the end of one, and adds names that no module has
+    heads = {}                                      # peft matches the end of names, and lists names that no module has
     for head in config.get('modules_to_save') or ():
-        here = [n for n, _ in model.named_modules() if f'.{n}'.endswith(f'.{head}')]
-        heads |= {f'{PEFT}{n}.': n for n in here or [head]}
+        matches = [n for n, _ in model.named_modules() if f'.{n}'.endswith(f'.{head}')]
+        heads |= {f'{PEFT}{n}.': n for n in matches or [head]}
     saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith(tuple(heads)) and '.lora_' not in k}
     names = list(dict.fromkeys([*present, *(k.removeprefix(PEFT).rsplit('.lora_', 1)[0] for k in tensors)]))
     wanted = {f'{PEFT}{name}.lora_{ab}.weight' for name in names for ab in 'AB'}

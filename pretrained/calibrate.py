@@ -1,13 +1,13 @@
 """
-Codes found by looking at inputs: GPTQ and activation-aware scaling of a linear layer, and a model's layers one after the other
-with the inputs that they have once everything before them is quantized.
+Post-training quantization with a calibration set: GPTQ and activation-aware scaling (AWQ) of linear layers.
+Layers are quantized one after the other, each with the inputs it gets from the quantized layers before it.
 
-    for_each_layer(model, batches, names, visit)      one block of the model in hand at a time
-    gptq(weight, moments, 'int4', 128)                arXiv 2210.17323
-    awq(weight, moments, 'int4', 128)                 arXiv 2306.00978
+    for_each_layer(model, batches, run, names, visit)     one block at a time
+    gptq(weight, moments, 'int4', 128)                    arXiv 2210.17323
+    awq(weight, moments, 'int4', 128)                     arXiv 2306.00978
 
-Both know the inputs x (tokens, in) of a layer only by H = x^T x (and awq by mean|x|): the squared error of the output,
-|x (W' - W)^T|^2 = tr((W' - W) H (W' - W)^T), needs no more.
+Both see the inputs x (tokens, in) of a layer only as H = x^T x; awq also uses mean|x|. H is enough for the squared error of the
+output, |x (W' - W)^T|^2 = tr((W' - W) H (W' - W)^T).
 """
 import contextlib
 import itertools
@@ -20,14 +20,14 @@ import torch.nn as nn
 from layers import in_blocks
 from quant import group_grid, to_grid
 
-BLOCK = 128         # columns whose errors are passed on at once
-PART = 1 << 22      # weights of a matrix that are in hand at once
-SHRINKS = tuple(1 - i / 20 for i in range(11))      # of the range of a group, that clipping tries: 1 to 0.5
-POWERS = tuple(i / 20 for i in range(21))           # of mean|x|, that awq tries as scales of its inputs
+BLOCK = 128         # columns whose errors reach the later columns in one product
+PART = 1 << 22      # weights per block of rows; a larger one needs larger temporaries
+SHRINKS = tuple(1 - i / 20 for i in range(11))      # factors of a group's range that clipping tries, 1 to 0.5
+POWERS = tuple(i / 20 for i in range(21))           # powers of mean|x| that awq tries as scales
 
 
 class Moments:
-    """H fp32 (in, in), summed over `n` tokens, and total|x| (in,), of the inputs of a linear layer."""
+    """Statistics of a linear layer's inputs: sums over `n` tokens of x^T x, H fp32 (in, in), and of |x|, total fp32 (in,)."""
 
     def __init__(self, in_features, device):
         self.H = torch.zeros(in_features, in_features, device=device)
@@ -45,8 +45,8 @@ class Moments:
 
 
 def find_blocks(model):
-    """[[(name, module), ...], ...]: the model's rows of transformer blocks, e.g. those of an encoder and of a decoder: every
-    nn.ModuleList with linear layers that is in no other such list, in the order of the modules."""
+    """Find the stacks of transformer blocks of a model, e.g. encoder and decoder: [[(name, module), ...], ...]. A stack is an
+    nn.ModuleList with linear layers that is inside no other such list. Stacks are in the order of the modules."""
     rows, inside = [], ()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not f'{name}.'.startswith(inside or '\0') \
@@ -61,20 +61,20 @@ class _Enough(Exception):
 
 
 class Observed:
-    """Moments of the inputs of the named layers while in a with block. stop: a pass ends, by _Enough, as soon as each has been
-    called, before the last of them, most often a head, makes logits that nobody looks at; further calls are not seen. Clear
-    `called` before a pass."""
+    """Context manager that collects Moments of the inputs of the named layers. stop: end a pass by _Enough when all of them
+    have been called. The last one, mostly a head, then need not compute its output; later calls are not seen. Clear `called`
+    before each pass."""
 
     def __init__(self, model, names, stop=False):
         self.model, self.names, self.stop, self.called = model, names, stop, set()
 
     def __enter__(self):
-        found, self.hooks = {}, []
+        moments_of, self.hooks = {}, []
         for name in self.names:
             layer = self.model.get_submodule(name)
-            found[name] = moments = Moments(layer.in_features, layer.weight.device)
+            moments_of[name] = moments = Moments(layer.in_features, layer.weight.device)
             self.hooks.append(layer.register_forward_pre_hook(partial(self._add, name, moments)))
-        return found
+        return moments_of
 
     def _add(self, name, moments, _, args):
         moments.add(args[0])
@@ -89,26 +89,25 @@ class Observed:
 
 @torch.no_grad()
 def for_each_layer(model, batches, run, names, visit):
-    """visit(name, moments) for each of the layers `names` (nn.Linear or whatever has in_features and weight), in the order
-    of the model's blocks and then the rest.
+    """Call visit(name, moments) for each layer in `names`: first block by block, then the layers outside of the blocks.
 
-    run(model, batch) passes a batch through, filling no cache of keys and values. When a block's layers are visited, the
-    blocks before it are as earlier visits left them, so that errors do not add up unseen; inside a block all layers are
-    observed in one pass. Kept are the inputs of one block for all batches (tokens x width, on the model's device) and what
-    else the blocks are called with.
+    names: nn.Linear layers, or any with in_features and weight. run(model, batch) runs the model and must not fill a cache of
+    keys and values. visit() may replace the layer: later blocks then get the inputs that the replaced layers produce, and so
+    account for their errors. The layers of one block are observed in one pass. Memory: the inputs of one block for all batches
+    (tokens x width, on the model's device), and the other arguments of all blocks.
     """
     rows = find_blocks(model)
     blocks = [block for row in rows for block in row]
-    begins = {row[0][0] for row in rows}            # blocks whose inputs come from elsewhere
+    begins = {row[0][0] for row in rows}            # first blocks; no block computes their inputs
     inside = {n for n in names if any(n.startswith(f'{b}.') for b, _ in blocks)}
     rest = [n for n in names if n not in inside]
     calls = {name: [] for name, _ in blocks}
 
     def record(name):
         def hook(_, args, kwargs):
-            # A later block's inputs will be others: only what comes with them is kept.
+            # The hidden states of a later block are recomputed. Only its other arguments are stored.
             calls[name].append((args, kwargs) if name in begins else _with_hidden(args, kwargs, None))
-            if len(blocks) > 1 and name == blocks[-1][0]:              # one block may be called several times
+            if len(blocks) > 1 and name == blocks[-1][0]:              # one block may be called in a loop
                 raise _Enough
         return hook
     hooks = [block.register_forward_pre_hook(record(name), with_kwargs=True) for name, block in blocks]
@@ -120,13 +119,13 @@ def for_each_layer(model, batches, run, names, visit):
         for hook in hooks:
             hook.remove()
     for (name, block), (following, _) in itertools.zip_longest(blocks, blocks[1:], fillvalue=('', None)) if inside else ():
-        here = [n for n in names if n.startswith(f'{name}.')]
-        if here:
-            with Observed(model, here) as found:
+        inner = [n for n in names if n.startswith(f'{name}.')]
+        if inner:
+            with Observed(model, inner) as moments_of:
                 for args, kwargs in calls[name]:
                     block(*args, **kwargs)
-            for n in here:
-                visit(n, found.pop(n))
+            for n in inner:
+                visit(n, moments_of.pop(n))
         if following and following not in begins:
             for at, (args, kwargs) in enumerate(calls[name]):
                 y = block(*args, **kwargs)
@@ -134,18 +133,18 @@ def for_each_layer(model, batches, run, names, visit):
                 calls[following][at] = _with_hidden(*calls[following][at], y[0] if isinstance(y, tuple) else y)
         calls.pop(name)
     if rest:
-        observed = Observed(model, rest, stop=bool(blocks))           # without blocks there may be loops
-        with observed as found:
+        observed = Observed(model, rest, stop=bool(blocks))           # without blocks a layer may be called in a loop
+        with observed as moments_of:
             for batch in batches:
                 observed.called.clear()
                 with contextlib.suppress(_Enough):
                     run(model, batch)
         for n in rest:
-            visit(n, found.pop(n))
+            visit(n, moments_of.pop(n))
 
 
 def _with_hidden(args, kwargs, hidden):
-    """A block's arguments with other hidden states: the first one, or the one of that name."""
+    """The arguments of a block with other hidden states: its first argument, or hidden_states=."""
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {'hidden_states': hidden})
 
 
@@ -154,8 +153,8 @@ def _with_hidden(args, kwargs, hidden):
 
 
 def shrunk(groups, H, levels):
-    """group_grid of groups (out, n, group) with the least error of the output among SHRINKS, each group on its own.
-    H (n, group, group): the diagonal blocks."""
+    """(scale, zero) fp32 (out, n, 1) of groups (out, n, group): group_grid() with the shrink factor of SHRINKS that gives the
+    least squared error of the output, for each group separately. H (n, group, group): diagonal blocks of the second moments."""
     best = scale = zero = None
     for shrink in SHRINKS:
         s, z = group_grid(groups, levels, shrink)
@@ -175,8 +174,8 @@ def _diagonal_blocks(H, group):
 
 
 def inverse_root(H, damp):
-    """Upper triangular fp32 U with U^T U = (H + damp mean(diag H) I)^-1, in fp64. Damped ten times more where that is not
-    positive definite, up to 1; raises ValueError beyond it, and where H is not finite."""
+    """Upper triangular fp32 U with U^T U = (H + damp mean(diag H) I)^-1, computed in fp64. If the sum is not positive definite,
+    damp grows tenfold, up to 1. Raises ValueError if that fails or if H is not finite."""
     mean = H.diagonal().mean().item()
     while math.isfinite(mean) and damp <= 1:
         root = H.to(torch.float64, copy=True)
@@ -193,19 +192,19 @@ def inverse_root(H, damp):
 
 
 def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01):
-    """(codes uint8 (out, in), scale, zero fp32 (out, groups)) of weight (out, in): GPTQ (arXiv 2210.17323, alg. 1).
+    """GPTQ (arXiv 2210.17323, alg. 1): (codes uint8 (out, in), scale, zero fp32 (out, groups)) of weight (out, in).
 
-    Columns are rounded one by one, and what each leaves as error is passed on to those that are not yet rounded, by the
-    inverse of H. act_order: those with the largest inputs first; the groups stay those of the row, with scales from the
-    weights as they were, so that nothing has to be kept about the order. Otherwise from left to right, with a group's
-    scale from its weights as the columns before have left them. clip: clipping, each group's range by the least squared error
-    of its output (as AWQ searches it) and not by its largest weights. damp: share of mean(diag H) added to the diagonal.
-    Columns whose input was always 0 are rounded to the nearest. group=0: a whole row. Raises ValueError where H cannot be
-    inverted even when damped by its mean.
+    Columns are rounded one by one. The inverse of H spreads the error of each over the columns not yet rounded.
+    act_order: round the columns with the largest inputs first. Groups stay consecutive in the row, and their scales come from
+    the original weights, so the order need not be stored. Without it, columns go from left to right, and the scale of a group
+    comes from its weights after the corrections by earlier columns.
+    clip: the range of each group minimizes the squared error of its output, as in AWQ; otherwise its largest weights set it.
+    damp: share of mean(diag H) that is added to the diagonal. Columns whose input is always 0 are rounded to the nearest.
+    group=0: one group per row. Raises ValueError if H cannot be inverted even with damp=1.
     """
     n = weight.shape[1]
     group = group or n
-    H = moments.H / max(1, moments.n)               # of a wide layer it is the largest thing here: few copies of it
+    H = moments.H / max(1, moments.n)               # the largest tensor here if the layer is wide, so few copies
     dead = H.diagonal() == 0
     H.diagonal().add_(dead.float() * H.diagonal().mean().clamp(min=1e-12))
     blocks = _diagonal_blocks(H, group).clone()
@@ -218,10 +217,10 @@ def gptq(weight, moments, levels, group, *, act_order=True, clip=True, damp=0.01
 
 
 def _gptq(weight, U, order, grid, levels, group, act_order):
-    """gptq() of some rows, which know nothing of the others. U: of inverse_root(), in this order of columns; grid(groups,
-    which of them)."""
+    """gptq() of a block of rows; rows are independent. U: from inverse_root(), with columns in `order`. grid(groups, index)
+    returns (scale, zero)."""
     n = weight.shape[1]
-    W, groups = weight.T.clone(), weight.unflatten(1, (-1, group))                       # (in, out): a column is a row now
+    W, groups = weight.T.clone(), weight.unflatten(1, (-1, group))                       # W (in, out): columns are its rows
     scale, zero = (t[..., 0].T.contiguous() for t in grid(groups, slice(None)))          # (groups, out)
     W, of_group = W[order], (order // group).tolist()
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
@@ -233,7 +232,7 @@ def _gptq(weight, U, order, grid, levels, group, act_order):
         for j in range(stop - start):
             g = of_group[start + j]
             if not act_order and (start + j) % group == 0:
-                # Weights of the group beyond this block still lack the block's own errors; one that begins inside gets them.
+                # W beyond this block is corrected only after the block. The group may reach there, so correct a copy here.
                 ahead = W[start + j:start + j + group].clone()
                 if start + j + group > stop and j:
                     ahead[stop - start - j:] -= U[start:start + j, stop:start + j + group].T @ errors[:j]
@@ -246,19 +245,19 @@ def _gptq(weight, U, order, grid, levels, group, act_order):
                 w[j + 1:].addr_(u[j, j + 1:], errors[j], alpha=-1)
         if stop < n:
             W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
-    found = torch.empty_like(codes)
-    found[order] = codes
-    return {'codes': found.T.contiguous(), 'scale': scale.T.contiguous(), 'zero': zero.T.contiguous()}
+    in_order = torch.empty_like(codes)
+    in_order[order] = codes
+    return {'codes': in_order.T.contiguous(), 'scale': scale.T.contiguous(), 'zero': zero.T.contiguous()}
 
 
 def awq(weight, moments, levels, group):
-    """(codes uint8 (out, in), scale, zero fp32 (out, groups), input_scale fp32 (in,)) of weight (out, in): activation-aware
-    weight quantization (arXiv 2306.00978).
+    """Activation-aware weight quantization (arXiv 2306.00978): (codes uint8 (out, in), scale, zero fp32 (out, groups),
+    input_scale fp32 (in,)) of weight (out, in).
 
-    Columns with large inputs are made larger before they are rounded to the nearest, W s with s = mean|x|^a, and the inputs
-    smaller by as much: a from POWERS, by the least squared error of the output; then ranges by the least error of a group's
-    output, from SHRINKS. The paper has one s for the layers that share an input, folded into the norm before them;
-    here each layer has its own.
+    Columns with large inputs are multiplied by s = mean|x|^a before rounding to the nearest, and the inputs are divided by s.
+    a is the power in POWERS with the least squared error of the output. Then each group takes the factor in SHRINKS with the
+    least error of its output. Deviation: the paper shares one s among layers with the same input and folds it into the norm
+    before them. Here each layer has its own s.
     """
     group = group or weight.shape[1]
     H, size = moments.H, (moments.total / max(1, moments.n)).clamp(min=1e-8)

@@ -1,8 +1,8 @@
 """
-The layers that post-training quantization and pruning leave behind: integers of 8, 4, 3, 2, 1.58 or 1 bits with a scale per
-group of a row; and weights of which only those that are not 0 are kept. Importing this module adds both to layers.FORMATS.
+Layers for post-training quantization and pruning: GroupLinear stores integers of 8, 4, 3, 2, 1.58 or 1 bits with a scale per
+group of a row, SparseLinear only the nonzero weights. Importing this module adds both to layers.FORMATS.
 
-calibrate.py finds the codes; convert(model, {'*': ('group', dict(levels='int4'))}) rounds to the nearest.
+calibrate.py computes codes from a calibration set. convert(model, {'*': ('group', dict(levels='int4'))}) rounds to the nearest.
 """
 import torch
 import torch.nn as nn
@@ -12,13 +12,13 @@ from quant import GRIDS, decode4, group_grid, pack_bits, product4, to_grid, unpa
 
 
 class GroupLinear(LowBitLinear):
-    """Linear layer of integer weights, (..., in) -> (..., out); w ~ (code - zero) * scale for each `group` weights of a row.
+    """Linear layer with integer weights and a scale per group, (..., in) -> (..., out); w ~ (code - zero) * scale.
 
     levels: 'int8' | 'int4' | 'int3' | 'int2' with a zero for each group, 'tern' (-s, 0, s) or 'bin' (-s, s), see
-    quant.group_grid(); group=0: a whole row. Trained through the rounding or, after pack_(), frozen. Packed buffers: code
-    uint8 (out, in * bits / 8), weight_scale fp16 (out, groups), zero uint8 (packed like the codes), and for activation-aware
-    scaling input_scale fp16 (in,), by which the input is multiplied. Raises ValueError for unknown levels and for a group that
-    does not divide `in`, in pack_() for weights that are not finite or beyond fp16.
+    quant.group_grid(). group: weights of a row that share a scale; 0: the whole row. Gradients pass straight through the
+    rounding; after pack_() the layer is frozen. Packed buffers: code uint8 (out, in * bits / 8), weight_scale fp16 (out,
+    groups), zero uint8 (packed like the codes), and with scaled_input also input_scale fp16 (in,), a factor of the input.
+    Raises ValueError for unknown levels or a group that does not divide `in`; pack_() for weights not finite or beyond fp16.
     """
     kind, shown = 'group', ('levels', 'group')
 
@@ -43,15 +43,15 @@ class GroupLinear(LowBitLinear):
         return self.buffers_of(**in_blocks(part, self.weight), input_scale=ones)
 
     def buffers_of(self, codes, scale, zero, input_scale=None):
-        """What is kept of codes (out, in), scale and zero (out, groups), input_scale (in,); any float or integer types."""
-        held = in_blocks(lambda rows: {'code': pack_bits(rows, self.bits)}, codes) | {'weight_scale': scale.half()}
+        """Packed buffers of codes (out, in), scale and zero (out, groups), input_scale (in,); any float or integer dtypes."""
+        buffers = in_blocks(lambda rows: {'code': pack_bits(rows, self.bits)}, codes) | {'weight_scale': scale.half()}
         if GRIDS[self.levels].zero is None:
-            held['zero'] = pack_bits(zero, self.bits)
-        return held if input_scale is None else held | {'input_scale': input_scale.half()}
+            buffers['zero'] = pack_bits(zero, self.bits)
+        return buffers if input_scale is None else buffers | {'input_scale': input_scale.half()}
 
     @classmethod
     def from_codes(cls, linear, levels, group, codes, scale, zero, input_scale=None):
-        """A packed layer of these (see buffers_of) with the bias of nn.Linear `linear`."""
+        """Packed layer from codes, scale and zero (see buffers_of), with the bias of nn.Linear `linear`."""
         with torch.device('meta'):
             new = cls(linear.in_features, linear.out_features, linear.bias is not None, levels=levels, group=group,
                       scaled_input=input_scale is not None)
@@ -67,8 +67,8 @@ class GroupLinear(LowBitLinear):
         return self.weight_scale[pick].float() * zero
 
     def rows(self, pick, shifts, dtype):
-        """Weights (rows, in), those that an input times input_scale is multiplied by, of the packed rows `pick`, a slice or a
-        tensor of their numbers, and their shifts()."""
+        """Dequantize weights (rows, in) of the packed rows `pick` (slice or tensor of row numbers), without input_scale.
+        shifts: shifts() of the same rows."""
         scale = self.weight_scale[pick]
         if self._in_whole_bytes():
             code = self.code[pick].flatten()
@@ -84,8 +84,8 @@ class GroupLinear(LowBitLinear):
     def product_of_codes(self, x):
         if not self._in_whole_bytes():
             return None
-        held = {'absmax': self.weight_scale.view(-1)}
-        y = product4(x, self.code.view(-1), held, f'codes{self.bits}', self.out_features)
+        scales = {'absmax': self.weight_scale.view(-1)}
+        y = product4(x, self.code.view(-1), scales, f'codes{self.bits}', self.out_features)
         return y if y is None else y.sub_(x.float().unflatten(1, (-1, self.group)).sum(-1) @ self.shifts().T)
 
     def look_up(self, ids):
@@ -97,7 +97,7 @@ class GroupLinear(LowBitLinear):
 
     def decode(self):
         weight = self.effective_weight()
-        if self.levels == 'tern':                   # mean|w| is the scale again when what is not 0 is as much larger
+        if self.levels == 'tern':                   # divide by the nonzero share, so that mean|w| is the scale again
             groups = weight.unflatten(1, (-1, self.group))
             weight = (groups / groups.ne(0).float().mean(-1, keepdim=True).clamp(min=1e-9)).flatten(1)
         return weight, None
@@ -117,9 +117,9 @@ class GroupLinear(LowBitLinear):
 
 
 class SparseLinear(LowBitLinear):
-    """Linear layer many of whose weights are 0, (..., in) -> (..., out). Packed buffers: code uint8 (out, in / 8), a bit for
-    each weight, and values (n,), those that are not 0, row by row, in the dtype that they had; the same weights as before.
-    Before pack_() an nn.Linear like any other."""
+    """Linear layer with many zero weights, (..., in) -> (..., out). Before pack_() it computes what nn.Linear does. Packing is
+    exact. Packed buffers: code uint8 (out, in / 8), one bit per weight, and values (n,), the nonzero weights row by row in the
+    dtype of the weight."""
     kind, bits = 'sparse', 1
 
     def __init__(self, in_features, out_features, bias=True):
@@ -135,7 +135,7 @@ class SparseLinear(LowBitLinear):
         return weight.masked_scatter_(mask, self.values[starts[i]:]).to(dtype)
 
     def starts(self):
-        """Where each row's values begin; one more than rows."""
+        """Index of the first value of each row, and of the end: a list of out + 1 int."""
         counts = unpack_bits(self.code, 1, self.in_features).sum(1, dtype=torch.int64).cumsum(0)
         return [0, *counts.tolist()]
 

@@ -1,13 +1,13 @@
 """
-Hugging Face models with a classification head: loaded, or made small from nothing; their tokenizers; folders to give away.
-Language models, for ptq.py.
+Hugging Face models with a classification head: load them, make small new ones, tokenize texts, save folders for transformers.
+Also loads language models, for ptq.py.
 
     net, tokenizer, names, fresh = load('distilbert-base-uncased', ['negative', 'positive'])
     net, tokenizer = small(texts, names, n_layer=4, n_head=4, n_embd=128)      # no download
     rows = encode(tokenizer, texts, 128);  batch = collate(tokenizer, rows, 128)
 
-Encoders and decoders alike, whatever transformers has a sequence-classification class for; for the others, BitNet b1.58
-among them, LastTokenClassifier puts a linear head on the last token.
+Any encoder or decoder works that has a sequence-classification class in transformers. For other models, such as BitNet b1.58,
+LastTokenClassifier puts a linear head on the last token.
 """
 import collections
 import os
@@ -19,27 +19,27 @@ import torch.nn as nn
 import layers
 from common import atomic_write
 
-os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # a fork after its threads have started would warn at each call
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # otherwise each fork after its threads start prints a warning
 HEAD = 'last_token_head.safetensors'
 
 
 def _transformers():
-    """transformers without its progress bars and its reports of what is as expected."""
+    """Import transformers without progress bars and warnings."""
     try:
         import transformers
     except ImportError:
-        raise ValueError('models of Hugging Face need transformers; type: pip install transformers') from None
+        raise ValueError('Hugging Face models need transformers; type: pip install transformers') from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     from huggingface_hub.utils import logging
-    logging.set_verbosity_error()                   # it tells of every attempt to reach the Hub
+    logging.set_verbosity_error()                   # it logs every attempt to reach the Hub
     return transformers
 
 
 class LastTokenClassifier(nn.Module):
-    """A linear head (n_labels, hidden) on what a backbone says of the last token that is not padding; logits (B, n_labels).
+    """Classifier with a linear head (n_labels, hidden) on the last token that is not padding; logits (B, n_labels).
 
-    What transformers' ...ForSequenceClassification do for decoders, for those that have none. Padding is on the right."""
+    Like the ...ForSequenceClassification classes of transformers, for decoders without one. Padding must be on the right."""
     base_model_prefix = 'backbone'
 
     def __init__(self, backbone, n_labels):
@@ -61,23 +61,23 @@ class LastTokenClassifier(nn.Module):
 
 
 def head_parameters(net):
-    """{name: parameter} of the classification head: whatever is not of the backbone."""
+    """{name: parameter} of the classification head, that is, of everything outside of the backbone."""
     return {n: p for n, p in net.named_parameters() if not n.startswith(f'{net.base_model_prefix}.')}
 
 
 def load(name, names, dtype=torch.float32, weights=True):
-    """(net, tokenizer, names, fresh) of a Hub id or a folder, for labels `names` (list of str, in the order of their ids).
+    """Load a sequence classifier from a Hub id or a folder. Returns (net, tokenizer, names, fresh).
 
-    A model that was trained for the same names (their case aside), in whatever order, keeps its head and its order, and
-    the names come back in it; any other one gets a new head, and fresh is True. weights=False: random weights of torch's
-    generator. Raises ValueError in one line: no such model, no weights in the folder, no text model, other damage.
+    names: list of str, the labels in the order of their ids. A model trained for the same names, in any order and case, keeps
+    its head and its order, in which the names are returned. Any other model gets a new head, and fresh is True.
+    weights=False: random weights from torch's generator. Raises a one-line ValueError if the model cannot be used.
     """
     t = _transformers()
     try:
         config, tokenizer = t.AutoConfig.from_pretrained(name), t.AutoTokenizer.from_pretrained(name)
         config.use_cache = False
         if getattr(config, 'quantization_config', None) is not None:
-            # microsoft/bitnet-b1.58-2B-4T-bf16 has it; its weights are plain bf16, and the ternary layers are ours
+            # microsoft/bitnet-b1.58-2B-4T-bf16 has one, but its weights are plain bf16; our ternary layers are used below
             if config.model_type != 'bitnet' or config.quantization_config.get('quantization_mode') != 'online':
                 raise ValueError('its weights are quantized already; give a model with plain weights')
             del config.quantization_config
@@ -88,10 +88,10 @@ def load(name, names, dtype=torch.float32, weights=True):
         names = [known[fold(n)] for n in own] if same else list(names)
         config.num_labels = len(names)
         config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):         # transformers makes an empty one where there is none
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):         # transformers returns an empty one if there is none
             raise ValueError('there is no tokenizer')
         if tokenizer.pad_token is None and tokenizer.eos_token is None:
-            raise ValueError('its tokenizer has neither a token for padding nor one for the end')
+            raise ValueError('its tokenizer has no padding token and no end token')
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = tokenizer.truncation_side = 'right'
@@ -110,7 +110,7 @@ def load(name, names, dtype=torch.float32, weights=True):
                 raise ValueError(f'the weights there lack {sorted(lost - head.keys())[0]}')
             fresh = not weights or bool(lost) or not same
             if fresh and weights:
-                for p in head.values():             # transformers leaves alone what it has loaded
+                for p in head.values():             # otherwise transformers would skip their initialization
                     p._is_hf_initialized = False
                 for module in dict.fromkeys(n.rpartition('.')[0] for n in head):
                     net._init_weights(net.get_submodule(module))
@@ -122,16 +122,16 @@ def load(name, names, dtype=torch.float32, weights=True):
             if not fresh:
                 from safetensors.torch import load_file
                 net.score.load_state_dict(load_file(path))
-    except Exception as e:                          # noqa: BLE001  transformers raises many kinds; all mean: not usable
+    except Exception as e:                          # noqa: BLE001  transformers raises many types; all mean: not usable
         raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a Hub id or a folder with config.json, tokenizer and '
                          'weights') from None
-    if config.model_type == 'bitnet':               # ternary weights and int8 activations, rounded anew in each pass
+    if config.model_type == 'bitnet':               # ternary weights and int8 activations, rounded in each pass
         layers.convert(net, {'*layers.*_proj': ('tern', dict(norm=False))}, verbose=False)
     return net, tokenizer, names, fresh
 
 
 def kind_of(name):
-    """'classifier' or 'causal': what a Hub id or folder was saved as. Raises ValueError."""
+    """Whether a Hub id or folder was saved as a 'classifier' or as a 'causal' language model. Raises ValueError."""
     t = _transformers()
     try:
         config = t.AutoConfig.from_pretrained(name)
@@ -143,7 +143,7 @@ def kind_of(name):
 
 
 def load_causal(name, weights=True):
-    """(net, tokenizer) of a language model, fp32, in evaluation mode; weights=False: random ones. Raises a ValueError."""
+    """Load a language model in fp32 and evaluation mode: (net, tokenizer). weights=False: random weights. Raises ValueError."""
     t = _transformers()
     try:
         tokenizer = t.AutoTokenizer.from_pretrained(name)
@@ -156,7 +156,7 @@ def load_causal(name, weights=True):
 
 
 def plain_linears(net):
-    """GPT-2's Conv1D and Falcon's subclass as the nn.Linear that they are, in place, so that they can be quantized."""
+    """Replace GPT-2's Conv1D and Falcon's FalconLinear by nn.Linear, in place, so that they can be quantized. Returns net."""
     for path, module in list(net.named_modules()):
         name = type(module).__name__
         if name in ('Conv1D', 'FalconLinear'):
@@ -173,14 +173,14 @@ def _why(error):
 
 
 def small(texts, names, *, n_layer, n_head, n_embd, dropout, vocab_size, max_len):
-    """(net, tokenizer): a DistilBERT of this size, random weights, and a WordPiece of at most vocab_size trained on texts
-    (tuples of str). The same texts give the same vocabulary."""
+    """Make a small DistilBERT with random weights, and a WordPiece tokenizer trained on texts: (net, tokenizer). texts: tuples
+    of str. The vocabulary has at most vocab_size entries. The same texts give the same vocabulary."""
     from tokenizers import BertWordPieceTokenizer
     t, special = _transformers(), ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
     wordpiece = BertWordPieceTokenizer(lowercase=True)
     parts = [part for text in texts for part in text]
-    # The trainer numbers the letters inside words in the order of a hash table, another one each time, and breaks ties by
-    # these numbers. Named first, as if they were special, they have fixed ones.
+    # The trainer numbers the letters inside words in the random order of a hash table, and breaks ties by these numbers.
+    # Listed as special tokens, the letters get fixed numbers.
     count = collections.Counter(c for part in parts for c in wordpiece.normalize(part) if not c.isspace())
     inside = sorted(f'##{c}' for c, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:1000])
     wordpiece.train_from_iterator(parts, vocab_size=vocab_size, min_frequency=2, show_progress=False,
@@ -197,14 +197,14 @@ def small(texts, names, *, n_layer, n_head, n_embd, dropout, vocab_size, max_len
 
 
 def encode(tokenizer, texts, max_len):
-    """List of {key: int array} of texts, tuples of one or two str; cut to max_len tokens, the longer one of a pair first."""
+    """Tokenize texts (tuples of one or two str) to a list of {key: int32 array}, cut to max_len, the longer of a pair first."""
     rows = []
     for i in range(0, len(texts), 1000):
         columns = [list(column) for column in zip(*texts[i:i + 1000], strict=True)]
-        found = tokenizer(*columns, truncation=True, max_length=max_len, padding=False, return_attention_mask=False)
-        rows += [{key: np.asarray(values[j], dtype=np.int32) for key, values in found.items()}
+        encoded = tokenizer(*columns, truncation=True, max_length=max_len, padding=False, return_attention_mask=False)
+        rows += [{key: np.asarray(values[j], dtype=np.int32) for key, values in encoded.items()}
                  for j in range(len(columns[0]))]
-    if any(len(row['input_ids']) == 0 for row in rows):             # a decoder's tokenizer makes nothing of an empty text
+    if any(len(row['input_ids']) == 0 for row in rows):             # a decoder's tokenizer returns no token for an empty text
         for row in rows:
             if len(row['input_ids']) == 0:
                 row.update({key: np.zeros(1, np.int32) for key in row}, input_ids=np.int32([tokenizer.pad_token_id]))
@@ -212,7 +212,7 @@ def encode(tokenizer, texts, max_len):
 
 
 def collate(tokenizer, rows, max_len, pad_to_max=False):
-    """{key: int64 tensor (B, T)} of rows of encode(), padded to max_len, or to the longest rounded up to a multiple of 8."""
+    """Pad rows of encode() to {key: int64 (B, T)}. T: the longest, rounded up to a multiple of 8, or max_len for pad_to_max."""
     longest = max_len if pad_to_max else min(max_len, -(-max(len(row['input_ids']) for row in rows) // 8) * 8)
     batch = {}
     for key in rows[0]:
@@ -226,9 +226,8 @@ def collate(tokenizer, rows, max_len, pad_to_max=False):
 
 
 def save(net, tokenizer, folder):
-    """Write the model and its tokenizer as a folder that from_pretrained() and load() read. LowRankLinear layers are written
-    as the dense weights that they stand for, and their factors beside them; ternary ones as what they were made from.
-    Raises OSError."""
+    """Save the model and its tokenizer as a folder for from_pretrained() and load(). LowRankLinear layers are saved as dense
+    weights, with their factors in another file; ternary layers as their unrounded weights. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     state, factors = {}, {}
@@ -243,7 +242,7 @@ def save(net, tokenizer, folder):
     write = lambda name, it: atomic_write(os.path.join(folder, name), lambda tmp: save_file(it, tmp, {'format': 'pt'}))
     bare = net.backbone if isinstance(net, LastTokenClassifier) else net
     prefix = f'{net.base_model_prefix}.' if bare is not net else ''
-    if net.config.model_type == 'bitnet':           # who reads it without this has another model
+    if net.config.model_type == 'bitnet':           # without it, readers would not round the weights
         bare.config.quantization_config = dict(quant_method='bitnet', linear_class='autobitlinear', quantization_mode='online')
     try:
         bare.save_pretrained(folder, state_dict={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
@@ -252,23 +251,23 @@ def save(net, tokenizer, folder):
             write(HEAD, {'weight': state['score.weight']})
         if factors:
             write('low_rank.safetensors', factors)
-    except SafetensorError as e:                    # what a full disk is there
+    except SafetensorError as e:                    # safetensors raises this for a full disk
         raise OSError(f'could not write {folder}: {e}') from None
     finally:
         bare.config.__dict__.pop('quantization_config', None)
 
 
 def save_tokenizer(tokenizer, folder):
-    """Raises OSError, which for a full disk the library does not."""
+    """Save a tokenizer. Raises OSError also where the library raises another type, e.g. for a full disk."""
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as e:                          # noqa: BLE001  it has no other kind
+    except Exception as e:                          # noqa: BLE001  the library raises no narrower type
         raise OSError(f'could not write the tokenizer to {folder}: {e}') from None
 
 
 def bitnet_state(state, c):
-    """State dict of train_bitnet.py's BitNet and its BitNetConfig -> that of transformers' BitNetForCausalLM: the same tensors,
-    fused ones taken apart. Of its gradients likewise."""
+    """Convert a state dict of train_bitnet.py's BitNet, or a dict of its gradients, to the names of transformers'
+    BitNetForCausalLM. Fused tensors are split. c: BitNetConfig."""
     kv, out = c.n_embd // c.n_head * c.n_kv_head, {'model.embed_tokens.weight': state['wte.weight']}
     out |= {'lm_head.weight': state['wte.weight'], 'model.norm.weight': state['norm.weight']}
     for i in range(c.n_layer):

@@ -1,10 +1,9 @@
 """
-A model whose layers were replaced after its training: which layers there are to replace, how each is replaced, and how the
-whole is described in a packed file and built again.
+Replace layers of a trained model by packed ones: select them, replace each, describe them in a packed file, rebuild the model.
 
-    unfuse(model);  layers_of(model, skip)            what can be replaced, by name
-    replace(model, name, 'nf4', {})                   a packed layer in its place, the head and its embedding in one
-    restore(model, described, tensors)                for common.load_packed()
+    unfuse(model);  layers_of(model, skip)            layers that can be replaced, by name
+    replace(model, name, 'nf4', {})                   one packed layer; a tied head and embedding share it
+    restore(model, described, tensors)                before common.load_packed()
 """
 import torch
 import torch.nn as nn
@@ -16,13 +15,13 @@ from pretrained.calibrate import find_blocks
 
 
 class PackedEmbedding(nn.Module):
-    """ids (...) int -> rows (..., dim) of a packed linear layer (out = vocabulary, in = dim), in `dtype`: a tied head's own
-    layer, or one that is for nothing else. Raises ValueError for a layer whose groups go over the ends of its rows."""
+    """Embedding stored as a packed linear layer (out = vocabulary, in = dim): ids (...) int -> rows (..., dim) in `dtype`.
+    A tied head uses the same layer. Raises ValueError if the groups of the layer do not divide its rows."""
 
     def __init__(self, layer, dtype=torch.float32):
         super().__init__()
         if not hasattr(layer, 'look_up'):
-            raise ValueError(f'no embedding looks its rows up in a {layer.kind} layer')
+            raise ValueError(f'an embedding cannot be stored as a {layer.kind} layer')
         if layer.in_features % getattr(layer, 'group', 1):
             raise ValueError(f'rows of {layer.in_features} weights are not made of groups of {layer.group}')
         self.layer, self.dtype = layer, dtype
@@ -42,47 +41,48 @@ def unfuse(model):
 
 
 def tied_to(model, name):
-    """Name of another nn.Linear or nn.Embedding with the weight of `name`, or ''."""
+    """Name of another nn.Linear or nn.Embedding that shares the weight of `name`, or ''."""
     own = model.get_submodule(name)
     return next((n for n, m in model.named_modules() if m is not own and isinstance(m, nn.Linear | nn.Embedding)
                  and m.weight is own.weight), '')
 
 
 def layers_of(model, skip):
-    """{name: nn.Linear or nn.Embedding} that are to be replaced, in the order of the modules; of a tied pair the linear one.
+    """Select the layers to replace: {name: nn.Linear or nn.Embedding} in the order of the modules. Of a tied pair, the linear.
 
-    skip (str of words, separated by commas): `head` the linear layers outside of the blocks, `embd` the embeddings, any
-    other word layers with it in their name between dots, or whose name fits it as a glob. Raises ValueError where a word,
-    these two aside, is nobody's name, and where nothing is left.
+    skip: words separated by commas. `head`: the linear layers outside of the blocks. `embd`: the embeddings. Any other word:
+    layers that have it between dots in their name, or whose name matches it as a glob. Raises ValueError if such a word
+    matches no layer, or if no layer is left.
     """
     prefixes = tuple(f'{n}.' for row in find_blocks(model) for n, _ in row)
-    # Not subclasses, which compute something else, nor what shares a weight with one.
-    found = {n: m for n, m in model.named_modules()
-             if type(m) in (nn.Linear, nn.Embedding) and getattr(m, 'max_norm', None) is None}
-    found = {n: m for n, m in found.items() if tied_to(model, n) in ('', *found)}
+    # No subclasses, which compute something else, and no layers that share a weight with one.
+    candidates = {n: m for n, m in model.named_modules()
+                  if type(m) in (nn.Linear, nn.Embedding) and getattr(m, 'max_norm', None) is None}
+    candidates = {n: m for n, m in candidates.items() if tied_to(model, n) in ('', *candidates)}
     words = [w.strip() for w in skip.split(',') if w.strip()]
     skipped = set()
     for word in words:
-        here = {*layers.matching(found, word), *(n for n in found if f'.{word}.' in f'.{n}.')}
+        matches = {*layers.matching(candidates, word), *(n for n in candidates if f'.{word}.' in f'.{n}.')}
         if word == 'embd':
-            here |= {n for n, m in found.items() if isinstance(m, nn.Embedding)}
+            matches |= {n for n, m in candidates.items() if isinstance(m, nn.Embedding)}
         elif word == 'head' and prefixes:
-            here |= {n for n, m in found.items() if isinstance(m, nn.Linear) and not n.startswith(prefixes)}
-        elif not here and word != 'head':
-            raise ValueError(f'skip={word!r} names no layer; the layers are {", ".join(found)}')
-        skipped |= here
+            matches |= {n for n, m in candidates.items() if isinstance(m, nn.Linear) and not n.startswith(prefixes)}
+        elif not matches and word != 'head':
+            raise ValueError(f'skip={word!r} names no layer; the layers are {", ".join(candidates)}')
+        skipped |= matches
     skipped |= {tied_to(model, n) for n in skipped} - {''}
-    wanted = {n: m for n, m in found.items() if n not in skipped
-              and not (isinstance(m, nn.Embedding) and isinstance(found.get(tied_to(model, n)), nn.Linear))}
+    wanted = {n: m for n, m in candidates.items() if n not in skipped
+              and not (isinstance(m, nn.Embedding) and isinstance(candidates.get(tied_to(model, n)), nn.Linear))}
     if not wanted:
         low = sum(isinstance(m, layers.LowBit) for m in model.modules())
-        raise ValueError(f'there is nothing to quantize: {low} layers are low-bit already, the rest is left out by '
-                         f'skip={skip!r}' if low else f'there is nothing to quantize but what skip={skip!r} leaves out')
+        raise ValueError(f'there is nothing to quantize: {low} layers are low-bit already, skip={skip!r} leaves out the rest; '
+                         'type another --skip' if low else
+                         f'there is nothing to quantize: skip={skip!r} leaves out all layers; type another --skip')
     return wanted
 
 
 def as_linear(module):
-    """nn.Linear as it is; an nn.Embedding as one, (dim) -> (vocabulary), with the same weight."""
+    """View a module as nn.Linear: an nn.Embedding becomes (dim) -> (vocabulary) with the same weight; nn.Linear is returned."""
     if isinstance(module, nn.Linear):
         return module
     with torch.device('meta'):
@@ -92,8 +92,8 @@ def as_linear(module):
 
 
 def replace(model, name, kind, options, new=None):
-    """Put a packed layer of `kind`, or `new`, in the place of the nn.Linear or nn.Embedding `name` and of the embedding tied to
-    it. Returns what restore() needs of it, {name: entry}. Raises ValueError, naming the layer, where the kind does not fit."""
+    """Replace the nn.Linear or nn.Embedding `name`, and the embedding tied to it, by a packed layer of `kind`, or by `new`.
+    Returns {name: entry} for restore(). Raises ValueError that names the layer if the kind does not fit."""
     old, partner = model.get_submodule(name), tied_to(model, name)
     entry = {'kind': kind, 'options': options, 'bias': getattr(old, 'bias', None) is not None}
     try:
@@ -112,8 +112,8 @@ def replace(model, name, kind, options, new=None):
 
 
 def restore(model, described, tensors):
-    """Give a freshly made model the empty packed layers that replace() put into another one, in place; returns it. tensors:
-    of its packed file, for their shapes. Raises ValueError where they do not fit."""
+    """Put empty packed layers into a new model, in place, where replace() put them in the saved one. Returns the model.
+    tensors: those of the packed file; their shapes are used. Raises ValueError if they do not fit."""
     if described:
         unfuse(model)
     for name, entry in described.items():
@@ -124,14 +124,14 @@ def restore(model, described, tensors):
         rows, columns = old.weight.shape
         with torch.device('meta'):
             new = layers.linear(entry['kind'], columns, rows, entry['bias'], **entry['options'])
-        tied = f'{entry.get("tied")}.layer.'        # what two names share is kept under the first
+        tied = f'{entry.get("tied")}.layer.'        # a shared tensor is stored under its first name
         own = f'{name}.layer.' if entry.get('embedding') else f'{name}.'
         prefix = tied if any(k.startswith(tied) for k in tensors) else own
-        held = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        own_tensors = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         if isinstance(new, layers.LowBit):
-            if held['code'].numel() * 8 < rows * columns * new.bits:
-                raise ValueError(f'{name}: {held["code"].numel()} bytes of codes for {rows} x {columns} weights')
-            new.hold_({key: torch.empty_like(t) for key, t in held.items() if key != 'bias'})
+            if own_tensors['code'].numel() * 8 < rows * columns * new.bits:
+                raise ValueError(f'{name}: {own_tensors["code"].numel()} bytes of codes for {rows} x {columns} weights')
+            new.hold_({key: torch.empty_like(t) for key, t in own_tensors.items() if key != 'bias'})
         new.to_empty(device='cpu').requires_grad_(False)
         if entry.get('embedding'):
             new = PackedEmbedding(new, old.weight.dtype)

@@ -1,12 +1,12 @@
 """
-What ptq.py works on: a trained model, the data that tell how good it is, and texts to look at its inputs with.
+Subjects of ptq.py: a trained model with its evaluation data and its calibration set.
 
     subject = load('gpt2', dev, settings)           # or Trained(path, model, tokenizer, about, dev, settings)
     subject.loss(subject.model), subject.calibration(128, seed), subject.run(model, batch)
 
-Three kinds with the same methods: language models of this project's trainers on the validation windows of their training;
-language models of transformers (a folder, or an id like gpt2) on a text file; sequence classifiers of transformers, such as
-finetune_cls.py writes, on a folder of labelled texts.
+Three classes have the same methods. Trained: language models of this project's trainers, on the validation windows of their
+training. Causal: language models of transformers (a folder or an id like gpt2), on a text file. Classifier: sequence
+classifiers of transformers, e.g. of finetune_cls.py, on a folder of labelled texts.
 """
 import contextlib
 import functools
@@ -24,17 +24,17 @@ from configurator import fail
 from pretrained import hf, replace
 from readers import texts, tokens
 
-PACKED = 'packed.safetensors'    # of a folder of transformers that ptq.py saved: its weights
+PACKED = 'packed.safetensors'    # the weights in a folder of transformers that ptq.py saved
 
 
 class Trained:
-    """A language model of one of our trainers; its loss is over the batches of its trainer's evaluations.
+    """Language model of one of our trainers, evaluated on the evaluation batches of that trainer.
 
-    path, model, tokenizer, about: a checkpoint and what sample.load() made of it. Attributes: name (path), model (evaluation
-    mode, on `dev`), meta (dict: what a packed file says of it), about, trained: the loss that the trainer wrote down for
-    these very batches, or None."""
+    path: a checkpoint. model, tokenizer, about: from sample.load(path). Attributes: name (path), model (evaluation mode, on
+    `dev`), meta (dict for the header of a packed file), about, trained (the loss that the trainer recorded for the same
+    batches, or None)."""
     unit, causal, accuracy = 'nats per token', True, None
-    unused = {'text', 'calibration'}                # keys of ptq.py that have no use for it
+    unused = {'text', 'calibration'}                # keys of ptq.py that this class does not use
 
     def __init__(self, path, model, tokenizer, about, dev, s):
         self.name, self.model, self.tokenizer, self.about, self.dev = path, model, tokenizer, about, dev
@@ -42,7 +42,7 @@ class Trained:
         own = lambda key, default: s[key] or config.get(key, default)
         self.dataset, self.seed = own('dataset', ''), config.get('seed', 1337)
         if not self.dataset:
-            fail(f'{self.name} does not say what it was trained on; type --dataset=... for what it is to be evaluated on')
+            fail(f'{self.name} does not say what it was trained on; type --dataset=... of the evaluation data')
         self.block = own('block_size', self.model.config.block_size)
         self.batch, self.iters = own('batch_size', 16), own('eval_iters', 20)
         if self.block > self.model.config.block_size:
@@ -56,19 +56,19 @@ class Trained:
         self.model.to(dev)
 
     def refuse(self, path):
-        """Raises ValueError where the packed model cannot be written to `path`."""
+        """Raises ValueError if save() cannot write to `path`, or if `path` is the file of something else."""
         if not path.endswith('.safetensors') or os.path.isdir(path):
-            raise ValueError(f'save={path!r}: a packed model is a file that ends in .safetensors')
+            raise ValueError(f'save={path!r}: a packed model is a file that ends in .safetensors; type another file')
         if os.path.exists(path) and os.path.samefile(path, self.name):
             raise ValueError(f'save={path!r} is the model itself; type another file')
         if os.path.exists(path):
             with contextlib.suppress(ValueError):
                 if common.read_packed(path, tensors_too=False)[0].get('quantized'):
                     return
-            raise ValueError(f'save={path!r} is there and not by ptq.py; type another file')
+            raise ValueError(f'save={path!r} exists and was not written by ptq.py; type another file')
 
     def save(self, path, described):
-        """Write the packed model; returns the size of its file. Raises OSError."""
+        """Write the packed model. Returns the size of its file in bytes. Raises OSError."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         return common.save_packed(self.model, path, self.meta | {'quantized': described})
 
@@ -79,7 +79,7 @@ class Trained:
         try:
             common.check_tokens({'tokenizer': self.tokenizer.describe()}, self.name, data.tokenizer, self.dataset)
         except ValueError as e:
-            fail(f'{e}; type --dataset=... of the tokens that it knows')
+            fail(f'{e}; type --dataset=... with the tokens of this model')
         return data
 
     def run(self, model, batch):
@@ -87,7 +87,7 @@ class Trained:
 
     @torch.no_grad()
     def loss(self, model, on_training=False):
-        """Mean loss; on_training: over as many windows of the training split, to choose by."""
+        """Mean loss per token over the evaluation batches. on_training: over as many windows of the training split instead."""
         data, step = (self.train, -3) if on_training else (self.val, -1)
         starts = common.sample_indices(self.seed, step, len(data) - self.block, self.iters * self.batch)
         total = 0.0
@@ -97,7 +97,7 @@ class Trained:
         return total / self.iters
 
     def windows(self, n, seed, step):
-        """(n, block + 1) int64: training windows, a pure function of (seed, step)."""
+        """n training windows, (n, block + 1) int64, as a pure function of (seed, step)."""
         starts = common.sample_indices(seed, step, len(self.train) - self.block, n)
         return self.train.windows(starts, self.block + 1).to(self.dev)
 
@@ -106,28 +106,28 @@ class Trained:
         return self._tokens('train')
 
     def calibration(self, n, seed):
-        """List of batches: n windows of the training split."""
+        """Calibration set: n windows of the training split, as a list of batches."""
         return list(self.windows(n, seed, -2)[:, :-1].split(8))
 
     def training_loss(self, model, seed, step):
-        """Mean loss of one batch of the training split, with a gradient."""
+        """Mean loss of one batch of the training split, for backward()."""
         xy = self.windows(self.batch, seed, step)
         return model(xy[:, :-1], xy[:, 1:])
 
     def ids(self, n):
-        """(1, n) tokens to measure time with; at most the context's."""
+        """(1, n) tokens for timings; n is at most the context length."""
         return self.val.windows([0], min(n, self.block)).to(self.dev)
 
     def passed(self, model, ids):
-        """A pass that a user would make: no gradient, logits of the last position."""
+        """The forward pass that is timed, as in generation: it returns the logits of the last position."""
         model(ids)
 
 
 class _Folder:
-    """What the two kinds of models of transformers share: a folder that holds their config, their tokenizer and one file."""
+    """Base class of models of transformers: they are saved as a folder with config, tokenizer and one packed file."""
 
     def _packed(self):
-        """Header and tensors of the packed file of the folder, or None."""
+        """(header, tensors) of the packed file in the folder, or None if there is none."""
         path = os.path.join(self.name, PACKED)
         try:
             return common.read_packed(path) if os.path.isfile(path) else None
@@ -135,7 +135,7 @@ class _Folder:
             fail(f'{e}; save it again')
 
     def _take(self, net, packed):
-        """net as it is, or with the layers of the packed file."""
+        """Return net, with the layers of the packed file if there is one."""
         net, described = hf.plain_linears(net).eval(), packed[0]['quantized'] if packed else {}
         try:
             return common.load_packed(replace.restore(net, described, packed[1]), packed[1]) if packed else net
@@ -144,13 +144,13 @@ class _Folder:
 
     def refuse(self, path):
         if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
-            raise ValueError(f'save={path!r} exists; a packed model of transformers is a folder of its own, give a new one')
+            raise ValueError(f'save={path!r} exists; a packed model of transformers is a folder, type the name of a new one')
 
     def save(self, path, described):
-        """Write a folder with the packed model, its config and its tokenizer, whole or not at all; returns the size of the
-        packed file. Raises OSError."""
+        """Write a folder with the packed model, its config and its tokenizer, atomically. Returns the size of the packed file.
+        Raises OSError."""
         part = f'{path.rstrip(os.sep)}.tmp'
-        for left in glob.glob(f'{glob.escape(part)}*'):                 # by a process that was killed while writing
+        for left in glob.glob(f'{glob.escape(part)}*'):                 # left by a process that was killed while writing
             shutil.rmtree(left)
         part += str(os.getpid())
         os.makedirs(part)
@@ -167,7 +167,7 @@ class _Folder:
 
 
 class Causal(_Folder, Trained):
-    """A language model of transformers; its loss is over windows of a text file one after the other."""
+    """Language model of transformers, evaluated on consecutive windows of a text file."""
     unused = {'dataset'}
 
     def __init__(self, path, dev, s):
@@ -184,10 +184,10 @@ class Causal(_Folder, Trained):
         if self.block > most:
             fail(f'block_size={self.block} is more than the {most} of {path}')
         if not s['text']:
-            fail(f'{path} brings no validation data; type --text=FILE of a text to evaluate it on')
+            fail(f'{path} has no validation data; type --text=FILE of a text to evaluate it on')
         self.val, self.calibration_file = self._read(s['text']), s['calibration']
         if s['calibration'] and os.path.realpath(s['calibration']) == os.path.realpath(s['text']):
-            fail(f'{s["text"]} cannot be what the model is calibrated on and evaluated on; type another --calibration')
+            fail(f'{s["text"]} cannot be both the calibration set and the evaluation data; type another --calibration')
         self.model.to(dev)
 
     def _read(self, path):
@@ -195,7 +195,7 @@ class Causal(_Folder, Trained):
             with open(path, encoding='utf-8') as f:
                 text = f.read()
         except (OSError, ValueError) as e:
-            fail(f'cannot read {path}: {getattr(e, "strerror", None) or "it is no UTF-8 text"}; give a text file')
+            fail(f'cannot read {path}: {getattr(e, "strerror", None) or "it is no UTF-8 text"}; type the name of a text file')
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'])
         if len(ids) <= self.block:
             fail(f'{path}: {len(ids)} tokens, block_size={self.block} needs more')
@@ -226,7 +226,7 @@ class Causal(_Folder, Trained):
     @functools.cached_property
     def train(self):
         if not self.calibration_file:
-            fail(f'{self.name} brings no calibration text; type --calibration=FILE, another text than that of --text')
+            fail(f'{self.name} has no calibration text; type --calibration=FILE, not the file of --text')
         return self._read(self.calibration_file)
 
     def training_loss(self, model, seed, step):
@@ -241,7 +241,7 @@ class Causal(_Folder, Trained):
 
 
 class Classifier(_Folder):
-    """A sequence classifier of transformers; its loss and accuracy are over the validation split of labelled texts."""
+    """Sequence classifier of transformers, evaluated (loss, accuracy) on the validation split of labelled texts."""
     unit, causal, trained, accuracy, unused = 'nats per text', False, None, None, {'text', 'calibration'}
 
     def __init__(self, path, dev, s):
@@ -296,12 +296,12 @@ class Classifier(_Folder):
         return total / len(order)
 
     def calibration(self, n, seed):
-        """List of batches: n texts of the training split, each one alone, since padding is no text."""
+        """Calibration set: n texts of the training split, one per batch, because padding must not count as input."""
         rows, _ = self.train
         chosen = common.sample_indices(seed, -2, len(rows), n)
         batches = [self._batch([rows[i]]) for i in chosen]
         for batch, i in zip(batches, chosen, strict=True):
-            for key in batch:                       # collate() rounds the length up
+            for key in batch:                       # collate() pads to a multiple of 8
                 batch[key] = batch[key][:, :len(rows[i]['input_ids'])]
         return batches
 
@@ -320,14 +320,14 @@ class Classifier(_Folder):
 
 
 def is_ours(path):
-    """Whether `path` is a run of our trainers or one of its files, and not a folder or id of transformers."""
+    """Whether `path` is a run of our trainers, or one of its files, and not a folder or an id of transformers."""
     ours = os.path.isfile(path) or os.path.isdir(path) and not os.path.isfile(os.path.join(path, 'config.json'))
     return ours or path.startswith(('out/', './', '/')) and not os.path.isdir(path)
 
 
 def load(path, dev, settings):
-    """A Causal or a Classifier: the model of transformers that `path` is, a folder (ptq.py's too) or an id.
-    settings: dict of ptq.py's dataset, text, calibration, eval_iters, batch_size, block_size; 0 or '' for its own."""
+    """Load a model of transformers as a Causal or a Classifier. path: a folder, also one saved by ptq.py, or an id.
+    settings: dict with the keys dataset, text, calibration, eval_iters, batch_size, block_size of ptq.py; 0 or '': default."""
     try:
         packed = os.path.join(path, PACKED)
         kind = common.read_packed(packed, tensors_too=False)[0]['kind'] if os.path.isfile(packed) else hf.kind_of(path)

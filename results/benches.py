@@ -1,10 +1,10 @@
-"""The tables of bench.py: what it is asked for each of them, and what they show of its rows. results/runs.py makes them."""
+"""Tables of bench.py for results/runs.py: the commands, captions and columns of each table."""
 import keep
 from keep import MIB, number, table
 
 
 def figure(key, spec):
-    """A cell of a number, bytes in MiB."""
+    """Function that formats a number of a row as a cell; bytes in MiB."""
     return number(key, spec, MIB if key.endswith('_bytes') else 1)
 
 
@@ -19,7 +19,7 @@ STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×
                 'tokens/s': '{tokens_per_s:,.0f}', 'peak MiB': lambda r: mib(r, 'peak', 0), '× ': '{peak_ratio:.2f}',
                 'resident MiB': lambda r: mib(r, 'resident', 0), '×  ': '{resident_ratio:.2f}'}
 
-# name: what bench.py is asked, a line above the table from one row, columns (header, cell from a row)
+# name: (arguments of bench.py, caption from one row, {header: cell from a row})
 BENCHES = {
     'bitnet_speed': (['train --model=bitnet --steps=2'], step_caption, STEP_COLUMNS),
     'speed': (['train --steps=2'], step_caption, STEP_COLUMNS),
@@ -84,8 +84,8 @@ BENCHES = {
 }
 
 
-def times(row, what):
-    return '-' if row[f'{what}_ms'] is None else f'{row[f"{what}_ms"]:.3g} ({row[f"{what}_ratio"]:.2f})'
+def times(row, key):
+    return '-' if row[f'{key}_ms'] is None else f'{row[f"{key}_ms"]:.3g} ({row[f"{key}_ratio"]:.2f})'
 
 
 def mib(row, key, digits=2):
@@ -93,9 +93,9 @@ def mib(row, key, digits=2):
 
 
 def bench_table(name):
-    """Markdown lines from the rows that bench.py wrote into results/<name>.jsonl."""
+    """Markdown lines of a caption and a table, from the rows of bench.py in results/<name>.jsonl."""
     rows, (_, head, columns) = keep.read(name), BENCHES[name]
-    merged = {}                                     # rows of one variant are one, but for a layer's sizes and dtypes
+    merged = {}                                     # one row per variant (and dtype); sizes of `layers` are columns
     for r in rows:
         key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'bitnet_speed', 'conv') else None
         if name == 'layers':

@@ -1,11 +1,11 @@
 """
-The sixteen levels of quant.py's `fit4`, by Lloyd's algorithm on blocks of normally distributed weights.
+Compute the sixteen levels of quant.py's `fit4` by Lloyd's algorithm on blocks of normally distributed weights.
 
     python results/fit4.py            # prints FIT4 and its error; two minutes
 
-Each turn draws new blocks of 32, gives each the scale and codes with the least squared error, as quant.py does, and moves
-every level to the mean of what was rounded to it, weighted by the squared scale. The search for the scale and the sign
-makes the levels what they are: extremes are not exactly -1 and 1, and the two sides differ.
+Each turn draws new blocks of 32. Each block gets the scale and codes with the least squared error, as in quant.py. Then every
+level moves to the mean of the values rounded to it, weighted by the squared scale. Because scale and sign are searched, the
+extremes are not exactly -1 and 1, and the two sides differ.
 """
 import argparse
 import sys
@@ -18,10 +18,10 @@ import quant  # noqa: E402
 
 
 def error(levels, group, generator, blocks=1 << 15):
-    """(relative RMS error, the levels moved to the means) on `blocks` fresh blocks."""
+    """Quantize `blocks` new blocks: (relative RMS error, levels moved to the means of their values)."""
     w = torch.randn(blocks, group, generator=generator)
-    codes, held = quant.search4(w, levels)
-    s = quant.scales4(held)[:, None]
+    codes, scales = quant.search4(w, levels)
+    s = quant.scales4(scales)[:, None]
     off = (levels[codes.long()] * s - w).square().sum() / w.square().sum()
     weight = (s * s).expand_as(w).flatten()
     total = torch.zeros(16).scatter_add_(0, codes.long().flatten(), (w / s).flatten() * weight)

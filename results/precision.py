@@ -1,9 +1,9 @@
 """
-What the common term of {0, 1} weights costs in bf16: python results/precision.py > results/precision.txt
+Error of binary weights {0, 1} in bf16, from their common term: python results/precision.py > results/precision.txt
 
-Relative error of a binary layer's normalised output against float64, with the product in bf16 and weights {0, 1} as
-published or {-1/2, 1/2} as in layers.py: the same function in exact arithmetic. Inputs are GELU of a normal variable, as
-before an MLP's second layer, and normal ones, as after a LayerNorm.
+Compares the normalised output of a binary layer with float64, for products in bf16. The weights are {0, 1}, as published, or
+{-1/2, 1/2}, as in layers.py; in exact arithmetic both give the same function. Inputs are GELU of a normal variable, as before
+the second layer of an MLP, and normal, as after a LayerNorm.
 """
 import torch
 import torch.nn.functional as F

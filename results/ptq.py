@@ -1,14 +1,14 @@
 """
-The tables of ptq.py: one model, quantized, pruned and taken apart, by the commands below.
+Make the tables of ptq.py: quantization, pruning and sensitivity of one model, by the commands below.
 
     python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=4096 --name=wikitext2_bpe
     python train_gpt.py config/wikitext2_bpe.py
-    python results/ptq.py                          # all of them, prune takes longest
-    python results/ptq.py sensitivity              # one of ptq, prune, sensitivity, choose, big
-    python results/ptq.py --table                  # from the kept rows alone
-    python results/runs.py blocks                  # train with the blocks that `choose` chose, and with others
+    python results/ptq.py                          # all parts; prune takes longest
+    python results/ptq.py sensitivity              # one part of ptq, prune, sensitivity, choose, big
+    python results/ptq.py --table                  # tables from the stored rows, without a run
+    python results/runs.py blocks                  # train with the blocks that `choose` selected, and with others
 
-Rows go to results/ptq_*.jsonl, tables and pictures beside them and into README.md. No number in them is typed by hand.
+Rows go to results/ptq_*.jsonl, tables and pictures to the same folder and README.md. No number in them is typed by hand.
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ import runs
 from keep import ROOT, number, table
 
 CKPT = ['--ckpt=out/wikitext2_bpe', '--out=out/ptq']
-# part: what is run, where its rows are kept
+# part: (command, name of the file that stores its rows)
 PARTS = {'ptq': (['ptq.py', *CKPT], 'ptq_schemes'),
          'prune': (['ptq.py', 'prune', *CKPT], 'ptq_prune'),
          'sensitivity': (['ptq.py', 'sensitivity', *CKPT, '--scheme=bin'], 'ptq_sensitivity'),
@@ -33,8 +33,8 @@ def of_choose(row):
     return 'taken' in row
 
 
-def schemes(found):
-    r = found[-1]
+def schemes(rows):
+    r = rows[-1]
     columns = {'scheme': '`{scheme}`', 'bits/weight': number('bits', '.2f'), 'val loss': '{loss:.4f}',
                'difference': number('delta', '+.4f'), 'perplexity': '{perplexity:,.1f}', 'ms, 1 token': number('ms_1', '.2f'),
                '× fp': number('ratio_1', '.2f'), 'ms/token, many': number('ms_many', '.3f'),
@@ -42,26 +42,26 @@ def schemes(found):
     return [f'`config/wikitext2_bpe.py`, {r["device"]}, torch {r["torch"]}; the block matrices are quantized, the head and '
             f'embeddings are not (`skip={r["skip"]}`); groups of {r["group"]}; GPTQ and AWQ saw {r["windows"]} windows of the '
             'training split; loss in nats per token of a BPE over the batches of the training\'s evaluations; times in turns '
-            'with the full-precision model.', '', *table(columns, found)]
+            'with the full-precision model.', '', *table(columns, rows)]
 
 
-def prune(found):
+def prune(rows):
     columns = {'method': '{method}', 'share': '{amount:.2f}', 'zeros': '{zeros:.4f}', 'val loss': '{pruned_loss:.4f}',
                'retrained': '{loss:.4f}', 'difference': number('delta', '+.4f'), 'file bytes': '{file_bytes:,}',
                'smaller': number('compression', '.2f')}
-    r = found[-1]
+    r = rows[-1]
     return [f'The same model; AdamW {r["retrain_lr"]:g}, {r["retrain_iters"]} updates with the zeros kept; the difference is '
             'to the model after as many updates without zeros; the file has a bit for each weight and what is not 0 in fp32.',
-            '', *table(columns, found)]
+            '', *table(columns, rows)]
 
 
-def sensitivity(found):
-    taken, found = list(filter(of_choose, found)), [r for r in found if not of_choose(r)]
-    deltas = {(r['block'], r['kind']): r['delta'] for r in found}
-    blocks, kinds = (list(dict.fromkeys(r[k] for r in found)) for k in ('block', 'kind'))
+def sensitivity(rows):
+    taken, rows = list(filter(of_choose, rows)), [r for r in rows if not of_choose(r)]
+    deltas = {(r['block'], r['kind']): r['delta'] for r in rows}
+    blocks, kinds = (list(dict.fromkeys(r[k] for r in rows)) for k in ('block', 'kind'))
     columns = {'block': '{}'.format, **{f'`{k}`' if k != 'all' else 'all': (lambda b, k=k: format(deltas[b, k], '+.4f'))
                                         for k in kinds}}
-    r = found[0]
+    r = rows[0]
     text = [f'By how much the validation loss, {r["base_loss"]:.4f}, rises with these layers alone as `{r["scheme"]}`, '
             f'{r["bits"]:.2f} bits a weight, without any training.', '', *table(columns, blocks)]
     if taken:
@@ -70,40 +70,40 @@ def sensitivity(found):
     return text
 
 
-def big(found):
+def big(rows):
     columns = {'scheme': '`{scheme}`', 'left as they are': lambda r: r['skip'] or 'none', 'seconds': '{seconds:.0f}',
                'bits/weight': '{bits:.2f}', 'most memory of the process, bytes': '{peak:,}', 'above its start': '{above:,}',
                '× fp32 model': '{ratio:.2f}', 'file bytes': '{size:,}'}
-    r = found[0]
+    r = rows[0]
     return [f'A GPT-2 of 124M, random weights ({r["fp32"]:,} bytes in fp32, read from a checkpoint), {r["windows"]} '
             f'calibration windows of {r["block"]} tokens, {r["device"]}, {r["threads"]} threads; `--save`, from before the '
-            'model is read to the whole file.', '', *table(columns, found)]
+            'model is read to the whole file.', '', *table(columns, rows)]
 
 
 def tabulate(name):
     """Write the table of results/<name>.jsonl and draw its picture."""
     from report import plot_ptq
-    found, path = keep.read(name), ROOT / 'results' / f'{name}.png'
-    if all(map(of_choose, found)):                  # what was chosen stands below the table of sensitivity
+    rows, path = keep.read(name), ROOT / 'results' / f'{name}.png'
+    if all(map(of_choose, rows)):                   # rows of choose appear below the table of sensitivity
         return
-    title = f'{found[-1].get("ckpt")}: nats per token'
+    title = f'{rows[-1].get("ckpt")}: nats per token'
     if name == 'ptq_schemes':
-        plot_ptq.sizes(path, found, title)
-    elif name == 'ptq_prune':                       # rows without updates are those that `zeros_from` speaks of
-        found = [r for r in found if r['retrain_iters']]
-        plot_ptq.shares(path, found, f'{title}, {found[-1]["retrain_iters"]} updates')
+        plot_ptq.sizes(path, rows, title)
+    elif name == 'ptq_prune':                       # rows without updates are only the source of `zeros_from`
+        rows = [r for r in rows if r['retrain_iters']]
+        plot_ptq.shares(path, rows, f'{title}, {rows[-1]["retrain_iters"]} updates')
     elif name == 'ptq_sensitivity':
-        cells = {(r['block'], r['kind']): r['delta'] for r in found if not of_choose(r)}
+        cells = {(r['block'], r['kind']): r['delta'] for r in rows if not of_choose(r)}
         blocks, kinds = (list(dict.fromkeys(k for k in column if k != 'all')) for column in zip(*cells, strict=True))
-        plot_ptq.heat(path, blocks, kinds, cells, f'{found[0]["ckpt"]}: {found[0]["scheme"]}, nats per token')
+        plot_ptq.heat(path, blocks, kinds, cells, f'{rows[0]["ckpt"]}: {rows[0]["scheme"]}, nats per token')
     if path.exists():
         keep.shrink(name)
-    lines = {'ptq_schemes': schemes, 'ptq_prune': prune, 'ptq_sensitivity': sensitivity, 'ptq_big': big}[name](found)
+    lines = {'ptq_schemes': schemes, 'ptq_prune': prune, 'ptq_sensitivity': sensitivity, 'ptq_big': big}[name](rows)
     keep.publish(name, lines)
 
 
 def gpt2_shape():
-    """Time and memory of `ptq.py --save` on a model of GPT-2's shape, each scheme in a process of its own."""
+    """Measure time and memory of `ptq.py --save` on a model of GPT-2's shape, each scheme in a fresh process."""
     import numpy as np
     import torch
 
@@ -118,21 +118,21 @@ def gpt2_shape():
         tokens.write(work / 'data', split, [random.integers(0, 256, n)], tokenizer)
     model = GPT(GPTConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768))
     fp32 = 4 * sum(p.numel() for p in model.parameters())
-    # What a trainer leaves has two moments of Adam beside the weights.
+    # A checkpoint of a trainer has two moments of Adam beside the weights.
     common.save_checkpoint(str(work / 'best.pt'), {
         'trainer': 'train_gpt', 'step': 0, 'model_config': vars(model.config), 'model': model.state_dict(),
         'optimizer': {'exp_avg': torch.zeros(fp32 // 4), 'exp_avg_sq': torch.zeros(fp32 // 4)}, 'best_val_loss': 0.0,
         'config': {'dataset': str(work / 'data'), 'seed': 1, 'batch_size': 1, 'eval_iters': 1, 'block_size': 256},
         'tokenizer': tokenizer.describe()})
     del model
-    found = []
+    rows = []
     for scheme, skip in (('rtn4', 'head,embd'), ('gptq4', 'head,embd'), ('awq4', 'head,embd'), ('rtn4', ''), ('gptq4', '')):
         subprocess.run([sys.executable, 'ptq.py', f'--ckpt={work}', f'--schemes={scheme}', f'--skip={skip}',
                         f'--save={work}/q.safetensors'], cwd=ROOT, check=True)
         row = json.loads((work / 'save.jsonl').read_text())
-        found.append(row | {'fp32': fp32, 'ratio': row['above'] / fp32})
+        rows.append(row | {'fp32': fp32, 'ratio': row['above'] / fp32})
     (ROOT / 'out' / 'ptq').mkdir(exist_ok=True)
-    (ROOT / 'out' / 'ptq' / 'big.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in found))
+    (ROOT / 'out' / 'ptq' / 'big.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
 
 
 def main():
