@@ -11,8 +11,8 @@ def figure(key, spec):
 def step_caption(r):
     model = 'train_bitnet.py' if r.get('model') == 'bitnet' else 'train_gpt.py'
     return (f'The model of {model}, {r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, '
-            f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is the '
-            'most bytes of tensors alive at once, resident the growth of the process.')
+            f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is '
+            'the most bytes of tensors alive at once, resident the growth of the process.')
 
 
 STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×': '{ratio:.2f}',
@@ -26,8 +26,8 @@ BENCHES = {
     'stats': (['stats bignet half lora int4 qlora nf4 fit4 int8 ternary binary',
                'compare half lora int4 qlora nf4 fit4 int8 ternary binary'],
               lambda r: f'BigNet, {r["device"]}, torch {r["torch"]}, batch 32; MiB, except for the column bytes; forward and '
-              'backward: peak of the allocator above the model itself; difference: between these outputs and the full-precision '
-              'ones, same weights, same inputs.',
+              'backward: peak of the allocator above the model itself; difference: between these outputs and the '
+              'full-precision ones, same weights, same inputs.',
               {'form': '{name}', 'trainable': '{trainable:,}', 'frozen': '{frozen:,}',
                'by formula': lambda r: mib(r, 'theoretical'), 'actual': lambda r: mib(r, 'actual'),
                'bytes': '{actual_bytes:,}', 'forward': lambda r: mib(r, 'forward'), 'backward': lambda r: mib(r, 'backward'),
@@ -55,16 +55,17 @@ BENCHES = {
                'amortised ms': figure('amortised_ms', '.0f'), '× AdamW ': figure('amortised_ratio', '.2f')}),
     'optim_bytes': (['optim-bytes'],
                     lambda r: f'DistilBERT with 2 labels, fp32, a training step on {r["batch"]} x {r["tokens"]} tokens, '
-                    f'{r["device"]}, torch {r["torch"]}; optimizer: its tensors after a step; peak: most bytes of tensors alive at once '
-                    'in a step, weights and optimizer included; saved: share of Adam\'s bytes; rank: out of 768.',
+                    f'{r["device"]}, torch {r["torch"]}; optimizer: its tensors after a step; peak: most bytes of tensors '
+                    'alive at once in a step, weights and optimizer included; saved: share of Adam\'s bytes; rank: out of 768.',
                     {'low rank': '{scheme}', 'rank': figure('rank', 'd'), 'optimizer bytes': '{optimizer_bytes:,}',
                      'MiB': figure('optimizer_bytes', '.2f'), 'saved': figure('optimizer_saved', '.1%'),
                      'peak MiB': figure('peak_bytes', '.0f'), 'saved ': figure('peak_saved', '.1%')}),
     'finetune': (['finetune'],
                  lambda r: f'DistilBERT with 2 labels, fp32, a whole training step on {r["batch"]} x {r["tokens"]} tokens, '
                  f'dropout on, rank {r["rank"]}, {r["device"]}, {r["threads"]} threads, torch {r["torch"]}; MiB; amortised: '
-                 f'with a refresh of every basis in {r["interval"]} steps; peak: most bytes of tensors alive at once in any step, '
-                 'refreshes included; saved: tensors saved for the backward pass; all-reduce: sent by each process in a step.',
+                 f'with a refresh of every basis in {r["interval"]} steps; peak: most bytes of tensors alive at once in any '
+                 'step, refreshes included; saved: tensors saved for the backward pass; all-reduce: sent by each process in a '
+                 'step.',
                  {'variant': '{name}', 'ms/step': figure('ms', ',.0f'), 'amortised': figure('amortised_ms', ',.0f'),
                   '× AdamW': figure('amortised_ms_x_adamw', '.2f'), '× LoRA': figure('amortised_ms_x_lora', '.2f'),
                   'peak': figure('peak_bytes', ',.0f'), '× AdamW ': figure('peak_x_adamw', '.2f'),

@@ -63,7 +63,7 @@ Beside them:
 - [precision.txt](precision.txt): the error that the common term of {0, 1} weights causes in bf16, by
   `python results/precision.py > results/precision.txt`.
 - `python results/fit4.py` computes the levels of the format fit4.
-- `python results/runs.py --table` and `python results/ptq.py --table` make all tables, pictures and this page from the stored runs.
+- `python results/runs.py --table` and `python results/ptq.py --table` make all tables and pictures, and this page.
 """
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,11 +153,12 @@ def fill(name, text):
     for page in (ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))):
         head, mark, rest = page.read_text(encoding='utf-8').partition(f'<!-- {name} -->\n')
         if mark:
-            write(os.path.relpath(page, ROOT / 'results'), f'{head}{mark}{text}\n<!-- end -->{rest.partition("<!-- end -->")[2]}')
+            after = rest.partition('<!-- end -->')[2]
+            write(os.path.relpath(page, ROOT / 'results'), f'{head}{mark}{text}\n<!-- end -->{after}')
 
 
 def headline(name):
-    """'val loss: all binary 1.7591 ± 0.0024; full precision 1.6946 ± 0.0120', read from the first table of results/<name>.md."""
+    """'val loss: all binary 1.7591 ± 0.0024; full precision 1.6946 ± 0.0120', from the first table of results/<name>.md."""
     _, column, *labels = INDEX[name]
     column, _, shown = column.partition(' = ')
     lines = (ROOT / 'results' / f'{name}.md').read_text(encoding='utf-8').splitlines()
@@ -172,8 +173,8 @@ def headline(name):
 
 def index():
     """The text of results/README.md."""
-    lines = ['# Results', '', 'The commands below make all tables and this page. A line of a `.jsonl` is one run; `keep.py` tells '
-             'its fields.', '',
+    lines = ['# Results', '', 'The commands below make all tables and this page. A line of a `.jsonl` is one run; `keep.py` '
+             'tells its fields.', '',
              '| experiment | question | command | headline |', '|---|---|---|---|']
     for name, (question, *_) in INDEX.items():
         files = [p.name for p in (ROOT / 'results' / f'{name}.{end}' for end in ('md', 'jsonl', 'png')) if p.exists()]

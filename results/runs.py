@@ -255,8 +255,8 @@ def keep_texts(name):
 
 
 def runs_of(name, given_up=False):
-    """{variant: {seed: its line, with the figures of its last evaluation or of results.yaml}} of the finished runs; with given_up
-    also of those that were stopped early."""
+    """{variant: {seed: its line, with the figures of its last evaluation or of results.yaml}} of the finished runs; with
+    given_up also of those that were stopped early."""
     runs = sorted((r for r in keep.read(name) if 'seed' in r), key=lambda r: r['seed'])
     whole = lambda r: given_up or 'packed_file_bytes' in r or 'results' in r
     found = {v: {r['seed']: r | r['evaluations'][-1] | r.get('results', {}) for r in runs if r['variant'] == v and whole(r)}
@@ -389,8 +389,8 @@ def write_tables(name):
     keep.publish(name, lines)
 
 
-# A row of the table in README.md: model, low-bit part, name in results/layers.jsonl; experiment, variant; column of its quality,
-# +1 for a loss or -1 for an accuracy; the bench with its training memory and time, row of the bench
+# A row of the table in README.md: model, low-bit part, name in results/layers.jsonl; experiment, variant, column of its
+# quality; bench with its training memory and time, row of the bench
 SUMMARY = [
     ('GPT 1.2M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin6', 'val_loss', 'speed', 'bin'),
     ('', 'all blocks ternary', 'ternary', 'quality', 'tern6', 'val_loss', 'speed', 'tern'),
