@@ -1,21 +1,32 @@
-"""What all pictures share: colours, run folders and their logs, axes, saving."""
+"""Shared parts of all pictures: colours and markers, run folders and their logs, seeds, axes, labels, saving."""
 import ast
 import json
 import math
 import os
+import re
+import statistics
 
 from configurator import fail
 
-# Okabe-Ito: told apart with any common colour blindness. Markers differ too, for prints in grey.
+# Okabe-Ito colours: readers with any common colour blindness can tell them apart. Markers and dashes are for prints in grey.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
-MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X', '*']  # one more than colours: eighth and first differ
+MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X', '*']  # one more than colours, so the eighth line differs from the first
+DASHES = ['-', (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1))]
+ONLY_OF_A_RUN = {'seed', 'out_dir', 'resume', 'overwrite'}  # constants that may differ between seeds of one variant
+BAND = 'several seeds: mean, shaded from min to max'
+
+
+def look(i):
+    """Colour, marker and dashes of line i."""
+    return dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], ls=DASHES[i % len(DASHES)])
+
 
 # -----------------------------------------------------------------------------
 # reading a run folder
 
 
 def load_log(run):
-    """run folder -> (list of records, number of damaged lines). A last line still being written is neither."""
+    """Run folder -> (list of records, number of damaged lines). Ignores a last line that the trainer is still writing."""
     path = os.path.join(run, 'log.jsonl')
     if not os.path.isdir(run):
         fail(f'{run} is not a folder; type the out_dir of a run, the folder that holds log.jsonl')
@@ -38,7 +49,7 @@ def load_log(run):
 
 
 def load_config(run):
-    """run folder -> dict of the plain constants in config.py ({} without the file). Parsed, never executed."""
+    """Run folder -> dict of the plain constants in config.py, {} without the file. Parses the file, never executes it."""
     path = os.path.join(run, 'config.py')
     if not os.path.isfile(path):
         return {}
@@ -53,28 +64,54 @@ def load_config(run):
             try:
                 config[node.targets[0].id] = ast.literal_eval(node.value)
             except ValueError:
-                pass  # an expression: not a constant, so not for us
+                pass  # an expression, not a constant
     return config
 
 
 def load_logs(runs, wanted, lack):
-    """Run folders -> {label: records}: a folder's name, the path where two have one name. lack: what to say of one whose
-    wanted(records) are none."""
-    names = [os.path.basename(os.path.abspath(run)) for run in runs]
-    logs = {}
-    for run, name in zip(runs, names, strict=True):
+    """Run folders -> {label: records of each seed}. One label stands for all runs whose config.py differs in the seed alone.
+
+    A label is the name of the folder, or its path where two folders share a name. wanted(records): the records to draw.
+    lack: the end of the error message for a run that has none of them.
+    """
+    variants = {}
+    for run in dict.fromkeys(runs):
         records, damaged = load_log(run)
         if damaged:
             print(f'{run}/log.jsonl: {damaged} damaged line(s) skipped')
         if not wanted(records):
             fail(f'{run}/log.jsonl {lack}')
-        logs[name if names.count(name) == 1 else run] = records
-    return logs
+        config = load_config(run)
+        key, seed = repr(sorted((k, v) for k, v in config.items() if k not in ONLY_OF_A_RUN)), config.get('seed')
+        if seed is None or seed in variants.get(key, {}):  # the same seed twice is no second sample
+            key = run
+        variants.setdefault(key, {})[seed] = run, records
+    variants = [list(zip(*seeds.values(), strict=True)) for seeds in variants.values()]
+    names = [variant_name(folders) for folders, _ in variants]
+    labels = [name if names.count(name) == 1 else folders[0] for name, (folders, _) in zip(names, variants, strict=True)]
+    return {label + f' ({len(logs)} seeds)' * (len(logs) > 1): logs for label, (_, logs) in zip(labels, variants, strict=True)}
+
+
+def variant_name(folders):
+    """Name of a run folder; of several, what their names share: fp of fp_s1 and fp_s2, else the name of the folder above."""
+    paths = [os.path.abspath(folder) for folder in folders]
+    if len(paths) == 1:
+        return os.path.basename(paths[0])
+    shared = os.path.commonprefix([os.path.basename(path) for path in paths])
+    return re.sub(r'(^|[._-])(seed|s)?[._=-]?\d*$', '', shared) or os.path.basename(os.path.dirname(paths[0]))
 
 
 def measured(records, *keys):
-    """The records in which all of `keys` are finite numbers: null marks the unmeasured, nan a broken step."""
+    """Records in which all of `keys` are finite numbers. null marks an unmeasured value, nan a broken step."""
     return [r for r in records if all(isinstance(r.get(k), (int, float)) and math.isfinite(r[k]) for k in keys)]
+
+
+def across_seeds(curves):
+    """Curves of the seeds of a variant, each [(x, y), ...] -> (x, mean, lowest, highest y), at each x that all seeds have."""
+    curves = [dict(curve) for curve in curves]
+    x = sorted(set.intersection(*map(set, curves)))
+    at = [[curve[position] for curve in curves] for position in x]
+    return x, list(map(statistics.fmean, at)), list(map(min, at)), list(map(max, at))
 
 
 # -----------------------------------------------------------------------------
@@ -83,10 +120,10 @@ def measured(records, *keys):
 
 def subplots(columns=1, size=(8, 5), grid='both', title='', rows=1):
     """-> (figure, its axes row by row)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display needed, and no pyplot that keeps all figures
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display; pyplot would keep all figures
     from matplotlib.figure import Figure
     fig = FigureCanvasAgg(Figure(size, layout='constrained')).figure
-    axes = fig.subplots(rows, columns, squeeze=False, sharex=rows > 1).ravel()  # x is labelled below the last row alone
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=rows > 1).ravel()  # only the last row has x labels
     for ax in axes:
         ax.set_title(title, fontsize=9)
         ax.grid(color='0.92', axis=grid)
@@ -96,7 +133,7 @@ def subplots(columns=1, size=(8, 5), grid='both', title='', rows=1):
 
 
 def tokens_or_step(records):
-    """What every record has to be drawn against."""
+    """The x axis of records: tokens if all records have them, else step."""
     return 'tokens' if len(measured(records, 'tokens')) == len(records) else 'step'
 
 
@@ -104,13 +141,42 @@ def label_x(ax, x):
     from matplotlib.ticker import EngFormatter
     ax.margins(x=0.02)
     if ax.get_subplotspec().is_last_row():
-        ax.set_xlabel('training tokens' if x == 'tokens' else 'step')
+        ax.set_xlabel(f'training {x}' if x == 'tokens' else 'training steps')
     if x == 'tokens':
         ax.xaxis.set_major_formatter(EngFormatter())
 
 
+def label_points(ax, points):
+    """Write the text of each point (x, y, low, high, text, colour) beside it, off markers, texts and, if it can, lines."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+    ax.figure.draw_without_rendering()  # settles the layout, because places are compared in pixels
+    taken = [(4, Bbox([at, at]).padded(7)) for at in ax.transData.transform([p[:2] for p in points])]
+    taken += [(1, Bbox(ax.transData.transform([(x, low), (x, high)])).padded(1)) for x, _, low, high, *_ in points]
+    for line in ax.get_lines():
+        path = line.get_transform().transform_path(line.get_path()).interpolated(40)
+        taken += [(0.3, Bbox([at, at]).padded(2)) for at in path.vertices]
+    places = [(x * far, y * far) for far in (6, 10, 15, 21, 28, 36, 45)
+              for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (1, 0.5), (-1, -0.5))]
+    for x, y, _, _, text, color in points:
+        note = ax.annotate(text, (x, y), (0, 0), textcoords='offset points', fontsize=8, color=color,
+                           bbox=dict(fc='white', ec='none', alpha=0.7, pad=0.3),
+                           arrowprops=dict(arrowstyle='-', color=color, lw=0.5, shrinkA=0, shrinkB=0) if text else None)
+
+        def cost(place, note=note):
+            note.xyann = place
+            note.set(ha='left' if place[0] > 0 else 'right', va=('center', 'bottom', 'top')[(place[1] > 0) - (place[1] < 0)])
+            note.update_positions(ax.figure.canvas.get_renderer())
+            box = Text.get_window_extent(note)  # without the line to its point
+            beyond = min(box.min - ax.bbox.min) < 0 or min(ax.bbox.max - box.max) < 0
+            return sum(weight * box.overlaps(other) for weight, other in taken) + 4 * beyond + max(map(abs, place)) / 15
+
+        cost(min(places, key=cost))  # this call places the text
+        taken.append((4, Text.get_window_extent(note)))
+
+
 def save(fig, out, what):
-    """Write the picture and say what is on it."""
+    """Write the picture and print what it shows."""
     try:
         fig.savefig(out, dpi=150)
     except (OSError, ValueError) as e:

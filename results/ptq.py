@@ -85,16 +85,16 @@ def tabulate(name):
     found, path = keep.read(name), ROOT / 'results' / f'{name}.png'
     if all(map(of_choose, found)):                  # what was chosen stands below the table of sensitivity
         return
-    title = f'{found[-1].get("ckpt")}: nats per token'
+    title, unit = found[-1].get('ckpt'), 'nats per token'
     if name == 'ptq_schemes':
-        plot_ptq.sizes(path, found, title)
+        plot_ptq.sizes(path, found, title, unit)
     elif name == 'ptq_prune':                       # rows without updates are those that `zeros_from` speaks of
         found = [r for r in found if r['retrain_iters']]
-        plot_ptq.shares(path, found, f'{title}, {found[-1]["retrain_iters"]} updates')
+        plot_ptq.shares(path, found, title, unit)
     elif name == 'ptq_sensitivity':
         cells = {(r['block'], r['kind']): r['delta'] for r in found if not of_choose(r)}
         blocks, kinds = (list(dict.fromkeys(k for k in column if k != 'all')) for column in zip(*cells, strict=True))
-        plot_ptq.heat(path, blocks, kinds, cells, f'{found[0]["ckpt"]}: {found[0]["scheme"]}, nats per token')
+        plot_ptq.heat(path, blocks, kinds, cells, f'{found[0]["ckpt"]}: {found[0]["scheme"]}', unit)
     if path.exists():
         keep.shrink(name)
     lines = {'ptq_schemes': schemes, 'ptq_prune': prune, 'ptq_sensitivity': sensitivity, 'ptq_big': big}[name](found)
