@@ -3,7 +3,6 @@ import ast
 import json
 import math
 import os
-import re
 import statistics
 
 from configurator import fail
@@ -69,13 +68,12 @@ def load_config(run):
 
 
 def load_logs(runs, wanted, lack):
-    """Run folders -> {label: records of each seed}. One label stands for all runs whose config.py differs in the seed alone.
+    """Run folders -> {label: [records of each seed]}. Runs whose config.py differs in the seed alone share a label.
 
-    A label is the name of the folder, or its path where two folders share a name. wanted(records): the records to draw.
-    lack: the end of the error message for a run that has none of them.
-    """
-    variants = {}
-    for run in dict.fromkeys(runs):
+    wanted(records): the records to draw. lack: end of the error message for a run without them. A label is the name of the
+    folder, or its path where two folders share a name."""
+    variants, logs, names = {}, {}, [os.path.basename(os.path.abspath(run)) for run in runs]
+    for run, name in dict(zip(runs, names, strict=True)).items():
         records, damaged = load_log(run)
         if damaged:
             print(f'{run}/log.jsonl: {damaged} damaged line(s) skipped')
@@ -85,20 +83,11 @@ def load_logs(runs, wanted, lack):
         key, seed = repr(sorted((k, v) for k, v in config.items() if k not in ONLY_OF_A_RUN)), config.get('seed')
         if seed is None or seed in variants.get(key, {}):  # the same seed twice is no second sample
             key = run
-        variants.setdefault(key, {})[seed] = run, records
-    variants = [list(zip(*seeds.values(), strict=True)) for seeds in variants.values()]
-    names = [variant_name(folders) for folders, _ in variants]
-    labels = [name if names.count(name) == 1 else folders[0] for name, (folders, _) in zip(names, variants, strict=True)]
-    return {label + f' ({len(logs)} seeds)' * (len(logs) > 1): logs for label, (_, logs) in zip(labels, variants, strict=True)}
-
-
-def variant_name(folders):
-    """Name of a run folder; of several, what their names share: fp of fp_s1 and fp_s2, else the name of the folder above."""
-    paths = [os.path.abspath(folder) for folder in folders]
-    if len(paths) == 1:
-        return os.path.basename(paths[0])
-    shared = os.path.commonprefix([os.path.basename(path) for path in paths])
-    return re.sub(r'(^|[._-])(seed|s)?[._=-]?\d*$', '', shared) or os.path.basename(os.path.dirname(paths[0]))
+        variants.setdefault(key, {})[seed] = name if names.count(name) == 1 else run, records
+    for seeds in variants.values():
+        labels, records = zip(*seeds.values(), strict=True)
+        logs[labels[0] if len(labels) == 1 else f'{labels[0]} … {labels[-1]} ({len(labels)} seeds)'] = records
+    return logs
 
 
 def measured(records, *keys):
@@ -107,10 +96,10 @@ def measured(records, *keys):
 
 
 def across_seeds(curves):
-    """Curves of the seeds of a variant, each [(x, y), ...] -> (x, mean, lowest, highest y), at each x that all seeds have."""
-    curves = [dict(curve) for curve in curves]
-    x = sorted(set.intersection(*map(set, curves)))
-    at = [[curve[position] for curve in curves] for position in x]
+    """Curves of seeds, each [(x, y), ...] -> (x, mean, lowest, highest y), at each x that all have, else any has."""
+    curves = [dict(curve) for curve in curves if curve] or [{}]
+    x = sorted(set.intersection(*map(set, curves)) or set.union(*map(set, curves)))
+    at = [[curve[position] for curve in curves if position in curve] for position in x]
     return x, list(map(statistics.fmean, at)), list(map(min, at)), list(map(max, at))
 
 

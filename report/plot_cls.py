@@ -51,9 +51,7 @@ def number(run, name, key):
 def load_runs(paths):
     """Run folders, or folders above them -> a dict for each run: config.py updated by results.yaml, its folder as 'run'.
 
-    All runs must have one task and one model. rank is None for a method without one. Sorted: full first, then by method,
-    rank and seed.
-    """
+    All runs must have one task and one model. rank: None for a method without one. Order: full, then method, rank, seed."""
     folders = {}
     for path in paths:
         if not os.path.isdir(path):
@@ -202,7 +200,7 @@ def draw_pareto(runs):
     ax.step(*zip(*sorted(front), strict=True), where='post', color='0.7', lw=1, zorder=0, label='Pareto front')
     ax.set(xlabel='peak memory of training (MiB)', ylabel='accuracy (percent)')
     ax.yaxis.set_major_formatter(lambda share, _: f'{100 * share:.4g}')
-    ax.margins(x=0.06)
+    ax.margins(x=0.06, y=0.12)
     title = 'number: rank\nbar: 95% interval' + '\nn runs: mean and sd' * several
     fig.legend(loc='outside right upper', fontsize=9, title=title, title_fontsize=8, alignment='left')
     label_points(ax, [(*p[:-1], looks[p[-1]][0]) for p in points])

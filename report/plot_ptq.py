@@ -6,6 +6,7 @@ from common import atomic_write
 from report.figure import label_points, look, subplots
 
 LEAST = 1e-4        # the log axes end here; smaller or negative rises of the loss are drawn at this value
+HOLLOW = dict(ms=7, mfc='none', mew=1.3, lw=1)      # markers through which neighbours show
 
 
 def _save(figure, path):
@@ -21,23 +22,22 @@ def _log_rise(axes, unit):
 
 
 def sizes(path, rows, title, unit='nats'):
-    """Draw the rise of the loss against the size of the file, with a line for each family of schemes.
+    """Draw the rise of the loss against the size of the file, with a line for each family of schemes. unit: of the loss.
 
-    A second panel enlarges a crowd of schemes with files of nearly equal size. rows: of ptq.jsonl, the first one of the
-    full-precision model. unit: of the loss."""
+    rows: of ptq.jsonl, the first one of the full-precision model. A second panel enlarges schemes of nearly equal size."""
     first, families = rows[0], {}
     for r in rows[1:]:
-        point = r['file_bytes'] / 1e6, max(r['delta'], LEAST), r['scheme']
-        families.setdefault(r['scheme'].rstrip('0123456789'), []).append(point)
+        families.setdefault(r['scheme'].rstrip('0123456789'), []).append(
+            (r['file_bytes'] / 1e6, max(r['delta'], LEAST), r['scheme']))
     points = [(x, y, y, y, scheme, look(i)['color']) for i, found in enumerate(families.values()) for x, y, scheme in found]
-    middle = statistics.median(x for x, *_ in points)
+    middle = statistics.median([x for x, *_ in points] or [1])
     crowd = [p for p in points if abs(math.log(p[0] / middle)) < 0.07]
-    crowd = crowd if len(crowd) > 5 else []
+    crowd *= len(crowd) > 5
     figure, axes = subplots(1 + bool(crowd), size=(11 if crowd else 8, 5))
     for ax in axes:
         for i, found in enumerate(families.values()):
             x, y, _ = zip(*sorted(found), strict=True)
-            ax.plot(x, y, **look(i), ms=7, mfc='none', mew=1.3, lw=1)      # hollow: neighbours show through
+            ax.plot(x, y, **look(i), **HOLLOW)
         ax.set_xlabel('size of the file (MB)')
     axes[0].set_xscale('log')
     for set_format in (axes[0].xaxis.set_major_formatter, axes[0].xaxis.set_minor_formatter):
@@ -45,11 +45,11 @@ def sizes(path, rows, title, unit='nats'):
     _log_rise(axes[0], unit)
     figure.suptitle(f'{title}; {first["scheme"]}: {first["loss"]:.4f}, {first["file_bytes"] / 1e6:.1f} MB', fontsize=9)
     if crowd:
-        (left, right), (low, high) = ((min(values), max(values)) for values in list(zip(*crowd, strict=True))[:2])
-        dx, dy = 0.06 * (right - left), 0.06 * (high - low)
+        left, right, low, high = (end(p[of] for p in crowd) for of in (0, 1) for end in (min, max))
+        dx, dy = 0.06 * (right - left) or 0.1, 0.06 * (high - low) or LEAST
         axes[1].set(xlim=(left - dx, right + dx), ylim=(low - dy, high + dy), ylabel=axes[0].get_ylabel())
-        axes[0].indicate_inset([left / 1.02, low / 1.25, right * 1.02 - left / 1.02, high * 1.25 - low / 1.25])
         axes[1].set_title('the schemes in the box, enlarged; linear axes', fontsize=9)
+        axes[0].indicate_inset([left / 1.02, low / 1.25, right * 1.02 - left / 1.02, high * 1.25 - low / 1.25])
         label_points(axes[1], crowd)
     label_points(axes[0], [p for p in points if p not in crowd])
     _save(figure, path)
@@ -65,7 +65,7 @@ def shares(path, rows, title, unit='nats'):
     for ax, (name, key) in zip(axes, panels, strict=True):
         for i, method in enumerate(dict.fromkeys(r['method'] for r in rows[1:])):
             points = sorted((r['zeros'], max(r[key] - rows[0][key], LEAST)) for r in rows if r['method'] == method)
-            ax.plot(*zip(*points, strict=True), **look(i), ms=7, mfc='none', mew=1.3, lw=1, label=method)
+            ax.plot(*zip(*points, strict=True), **look(i), **HOLLOW, label=method)
         ax.set_title(f'{name}; loss without zeros: {rows[0][key]:.4f}', fontsize=9)
         ax.set_xlabel('weights that are 0 (percent)')
         ax.xaxis.set_major_formatter(lambda share, _: f'{100 * share:g}')

@@ -5,7 +5,6 @@ Logs are {label: [records of each seed]}. Several seeds of a label are one line,
 import itertools
 import math
 import statistics
-import textwrap
 
 from report.figure import BAND, COLORS, MARKERS, across_seeds, label_x, look, measured, subplots, tokens_or_step
 
@@ -13,11 +12,11 @@ from report.figure import BAND, COLORS, MARKERS, across_seeds, label_x, look, me
 # loss
 
 
-def smoothed(values, n):
-    """Centred running mean over n values, over fewer at the two ends. It does not lag behind a fast early drop."""
-    sums = [0.0, *itertools.accumulate(values)]
-    spans = [(max(0, i - (n - 1) // 2), min(len(values), i + n // 2 + 1)) for i in range(len(values))]
-    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
+def smoothed(curve, n):
+    """[(x, y), ...] -> the same with y a centred running mean over n values, fewer at the ends. It does not lag."""
+    sums = [0.0, *itertools.accumulate(y for _, y in curve)]
+    spans = [(max(0, i - (n - 1) // 2), min(len(curve), i + n // 2 + 1)) for i in range(len(curve))]
+    return [(x, (sums[b] - sums[a]) / (b - a)) for (x, _), (a, b) in zip(curve, spans, strict=True)]
 
 
 def bpb_ratio(records):
@@ -28,10 +27,14 @@ def bpb_ratio(records):
 
 
 def draw_band(ax, i, curves, **line):
-    """Draw line i: the mean of curves, [(x, y), ...] of each seed, with a band from min to max. -> across_seeds(curves)."""
+    """Draw line i, the mean of curves, [(x, y), ...] of each seed, with a band from min to max, or bars if it has no line.
+
+    -> across_seeds(curves)"""
     x, mean, low, high = across_seeds(curves)
     ax.plot(x, mean, **look(i) | dict(lw=1.2, ms=5.5, mec='white', mew=0.5) | line)
-    if len(curves) > 1:
+    if len(curves) > 1 and line.get('ls') == '':
+        ax.vlines(x, low, high, color=look(i)['color'], lw=1.2)
+    elif len(curves) > 1:
         ax.fill_between(x, low, high, color=look(i)['color'], alpha=0.15, lw=0)
     return x, mean, low, high
 
@@ -47,30 +50,25 @@ def draw_loss(logs, smooth=0):
 
     fig, (ax,) = subplots(size=(8, 5 + 0.18 * len(logs)))
     for i, (label, seeds) in enumerate(logs.items()):
-        raw = [[(r[x], r['loss']) for r in measured(records, 'loss')] for records in seeds]
-        train = [list(zip([at for at, _ in curve], smoothed([y for _, y in curve], smooth or max(1, len(curve) // 50)),
-                          strict=True)) for curve in raw]
-        val, bpb = ([[(r[x], r[key]) for r in measured(records, 'val_loss', key)] for records in seeds]
-                    for key in ('val_loss', 'val_bpb'))
+        raw, val, bpb = ([[(r[x], r[key]) for r in measured(records, *keys, key)] for records in seeds]
+                         for *keys, key in (['loss'], ['val_loss'], ['val_loss', 'val_bpb']))
         if len(seeds) == 1:
-            ax.plot(*zip(*raw[0], strict=True) if raw[0] else ([], []), color=look(i)['color'], lw=0.6, alpha=0.25)
-        train_x, train_y, *train_band = draw_band(ax, i, train, marker='')
-        val_x, val_y, *val_band = across_seeds(val)
-        dots = dict(color=look(i)['color'], marker=look(i)['marker'] if val_x else '', ms=6 if len(val_x) <= 50 else 3.5,
-                    mec='white', mew=0.6)
-        ax.plot(val_x, val_y, zorder=3, **dots | dict(ls=''))
-        if len(seeds) > 1:
-            ax.vlines(val_x, *val_band, color=look(i)['color'], lw=1.2)
+            ax.plot(*across_seeds(raw)[:2], color=look(i)['color'], lw=0.6, alpha=0.25)
+        train = draw_band(ax, i, [smoothed(curve, smooth or max(1, len(curve) // 50)) for curve in raw], marker='')
+        most = max(map(len, val))
+        dots = dict(marker=look(i)['marker'] if most else '', ms=7 if most <= 50 else 3.5, mfc='none',  # neighbours show through
+                    mec=look(i)['color'], mew=1.2)
+        val = draw_band(ax, i, val, zorder=3, **dots, **(dict(ls='') if train[0] else {}))
         final, (bpb_x, bpb_y, *_) = [], across_seeds(bpb)
-        if val_y:
-            bits = f' = {bpb_y[-1]:.3f} bits/byte' if bpb_x[-1:] == val_x[-1:] else ''
+        if val_y := val[1]:
+            bits = f' = {bpb_y[-1]:.3f} bits/byte' if bpb_x[-1:] == val[0][-1:] else ''
             final.append(f'val {val_y[-1]:.3f}{bits}' + f', best {min(val_y):.3f}' * (min(val_y) < val_y[-1]))
-        if train_y:
-            final.append(f'train {train_y[-1]:.3f}')
-        ax.plot([], [], lw=1.2, label=f"{label}: {', '.join(final)}", **look(i) | dots)  # one legend entry for both
+        if train[0]:
+            final.append(f'train {train[1][-1]:.3f}')
+        ax.plot([], [], label=f"{label}: {', '.join(final)}", **look(i) | dots, lw=1.2)  # one legend entry for both
         # The drop from ln(vocab) in the first 5 % of a run would flatten the rest, so it may leave the picture at the top.
-        for at, *ys in (*zip(train_x, train_y, *train_band, strict=True), *zip(val_x, val_y, *val_band, strict=True)):
-            heights += ys * (at >= 0.05 * max(train_x + val_x))
+        for at, *ys in (*zip(*train, strict=True), *zip(*val, strict=True)):
+            heights += ys * (at >= 0.05 * max(train[0] + val[0]))
     pad = 0.05 * (max(heights) - min(heights)) or 0.1
     ax.set_ylim(min(heights) - pad, max(heights) + pad)
     label_x(ax, x)
@@ -78,7 +76,8 @@ def draw_loss(logs, smooth=0):
     if one_ratio:
         right = ax.secondary_yaxis('right', functions=(lambda y: y * ratios[0], lambda y: y / ratios[0]))
         right.set_ylabel('bits per byte (validation text)')
-    title = 'line: training (smoothed), markers: validation' + f'; {BAND}' * (len(logged) > len(logs))
+    title = 'line: training (smoothed), markers: validation' if measured(shown, 'loss') else 'validation'
+    title += f'; {BAND}' * (len(logged) > len(logs))
     fig.legend(title=title, loc='outside lower center', fontsize=9, title_fontsize=8, handlelength=3)
 
     if one_ratio:
@@ -88,19 +87,6 @@ def draw_loss(logs, smooth=0):
     else:
         note = 'no bits-per-byte axis: no constant val_bpb / val_loss in the logs'
     return fig, f'loss against {x}, {note}'
-
-
-def draw_variants(curves, unit):
-    """{label: [[(tokens, validation loss), ...] of each seed]} -> figure. The legend has each variant's mean at its end."""
-    fig, (ax,) = subplots(size=(9.5, 4.6))
-    for i, (label, seeds) in enumerate(curves.items()):
-        _, mean, *_ = draw_band(ax, i, seeds, ms=6.5, mfc='none', mec=look(i)['color'], mew=1.2)  # hollow: neighbours show
-        ax.get_lines()[-1].set_label(textwrap.fill(f'{label}: {mean[-1]:.3f}\N{NO-BREAK SPACE}(n={len(seeds)})', 40))
-    label_x(ax, 'tokens')
-    ax.set_ylabel(f'validation loss ({unit})')
-    title = f'last value, mean of n seeds\n{BAND}'
-    fig.legend(title=title, loc='outside right upper', fontsize=9, title_fontsize=8, alignment='left', handlelength=3)
-    return fig
 
 
 # -----------------------------------------------------------------------------
@@ -125,11 +111,11 @@ def diagnosed(records):
     return [r for r in records if isinstance(r.get('matrices'), dict) and r['matrices']]
 
 
-def series(records, x, key, kind=''):
-    """-> (x, lists of values) of the records that hold `key`: of the matrices of a kind, or the overall value."""
+def series(records, x, key, kind='', combine=sum):
+    """-> [(x, combined values of all matrices of a kind), ...], without a kind [(x, the overall value), ...]."""
     found = {r[x]: measured([m for name, m in r['matrices'].items() if name.endswith(f'.{kind}')] if kind else [r], key)
              for r in records}
-    return [at for at in found if found[at]], [[one[key] for one in values] for values in found.values() if values]
+    return [(at, combine([one[key] for one in values])) for at, values in found.items() if values]
 
 
 def curve(ax, i, seeds, label):
@@ -156,8 +142,6 @@ def draw_diagnostics(logs):
     logs = {label: [diagnosed(records) for records in seeds] for label, seeds in logs.items()}
     logged = [records for seeds in logs.values() for records in seeds]
     x = tokens_or_step([r for records in logged for r in records])
-    pairs = lambda records, key, kind='', mean=sum: [  # sum: of the one overall value
-        (at, mean(values)) for at, values in zip(*series(records, x, key, kind), strict=True)]
     fig, axes = subplots(2, (11, 7.5), rows=2)
     if len(logged) == 1:
         (label,), (records,) = logs, logged
@@ -165,13 +149,12 @@ def draw_diagnostics(logs):
         panels, what = OF_KINDS, f'{len(names)} ternary matrices of {label}'
         fig.suptitle(what, fontsize=10)
         for i, (key, code) in enumerate(CODES.items()):
-            curve(axes[0], i, [pairs(records, key)], code)
+            curve(axes[0], i, [series(records, x, key)], code)
         for i, kind in enumerate(dict.fromkeys(name.rpartition('.')[2] for name in names)):
             for ax, (key, *_) in zip(axes[1:], OF_KINDS[1:], strict=True):
-                curve(ax, i, [pairs(records, key, kind, TOGETHER[key])], kind)
-            low, high = (pairs(records, 'scale_ratio', kind, end) for end in (min, max))
-            axes[3].fill_between([at for at, _ in low], [y for _, y in low], [y for _, y in high], color=look(i)['color'],
-                                 alpha=0.08, lw=0)
+                curve(ax, i, [series(records, x, key, kind, TOGETHER[key])], kind)
+            at, _, low, high = across_seeds([series(records, x, 'scale_ratio', kind, end) for end in (min, max)])
+            axes[3].fill_between(at, low, high, color=look(i)['color'], alpha=0.08, lw=0)
         axes[0].legend(ncols=3, loc='lower right', bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, fontsize=9)
     else:
         panels, what = OF_RUNS, f'{len(logged)} runs'
@@ -179,7 +162,7 @@ def draw_diagnostics(logs):
             fig.suptitle(BAND, fontsize=9)
         for i, (label, seeds) in enumerate(logs.items()):
             for ax, (key, *_) in zip(axes, OF_RUNS, strict=True):
-                curve(ax, i, [pairs(records, key) for records in seeds], label)
+                curve(ax, i, [series(records, x, key) for records in seeds], label)
     for ax, (_, title, unit) in zip(axes, panels, strict=True):
         ax.set_title(title, loc='left', fontsize=9)
         ax.set_ylabel(unit)

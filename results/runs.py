@@ -390,14 +390,15 @@ def write_tables(name):
 
 def picture(name):
     """results/<name>.png: validation loss against tokens, one line and one band over the seeds for each variant."""
-    from report.plot_runs import draw_variants
-    labels, whole, found = {}, '', runs_of(name)
+    from report.plot_runs import draw_loss
+    labels, whole = {}, ''
     for variant, (label, _) in EXPERIMENTS[name].variants.items():      # '...' continues the last label without it
         whole = whole if label.startswith('...') else label
         labels[variant] = label.replace('...', f'{whole},')
-    curves = {labels[v]: [[(e['tokens'], e['val_loss']) for e in run['evaluations'] if e['step']] for run in runs.values()]
-              for v, runs in found.items()}
-    figure = draw_variants(curves, f'nats per {"token" if name in SUBWORDS else "byte"}')
+    logs = {f'{labels[v]} (n={len(runs)})': [[e for e in r['evaluations'] if e['step']] for r in runs.values()]
+            for v, runs in runs_of(name).items()}
+    figure, _ = draw_loss(logs)
+    figure.axes[0].set_ylabel(f'validation loss (nats per {"token" if name in SUBWORDS else "byte"})')
     figure.savefig(ROOT / 'results' / f'{name}.png', dpi=100)
     keep.shrink(name)
 
