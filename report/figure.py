@@ -137,31 +137,32 @@ def label_x(ax, x):
 
 def label_points(ax, points):
     """Write the text of each point (x, y, low, high, text, colour) beside it, off markers, texts and, if it can, lines."""
+    import numpy as np
     from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
     ax.figure.draw_without_rendering()  # settles the layout, because places are compared in pixels
-    taken = [(4, Bbox([at, at]).padded(7)) for at in ax.transData.transform([p[:2] for p in points])]
-    taken += [(1, Bbox(ax.transData.transform([(x, low), (x, high)])).padded(1)) for x, _, low, high, *_ in points]
+    pixels = ax.figure.dpi / 72
+    at = ax.transData.transform([p[:2] for p in points])
+    taken = [(4, *(xy - 7), *(xy + 7)) for xy in at]  # (cost, left, low, right, high)
+    taken += [(1, *ax.transData.transform((x, a)) - 1, *ax.transData.transform((x, b)) + 1) for x, _, a, b, *_ in points]
     for line in ax.get_lines():
         path = line.get_transform().transform_path(line.get_path()).interpolated(40)
-        taken += [(0.3, Bbox([at, at]).padded(2)) for at in path.vertices]
+        taken += [(0.3, *(xy - 2), *(xy + 2)) for xy in path.vertices]
     places = [(x * far, y * far) for far in (6, 10, 15, 21, 28, 36, 45)
               for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (1, 0.5), (-1, -0.5))]
-    for x, y, _, _, text, color in points:
+    for xy, (x, y, _, _, text, color) in zip(at, points, strict=True):
         note = ax.annotate(text, (x, y), (0, 0), textcoords='offset points', fontsize=8, color=color,
                            bbox=dict(fc='white', ec='none', alpha=0.7, pad=0.3),
                            arrowprops=dict(arrowstyle='-', color=color, lw=0.5, shrinkA=0, shrinkB=0) if text else None)
-
-        def cost(place, note=note):
-            note.xyann = place
-            note.set(ha='left' if place[0] > 0 else 'right', va=('center', 'bottom', 'top')[(place[1] > 0) - (place[1] < 0)])
-            note.update_positions(ax.figure.canvas.get_renderer())
-            box = Text.get_window_extent(note)  # without the line to its point
-            beyond = min(box.min - ax.bbox.min) < 0 or min(ax.bbox.max - box.max) < 0
-            return sum(weight * box.overlaps(other) for weight, other in taken) + 4 * beyond + max(map(abs, place)) / 15
-
-        cost(min(places, key=cost))  # this call places the text
-        taken.append((4, Text.get_window_extent(note)))
+        size, costs = Text.get_window_extent(note).size, []  # without the line to its point
+        for place in places:
+            low = xy + pixels * np.array(place) - size * ((place[0] < 0), (1 - np.sign(place[1])) / 2)
+            high, (cost, *edges) = low + size, np.transpose(taken)
+            overlaps = (edges[0] < high[0]) & (edges[1] < high[1]) & (edges[2] > low[0]) & (edges[3] > low[1])
+            beyond = (low < ax.bbox.min).any() or (high > ax.bbox.max).any()
+            costs.append((cost @ overlaps + 4 * beyond + max(map(abs, place)) / 15, place, (4, *low, *high)))
+        _, note.xyann, box = min(costs, key=lambda found: found[0])
+        note.set(ha='left' if note.xyann[0] > 0 else 'right', va=('center', 'bottom', 'top')[int(np.sign(note.xyann[1]))])
+        taken.append(box)
 
 
 def save(fig, out, what):

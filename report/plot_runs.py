@@ -56,7 +56,7 @@ def draw_loss(logs, smooth=0):
             ax.plot(*across_seeds(raw)[:2], color=look(i)['color'], lw=0.6, alpha=0.25)
         train = draw_band(ax, i, [smoothed(curve, smooth or max(1, len(curve) // 50)) for curve in raw], marker='')
         most = max(map(len, val))
-        dots = dict(marker=look(i)['marker'] if most else '', ms=7 if most <= 50 else 3.5, mfc='none',  # neighbours show through
+        dots = dict(marker=look(i)['marker'] if most else '', ms=7 if most <= 50 else 3.5, mfc='none',  # neighbours show
                     mec=look(i)['color'], mew=1.2)
         val = draw_band(ax, i, val, zorder=3, **dots, **(dict(ls='') if train[0] else {}))
         final, (bpb_x, bpb_y, *_) = [], across_seeds(bpb)
@@ -181,7 +181,7 @@ def draw_diagnostics(logs):
 # bars
 
 # Last word of a number's name: (its unit in the picture, factor from the unit in the rows).
-UNITS = {'bytes': ('MiB', 2 ** -20), 'ms': ('milliseconds', 1), 'ratio': ('times the baseline', 1), 'loss': ('loss, nats', 1),
+UNITS = {'bytes': ('MiB', 2 ** -20), 'ms': ('milliseconds', 1), 'ratio': ('times the baseline', 1), 'loss': ('loss (nats)', 1),
          'error': ('relative RMS error of weights', 1), 'relative': ('relative RMS difference of outputs', 1)}
 
 
