@@ -1,21 +1,31 @@
-"""What all pictures share: colours, run folders and their logs, axes, saving."""
+"""Shared parts of all pictures: colours and markers, run folders and their logs, seeds, axes, labels, saving."""
 import ast
 import json
 import math
 import os
+import statistics
 
 from configurator import fail
 
-# Okabe-Ito: told apart with any common colour blindness. Markers differ too, for prints in grey.
+# Okabe-Ito colours: readers with any common colour blindness can tell them apart. Markers and dashes are for prints in grey.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
-MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X', '*']  # one more than colours: eighth and first differ
+MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X', '*']  # one more than colours, so the eighth line differs from the first
+DASHES = ['-', (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1))]
+ONLY_OF_A_RUN = {'seed', 'out_dir', 'resume', 'overwrite'}  # constants that may differ between seeds of one variant
+BAND = 'several seeds: mean, shaded from min to max'
+
+
+def look(i):
+    """Colour, marker and dashes of line i."""
+    return dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], ls=DASHES[i % len(DASHES)])
+
 
 # -----------------------------------------------------------------------------
 # reading a run folder
 
 
 def load_log(run):
-    """run folder -> (list of records, number of damaged lines). A last line still being written is neither."""
+    """Run folder -> (list of records, number of damaged lines). Ignores a last line that the trainer is still writing."""
     path = os.path.join(run, 'log.jsonl')
     if not os.path.isdir(run):
         fail(f'{run} is not a folder; type the out_dir of a run, the folder that holds log.jsonl')
@@ -38,7 +48,7 @@ def load_log(run):
 
 
 def load_config(run):
-    """run folder -> dict of the plain constants in config.py ({} without the file). Parsed, never executed."""
+    """Run folder -> dict of the plain constants in config.py, {} without the file. Parses the file, never executes it."""
     path = os.path.join(run, 'config.py')
     if not os.path.isfile(path):
         return {}
@@ -53,28 +63,44 @@ def load_config(run):
             try:
                 config[node.targets[0].id] = ast.literal_eval(node.value)
             except ValueError:
-                pass  # an expression: not a constant, so not for us
+                pass  # an expression, not a constant
     return config
 
 
 def load_logs(runs, wanted, lack):
-    """Run folders -> {label: records}: a folder's name, the path where two have one name. lack: what to say of one whose
-    wanted(records) are none."""
-    names = [os.path.basename(os.path.abspath(run)) for run in runs]
-    logs = {}
-    for run, name in zip(runs, names, strict=True):
+    """Run folders -> {label: [records of each seed]}. Runs whose config.py differs in the seed alone share a label.
+
+    wanted(records): the records to draw. lack: end of the error message for a run without them. A label is the name of the
+    folder, or its path where two folders share a name."""
+    variants, logs, names = {}, {}, [os.path.basename(os.path.abspath(run)) for run in runs]
+    for run, name in dict(zip(runs, names, strict=True)).items():
         records, damaged = load_log(run)
         if damaged:
             print(f'{run}/log.jsonl: {damaged} damaged line(s) skipped')
         if not wanted(records):
             fail(f'{run}/log.jsonl {lack}')
-        logs[name if names.count(name) == 1 else run] = records
+        config = load_config(run)
+        key, seed = repr(sorted((k, v) for k, v in config.items() if k not in ONLY_OF_A_RUN)), config.get('seed')
+        if seed is None or seed in variants.get(key, {}):  # the same seed twice is no second sample
+            key = run
+        variants.setdefault(key, {})[seed] = name if names.count(name) == 1 else run, records
+    for seeds in variants.values():
+        labels, records = zip(*seeds.values(), strict=True)
+        logs[labels[0] if len(labels) == 1 else f'{labels[0]} … {labels[-1]} ({len(labels)} seeds)'] = records
     return logs
 
 
 def measured(records, *keys):
-    """The records in which all of `keys` are finite numbers: null marks the unmeasured, nan a broken step."""
+    """Records in which all of `keys` are finite numbers. null marks an unmeasured value, nan a broken step."""
     return [r for r in records if all(isinstance(r.get(k), (int, float)) and math.isfinite(r[k]) for k in keys)]
+
+
+def across_seeds(curves):
+    """Curves of seeds, each [(x, y), ...] -> (x, mean, lowest, highest y), at each x that all have, else any has."""
+    curves = [dict(curve) for curve in curves if curve] or [{}]
+    x = sorted(set.intersection(*map(set, curves)) or set.union(*map(set, curves)))
+    at = [[curve[position] for curve in curves if position in curve] for position in x]
+    return x, list(map(statistics.fmean, at)), list(map(min, at)), list(map(max, at))
 
 
 # -----------------------------------------------------------------------------
@@ -83,10 +109,10 @@ def measured(records, *keys):
 
 def subplots(columns=1, size=(8, 5), grid='both', title='', rows=1):
     """-> (figure, its axes row by row)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display needed, and no pyplot that keeps all figures
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display; pyplot would keep all figures
     from matplotlib.figure import Figure
     fig = FigureCanvasAgg(Figure(size, layout='constrained')).figure
-    axes = fig.subplots(rows, columns, squeeze=False, sharex=rows > 1).ravel()  # x is labelled below the last row alone
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=rows > 1).ravel()  # only the last row has x labels
     for ax in axes:
         ax.set_title(title, fontsize=9)
         ax.grid(color='0.92', axis=grid)
@@ -96,7 +122,7 @@ def subplots(columns=1, size=(8, 5), grid='both', title='', rows=1):
 
 
 def tokens_or_step(records):
-    """What every record has to be drawn against."""
+    """The x axis of records: tokens if all records have them, else step."""
     return 'tokens' if len(measured(records, 'tokens')) == len(records) else 'step'
 
 
@@ -104,13 +130,43 @@ def label_x(ax, x):
     from matplotlib.ticker import EngFormatter
     ax.margins(x=0.02)
     if ax.get_subplotspec().is_last_row():
-        ax.set_xlabel('training tokens' if x == 'tokens' else 'step')
+        ax.set_xlabel(f'training {x}' if x == 'tokens' else 'training steps')
     if x == 'tokens':
         ax.xaxis.set_major_formatter(EngFormatter())
 
 
+def label_points(ax, points):
+    """Write the text of each point (x, y, low, high, text, colour) beside it, off markers, texts and, if it can, lines."""
+    import numpy as np
+    from matplotlib.text import Text
+    ax.figure.draw_without_rendering()  # settles the layout, because places are compared in pixels
+    pixels = ax.figure.dpi / 72
+    at = ax.transData.transform([p[:2] for p in points])
+    taken = [(4, *(xy - 7), *(xy + 7)) for xy in at]  # (cost, left, low, right, high)
+    taken += [(1, *ax.transData.transform((x, a)) - 1, *ax.transData.transform((x, b)) + 1) for x, _, a, b, *_ in points]
+    for line in ax.get_lines():
+        path = line.get_transform().transform_path(line.get_path()).interpolated(40)
+        taken += [(0.3, *(xy - 2), *(xy + 2)) for xy in path.vertices]
+    places = [(x * far, y * far) for far in (6, 10, 15, 21, 28, 36, 45)
+              for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (1, 0.5), (-1, -0.5))]
+    for xy, (x, y, _, _, text, color) in zip(at, points, strict=True):
+        note = ax.annotate(text, (x, y), (0, 0), textcoords='offset points', fontsize=8, color=color,
+                           bbox=dict(fc='white', ec='none', alpha=0.7, pad=0.3),
+                           arrowprops=dict(arrowstyle='-', color=color, lw=0.5, shrinkA=0, shrinkB=0) if text else None)
+        size, costs = Text.get_window_extent(note).size, []  # without the line to its point
+        for place in places:
+            low = xy + pixels * np.array(place) - size * ((place[0] < 0), (1 - np.sign(place[1])) / 2)
+            high, (cost, *edges) = low + size, np.transpose(taken)
+            overlaps = (edges[0] < high[0]) & (edges[1] < high[1]) & (edges[2] > low[0]) & (edges[3] > low[1])
+            beyond = (low < ax.bbox.min).any() or (high > ax.bbox.max).any()
+            costs.append((cost @ overlaps + 4 * beyond + max(map(abs, place)) / 15, place, (4, *low, *high)))
+        _, note.xyann, box = min(costs, key=lambda found: found[0])
+        note.set(ha='left' if note.xyann[0] > 0 else 'right', va=('center', 'bottom', 'top')[int(np.sign(note.xyann[1]))])
+        taken.append(box)
+
+
 def save(fig, out, what):
-    """Write the picture and say what is on it."""
+    """Write the picture and print what it shows."""
     try:
         fig.savefig(out, dpi=150)
     except (OSError, ValueError) as e:

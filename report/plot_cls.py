@@ -1,5 +1,5 @@
 """
-The pictures of finetune_cls.py runs that plot.py draws on request: ranks, memory, optimizer and pareto.
+Pictures of runs of finetune_cls.py: ranks, memory, optimizer and pareto.
 
 Seeds or folds of one method and rank are one point: their mean, with their standard deviation as error bars.
 """
@@ -9,7 +9,7 @@ import os
 import statistics
 
 from configurator import fail
-from report.figure import COLORS, MARKERS, load_config, subplots
+from report.figure import COLORS, MARKERS, label_points, load_config, subplots
 
 MIB = 2 ** 20
 PARTS = {'parameters': 'parameters', 'buffers': 'buffers', 'gradients': 'gradients', 'optimizer': 'optimizer state',
@@ -23,7 +23,7 @@ about = lambda runs: f"{len(runs)} run{'s' * (len(runs) > 1)} of {titled(runs)}"
 
 
 def figures(run, name):
-    """A file of a run folder -> dict: all of a yaml, {part: bytes} of a csv of those, the last row of any other csv."""
+    """Read a file of a run folder -> dict: a whole yaml, {part: bytes} of a csv with these columns, the last row of another."""
     import yaml
     path = os.path.join(run, name)
     try:
@@ -37,10 +37,10 @@ def figures(run, name):
 
 
 def number(run, name, key):
-    """One of the figures as a finite number; one clear line for any other."""
+    """A value of figures() as a finite number. Anything else ends the program with one line."""
     found = figures(run['run'], name).get(key)
     try:
-        value = float(found)  # csv gives text, and so does yaml for 1e-3
+        value = float(found)  # csv gives text, as does yaml for 1e-3
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
@@ -49,10 +49,9 @@ def number(run, name, key):
 
 
 def load_runs(paths):
-    """Run folders, or folders above them -> a dict for each: results.yaml over config.py, and its folder as 'run'.
+    """Run folders, or folders above them -> a dict for each run: config.py updated by results.yaml, its folder as 'run'.
 
-    All of one task and model. rank is None for a method that has none. Sorted: full, then by method, rank and seed.
-    """
+    All runs must have one task and one model. rank: None for a method without one. Order: full, then method, rank, seed."""
     folders = {}
     for path in paths:
         if not os.path.isdir(path):
@@ -61,7 +60,7 @@ def load_runs(paths):
         if not found:
             fail(f'no results.yaml in or under {path}; type the out_dir of a run that has finished, or a folder above several')
         for folder in found:
-            folders.setdefault(os.path.realpath(folder), folder)  # a run and the folder above it: still one run
+            folders.setdefault(os.path.realpath(folder), folder)  # one run, even if both it and the folder above it are typed
     runs = []
     for folder in folders.values():
         run = {'fold': -1} | load_config(folder) | figures(folder, 'results.yaml') | {'run': folder}
@@ -86,12 +85,12 @@ def load_runs(paths):
 
 
 def grouped(runs):
-    """Runs -> ({(method, rank): its seeds or folds}, {method: (colour, marker)}, what the printed line says of them)."""
+    """Runs -> ({(method, rank): its seeds or folds}, {method: (colour, marker)}, their part of the printed line)."""
     groups, seen = {}, {}
     for run in runs:
         key = run['method'], run['rank']
         twin = seen.setdefault((*key, run['seed'], run['fold']), run)
-        if twin is not run:  # they differ in another setting: no two samples of one thing
+        if twin is not run:  # they differ in another setting, so they are not samples of one distribution
             fail(f"{twin['run']} and {run['run']} are of one method, rank, seed and fold; type only one of them")
         groups.setdefault(key, []).append(run)
     methods = list(dict.fromkeys(run['method'] for run in runs))
@@ -103,19 +102,19 @@ def grouped(runs):
 
 
 def lines_by_rank(ax, groups, looks, value, **line):
-    """value(run) against rank, a line for each method: mean over seeds, sd as error bars. A level where there is no rank."""
+    """Draw value(run) against rank, a line for each method: mean over seeds, sd as error bars. A level if it has no rank."""
     ranks = sorted({rank for _, rank in groups if rank})
     if not ranks:
         fail('none of these runs has a rank; type runs of a low-rank method too')
     for i, (method, (color, marker)) in enumerate(looks.items()):
-        width = 2.25 - 1.25 * i / len(looks)  # thinner and thinner: equal methods would hide each other
+        width = 2.25 - 1.25 * i / len(looks)  # later lines are thinner, so that equal methods show
         style = dict(color=color, lw=width, ms=4 * width, label='_') | line
         seeds = {rank: [value(run) for run in runs] for (m, rank), runs in groups.items() if m == method}
         points = {rank: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else math.nan) for rank, v in seeds.items()}
         if None in points:
             mean, sd = points.pop(None)
             ax.axhline(mean, **style)
-            ax.axhspan(mean - sd, mean + sd, color=color, alpha=0.12, lw=0)  # sd nan: nothing
+            ax.axhspan(mean - sd, mean + sd, color=color, alpha=0.12, lw=0)  # draws nothing if sd is nan
         if points:
             ax.errorbar(list(points), *zip(*points.values(), strict=True), marker=marker, capsize=3, **style)
         if 'ls' not in line:  # one legend entry for both lines of a method
@@ -140,7 +139,7 @@ def draw_ranks(runs):
 
 def draw_memory(runs):
     labels = [run['method'] + f", rank {run['rank']}" * bool(run['rank']) for run in runs]
-    for more in ('seed {seed}', 'fold {fold}', '{run}'):  # only where needed to tell runs apart
+    for more in ('seed {seed}', 'fold {fold}', '{run}'):  # added only to labels that are equal
         labels = [a if labels.count(a) == 1 else f'{a}, {more.format(**run)}' for a, run in zip(labels, runs, strict=True)]
     sizes = [{part: number(run, 'memory_breakdown.csv', part) / MIB for part in (*PARTS, 'peak')} for run in runs]
     for run, size in zip(runs, sizes, strict=True):
@@ -148,16 +147,16 @@ def draw_memory(runs):
             fail(f"{run['run']}/memory_breakdown.csv: a part is negative, or they do not add up to the peak; type other runs")
     fig, (ax,) = subplots(size=(8, 1.3 + 0.28 * len(runs)), grid='x', title=titled(runs))
     left = [0.0] * len(runs)
-    for color, (part, name) in zip(COLORS, PARTS.items(), strict=False):
+    for color, hatch, (part, name) in zip(COLORS, ('', '//', '', '..', ''), PARTS.items(), strict=False):  # hatched: for grey
         widths = [size[part] for size in sizes]
         if part != 'buffers' or any(widths):
-            drawn = ax.barh(range(len(runs)), widths, left=left, color=color, ec='white', lw=0.5, label=name)
+            drawn = ax.barh(range(len(runs)), widths, left=left, color=color, hatch=hatch, ec='white', lw=0.5, label=name)
             left = [a + b for a, b in zip(left, widths, strict=True)]
     ax.bar_label(drawn, [mib(size['peak']) for size in sizes], padding=3, fontsize=8)
     ax.set_yticks(range(len(runs)), labels, fontsize=9)
     ax.set_ylim(len(runs) - 0.4, -0.6)
     ax.margins(x=0.08)
-    ax.set_xlabel('peak memory of training, MiB')
+    ax.set_xlabel('peak memory of training (MiB)')
     fig.legend(loc='outside lower center', ncols=5, fontsize=8, columnspacing=1.2, handlelength=1.2)
     return fig, f'parts of peak memory, {about(runs)}'
 
@@ -168,43 +167,19 @@ def draw_optimizer(runs):
     used, adam = ([number(run, 'optimizer_memory.csv', key) / MIB for run in runs] for key in ('bytes', 'adam_bytes'))
     if min(used + adam) <= 0:  # SGD without momentum
         at = runs[min(range(len(runs)), key=lambda i: min(used[i], adam[i]))]['run']
-        fail(f'{at}/optimizer_memory.csv has 0 bytes, nothing for a log axis; type other runs')
+        fail(f'{at}/optimizer_memory.csv has 0 bytes, which a log axis cannot show; type other runs')
     fig, (ax,) = subplots(title=titled(runs))
     ax.set_yscale('log')
     lines_by_rank(ax, groups, looks, lambda r: number(r, 'optimizer_memory.csv', 'bytes') / MIB, mfc='none', mew=1.5)
-    ends = sorted({min(adam), max(adam)})  # adapters are parameters too, so AdamW's bytes may rise with rank a little
+    ends = sorted({min(adam), max(adam)})  # AdamW's bytes may rise a little with rank, as adapters are parameters too
     for end in ends:
         ax.axhline(end, color='black', ls=':', lw=1.5, label='_')
     ax.plot([], [], color='black', ls=':', lw=1.5, label=f"AdamW, all parameters:\n{' to '.join(map(mib, ends))} MiB")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(lambda value, _: mib(value))
-    ax.set_ylabel('optimizer state, MiB')
+    ax.set_ylabel('optimizer state (MiB)')
     fig.legend(loc='outside right upper', fontsize=9)
     return fig, f'optimizer state against rank, beside that of AdamW, {which}'
-
-
-def label_points(ax, points):
-    """(x, y, low, high, text, colour): the text beside each point, near and off markers, texts and, if it can, error bars."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-    ax.figure.draw_without_rendering()  # settles the layout: places are compared in pixels
-    taken = [(4, Bbox([at, at]).padded(5)) for at in ax.transData.transform([p[:2] for p in points])]
-    taken += [(1, Bbox(ax.transData.transform([(x, low), (x, high)])).padded(1)) for x, _, low, high, *_ in points]
-    places = [(x * far, y * far) for far in (5, 9, 14, 20) for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0))]
-    for x, y, _, _, text, color in points:
-        note = ax.annotate(text, (x, y), (0, 0), textcoords='offset points', fontsize=8, color=color,
-                           bbox=dict(fc='white', ec='none', alpha=0.7, pad=0.3),
-                           arrowprops=dict(arrowstyle='-', color=color, lw=0.5, shrinkA=0, shrinkB=0) if text else None)
-
-        def cost(place, note=note):
-            note.xyann = place
-            note.set(ha='left' if place[0] > 0 else 'right', va=('center', 'bottom', 'top')[(place[1] > 0) - (place[1] < 0)])
-            note.update_positions(ax.figure.canvas.get_renderer())
-            box = Text.get_window_extent(note)  # without the line to its point
-            return sum(weight * box.overlaps(other) for weight, other in taken) + max(map(abs, place)) / 9
-
-        cost(min(places, key=cost))  # and so it is placed
-        taken.append((4, Text.get_window_extent(note)))
 
 
 def draw_pareto(runs):
@@ -223,8 +198,9 @@ def draw_pareto(runs):
         points.append((x / MIB, y, low, high, f"{rank or ''}" + f' (n={len(seeds)})' * (len(seeds) > 1), method))
     front = [p[:2] for p in points if not any(q[0] <= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points)]
     ax.step(*zip(*sorted(front), strict=True), where='post', color='0.7', lw=1, zorder=0, label='Pareto front')
-    ax.set(xlabel='peak memory of training, MiB', ylabel='accuracy')
-    ax.margins(x=0.06)
+    ax.set(xlabel='peak memory of training (MiB)', ylabel='accuracy (percent)')
+    ax.yaxis.set_major_formatter(lambda share, _: f'{100 * share:.4g}')
+    ax.margins(x=0.06, y=0.12)
     title = 'number: rank\nbar: 95% interval' + '\nn runs: mean and sd' * several
     fig.legend(loc='outside right upper', fontsize=9, title=title, title_fontsize=8, alignment='left')
     label_points(ax, [(*p[:-1], looks[p[-1]][0]) for p in points])

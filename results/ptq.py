@@ -86,16 +86,16 @@ def tabulate(name):
     rows, path = keep.read(name), ROOT / 'results' / f'{name}.png'
     if all(map(of_choose, rows)):                   # rows of choose appear below the table of sensitivity
         return
-    title = f'{rows[-1].get("ckpt")}: nats per token'
+    title, unit = rows[-1].get('ckpt'), 'nats per token'
     if name == 'ptq_schemes':
-        plot_ptq.sizes(path, rows, title)
+        plot_ptq.sizes(path, rows, title, unit)
     elif name == 'ptq_prune':                       # rows without updates are only the source of `zeros_from`
         rows = [r for r in rows if r['retrain_iters']]
-        plot_ptq.shares(path, rows, f'{title}, {rows[-1]["retrain_iters"]} updates')
+        plot_ptq.shares(path, rows, title, unit)
     elif name == 'ptq_sensitivity':
         cells = {(r['block'], r['kind']): r['delta'] for r in rows if not of_choose(r)}
         blocks, kinds = (list(dict.fromkeys(k for k in column if k != 'all')) for column in zip(*cells, strict=True))
-        plot_ptq.heat(path, blocks, kinds, cells, f'{rows[0]["ckpt"]}: {rows[0]["scheme"]}, nats per token')
+        plot_ptq.heat(path, blocks, kinds, cells, f'{rows[0]["ckpt"]}: {rows[0]["scheme"]}', unit)
     if path.exists():
         keep.shrink(name)
     lines = {'ptq_schemes': schemes, 'ptq_prune': prune, 'ptq_sensitivity': sensitivity, 'ptq_big': big}[name](rows)

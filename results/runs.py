@@ -431,19 +431,16 @@ def write_summary():
 
 
 def picture(name):
-    """results/<name>.png: the validation losses of each run."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(9.5, 4.2), constrained_layout=True)
-    for i, (variant, runs) in enumerate(runs_of(name).items()):
-        for n, run in enumerate(runs.values()):
-            curve = [(e['tokens'], e['val_loss']) for e in run['evaluations'] if e['step']]
-            axes.plot(*zip(*curve, strict=True), color=f'C{i}', lw=1, alpha=0.7,
-                      label=None if n else f'{EXPERIMENTS[name].variants[variant][0]}: {curve[-1][1]:.3f}')
-    axes.set(xlabel='training tokens', ylabel=f'validation loss, nats per {"token" if name in SUBWORDS else "byte"}',
-             title='one line per seed')
-    axes.legend(frameon=False, title='first seed, last value', bbox_to_anchor=(1, 1), loc='upper left')
+    """results/<name>.png: validation loss against tokens, one line and one band over the seeds for each variant."""
+    from report.plot_runs import draw_loss
+    labels, whole = {}, ''
+    for variant, (label, _) in EXPERIMENTS[name].variants.items():      # '...' continues the last label without it
+        whole = whole if label.startswith('...') else label
+        labels[variant] = label.replace('...', f'{whole},')
+    logs = {f'{labels[v]} (n={len(runs)})': [[e for e in r['evaluations'] if e['step']] for r in runs.values()]
+            for v, runs in runs_of(name).items()}
+    figure, _ = draw_loss(logs)
+    figure.axes[0].set_ylabel(f'validation loss (nats per {"token" if name in SUBWORDS else "byte"})')
     figure.savefig(ROOT / 'results' / f'{name}.png', dpi=100)
     keep.shrink(name)
 
