@@ -10,13 +10,13 @@ from conftest import ROOT
 
 TRAINERS = ('train_gpt', 'train_bitnet', 'train_cnn', 'finetune_cls')
 TOOLS = ('ptq', 'sample', 'bench', 'plot')
-ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'pyproject.toml', 'LICENSE', 'kernels.c',
+ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'requirements-peers.txt', 'pyproject.toml', 'LICENSE', 'kernels.c',
               *(f'{name}.py' for name in ('configurator', 'common', 'layers', 'quant', 'optim', *TRAINERS, *TOOLS))}
 ROOMS = {'readers': 'tokens documents texts images crops tasks',
          'pretrained': 'hf adapters formats calibrate replace subjects',
          'report': 'scores tables costs figure plot_cls plot_ptq plot_runs pictures',
          'measure': 'turns forms matrices steps optimizers convolutions'}
-FOLDERS = {*ROOMS, 'config', 'data', 'tests', 'results'}
+FOLDERS = {*ROOMS, 'config', 'data', 'docs', 'tests', 'results'}
 
 # From the ground up. A module imports lower floors only; inside a room, data/, results/ and the tools also its neighbours.
 FLOORS = (('quant', 'configurator', 'optim'), ('layers',), ('common',), ('readers',), ('pretrained', 'report', 'data'),
