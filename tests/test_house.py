@@ -1,4 +1,4 @@
-"""The layout: which files there are, and which may import which. A new file needs one line in ROOT_FILES or ROOMS."""
+"""The layout: the list of files, and the rule which file may import which. A new file needs a line in ROOT_FILES or ROOMS."""
 import ast
 import subprocess
 import sys
@@ -18,18 +18,18 @@ ROOMS = {'readers': 'tokens documents texts images crops tasks',
          'measure': 'turns forms matrices steps optimizers convolutions'}
 FOLDERS = {*ROOMS, 'config', 'data', 'docs', 'tests', 'results'}
 
-# From the ground up. A module imports lower floors only; inside a room, data/, results/ and the tools also its neighbours.
+# From the ground up. A module imports only lower floors; in rooms, data/, results/ and among the tools also its neighbours.
 FLOORS = (('quant', 'configurator', 'optim'), ('layers',), ('common',), ('readers',), ('pretrained', 'report', 'data'),
           TRAINERS, ('measure',), ('tools', 'results'), ('tests',))
 NEIGHBOURS = {*ROOMS, 'data', 'tools', 'results', 'tests'}
-# What goes beyond the floors: all that a module may import, and all that may import a room or a trainer.
+# Stricter than the floors: the only modules that a module may import, and the only users of a room or a trainer.
 IMPORTS_ONLY = {'layers': {'quant'}}
 IMPORTED_ONLY_BY = {'measure': {'measure', 'bench', 'ptq', 'results', 'tests'},
                     **{trainer: {'sample', 'measure', 'results', 'tests'} for trainer in TRAINERS}}
 
 
 def tracked():
-    """Paths of the repository's files, from git; in an unpacked zip those of the folders."""
+    """Paths of the repository's files: from git, or from the folders if there is no git."""
     git = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
     paths = git.stdout.split('\n') if git.returncode == 0 else [
         p.relative_to(ROOT).as_posix() for where in (ROOT, *map(ROOT.joinpath, FOLDERS))
@@ -83,7 +83,7 @@ def floor(module):
 
 
 def test_the_root_and_each_room_hold_the_files_of_the_layout():
-    """A new file has one line here, and a folder one room; an __init__.py is a sentence about its room and nothing else."""
+    """The root and the rooms hold exactly the files listed here. Each __init__.py holds one sentence about its room."""
     paths = [p for p in tracked() if not p.parts[0].startswith('.')]
     found = {p.name for p in paths if len(p.parts) == 1}
     assert found == ROOT_FILES, f'files of the root that ROOT_FILES lacks, or the other way round: {sorted(found ^ ROOT_FILES)}'
@@ -92,8 +92,8 @@ def test_the_root_and_each_room_hold_the_files_of_the_layout():
         found, wanted = {'/'.join(p.parts[1:]) for p in paths if p.parts[0] == room}, {'__init__.py'}
         wanted |= {f'{name}.py' for name in names.split()}
         assert found == wanted, f'files of {room}/ that ROOMS lacks, or the other way round: {sorted(found ^ wanted)}'
-        said = ast.parse((ROOT / room / '__init__.py').read_text(encoding='utf-8'))
-        assert len(said.body) == 1 and ast.get_docstring(said).count('.') == 1, f'{room}/__init__.py is not one sentence'
+        tree = ast.parse((ROOT / room / '__init__.py').read_text(encoding='utf-8'))
+        assert len(tree.body) == 1 and ast.get_docstring(tree).count('.') == 1, f'{room}/__init__.py is not one sentence'
 
 
 @pytest.mark.parametrize('module', ARROWS)
@@ -118,11 +118,11 @@ def test_imports_go_down(module):
 
 
 def test_no_import_leads_back():
-    """No module imports itself through others, by imports inside of functions neither."""
+    """No module imports itself through other modules; imports inside functions count too."""
     done = set()
 
     def visit(module, path):
-        assert module not in path, f'{" -> ".join([*path[path.index(module):], module])} is a circle; move what both need down'
+        assert module not in path, f'{" -> ".join([*path[path.index(module):], module])} is a circle; move the common part down'
         if module not in done:
             for _, other in ARROWS.get(module, ()):
                 visit(other, [*path, module])
@@ -136,7 +136,7 @@ def test_no_import_leads_back():
     (('layers.py', 'quant.py', 'kernels.c'),
      "import layers; layers.linear('tern', 8, 4)(torch.ones(2, 8)).sum().backward(); layers.linear('int4', 16, 4)")])
 def test_files_that_can_be_copied_out(tmp_path, files, work):
-    """The optimizers and the layers work in a folder of their own."""
+    """optim.py works alone in another folder, and so do layers.py, quant.py and kernels.c."""
     for name in files:
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run([sys.executable, '-E', '-c', f'import torch; {work}'], cwd=tmp_path, capture_output=True, text=True)
@@ -144,7 +144,7 @@ def test_files_that_can_be_copied_out(tmp_path, files, work):
 
 
 def test_names_of_other_modules_exist():
-    """layers.py moved, and `layers.save_packed` in a branch that no test reaches would fail at a user's."""
+    """Each `module.name` in the source exists in that module, also in branches that no test runs."""
     trees = {m: ast.parse((ROOT / path).read_text(encoding='utf-8')) for m, path in MODULES.items() if group(m) != 'config'}
     defined, missing = {m: set(names_in(tree)) for m, tree in trees.items()}, []
     for module, tree in trees.items():

@@ -1,4 +1,4 @@
-"""results/: what is kept of a run, and that tables, headlines and pictures are what the kept runs give."""
+"""results/: how runs are stored, and that tables, headlines and pictures are made from the stored runs."""
 import os
 import re
 import shutil
@@ -15,22 +15,24 @@ import keep  # noqa: E402
 
 
 def test_tables_are_what_the_runs_give(tmp_path):
-    """From the kept lines alone, in a copy without tables and pictures, come the same tables, index and README.md, and each
-    picture; each headline names its rows."""
+    """In a copy without tables and pictures, the stored runs alone give the same tables, index and pages, and every picture.
+    Each headline names its rows."""
     for source in (*ROOT.glob('*.py'), *ROOT.glob('report/*.py'), *ROOT.glob('results/*.py'), *ROOT.glob('results/*.jsonl')):
         (tmp_path / source.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copy(source, tmp_path / source.relative_to(ROOT))
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    emptied = re.sub(r'(<!-- (?!end)\w+ -->\n).*?(?=<!-- end -->)', r'\1', readme, flags=re.S)
-    (tmp_path / 'README.md').write_text(emptied, encoding='utf-8')
-    assert len(emptied) < 0.9 * len(readme)
+    pages = {p.relative_to(ROOT): p.read_text(encoding='utf-8') for p in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
+    (tmp_path / 'docs').mkdir()
+    for page, text in pages.items():
+        emptied = re.sub(r'(<!-- (?!end)\w+ -->\n).*?(?=<!-- end -->)', r'\1', text, flags=re.S)
+        assert ('<!-- end -->' in text) == (len(emptied) < len(text))
+        (tmp_path / page).write_text(emptied, encoding='utf-8')
     for script in ('runs.py', 'ptq.py'):
         done = subprocess.run([sys.executable, f'results/{script}', '--table'], cwd=tmp_path, text=True, capture_output=True,
                               env=dict(os.environ, OMP_NUM_THREADS='1'))
         assert done.returncode == 0, done.stderr
     made = {p.name: p.read_text(encoding='utf-8') for p in tmp_path.glob('results/*.md')}
     assert made == {p.name: p.read_text(encoding='utf-8') for p in ROOT.glob('results/*.md') if p.name != 'negatives.md'}
-    assert (tmp_path / 'README.md').read_text(encoding='utf-8') == readme
+    assert pages == {page: (tmp_path / page).read_text(encoding='utf-8') for page in pages}
     assert {p.name for p in tmp_path.glob('results/*.png')} == {p.name for p in ROOT.glob('results/*.png')}
     assert set(made) == {f'{name}.md' for name in keep.INDEX} | {'README.md'}
     for name, (question, _, *labels) in keep.INDEX.items():
@@ -39,7 +41,7 @@ def test_tables_are_what_the_runs_give(tmp_path):
 
 
 def test_condensed_by_hand():
-    """Steps of 2, 30 and 4 ms are 4 ms in the median, their peak is the most; evaluations stay, and what the end says."""
+    """A stored run has the median of its step times, its highest peak, its evaluations and its last record."""
     measured = ((1, 2.0, 7), (2, 30.0, 9), (3, 4.0, 8))
     steps = [{'step': step, 'loss': 1.0, 'ms': ms, 'peak_mem_bytes': peak} for step, ms, peak in measured]
     unmeasured = {'step': 4, 'loss': 1.0, 'ms': None, 'peak_mem_bytes': 99}
@@ -52,8 +54,8 @@ def test_condensed_by_hand():
         'ms': 4.0, 'peak_mem_bytes': 9, 'packed_file_bytes': 10, 'best_step': 4, 'evaluations': evaluations}
 
 
-def test_a_run_takes_the_place_of_its_like(tmp_path, monkeypatch):
-    """A variant and seed that is there already is replaced where it stands, another one is added, no other line changes."""
+def test_put_replaces_the_run_of_the_same_variant_and_seed(tmp_path, monkeypatch):
+    """put() replaces the line of the same variant and seed in place, appends any other, and changes no other line."""
     (tmp_path / 'results').mkdir()
     monkeypatch.setattr(keep, 'ROOT', tmp_path)
     for variant, seed, loss in (('fp', 1, 1.5), ('bin', 1, 2.5), ('fp', 2, 3.5), ('fp', 1, 4.5)):
@@ -62,8 +64,8 @@ def test_a_run_takes_the_place_of_its_like(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.glob('results/*')] == ['x.jsonl']
 
 
-def test_a_run_folder_is_kept(tmp_path, monkeypatch):
-    """What a trainer leaves in its folder gives a line with the versions of its checkpoint and this machine."""
+def test_keep_run_stores_a_run_folder(tmp_path, monkeypatch):
+    """keep_run() stores the folder of a run as one line with the versions of its checkpoint and the name of this machine."""
     out = tmp_path / 'out'
     (tmp_path / 'results').mkdir()
     out.mkdir()
