@@ -570,7 +570,7 @@ def mistake(result, text):
     ('diagnostics bit fp', 'fp/log.jsonl has no figures of ternary matrices'), ('bars empty/log.jsonl', 'cannot read'),
     ('bars rows.jsonl --value=x', 'loss'), ('bars rows.jsonl --value=ms', 'loss'), ('diagnostics', 'RUN'), ('', 'command'),
     ('los ok', 'los'), ('memory sub', 'no results.yaml in or under sub'), ('ranks full', 'none of these runs has a rank'),
-    ('ranks bare', 'cannot read bare/epoch_loss.csv')])
+    ('ranks bare', 'cannot read bare/epoch_loss.csv'), ('ranks nowhere', 'nowhere is not a folder')])
 def test_mistakes_are_one_line(tmp_path, typed, words, text):
     """A folder, file, figure or argument that is missing or wrong."""
     make_run(tmp_path / 'ok', records())
