@@ -199,7 +199,7 @@ def test_legend_has_final_values():
 def test_seeds_of_a_variant_are_one_line_and_a_band(tmp_path, typed, shown):
     """Training losses of 2, 3 and 7 are a line at 4 in a band from 2 to 7. Their configs differ in seed and paths alone.
 
-    Another variant, the same seed again and a run without a seed are lines of their own."""
+    Another variant, the same seed again and runs without a seed are lines of their own, with their raw values behind."""
     for name, loss, config in (('fp_s1', 2, 'seed = 1'), ('fp_s2', 3, 'seed = 2'), ('bin', 1, 'seed = 1\nn_binary = 6'),
                                ('fp_s3', 7, 'seed = 3'), ('again', 5, 'seed = 1'), ('bare', 5, ''), ('bare2', 5, '')):
         make_run(tmp_path / name, records(loss=loss), f'out_dir = {name!r}\n{config}\n')
@@ -213,6 +213,7 @@ def test_seeds_of_a_variant_are_one_line_and_a_band(tmp_path, typed, shown):
     assert (at, pytest.approx(mean)) in curves(fig.axes[0]).values()
     assert bands(fig.axes[0], at) == pytest.approx([end for y in mean for end in (y - 2, y + 3)])
     assert 'min to max' in fig.legends[0].get_title().get_text()
+    assert sum(line.get_alpha() == 0.25 for line in fig.axes[0].lines) == 4
 
 
 def test_seeds_are_averaged_where_all_have_a_record():
