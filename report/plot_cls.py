@@ -44,7 +44,7 @@ def number(run, name, key):
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        fail(f"{os.path.join(run['run'], name)}: {key} is {found!r}, no number; type runs that measured it")
+        fail(f"{os.path.join(run['run'], name)}: {key} is {found!r}, not a number; type runs that measured it")
     return value
 
 
@@ -70,7 +70,7 @@ def load_runs(paths):
         if run['method'] == 'full' or not run.get('rank'):
             run['rank'] = None
         elif not isinstance(run['rank'], int) or run['rank'] < 1:
-            fail(f"{folder}/results.yaml: rank is {run['rank']!r}, no whole number; type other runs")
+            fail(f"{folder}/results.yaml: rank is {run['rank']!r}, not a whole number; type other runs")
         runs.append(run)
     for key in ('task', 'model'):
         one, *others = {run[key]: run for run in runs}.values()
@@ -193,8 +193,8 @@ def draw_pareto(runs):
         if len(seeds) > 1:
             sd = statistics.stdev(number(run, 'results.yaml', 'accuracy') for run in seeds)
             low, high = y - sd, y + sd
-        ax.errorbar(x / MIB, y, [[max(0, y - low)], [max(0, high - y)]], color=color, marker=marker, ms=6, mec='white',
-                    mew=0.6, elinewidth=0.7, capsize=2, ls='', label='_' if any(p[-1] == method for p in points) else method)
+        ax.errorbar(x / MIB, y, [[max(0, y - low)], [max(0, high - y)]], color=color, marker=marker, ms=7, mfc='none',
+                    mew=1.3, elinewidth=0.7, capsize=2, ls='', label='_' if any(p[-1] == method for p in points) else method)
         points.append((x / MIB, y, low, high, f"{rank or ''}" + f' (n={len(seeds)})' * (len(seeds) > 1), method))
     front = [p[:2] for p in points if not any(q[0] <= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points)]
     ax.step(*zip(*sorted(front), strict=True), where='post', color='0.7', lw=1, zorder=0, label='Pareto front')

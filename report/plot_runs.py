@@ -56,8 +56,8 @@ def draw_loss(logs, smooth=0):
             ax.plot(*across_seeds(raw)[:2], color=look(i)['color'], lw=0.6, alpha=0.25)
         train = draw_band(ax, i, [smoothed(curve, smooth or max(1, len(curve) // 50)) for curve in raw], marker='')
         most = max(map(len, val))
-        dots = dict(marker=look(i)['marker'] if most else '', ms=7 if most <= 50 else 3.5, mfc='none',  # neighbours show
-                    mec=look(i)['color'], mew=1.2)
+        dots = dict(marker=look(i)['marker'] if most else '', ms=7 if most <= 50 else 3.5, mec=look(i)['color'], mew=1.2,
+                    mfc='none')  # hollow, so that neighbours show
         val = draw_band(ax, i, val, zorder=3, **dots, **(dict(ls='') if train[0] else {}))
         final, (bpb_x, bpb_y, *_) = [], across_seeds(bpb)
         if val_y := val[1]:

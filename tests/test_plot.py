@@ -42,11 +42,10 @@ def shown(monkeypatch):
     return pictures
 
 
-def make_run(path, records, config='max_iters = 100\n', tail='', age=0):
+def make_run(path, records, config='max_iters = 100\n', tail=''):
     path.mkdir(parents=True)
     (path / 'config.py').write_text(config)
     (path / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records) + tail)
-    os.utime(path / 'log.jsonl', (time.time() - age,) * 2)
     return path
 
 
@@ -70,9 +69,9 @@ def diagnosis(step, flips=(0.002, 0.004), dead=(1, 2), ratios=(1.0, 4.0)):
     return dict(step=step, tokens=step * 1000, matrices=matrices) | shares
 
 
-def screen(run):
-    """What plot.py status shows of a run: {name: text}."""
-    lines = plot.status_text(str(run), time.time())[0].splitlines()
+def screen(run, age=0):
+    """What plot.py status shows of a run, `age` seconds after its last record: {name: text}."""
+    lines = plot.status_text(str(run), os.path.getmtime(run / 'log.jsonl') + age)[0].splitlines()
     return dict(re.match(r'(\S+(?: \S+)*)\s{2,}(.*)', line).groups() for line in lines)
 
 
@@ -114,10 +113,11 @@ def test_status_figures_by_hand(tmp_path, typed):
 
 
 @pytest.mark.parametrize('age, last, state', [
-    (90, 40, 'running, last record 1 min 30 s ago'), (600, 40, 'no new record for 10 min'), (90_000, 100, 'finished')])
+    (90, 40, 'running, last record 1 min 30 s ago'), (600, 40, 'no new record for 10 min'),
+    (90_000, 100, 'finished, last record 1 d 01 h ago')])
 def test_status_reports_a_run_without_new_records(tmp_path, typed, age, last, state):
     """Records 10 steps of 2 s apart are late after five times 20 s: not at 90 s, but at 10 minutes; never at max_iters."""
-    found = screen(make_run(tmp_path / 'a', records(last), age=age))
+    found = screen(make_run(tmp_path / 'a', records(last)), age)
     assert found['state'].startswith(state) and ('time left' in found) == (last < 100)
     assert last < 100 or typed('status a --watch --interval=60')[0] == 0    # ends at once
 
@@ -125,7 +125,7 @@ def test_status_reports_a_run_without_new_records(tmp_path, typed, age, last, st
 def test_diagnostics_do_not_disturb_status(tmp_path):
     """Their records count as steps, but loss, speed, time left and delays are those of training records."""
     log = records()
-    assert screen(make_run(tmp_path / 'a', [*log[:-2], diagnosis(39), *log[-2:]], age=90))['state'].startswith('running')
+    assert screen(make_run(tmp_path / 'a', [*log[:-2], diagnosis(39), *log[-2:]]), 90)['state'].startswith('running')
     found = screen(make_run(tmp_path / 'b', [*log, *map(diagnosis, (41, 42, 43))]))
     assert found['step'] == '43 of 100 (43%)' and found['loss'] == '2.0244 at step 40'
     assert found['val loss'].startswith('last 2.5244 at step 40') and found['time left'].startswith('1 min 54 s')
@@ -199,7 +199,7 @@ def test_legend_has_final_values():
 def test_seeds_of_a_variant_are_one_line_and_a_band(tmp_path, typed, shown):
     """Training losses of 2, 3 and 7 are a line at 4 in a band from 2 to 7. Their configs differ in seed and paths alone.
 
-    Another variant, the same seed again and a run without a seed are lines of their own."""
+    Another variant, the same seed again and runs without a seed are lines of their own, with their raw values behind."""
     for name, loss, config in (('fp_s1', 2, 'seed = 1'), ('fp_s2', 3, 'seed = 2'), ('bin', 1, 'seed = 1\nn_binary = 6'),
                                ('fp_s3', 7, 'seed = 3'), ('again', 5, 'seed = 1'), ('bare', 5, ''), ('bare2', 5, '')):
         make_run(tmp_path / name, records(loss=loss), f'out_dir = {name!r}\n{config}\n')
@@ -213,6 +213,7 @@ def test_seeds_of_a_variant_are_one_line_and_a_band(tmp_path, typed, shown):
     assert (at, pytest.approx(mean)) in curves(fig.axes[0]).values()
     assert bands(fig.axes[0], at) == pytest.approx([end for y in mean for end in (y - 2, y + 3)])
     assert 'min to max' in fig.legends[0].get_title().get_text()
+    assert sum(line.get_alpha() == 0.25 for line in fig.axes[0].lines) == 4
 
 
 def test_seeds_are_averaged_where_all_have_a_record():
@@ -537,8 +538,9 @@ def test_nothing_overlaps_and_axes_have_units(tmp_path, shown, name):
         key, labels = ax.get_legend(), [label for label in (ax.get_xlabel(), ax.get_ylabel()) if label]
         assert key is None or not key.get_tightbbox().overlaps(ax.bbox.padded(-1))
         assert labels and all(re.search(UNITS, label) for label in labels)
-    notes = [text.get_bbox_patch().get_window_extent() for ax in fig.axes for text in ax.texts if text.get_bbox_patch()]
-    assert not [(a, b) for boxes in (outer, notes) for a, b in combinations(boxes, 2) if a.overlaps(b)]
+    notes = [(ax, text.get_bbox_patch().get_window_extent()) for ax in fig.axes for text in ax.texts if text.get_bbox_patch()]
+    assert all(min(*(box.min - ax.bbox.min), *(ax.bbox.max - box.max)) > -2 for ax, box in notes)
+    assert not [(a, b) for boxes in (outer, [box for _, box in notes]) for a, b in combinations(boxes, 2) if a.overlaps(b)]
 
 
 @pytest.mark.parametrize('words, file', [
@@ -570,7 +572,7 @@ def mistake(result, text):
     ('diagnostics bit fp', 'fp/log.jsonl has no figures of ternary matrices'), ('bars empty/log.jsonl', 'cannot read'),
     ('bars rows.jsonl --value=x', 'loss'), ('bars rows.jsonl --value=ms', 'loss'), ('diagnostics', 'RUN'), ('', 'command'),
     ('los ok', 'los'), ('memory sub', 'no results.yaml in or under sub'), ('ranks full', 'none of these runs has a rank'),
-    ('ranks bare', 'cannot read bare/epoch_loss.csv')])
+    ('ranks bare', 'cannot read bare/epoch_loss.csv'), ('ranks nowhere', 'nowhere is not a folder')])
 def test_mistakes_are_one_line(tmp_path, typed, words, text):
     """A folder, file, figure or argument that is missing or wrong."""
     make_run(tmp_path / 'ok', records())
