@@ -267,7 +267,7 @@ def compare(subject, folder):
     show(rows, columns(rows), None)
     print(f'bits/weight: of the {rows[-1]["share"]:.1%} of the weights that are quantized (skip={skip!r}); smaller: compared '
           'to the first row')
-    plot_ptq.sizes(os.path.join(folder, 'ptq.png'), rows, f'{subject.name}: {subject.unit}')
+    plot_ptq.sizes(os.path.join(folder, 'ptq.png'), rows, subject.name, subject.unit)
     print(f'wrote {path} and {folder}/ptq.png')
 
 
@@ -423,7 +423,7 @@ def prune(subject, folder):
         subject.model = model
         print(f'wrote {save}: {subject.save(save, described):,} bytes')
     show(rows, [c for c in PRUNED if any(r.get(c[0]) is not None for r in rows)], None)
-    plot_ptq.shares(os.path.join(folder, 'prune.png'), rows, f'{subject.name}: {subject.unit}, {retrain_iters} updates')
+    plot_ptq.shares(os.path.join(folder, 'prune.png'), rows, subject.name, subject.unit)
     print(f'wrote {folder}/prune.jsonl and {folder}/prune.png')
 
 
@@ -481,7 +481,7 @@ def sensitivity(subject, folder):
     print(f'{subject.name}: {base:.4f} {subject.unit}; increase with only these layers as {scheme}, {bits_each:.3f} bits')
     show(table, [('block', 'block', ''), *((k, k, '+.4f') for k in [*kinds, 'all'])], None)
     plot_ptq.heat(os.path.join(folder, 'sensitivity.png'), list(blocks), kinds, deltas,
-                  f'{subject.name}: {scheme}, {subject.unit}')
+                  f'{subject.name}: {scheme}', subject.unit)
     print(f'wrote {folder}/sensitivity.jsonl and {folder}/sensitivity.png')
 
 
