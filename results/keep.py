@@ -51,7 +51,7 @@ INDEX = {
     'ptq_prune': ('What does pruning cost?', 'difference = nats added by a share of zeros', 'wanda, 0.75', 'magnitude, 0.75'),
     'ptq_sensitivity': ('Which blocks bear one bit worst?', 'all', 'blocks.0', 'blocks.2'),
     'blocks': ('Do measured blocks train better as binary ones?',
-               'val loss', 'those that ptq.py choose took', 'the first half'),
+               'val loss', 'the half chosen by ptq.py', 'the first half'),
     'ptq_big': ('What does ptq.py need at the size of GPT-2?', 'seconds', 'gptq4', 'rtn4'),
 }
 MORE = """

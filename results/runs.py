@@ -57,12 +57,12 @@ EXPERIMENTS = {
     }),
     # Random halves: random.Random(0).sample(range(6), 3), and of 1, each sorted.
     'blocks': Experiment('train_gpt.py', 'config/wikitext2_blocks.py', 'first', '1,2,3', {
-        'chosen': ('those that ptq.py choose took', chosen_blocks()),
+        'chosen': ('the half chosen by ptq.py', chosen_blocks()),
         'first': ('the first half', '--binary_blocks=0,1,2'),
         'last': ('the last half', '--binary_blocks=3,4,5'),
-        'random_a': ('a random half, 0,3,5', '--binary_blocks=0,3,5'),
-        'random_b': ('another, 0,1,4', '--binary_blocks=0,1,4'),
-        'fp': ('none: full precision', ''),
+        'random_a': ('a random half: 0, 3, 5', '--binary_blocks=0,3,5'),
+        'random_b': ('another random half: 0, 1, 4', '--binary_blocks=0,1,4'),
+        'fp': ('no block: full precision', ''),
     }),
     'depth': Experiment('train_gpt.py', 'config/pycode_bin12.py', 'fp', '1', {
         'fp': ('12 blocks, full precision', '--n_binary=0'),
