@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import asdict
 
@@ -26,43 +27,37 @@ from train_gpt import GPT, GPTConfig
 CYCLE = 'aé€ü'                # goes on for ever, in characters of 1, 2, 3 and 2 bytes
 DOCUMENT = 'hi.'              # ends with end-of-text
 CONTEXT = 16
-ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'}
-torch.set_num_threads(1)
+GREEDY = ('--temperature=0', '--max_new_tokens=8')        # one cycle
+UTF8 = {'PYTHONIOENCODING': 'utf-8'}
 
 
-def command(*options, script='sample.py'):
-    return [sys.executable, str(tokens.ROOT / script), *map(str, options)]
+def trained(start, folder, script, *options):
+    done = start(tokens.ROOT / script, f'--dataset={folder / "data"}', f'--out_dir={folder / "run"}', '--block_size=16',
+                 '--n_layer=2', '--n_embd=32', '--batch_size=16', '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2',
+                 '--device=cpu', *options, cwd=folder).wait()
+    assert done.code == 0, done.err
+    return folder / 'run'
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def run(tmp_path_factory, start):
     """The out_dir of a finished run of train_gpt.py."""
     folder = tmp_path_factory.mktemp('sample')
     tokenizer = tokens.byte()
     text = (CYCLE * 8 + '\0' + (DOCUMENT + '\0') * 12) * 40
     for split in tokens.SPLITS:
         tokens.write(folder / 'data', split, [tokenizer.encode(text)], tokenizer)
-    done = subprocess.run(command(
-        f'--dataset={folder / "data"}', f'--out_dir={folder / "run"}', '--block_size=16', '--n_layer=2', '--n_head=2',
-        '--n_embd=32', '--n_binary=2', '--qkv_proj=bin', '--c_proj=int4', '--mlp_proj=tern', '--batch_size=16',
-        '--max_iters=150', '--eval_interval=150', '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2',
-        '--device=cpu', script='train_gpt.py'), capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return folder / 'run'
+    return trained(start, folder, 'train_gpt.py', '--n_head=2', '--n_binary=2', '--qkv_proj=bin', '--c_proj=int4',
+                   '--mlp_proj=tern', '--max_iters=150', '--eval_interval=150')
 
 
 @pytest.fixture(scope='module')
-def player(tmp_path_factory):
+def player(tmp_path_factory, start):
     """The out_dir of a finished run of train_bitnet.py on games of tic-tac-toe."""
     folder = tmp_path_factory.mktemp('player')
-    tictactoe.main(['--games=2000', '--val_games=20', f'--out_dir={folder / "data"}'])
-    done = subprocess.run(command(
-        f'--dataset={folder / "data"}', f'--out_dir={folder / "run"}', '--task=tictactoe', '--block_size=16', '--n_layer=2',
-        '--n_head=4', '--n_kv_head=2', '--n_embd=32', '--n_ff=64', '--batch_size=16', '--max_iters=100', '--eval_interval=100',
-        '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2', '--device=cpu', script='train_bitnet.py'),
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return folder / 'run'
+    tictactoe.main(['--games=500', '--val_games=20', f'--out_dir={folder / "data"}'])
+    return trained(start, folder, 'train_bitnet.py', '--task=tictactoe', '--n_head=4', '--n_kv_head=2', '--n_ff=64',
+                   '--max_iters=100', '--eval_interval=100')
 
 
 class Terminal(io.TextIOWrapper):
@@ -89,43 +84,42 @@ def cli(run, monkeypatch, capsys):
     return call
 
 
-def start(*options):
-    return subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # what is printed
 
 
-def test_command_line_from_another_folder(run, tmp_path):
+def test_command_line_from_another_folder(run, tmp_path, start):
     """stdout is prompt and text alone, also past the context of 16 tokens; the speed goes to stderr."""
-    done = subprocess.run(command(f'--ckpt={run / "best.pt"}', '--prompt=a', '--temperature=0', '--max_new_tokens=47'),
-                          capture_output=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == CYCLE * 6 + '\n'                    # 48 bytes, 8 a cycle
-    assert re.fullmatch(r'47 tokens in [\d.]+ s, [\d,]+ tokens/s on cpu; .*best\.pt, step 150\n', done.stderr.decode())
+    done = start(tokens.ROOT / 'sample.py', f'--ckpt={run / "best.pt"}', '--prompt=a', '--temperature=0', '--max_new_tokens=47',
+                 '--device=cpu', cwd=tmp_path, **UTF8).wait()
+    assert (done.code, done.out) == (0, CYCLE * 6 + '\n')                    # 48 bytes, 8 a cycle
+    assert re.fullmatch(r'47 tokens in [\d.]+ s, [\d,]+ tokens/s on cpu; .*best\.pt, step 150\n', done.err)
     assert not list(tmp_path.iterdir())
 
 
 def test_streams_whole_characters_and_a_closed_pipe_ends_it(run):
-    """Text arrives while the program runs, never half a character; when the reader leaves it ends without a word."""
-    process = start(f'--ckpt={run}', '--prompt=a', '--temperature=0', '--max_new_tokens=1000000')
+    """Text arrives while the program runs, never half a character; it ends without a message when its reader leaves."""
+    process = subprocess.Popen([sys.executable, str(tokens.ROOT / 'sample.py'), f'--ckpt={run}', '--prompt=a', '--device=cpu',
+                                '--temperature=0', '--max_new_tokens=1000000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, **UTF8, 'OMP_NUM_THREADS': '1'})
     text = ''
     while len(text) < 40:
         text += os.read(process.stdout.fileno(), 1 << 16).decode()     # raises for half a character
     assert process.poll() is None and (CYCLE * len(text)).startswith(text)
     process.stdout.close()
-    assert process.wait(30) == -signal.SIGPIPE and process.stderr.read() == b''
+    assert process.wait(100) == -signal.SIGPIPE and process.stderr.read() == b''
     process.stderr.close()
 
 
-def test_ctrl_c(run):
+def test_ctrl_c(run, tmp_path, start):
     """Ctrl-C ends the line and the program: no traceback, exit status 130."""
-    process = start(f'--ckpt={run}', '--prompt=a', '--temperature=0', '--max_new_tokens=1000000')
-    head = os.read(process.stdout.fileno(), 4)
-    process.send_signal(signal.SIGINT)
-    tail, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130 and stderr == b'' and (head + tail).endswith(b'\n')
+    job = start(tokens.ROOT / 'sample.py', f'--ckpt={run}', '--prompt=a', '--temperature=0', '--max_new_tokens=1000000',
+                '--device=cpu', cwd=tmp_path, **UTF8)
+    while not (job.folder / 'stdout').stat().st_size and job.process.is_alive():
+        time.sleep(0.01)
+    job.signal(signal.SIGINT)
+    done = job.wait()
+    assert (done.code, done.err) == (130, '') and done.out.endswith('\n')
 
 
 def test_stops_at_end_of_text_and_starts_from_it(cli):
@@ -230,17 +224,18 @@ def test_bpe_checkpoint_needs_nothing_else(cli, tmp_path):
 # mistakes
 
 
-@pytest.mark.parametrize('option, said', [
+@pytest.mark.parametrize('words, said', [
     ('--temperature=-0.5', 'temperature=-0.5'), ('--temperature=nan', 'temperature=nan'), ('--top_k=-1', 'top_k=-1'),
     ('--num_samples=0', 'num_samples=0'), ('--max_new_tokens=0', 'max_new_tokens=0'),
     ('--device=gpu', "device='gpu'"), ('--device=meta', "device='meta'"), ('--dtype=float8', "dtype='float8'"),
     ('--prompt=FILE:no.txt', "'no.txt': No such file"), ('--temprature=1', 'did you mean temperature?'),
-    ('--mode=talk', "mode='talk' is none of 'generate', 'chat', 'play'"), ('--side=x', "side='x' is none of 'X', 'O'"),
-    ('--against=me', "against='me' is none of '', 'random', 'perfect'"), ('--games=0', 'games=0'),
-    ('talk', "cannot read 'talk'"), ('--stop=x', 'stop has no use in generate'), ('--games=9', 'games has no use in generate')])
-def test_mistakes_are_one_line(cli, option, said):
-    """A value that cannot be: one line that names it, exit status 2, nothing on stdout."""
-    status, out, err = cli(option)
+    ('--mode=talk', "'generate', 'chat', 'play'"), ('--side=x', "'X', 'O'"), ('--against=me', "'', 'random', 'perfect'"),
+    ('--games=0', 'games=0'), ('talk', "'talk'"), ('--stop=x', 'stop '), ('--games=9', 'games '),       # of another mode
+    ('chat --num_samples=2', 'num_samples '), ('play --temperature=1', 'temperature '),
+    ('play --against=random --side=O', 'side ')])
+def test_mistakes_are_one_line(cli, words, said):
+    """An impossible value or an option of another mode: one line that names it, status 2, nothing on stdout."""
+    status, out, err = cli(*words.split())
     assert (status, out) == (2, '') and err.startswith('error: ') and err.count('\n') == 1 and said in err
 
 
@@ -277,31 +272,34 @@ def test_checkpoints_that_are_missing_are_one_line(cli):
 # ---------------------------------------------------------------------------------------------------------------------
 # chat
 
-GREEDY = ('--temperature=0', '--max_new_tokens=8')        # one cycle
-
 
 def test_chat_in_a_pipe(run, tmp_path):
-    """Real command line: an answer a line, nothing else on either stream; what was said before is remembered, and forgotten
-    with /reset; the last line needs no end; nothing is read behind /quit."""
-    for typed, answers in (('a\n\n/reset\n\nh', 'é€üa\né€üa\nhi.\ni.\n'), ('\n\na\n/quit\na\n', 'hi.\nhi.\né€üa\n')):
-        done = subprocess.run(command('chat', f'--ckpt={run}', *GREEDY), input=typed.encode(), capture_output=True,
-                              env=ENVIRONMENT, cwd=tmp_path, timeout=60)
-        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, answers, b'')
+    """A real command line: an answer a line and nothing else; it remembers, /reset forgets, /quit ends it."""
+    done = subprocess.run([sys.executable, str(tokens.ROOT / 'sample.py'), 'chat', f'--ckpt={run}', '--device=cpu', *GREEDY],
+                          input=b'a\n\n/reset\n\nh', capture_output=True, cwd=tmp_path, timeout=300,
+                          env={**os.environ, **UTF8, 'OMP_NUM_THREADS': '1'})
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, 'é€üa\né€üa\nhi.\ni.\n', b'')
     assert not list(tmp_path.iterdir())
 
 
-def test_the_second_answer_depends_on_the_first_line(cli):
-    """The same second line after different first ones; after /reset they are the same."""
-    after = {first: cli('chat', *GREEDY, typed=f'{first}\n\n')[1].split('\n')[1] for first in ('a', 'aé', 'h')}
-    assert after == {'a': 'é€üa', 'aé': '€üaé', 'h': 'hi.'}
-    for first in ('a', 'aé', 'h'):
-        assert cli('chat', *GREEDY, typed=f'{first}\n/reset\n\n')[1].split('\n')[1] == 'hi.'
+@pytest.mark.parametrize('first, second', [('a', 'é€üa'), ('aé', '€üaé'), ('h', 'hi.')])
+def test_the_second_answer_depends_on_the_first_line(cli, first, second):
+    """The same second line after different first ones; after /reset they are the same; nothing counts behind /quit."""
+    assert cli('chat', *GREEDY, typed=f'{first}\n\n/quit\na\n')[1].split('\n')[1:] == [second, '']
+    assert cli('chat', *GREEDY, typed=f'{first}\n/reset\n\n')[1].split('\n')[1] == 'hi.'
 
 
-def test_chat_ends_with_its_input(cli):
-    """Nothing typed: nothing said. Line ends of Windows, bytes that are no text, an end without a line's end."""
-    for typed, out in (('', ''), ('/quit', ''), ('/reset\n', ''), ('a\r\n', 'é€üa\n'), ('a', 'é€üa\n')):
-        assert cli('chat', *GREEDY, typed=typed) == (0, out, '')
+@pytest.mark.parametrize('options, typed, out', [
+    ((), '', ''), ((), '/quit', ''), ((), '/reset\n', ''), ((), 'a\r\n', 'é€üa\n'), ((), 'a', 'é€üa\n'),
+    ((), CYCLE * 10 + '\n\na\n', f'{CYCLE}\n{CYCLE}\né€üa\n'),               # 80 tokens in a context of 16
+    (('--max_new_tokens=40',), 'a\n\n', ('é€üa' * 5 + '\n') * 2),             # a conversation that grows beyond it
+    (('--stop=€',), 'a\n\na\n', 'é€\nüaé€\né€\n'), (('--stop=zzz',), 'a\n', 'é€üa\n')])
+def test_chat_answers_each_line(cli, options, typed, out):
+    """Nothing typed: nothing answered. Long input keeps its end. --stop ends an answer, and the conversation goes on."""
+    assert cli('chat', *GREEDY, *options, typed=typed) == (0, out, '')
+
+
+def test_chat_reads_bytes_that_are_no_text(cli):
     status, out, err = cli('chat', *GREEDY, typed=b'\xff\xfe\na\n')
     assert (status, err) == (0, '') and out.endswith('é€üa\n')
 
@@ -318,33 +316,12 @@ def test_chat_saves_what_was_said(cli, tmp_path, monkeypatch):
                    'wrote chat.txt, 17 bytes\nwrote empty, 0 bytes\n')
 
 
-def test_chat_beyond_the_context(cli):
-    """A line of 80 tokens in a context of 16, and a conversation that grows past it: the last ones count, as in generate."""
-    assert cli('chat', *GREEDY, typed=CYCLE * 10 + '\n\na\n') == (0, f'{CYCLE}\n{CYCLE}\né€üa\n', '')
-    assert cli('chat', '--temperature=0', '--max_new_tokens=40', typed='a\n\n')[1] == ('é€üa' * 5 + '\n') * 2
-
-
 def test_chat_begins_with_the_prompt(cli, tmp_path, monkeypatch):
     """--prompt is there before the first line and after /reset; /save has it, and a line's end where a text ended."""
     monkeypatch.chdir(tmp_path)
     status, out, _ = cli('chat', *GREEDY, '--prompt=h', typed='\n/save one\n/reset\n\n/save two\n')
     assert (status, out) == (0, 'i.\ni.\n')
     assert (tmp_path / 'one').read_text() == (tmp_path / 'two').read_text() == 'hi.\n'
-
-
-def test_options_of_another_mode_are_refused(cli):
-    """One line for what would be read and ignored."""
-    for words, said in ((('chat', '--num_samples=2'), 'num_samples has no use in chat; leave --num_samples out'),
-                        (('play', '--temperature=1'), 'temperature has no use in play'),
-                        (('play', '--against=random', '--side=O'), 'side has no use in play --against')):
-        status, out, err = cli(*words)
-        assert (status, out) == (2, '') and err.startswith(f'error: {said}') and err.count('\n') == 1
-
-
-def test_chat_stops_at_a_text(cli):
-    """The answer ends with it, whatever comes after; the conversation goes on behind it."""
-    assert cli('chat', *GREEDY, '--stop=€', typed='a\n\na\n')[1] == 'é€\nüaé€\né€\n'
-    assert cli('chat', *GREEDY, '--stop=zzz', typed='a\n')[1] == 'é€üa\n'
 
 
 def test_chat_at_a_terminal(cli):
