@@ -41,7 +41,7 @@ def saved(tmp_path):
 
 
 def test_sample_indices_are_a_pure_function():
-    """Same arguments, same indices, whatever was drawn before; in [0, n); another seed or step, other indices."""
+    """Same arguments, same indices, whatever was drawn before; another seed or step gives others."""
     first = common.sample_indices(1, 7, 1000, 64)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_the_order_of_samples_does_not_change_between_versions():
 
 
 def test_sample_indices_are_uniform():
-    """Over many steps all indices come equally often: chi-squared within 4 sd, and no correlation between steps."""
+    """All indices are equally frequent over many steps, and steps are not correlated."""
     n, steps, count = 50, 400, 32
     drawn = np.stack([common.sample_indices(3, step, n, count) for step in range(steps)])
     expected = drawn.size / n
@@ -74,7 +74,7 @@ def test_sample_indices_are_uniform():
 
 @pytest.mark.parametrize('n, batch', [(10, 4), (7, 7), (5, 12), (96, 16)])
 def test_epoch_indices_show_every_sample_once_an_epoch(n, batch):
-    """However batches cut the epochs, in another order each; read in pieces of any size, the row is the same."""
+    """However batches cut the epochs, each in another order; read in pieces of any size, the row is the same."""
     row = np.concatenate([common.epoch_indices(3, step * batch, n, batch) for step in range(4 * n)])
     epochs = row[:len(row) // n * n].reshape(-1, n)
     assert (np.sort(epochs, axis=1) == np.arange(n)).all() and row.dtype == np.int64
@@ -97,7 +97,8 @@ def test_epoch_indices_leave_global_generators_alone():
     assert (np.random.get_state()[1] == before[0]).all() and torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_seed_step_is_a_function_of_seed_step_and_rank():
+def test_random_numbers_are_a_function_of_seed_step_and_process():
+    """The same three give the same numbers, any other one others."""
     def draw(*key):
         common.seed_step(*key)
         return torch.rand(4).tolist()
@@ -121,16 +122,8 @@ def test_lr_at_by_hand(schedule, by_hand):
         assert found == pytest.approx(expected, rel=1e-12), (schedule, step)
 
 
-def test_lr_at_two_stage_drops_by_the_ratio_of_its_rates():
-    """With min_lr 0 the drop in the middle is exactly second_lr / learning_rate on top of the line's own slope."""
-    at = [common.lr_at(step, 'two_stage', 3.0, 0.0, 0, 101, second_lr=2.0) for step in range(101)]
-    line = [common.lr_at(step, 'linear', 3.0, 0.0, 0, 101) for step in range(101)]
-    assert at[:50] == line[:50]
-    assert at[50:] == pytest.approx([x * 2 / 3 for x in line[50:]], rel=1e-12)
-
-
 def test_lr_at_edges():
-    """No warm-up starts at the peak; a run that is all warm-up and one of a single step divide by no zero."""
+    """No warm-up starts at the peak; a run that is all warm-up, or one step, works; an unknown schedule is an error."""
     assert common.lr_at(0, 'cosine', 1.0, 0.1, 0, 10) == 1.0
     assert common.lr_at(9, 'linear', 1.0, 0.1, 10, 10) == pytest.approx(10 / 11)
     assert common.lr_at(0, 'cosine', 1.0, 0.1, 0, 1) == 1.0
@@ -156,9 +149,8 @@ common.close_processes()
 """
 
 
-def test_ranks_agree_on_means_flags_and_checksums(start, tmp_path):
-    """Three processes: the mean is weighted by count (7 / 4, not the mean of means), a flag on one is seen by all,
-    and one bit in one weight of one rank is found."""
+def test_processes_agree_on_means_flags_and_checksums(start, tmp_path):
+    """Of three processes: means are weighted by count, a flag on one is seen by all, one changed bit is found."""
     (tmp_path / 'ranks.py').write_text(RANKS)
     done = wait_all([start('ranks.py', cwd=tmp_path, **r) for r in ranks(3)])
     for result in done:
@@ -182,7 +174,7 @@ def test_one_process_agrees_with_itself():
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
-    """Whatever goes wrong while writing, the old file stays as it was and nothing else is left in the folder."""
+    """Whatever goes wrong while writing, the old file stays and nothing else is left in the folder."""
     path = tmp_path / 'x'
     common.atomic_write(path, lambda tmp: open(tmp, 'w').write('old'))
 
@@ -221,7 +213,7 @@ for umask in (0o022, 0o077, 0o002):
 
 
 def test_files_have_the_mode_that_the_umask_says(start, tmp_path):
-    """Also those that their writer makes for the owner alone, and though the umask is never set to be read."""
+    """Also a file that its writer makes private; the umask of other threads is never touched."""
     (tmp_path / 'm.py').write_text(MODES)
     done = start('m.py', cwd=tmp_path).wait()
     assert done.code == 0, done.err
@@ -229,8 +221,8 @@ def test_files_have_the_mode_that_the_umask_says(start, tmp_path):
                                      for name in ('open', 'safetensors', 'private') for _ in 'ab']
 
 
-def test_checkpoint_round_trip(saved):
-    """Tensors bit for bit, plain types as they were; the file says with which versions it was written."""
+def test_a_checkpoint_comes_back(saved):
+    """Tensors bit for bit, plain types as they were, and the versions of the packages."""
     common.save_checkpoint(str(saved), state(more=(1, 2.5, 'x', None, {'a': [True]}), best=math.inf))
     found = common.read_checkpoint(str(saved), 'train_gpt')
     assert torch.equal(found['model']['w'], state()['model']['w']) and found['best'] == math.inf
@@ -249,8 +241,7 @@ def test_keep_previous(saved):
 
 
 def test_save_after_a_kill_between_the_renames(saved, monkeypatch):
-    """last.pt and last.prev.pt are then two names of one file, and temporary files lie around, perhaps of the same
-    process number: the next saves work all the same and clean up."""
+    """Two names of one file and old temporary files do not disturb the next saves, which clean up."""
     previous = saved.with_name('last.prev.pt')
     os.link(saved, previous)
     for left in (f'last.pt.tmp{os.getpid()}.prev', f'last.pt.tmp{os.getpid()}', 'last.pt.tmp1'):
@@ -262,7 +253,7 @@ def test_save_after_a_kill_between_the_renames(saved, monkeypatch):
 
 
 def test_every_instant_of_a_save_leaves_a_whole_checkpoint(saved, start, tmp_path):
-    """A process killed before each system call of a save that touches the folder: last.pt or last.prev.pt loads."""
+    """A save killed before any of its system calls leaves a last.pt that loads, and last.prev.pt."""
     steps, killed_at = set(), []
     for at in range(12):
         patch = DIE_AT.format(at=at)
@@ -326,6 +317,7 @@ def test_damaged_files_are_refused(saved):
 
 
 def test_foreign_files_are_refused(tmp_path):
+    """A missing file, a folder, another zip or pickle, another version or trainer: one line."""
     path = tmp_path / 'last.pt'
     assert 'does not exist' in refusal(path)
     assert 'damaged or no checkpoint' in refusal(tmp_path)       # a folder
@@ -346,8 +338,7 @@ class Evil:
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
-    """A pickle that would create a file when loaded is refused and creates none: as a torch zip, in the old format
-    and bare; the same bytes do create it when loaded carelessly."""
+    """A pickle that would create a file when loaded is refused and creates none, in any format of torch.save."""
     path, marker = tmp_path / 'last.pt', tmp_path / 'marker'
     for write in (lambda: torch.save(state(evil=Evil(marker)), path),
                   lambda: torch.save(state(evil=Evil(marker)), path, _use_new_zipfile_serialization=False),
@@ -367,8 +358,8 @@ def test_wrong_version_and_wrong_trainer(saved, monkeypatch):
     assert 'version 99, this code reads 1' in refusal(saved)
 
 
-def test_read_last_checkpoint_falls_back(saved, capsys):
-    """A damaged or missing last.pt: the one before it, with a warning naming both; both damaged: the error."""
+def test_a_damaged_last_checkpoint_falls_back(saved, capsys):
+    """The one before it is used, with a warning that names both; if both are damaged, it is an error."""
     common.save_checkpoint(str(saved), state(step=4), keep_previous=True)
     previous = saved.with_name('last.prev.pt')
     assert common.read_last_checkpoint(str(saved))['step'] == 4 and capsys.readouterr().err == ''
@@ -388,7 +379,7 @@ def test_read_last_checkpoint_falls_back(saved, capsys):
     assert 'does not exist' in refusal(saved, reader=common.read_last_checkpoint)
 
 
-def test_load_model_state_names_what_does_not_fit():
+def test_weights_that_do_not_fit_are_named():
     """Missing, unknown and misshapen keys: one line, model untouched; allow_missing keeps the initial values."""
     def line(state, **options):
         model = torch.nn.Linear(3, 2)
@@ -413,7 +404,7 @@ def test_load_model_state_names_what_does_not_fit():
 
 
 def test_log_is_cut_back_to_the_resumed_step(tmp_path):
-    """Training records up to the step stay, its evaluation and everything later go; non-finite numbers become null."""
+    """Training records up to the step stay, its evaluation and all later ones go; NaN becomes null."""
     for step in (0, 1, 2, 3):
         common.append_log(tmp_path, {'step': step, 'loss': 1.5 * step if step else math.nan})
         common.append_log(tmp_path, {'step': step, 'val_loss': 2.0})
@@ -426,8 +417,8 @@ def test_log_is_cut_back_to_the_resumed_step(tmp_path):
     assert common.read_log(tmp_path) == [{'step': 0, 'loss': None}]
 
 
-def test_half_written_log_line(tmp_path):
-    """A crash in the middle of a line costs that line only, and what is logged after it is not lost with it."""
+def test_a_half_written_log_line_costs_that_line_only(tmp_path):
+    """Records that are logged after it are kept."""
     assert common.read_log(tmp_path) == []
     common.append_log(tmp_path, {'step': 1, 'loss': 2.0})
     with open(tmp_path / 'log.jsonl', 'a') as f:
@@ -438,8 +429,8 @@ def test_half_written_log_line(tmp_path):
     assert [json.loads(line)['step'] for line in (tmp_path / 'log.jsonl').read_text().splitlines()] == [1, 2]
 
 
-def test_full_disk_costs_log_lines_not_the_run(tmp_path, capsys):
-    """With room for half a line or none, a warning each and a log without half lines; with room again it goes on."""
+def test_a_full_disk_costs_log_lines_only(tmp_path, capsys):
+    """A warning for each, no half lines; with room again the log goes on."""
     common.append_log(tmp_path, {'step': 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for room in (5, 0):
@@ -489,8 +480,8 @@ print(*peaks, common.peak_memory_bytes(cpu))
 """
 
 
-def test_peak_memory_grows_with_what_is_held_and_stays(start, tmp_path):
-    """In bytes. In a process of its own: the peak of this one may be far above what it holds now."""
+def test_peak_memory_counts_bytes_and_stays(start, tmp_path):
+    """It grows by a held tensor of 400 MB and does not fall when that is freed."""
     (tmp_path / 'p.py').write_text(PEAK)
     done = start('p.py', cwd=tmp_path).wait()
     assert done.code == 0, done.err

@@ -111,8 +111,8 @@ def test_streams_whole_characters_and_a_closed_pipe_ends_it(run):
     process.stderr.close()
 
 
-def test_ctrl_c(run, tmp_path, start):
-    """Ctrl-C ends the line and the program: no traceback, exit status 130."""
+def test_ctrl_c_ends_the_line(run, tmp_path, start):
+    """No traceback, exit status 130."""
     job = start(tokens.ROOT / 'sample.py', f'--ckpt={run}', '--prompt=a', '--temperature=0', '--max_new_tokens=1000000',
                 '--device=cpu', cwd=tmp_path, **UTF8)
     while not (job.folder / 'stdout').stat().st_size and job.process.is_alive():
@@ -140,7 +140,7 @@ def test_samples_are_separated_and_repeatable(cli):
     assert out == 'hi.\n---------------\nhi.\n' and err.startswith('6 tokens ')
 
 
-def test_top_k(cli):
+def test_top_k_limits_the_choice(cli):
     """top_k=1 is the likeliest token whatever the temperature; a top_k above the vocabulary is all of it."""
     assert cli('--prompt=a', '--top_k=1', '--temperature=9', '--max_new_tokens=31')[1] == CYCLE * 4 + '\n'
     options = ('--prompt=a', '--temperature=2', '--max_new_tokens=20')
@@ -185,8 +185,8 @@ def test_packed_file_is_the_same_model(run, cli):
         assert texts[0] == texts[1] and len(texts[0]) > 20
 
 
-def test_cache_is_the_full_forward(run):
-    """Greedy text with the cache of keys and values is the text of a model that reads everything anew each time."""
+def test_the_cache_gives_the_text_of_full_passes(run):
+    """Greedy text with cached keys and values is that of a model that reads everything anew."""
     model, tokenizer, _ = sample.load(str(run / 'best.pt'))
     ids = torch.tensor([[1, 2, 3], [200, 100, 0]])
     with torch.no_grad():
@@ -195,8 +195,8 @@ def test_cache_is_the_full_forward(run):
             ids = torch.cat([ids, new[:, None]], 1)
 
 
-def test_run_folder(run, cli, tmp_path):
-    """Of a folder best.pt is read, else last.pt, else packed.safetensors; a damaged last.pt falls back."""
+def test_a_run_folder_stands_for_its_best_file(run, cli, tmp_path):
+    """best.pt is read, else last.pt, else packed.safetensors; for a damaged last.pt the one before it."""
     for name in ('best.pt', 'last.pt', 'packed.safetensors'):
         shutil.copy(run / name, tmp_path)
     for name in ('best.pt', 'last.pt', 'packed.safetensors'):
@@ -240,7 +240,7 @@ def test_mistakes_are_one_line(cli, words, said):
 
 
 def test_unreadable_checkpoints_are_one_line(run, cli, tmp_path):
-    """An empty folder, another trainer's file, and files that are cut, altered or something else: one line each."""
+    """A missing or empty folder, another trainer's file, a cut or altered file: one line that names it."""
     best, packed = (run / 'best.pt').read_bytes(), (run / 'packed.safetensors').read_bytes()
     with zipfile.ZipFile(run / 'best.pt') as z:
         largest = max(z.infolist(), key=lambda i: i.file_size)
@@ -284,7 +284,7 @@ def test_chat_in_a_pipe(run, tmp_path):
 
 @pytest.mark.parametrize('first, second', [('a', 'é€üa'), ('aé', '€üaé'), ('h', 'hi.')])
 def test_the_second_answer_depends_on_the_first_line(cli, first, second):
-    """The same second line after different first ones; after /reset they are the same; nothing counts behind /quit."""
+    """After /reset it does not; what follows /quit is not read."""
     assert cli('chat', *GREEDY, typed=f'{first}\n\n/quit\na\n')[1].split('\n')[1:] == [second, '']
     assert cli('chat', *GREEDY, typed=f'{first}\n/reset\n\n')[1].split('\n')[1] == 'hi.'
 
@@ -295,18 +295,18 @@ def test_the_second_answer_depends_on_the_first_line(cli, first, second):
     (('--max_new_tokens=40',), 'a\n\n', ('é€üa' * 5 + '\n') * 2),             # a conversation that grows beyond it
     (('--stop=€',), 'a\n\na\n', 'é€\nüaé€\né€\n'), (('--stop=zzz',), 'a\n', 'é€üa\n')])
 def test_chat_answers_each_line(cli, options, typed, out):
-    """Nothing typed: nothing answered. Long input keeps its end. --stop ends an answer, and the conversation goes on."""
+    """Long input keeps its end; --stop ends an answer, and the conversation goes on."""
     assert cli('chat', *GREEDY, *options, typed=typed) == (0, out, '')
 
 
-def test_chat_reads_bytes_that_are_no_text(cli):
+def test_chat_survives_bytes_that_are_no_text(cli):
+    """They are typed like any other characters."""
     status, out, err = cli('chat', *GREEDY, typed=b'\xff\xfe\na\n')
     assert (status, err) == (0, '') and out.endswith('é€üa\n')
 
 
-def test_chat_saves_what_was_said(cli, tmp_path, monkeypatch):
-    """/save: both sides, byte for byte, from the last /reset; chat.txt where no name is given; a folder that is not there
-    costs one line and not the conversation, which does not contain the commands."""
+def test_chat_saves_the_conversation(cli, tmp_path, monkeypatch):
+    """/save writes both sides since the last /reset, by default to chat.txt; a failure costs one line only."""
     monkeypatch.chdir(tmp_path)
     status, out, err = cli('chat', *GREEDY, typed='a\n/save one two.txt\n\n/save no/file\n/save\nü\n/reset\n/save empty\n')
     assert (status, out) == (0, 'é€üa\né€üa\naé€ü\n')
@@ -317,7 +317,7 @@ def test_chat_saves_what_was_said(cli, tmp_path, monkeypatch):
 
 
 def test_chat_begins_with_the_prompt(cli, tmp_path, monkeypatch):
-    """--prompt is there before the first line and after /reset; /save has it, and a line's end where a text ended."""
+    """--prompt comes before the first line and after /reset; /save has it too."""
     monkeypatch.chdir(tmp_path)
     status, out, _ = cli('chat', *GREEDY, '--prompt=h', typed='\n/save one\n/reset\n\n/save two\n')
     assert (status, out) == (0, 'i.\ni.\n')
@@ -373,8 +373,7 @@ def scripted(monkeypatch, tmp_path):
 
 
 def test_a_bitnet_generates_from_both_files(player, cli):
-    """best.pt and packed.safetensors give equal logits and so the same text for the same seed; at temperature 0 as the whole
-    model says it anew for every byte."""
+    """best.pt and packed.safetensors give equal logits and the same text, at temperature 0 that of full passes."""
     best, _, about = sample.load(str(player / 'best.pt'))
     packed, _, same = sample.load(str(player / 'packed.safetensors'))
     for found in (about, same):
@@ -397,8 +396,7 @@ def test_a_bitnet_generates_from_both_files(player, cli):
 
 @pytest.mark.parametrize('task, begin', [('tictactoe', b'\n'), ('arithmetic', b'\n'), ('', b'\0')])
 def test_a_document_begins_as_in_training(cli, scripted, task, begin):
-    """Without a prompt: behind a line's end where lines have answers, else behind end-of-text; also a conversation, again after
-    /reset. What was typed follows it, and is all that follows."""
+    """Behind a line end where lines have answers, else behind end-of-text; in a chat too, again after /reset."""
     ckpt = scripted(lambda text: ord('x'), task)
     assert cli('--max_new_tokens=2', '--temperature=0', ckpt=ckpt)[1] == 'xx\n' and scripted.seen == [begin, begin + b'x']
     scripted.seen.clear()
@@ -406,8 +404,8 @@ def test_a_document_begins_as_in_training(cli, scripted, task, begin):
     assert scripted.seen == [begin + b'1+1=', begin + b'1+1=x', begin + b'2']
 
 
-def test_chat_about_sums(cli, scripted):
-    """--stop='\\n' as one types it: an answer ends with its line, which is not doubled; the next sum stands behind it."""
+def test_chat_stops_at_a_line_end(cli, scripted):
+    """--stop='\\n' as one types it: an answer ends with its line, and the next sum follows it."""
     answers = {b'12+34=': b'46\n', b'1-2=': b'-1\n'}
 
     def say(text):
@@ -429,8 +427,8 @@ def best(text):
     return ord(tasks.best_moves(text[3:].decode())[0])
 
 
-def test_play_at_a_pipe(cli, scripted):
-    """A whole game: the board after every move; what is no free cell, of whatever kind, is said and asked again."""
+def test_play_shows_the_board_after_each_move(cli, scripted):
+    """Input that is no free cell, of whatever kind, is named and asked for again."""
     ckpt = scripted(best)
     typed = ['5', '5', '1', '', 'x', '12', '0', '٣', b'\xff', '9']         # 1 and 5 are taken when they come again
     typed = b'\n'.join(t if isinstance(t, bytes) else t.encode() for t in typed)
@@ -449,7 +447,7 @@ def test_play_at_a_pipe(cli, scripted):
 @pytest.mark.parametrize('side, typed, result', [
     ('X', '1 2 7 6 9', 'a draw'), ('X', '1 2 4', 'the model wins'), ('O', '2 3', 'the model wins'), ('O', '5 3 4 8', 'a draw')])
 def test_play_to_the_end(cli, scripted, side, typed, result):
-    """As X, who begins, and as O, against a perfect model; the game is over when it is over, whatever is typed behind."""
+    """As X, who begins, and as O, against a perfect model; later input is not read."""
     typed = typed.split()
     moves, mine = '', list(typed)
     while not tasks.winner(moves):
@@ -463,8 +461,8 @@ def test_play_to_the_end(cli, scripted, side, typed, result):
     assert {text[:3] for text in scripted.seen} == {b'\nrm' if side == 'X' else b'\nmr'}
 
 
-def test_illegal_moves_of_the_model_are_said(cli, scripted):
-    """Its next choices are gone through, and it may lose; the game does not."""
+def test_an_illegal_move_of_the_model_is_named(cli, scripted):
+    """Its next choices count instead, and it may lose."""
     status, out, err = cli('play', ckpt=scripted(lambda text: 0xe9), typed='4\n5\n6\n')
     assert (status, err) == (0, '') and out.splitlines()[-1] == 'you win'
     assert out.count("the model says b'\\xe9', which is no free cell; its next choice counts") == 2
@@ -476,6 +474,7 @@ def test_illegal_moves_of_the_model_are_said(cli, scripted):
 
 @pytest.mark.parametrize('typed', ['', '5\n', '5\n/quit\n1\n', '5\nq\n1\n'])
 def test_a_game_may_be_left(cli, scripted, typed):
+    """At the end of the input, by /quit and by q."""
     status, out, err = cli('play', ckpt=scripted(best), typed=typed)
     assert (status, err) == (0, '') and out.splitlines()[-1] == 'the game ends here'
     assert out.count('the model plays') == len(typed[:1])
@@ -487,8 +486,8 @@ def test_play_at_a_terminal(cli, scripted):
 
 
 @pytest.mark.parametrize('against', ['random', 'perfect'])
-def test_others_play_it(player, cli, against):
-    """What tasks.score_games counts for the model of the checkpoint with that seed, of best.pt as of the packed file."""
+def test_other_players_play_the_model(player, cli, against):
+    """The counts are those of tasks.score_games() with that seed, from best.pt as from the packed file."""
     model, _, _ = sample.load(str(player / 'best.pt'))
 
     def predict(texts):
@@ -503,8 +502,8 @@ def test_others_play_it(player, cli, against):
         assert cli('play', f'--against={against}', '--games=25', '--seed=3', ckpt=player / name) == (0, line, '')
 
 
-def test_others_play_a_perfect_model(cli, scripted):
-    """No game lost, as X or as O; the 201st is one more as X."""
+def test_other_players_do_not_beat_a_perfect_model(cli, scripted):
+    """It loses no game, as X or as O; of 201 games it plays 101 as X."""
     out = cli('play', '--against=random', '--games=201', ckpt=scripted(best))[1]
     found = re.fullmatch(r'201 games against random play: (\d+) wins, (\d+) draws, 0 losses; (\d+) of (\d+) moves legal '
                          r'\(100.00%\)\n', out)
@@ -514,8 +513,8 @@ def test_others_play_a_perfect_model(cli, scripted):
         '3 games against perfect play: 0 wins, 3 draws, 0 losses; ')
 
 
-def test_a_context_shorter_than_a_game(cli, tmp_path):
-    """The model sees the last moves; no crash."""
+def test_a_context_may_be_shorter_than_a_game(cli, tmp_path):
+    """The model sees the last moves."""
     ckpt = bitnet_file(tmp_path / 'last.pt', block_size=4)
     assert cli('play', '--against=random', '--games=4', ckpt=ckpt)[1].startswith('4 games against random play: ')
     lines = [str(c) for c in random.Random(0).sample(range(1, 10), 9)] * 9
@@ -523,8 +522,8 @@ def test_a_context_shorter_than_a_game(cli, tmp_path):
     assert (status, err) == (0, '') and out.splitlines()[-1] in ('you win', 'a draw', 'the model wins')
 
 
-def test_who_was_not_trained_to_play_is_one_line(run, cli, tmp_path):
-    """A GPT, a BitNet of another task, and what is no language model at all, in every mode."""
+def test_a_model_that_cannot_play_is_one_line(run, cli, tmp_path):
+    """A GPT, a BitNet of another task, and a model that is no language model, in every mode."""
     for ckpt in (run / 'best.pt', bitnet_file(tmp_path / 'sums.pt', 'arithmetic'), bitnet_file(tmp_path / 'text.pt', '')):
         for against in ((), ('--against=random',)):
             status, out, err = cli('play', *against, ckpt=ckpt, typed='5\n')
