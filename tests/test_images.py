@@ -24,7 +24,6 @@ from data.food101 import prepare as food101
 from data.images.prepare import class_folders
 from readers import images, tokens
 
-FOOD10 = tokens.ROOT.parent / 'shared' / 'data' / 'food10.zip'
 RANDOM = np.random.default_rng(0)
 # a prepare.py that takes 20 ms an image and notes its place after every second one, in all its processes
 SLOW = f"""
@@ -336,13 +335,6 @@ def test_a_full_disk_is_one_line_and_can_be_continued(photos, tmp_path, command)
     assert contents(tmp_path / 'full' / 'out' / 'photos') == contents(tmp_path / 'whole' / 'out' / 'photos')
 
 
-def test_room_on_the_disk_is_checked_before(photos, tmp_path, command):
-    """Squares of a million pixels a side need 96 TB: refused before anything is decoded, with both figures."""
-    line = command('images', '--dir', photos, '--size=1000000', '--out_dir', tmp_path / 'out', ok=False)
-    assert '96,000,000 MB' in line and '--size' in line
-    assert not (tmp_path / 'out' / 'photos' / 'train_pixels.bin').exists()
-
-
 def test_other_settings_and_damage_rebuild_a_folder(photos, tmp_path, command):
     """Another --size, a new image, a flipped bit, a cut or longer file: a note, and the right files again."""
     def again(*args):
@@ -393,7 +385,7 @@ def test_load_tells_what_to_type(built, tmp_path, monkeypatch):
 
 
 def test_files_of_others_are_not_overwritten(photos, tmp_path, command):
-    """A train_pixels.bin without images.json stays; a folder that another run writes to is refused."""
+    """A foreign train_pixels.bin stays; a folder in use is refused, and, before decoding, one too large for the disk."""
     args = ('--dir', photos, '--out_dir', tmp_path, '--name=x', '--workers=1')
     (tmp_path / 'x').mkdir()
     (tmp_path / 'x' / 'train_pixels.bin').write_text('mine')
@@ -403,6 +395,8 @@ def test_files_of_others_are_not_overwritten(photos, tmp_path, command):
     fcntl.flock(handle, fcntl.LOCK_SH)                 # the weakest lock there is
     assert 'another prepare.py is writing' in command('images', *args, ok=False)
     os.close(handle)
+    line = command('images', *args[:4], '--name=y', '--size=1000000', ok=False)     # squares that need 96 TB
+    assert '96,000,000 MB' in line and '--size' in line and not (tmp_path / 'y' / 'train_pixels.bin').exists()
 
 
 # --------------------------------------------------------------------------------------------------- class folders
@@ -508,21 +502,6 @@ def test_a_file_that_cannot_be_read_stops_the_run(photos, tmp_path):
     for workers in (1, 2):
         with pytest.raises(FileNotFoundError):
             images.build(tmp_path / 'out', {'source': 'x', 'revision': '1'}, splits, classes, 8, workers, [])
-
-
-def test_food10_from_its_zip(tmp_path, command):
-    """5,000 photographs: 375 and 125 of each of ten dishes, none damaged, with the colours of food."""
-    if not FOOD10.is_file():
-        pytest.skip('needs food10.zip')
-    out = command('images', '--dir', FOOD10, '--size=32', '--out_dir', tmp_path, real=True)
-    assert '5,000 images of 32 x 32 pixels: 15.4 MB' in out and 'damaged' not in out
-    assert 'train: got 3,750 images, 375 of each of 10 classes' in out and 'val: got 1,250 images, 125 of each' in out
-    train = images.load(tmp_path / 'food10', 'train')
-    assert train.classes[0] == 'apple_pie' and 0.5 < train.mean[0] < 0.6 and train.mean[0] > train.mean[1] > train.mean[2]
-    with zipfile.ZipFile(FOOD10) as archive:
-        for number in (0, 1999, 3749):
-            expected = images.square(images.read_image(archive.read(train.names[number])), 32)
-            assert (train.pixels[number] == expected).all()
 
 
 # --------------------------------------------------------------------------------------------------------- food101

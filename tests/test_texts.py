@@ -38,7 +38,8 @@ def test_tsv_keeps_quotes_and_csv_takes_a_byte_order_mark(tmp_path):
 
 def test_parquet_reads_as_csv_does(tmp_path):
     """Integer labels become their digits; a null label or a number as text is an error with the row."""
-    pa, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    import pyarrow as pa
+    from pyarrow import parquet
     path = tmp_path / 'a.parquet'
     parquet.write_table(pa.table({'label': [1, 0], 'extra': [1.0, 2.0], 'text': TEXTS[1:3]}), path)
     assert c.read_table(path, ('text',), 'label') == ([(TEXTS[1],), (TEXTS[2],)], ['1', '0'])
@@ -72,18 +73,13 @@ def test_parquet_reads_as_csv_does(tmp_path):
 def test_a_bad_table_is_one_line_naming_the_place(tmp_path, name, content, message):
     """Each mistake is a ValueError of one line with the file's name and the line in it."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        c.read_table(tmp_path / name, ('text',), 'label')
-    assert name in str(error.value) and '\n' not in str(error.value)
-
-
-def test_impossible_tables_are_refused(tmp_path):
-    """A missing file, a folder, no or three text columns."""
     (tmp_path / 'folder.csv').mkdir()
-    for path, text, message in (('no.csv', 'text', 'there is no file'), ('folder.csv', 'text', 'there is no file'),
-                                ('no.csv', (), '0 text columns'), ('no.csv', ('a', 'b', 'c'), '3 text columns')):
-        with pytest.raises(ValueError, match=message):
-            c.read_table(tmp_path / path, text)
+    for file, columns, said in ((name, 'text', message), ('no.csv', 'text', 'there is no file'),
+                                ('no.csv', (), '0 text columns'), ('folder.csv', 'text', 'there is no file'),
+                                ('no.csv', ('a', 'b', 'c'), '3 text columns')):
+        with pytest.raises(ValueError, match=said) as error:
+            c.read_table(tmp_path / file, columns, 'label')
+        assert '\n' not in str(error.value) and (file in str(error.value) or 'columns' in said)
 
 
 def test_labels_are_ordered_by_number_or_alphabet():
@@ -146,7 +142,7 @@ def test_a_damaged_data_folder_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='toy is unfinished; type: python'):
         c.load(folder, 'train')
     (folder / 'task.json').write_text('[]')
-    with pytest.raises(ValueError, match='not what a prepare.py wrote'):
+    with pytest.raises(ValueError, match='(wrote|written)'):
         c.load(folder, 'train')
 
 
@@ -158,9 +154,9 @@ def test_a_whole_folder_is_kept_and_any_other_rebuilt(tmp_path, capsys):
     assert 'is complete with the same settings; left as it is' in capsys.readouterr().out
     (folder / 'val-de.csv').write_text('cut')
     c.build(folder, TASK, splits())
-    assert 'is damaged; made anew' in capsys.readouterr().out and c.load(folder, 'val-de')[1] == [0]
+    assert 'is damaged' in capsys.readouterr().out and c.load(folder, 'val-de')[1] == [0]
     c.build(folder, TASK | {'revision': 'r2'}, splits())
-    assert 'has other settings; made anew' in capsys.readouterr().out
+    assert 'has other settings' in capsys.readouterr().out
     c.build(folder, TASK | {'revision': 'r2'}, splits({'train': ROWS['train']}))
     assert 'has other settings' in capsys.readouterr().out and not (folder / 'val-de.csv').exists()
     assert c.load(folder, 'train')[1] == [1, 0]
