@@ -180,7 +180,7 @@ def test_text_bpe_is_lossless_trained_on_train_only_and_kept(tmp_path, command):
 
 MISTAKES = {
     'text': (('--file no.txt', 'cannot read no.txt: No such file'), ('--file empty', 'empty is empty'),
-             ('--file nul.txt', 'NUL byte at offset 3'), ('--file latin.txt --vocab=300', 'not UTF-8 at byte 1200003'),
+             ('--file nul.txt', 'NUL byte at offset 3'), ('--file latin.txt --vocab=300', 'not UTF-8 at byte 1,200,003'),
              ('--file one.txt', 'too short'), ('--file .', 'cannot read'), ('--file a.txt --vocab=100', '--vocab=100'),
              ('--file a.txt --vocab=50000', 'yields only'), ('--file a.txt --name=../up', 'no folder name'),
              ('--vocab=0', '--file'), ('--file a.txt --out_dir a.txt/x', 'Not a directory')),
@@ -302,7 +302,7 @@ def test_documents_continue_after_a_crash_at_any_point(tmp_path, local, monkeypa
     if module is c4:
         request.getfixturevalue('gpt2_files')
         gpt2 = tokens.gpt2()
-        monkeypatch.setattr(tokens, 'gpt2', lambda: gpt2)
+        monkeypatch.setattr(tokens, 'gpt2', lambda *_: gpt2)
     args = [*local[module.__name__.split('.')[1]], f'--shard_tokens={shard_tokens}', '--out_dir']
     monkeypatch.setattr(documents, 'BATCH', 5)
     module.main([*args, str(tmp_path / 'whole')])

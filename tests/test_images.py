@@ -380,7 +380,7 @@ def test_load_tells_what_to_type(built, tmp_path, monkeypatch):
             images.load(built, 'train')
     for text in ('{', '[]', '5', '{"complete": true}', '{"complete": false, "version": 1, "size": 1}'):
         (built / 'images.json').write_text(text)
-        with pytest.raises(ValueError, match='prepare.py; remove it and type: '):
+        with pytest.raises(ValueError, match='prepare.py.*; remove it and type: '):
             images.load(built, 'train')
 
 

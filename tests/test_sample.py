@@ -451,11 +451,11 @@ def test_an_illegal_move_of_the_model_is_named(cli, scripted):
     """Its next choices count instead, and it may lose."""
     status, out, err = cli('play', ckpt=scripted(lambda text: 0xe9), typed='4\n5\n6\n')
     assert (status, err) == (0, '') and out.splitlines()[-1] == 'you win'
-    assert out.count("the model says b'\\xe9', which is no free cell; its next choice counts") == 2
+    assert out.count("b'\\xe9', which is no free cell") == 2
     assert re.findall(r'the model plays (\d)', out) == ['1', '2']
     out = cli('play', '--side=O', ckpt=scripted(lambda text: ord('7')), typed='4\n5\n6\n')[1]
     assert re.findall(r'the model plays (\d)', out) == ['7', '1', '2'] and out.splitlines()[-1] == 'you win'
-    assert out.count("the model says b'7', which is no free cell") == 2
+    assert out.count("b'7', which is no free cell") == 2
 
 
 @pytest.mark.parametrize('typed', ['', '5\n', '5\n/quit\n1\n', '5\nq\n1\n'])
