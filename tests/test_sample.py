@@ -34,7 +34,7 @@ UTF8 = {'PYTHONIOENCODING': 'utf-8'}
 
 def trained(start, folder, script, *options):
     done = start(tokens.ROOT / script, f'--dataset={folder / "data"}', f'--out_dir={folder / "run"}', '--block_size=16',
-                 '--n_layer=2', '--n_embd=32', '--batch_size=16', '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2',
+                 '--n_layer=2', '--n_embd=32', '--batch_size=8', '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2',
                  '--device=cpu', *options, cwd=folder).wait()
     assert done.code == 0, done.err
     return folder / 'run'
@@ -49,7 +49,7 @@ def run(tmp_path_factory, start):
     for split in tokens.SPLITS:
         tokens.write(folder / 'data', split, [tokenizer.encode(text)], tokenizer)
     return trained(start, folder, 'train_gpt.py', '--n_head=2', '--n_binary=2', '--qkv_proj=bin', '--c_proj=int4',
-                   '--mlp_proj=tern', '--max_iters=150', '--eval_interval=150')
+                   '--mlp_proj=tern', '--max_iters=100', '--eval_interval=100')
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +94,7 @@ def test_command_line_from_another_folder(run, tmp_path, start):
     done = start(tokens.ROOT / 'sample.py', f'--ckpt={run / "best.pt"}', '--prompt=a', '--temperature=0', '--max_new_tokens=47',
                  '--device=cpu', cwd=tmp_path, **UTF8).wait()
     assert (done.code, done.out) == (0, CYCLE * 6 + '\n')                    # 48 bytes, 8 a cycle
-    assert re.fullmatch(r'47 tokens in [\d.]+ s, [\d,]+ tokens/s on cpu; .*best\.pt, step 150\n', done.err)
+    assert re.fullmatch(r'47 tokens in [\d.]+ s, [\d,]+ tokens/s on cpu; .*best\.pt, step 100\n', done.err)
     assert not list(tmp_path.iterdir())
 
 
@@ -171,8 +171,8 @@ def test_packed_file_is_the_same_model(run, cli):
     best, tokenizer, about = sample.load(str(run / 'best.pt'))
     packed, same_tokenizer, same_about = sample.load(str(run / 'packed.safetensors'))
     for found in (about, same_about):
-        assert (found['step'], found['trainer'], found['task'], found['quantized']) == (150, 'train_gpt', '', {})
-    assert about['config']['max_iters'] == 150 and about['val_loss'] < 1
+        assert (found['step'], found['trainer'], found['task'], found['quantized']) == (100, 'train_gpt', '', {})
+    assert about['config']['max_iters'] == 100 and about['val_loss'] < 1
     assert tokenizer.describe() == same_tokenizer.describe()
     assert not best.training and not packed.training
     assert sum(isinstance(m, layers.LowBit) and m.packed for m in packed.modules()) == 8
@@ -202,12 +202,12 @@ def test_a_run_folder_stands_for_its_best_file(run, cli, tmp_path):
         shutil.copy(run / name, tmp_path)
     for name in ('best.pt', 'last.pt', 'packed.safetensors'):
         status, _, err = cli('--max_new_tokens=1', ckpt=tmp_path)
-        assert status == 0 and f'{tmp_path}/{name}, step 150' in err
+        assert status == 0 and f'{tmp_path}/{name}, step 100' in err
         (tmp_path / name).unlink()
     shutil.copy(run / 'last.pt', tmp_path / 'last.prev.pt')
     (tmp_path / 'last.pt').write_bytes(b'damaged')
     status, _, err = cli('--max_new_tokens=1', ckpt=tmp_path)
-    assert status == 0 and err.startswith('warning: ') and 'last.prev.pt (step 150)' in err
+    assert status == 0 and err.startswith('warning: ') and 'last.prev.pt (step 100)' in err
 
 
 def test_bpe_checkpoint_needs_nothing_else(cli, tmp_path):
