@@ -238,7 +238,8 @@ def test_finetune_of_distilbert(rows):
 # ----------------------------------------------------------------------------------------------------- mistakes, bundle
 
 
-def test_without_transformers_one_line(monkeypatch, capsys):
+def test_without_transformers_is_one_line(monkeypatch, capsys):
+    """The line says what to install."""
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit) as e:
         optimizers.distilbert(argparse.Namespace(dim=64))

@@ -378,4 +378,5 @@ def test_pycls_with_packages_missing(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('name', ['sst2', 'imdb', 'xnli', 'pycls'])
 def test_help_shows_the_command(command, name):
+    """--help of each script begins with its docstring."""
     assert f'python data/{name}/prepare.py' in command(name, '--help')

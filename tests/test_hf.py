@@ -129,6 +129,7 @@ def test_a_head_is_kept_for_the_same_labels_only(saved):
 
 
 def test_names_that_differ_in_case_only_are_two_labels(tmp_path):
+    """A saved head for a and A is found again, in its order."""
     hf.save(*small(names=('a', 'A')), tmp_path)
     assert hf.load(str(tmp_path), ['A', 'a'])[2:] == (['a', 'A'], False)
 

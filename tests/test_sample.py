@@ -467,6 +467,7 @@ def test_a_game_may_be_left(cli, scripted, typed):
 
 
 def test_play_at_a_terminal(cli, scripted):
+    """A person is asked for each move."""
     status, out, err = cli('play', ckpt=scripted(best), typed='5\n', stdin=Terminal)
     assert (status, err) == (0, '') and out.count('your move (X), 1 to 9: ') == 2 and out.endswith('\nthe game ends here\n')
 

@@ -142,6 +142,7 @@ def test_runs_are_compared_by_folder_or_file_and_by_language(here, capsys):
                                          (['a', 'nosuch'], 'there is no file nosuch/predictions.csv'),
                                          (['a', 'd'], 'index 7 is in a/predictions.csv but not in d/predictions.csv')])
 def test_impossible_comparisons_are_one_line(here, capsys, paths, says):
+    """One run, other labels, a run without predictions, a missing row: the line names it."""
     predictions('a', 'yyyyyyyy')
     predictions('c', 'yyyyyyyy', labels='nnnnyyyy')
     predictions('d', 'yyyyyyy', labels='yynnyyn')
@@ -189,7 +190,7 @@ def test_files_of_a_run(tmp_path):
     assert (usage['device'], usage['processes'], usage['ms_per_sample']) == ('cpu', 1, 2.0)
 
 
-def test_nothing_trained_is_nothing_claimed(tmp_path):
+def test_a_run_without_training_claims_nothing_of_it(tmp_path):
     """Without a log there are no optimizer bytes and no saving; languages are scored one by one; ms is per text."""
     found = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5, 1.0),
                                        'de': (['y'] * 3, ['n'] * 3, range(3), 0.9, 3.0)})
@@ -211,8 +212,8 @@ def test_f1_is_of_the_second_label_and_ranks_are_those_of_the_bases(tmp_path):
     assert tables.in_words(found).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in tables.in_words(found)
 
 
-def test_the_meter_of_a_run_goes_on_where_it_was(monkeypatch):
-    """Seconds and joules add up over a resume and stop at the end; joules of several processes are unknown."""
+def test_time_and_energy_add_up_over_a_resume(monkeypatch):
+    """Seconds and joules go on where they were and stop at the end; joules of several processes are unknown."""
     net, now = torch.nn.Linear(8, 8), [100.0]
     monkeypatch.setattr(tables.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(common, 'energy_meter', lambda device: lambda start=now[0]: 2 * (now[0] - start))
@@ -263,6 +264,7 @@ def test_some_steps_are_measured_in_full():
 
 
 def test_flops_of_attention_count_on_a_cpu():
+    """Forward two products, backward five, which torch counts as none on some versions."""
     q = torch.randn(2, 3, 8, 16, requires_grad=True)
     with tables.flop_counter() as counter:
         y = torch.nn.functional.scaled_dot_product_attention(q, q, q)

@@ -155,6 +155,7 @@ def test_games_by_hand(monkeypatch, choose, n, counts):
 
 
 def test_random_players_differ_by_seed():
+    """The same seed plays the same games, another seed others; all of them are counted."""
     scores = [tasks.score_games(predictor(first), 'random', 40, seed) for seed in (0, 0, 1)]
     assert scores[0] == scores[1] != scores[2]
     assert all(sum(counts[f'random_{name}'][0] for name in ('wins', 'draws', 'losses')) == 40 for counts in scores)
@@ -252,6 +253,7 @@ def test_problems_by_hand():
 
 
 def test_whole_texts_are_read():
+    """Each line is a problem or a game, as written."""
     assert tasks.read_problems(b'12+34=46\n3-5=-2\n0*7=0\n') == [b'12+34=46', b'3-5=-2', b'0*7=0']
     assert tasks.read_games(b'mr14273X\nrr921538O\nmm125437698-\n') == ['mr14273X', 'rr921538O', 'mm125437698-']
     assert tasks.read('arithmetic', b'1+1=2\n', 'here') == [b'1+1=2']

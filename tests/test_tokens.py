@@ -147,27 +147,19 @@ def test_windows_equal_slices_of_the_concatenated_array(tmp_path, shard_tokens):
 
 
 def test_a_shard_is_laid_out_as_drawn(tmp_path):
-    """The bytes of a three-token shard by hand: 128 of header, then 2 a token; eot counts no text byte."""
+    """128 bytes of header, then 2 or 4 a token, by hand; an id outside of the vocabulary is refused."""
     tokens.write(tmp_path, 'train', [[65, 66, 0]], tokens.byte())
     raw = (tmp_path / 'train_000000.bin').read_bytes()
     assert raw[:8] == b'nanobit\0' and raw[128:] == bytes([65, 0, 66, 0, 0, 0])
     assert struct.unpack_from('<IIQQI', raw, 8) == (1, 2, 3, 2, 256) and raw[36:41] == b'byte\0'
-
-
-def test_large_vocabularies_take_four_bytes(tmp_path):
-    """A vocabulary above 65,536 is written as uint32 and comes back exactly, ids above 65,535 included."""
-    big = tokens.Tokenizer('byte', [b'x'] * 70_000, 0, None)
-    tokens.write(tmp_path, 'train', [[69_999, 5, 65_536]], big, 2)
-    data = tokens.load(tmp_path, 'train')
-    assert data.windows([0], 3).tolist() == [[69_999, 5, 65_536]] and data.vocab_size == 70_000
-    assert (tmp_path / 'train_000000.bin').stat().st_size == 128 + 2 * 4
-
-
-def test_writer_refuses_ids_outside_the_vocabulary(tmp_path):
-    """An id of 256 in bytes is an exception with the value."""
     with pytest.raises(ValueError, match='256'):
-        tokens.write(tmp_path, 'train', [[1, 256]], tokens.byte())
-    assert not list(tmp_path.glob('*.bin'))
+        tokens.write(tmp_path / 'no', 'train', [[1, 256]], tokens.byte())
+    assert not list(tmp_path.glob('no/*.bin'))
+    big = tokens.Tokenizer('byte', [b'x'] * 70_000, 0, None)                    # above 65,536 ids take four bytes
+    tokens.write(tmp_path / 'big', 'train', [[69_999, 5, 65_536]], big, 2)
+    data = tokens.load(tmp_path / 'big', 'train')
+    assert data.windows([0], 3).tolist() == [[69_999, 5, 65_536]] and data.vocab_size == 70_000
+    assert (tmp_path / 'big' / 'train_000000.bin').stat().st_size == 128 + 2 * 4
 
 
 def test_the_tokenizer_travels_with_the_tokens(tmp_path, bpe, gpt2, monkeypatch, capsys):
