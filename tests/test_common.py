@@ -349,7 +349,7 @@ def test_a_damaged_last_checkpoint_falls_back(saved, capsys):
     assert common.read_last_checkpoint(str(saved))['step'] == 4 and capsys.readouterr().err == ''
     saved.write_bytes(saved.read_bytes()[:-50])
     assert common.read_last_checkpoint(str(saved), 'train_gpt')['step'] == 3
-    assert saved.exists()                           # a reader leaves things as they are; who will save there sets it aside
+    assert saved.exists()                           # reading changes nothing; before saving it is set aside
     capsys.readouterr()
     assert common.read_last_checkpoint(str(saved), 'train_gpt', set_aside=True)['step'] == 3
     warning = capsys.readouterr().err

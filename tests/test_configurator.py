@@ -204,7 +204,7 @@ def test_nan_on_the_command_line(trainer):
     (['--learning_rat', '1'], 'did you mean learning_rate?'),
 ])
 def test_command_line_mistakes(direct, word, says):
-    """Each mistake is one line that says what is wrong and what to type; nothing is set, by earlier words neither."""
+    """Each mistake is one line that says what to type; earlier words then set nothing either."""
     words = [word] if isinstance(word, str) else word
     assert says in direct('--learning_rate=5', 'good.py', *words, files={'good.py': 'compile = False'})
 

@@ -86,7 +86,7 @@ def cli(run, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is printed
+# output
 
 
 def test_command_line_from_another_folder(run, tmp_path, start):
@@ -163,7 +163,7 @@ def test_help_lists_the_constants(cli):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is read
+# input
 
 
 def test_packed_file_is_the_same_model(run, cli):
@@ -408,7 +408,7 @@ def test_chat_stops_at_a_line_end(cli, scripted):
 
 
 def best(text):
-    """What a perfect player does, told who plays what."""
+    """The choice of a perfect player, after the two letters that name the sides."""
     assert text[:1] == b'\n' and text[1:3] == (b'mr', b'rm')[(len(text) - 3) % 2]
     return ord(tasks.best_moves(text[3:].decode())[0])
 

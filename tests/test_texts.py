@@ -1,4 +1,4 @@
-"""readers/texts.py: tables come back as they were written, mistakes name their place, folders are whole or made anew."""
+"""readers/texts.py: tables come back as they were written, mistakes name their place, folders are whole or rebuilt."""
 import json
 
 import pytest
