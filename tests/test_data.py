@@ -268,13 +268,14 @@ def test_tinystories_are_cut_at_each_mark(tmp_path, command):
     assert all_bytes(tmp_path / 'out', 'val').decode() == ended(['three', 'four'])
 
 
-def test_fineweb95m_stops_at_the_tokens_asked_for(tmp_path, local, command):
+def test_fineweb95m_stops_at_the_tokens_asked_for(tmp_path, local, capsys):
     """--tokens=5e2 and --val_tokens=4_0 are exact, and --tokens leaves the vocabulary what it is."""
-    args = (*local['fineweb95m'], '--val_docs=20', '--shard_tokens=150', '--out_dir')
-    command('fineweb95m', *args, tmp_path / 'a', '--tokens=5e2', '--val_tokens=4_0')
+    args = [*local['fineweb95m'], '--val_docs=20', '--shard_tokens=150', '--out_dir']
+    fineweb95m.main([*args, str(tmp_path / 'a'), '--tokens=5e2', '--val_tokens=4_0'])
     assert len(tokens.load(tmp_path / 'a', 'train')) == 500 and len(tokens.load(tmp_path / 'a', 'val')) == 40
     assert len(list((tmp_path / 'a').glob('train_*.bin'))) == 4
-    assert 'which is all there is' in command('fineweb95m', *args, tmp_path / 'b')
+    fineweb95m.main([*args, str(tmp_path / 'b')])
+    assert 'which is all there is' in capsys.readouterr().out
     for split, part in (('train', STORIES[:40]), ('val', STORIES[40:])):
         assert all_bytes(tmp_path / 'b', split).decode() == ended(part)
         assert all_bytes(tmp_path / 'b', split).startswith(all_bytes(tmp_path / 'a', split))
