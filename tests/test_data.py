@@ -135,6 +135,17 @@ def test_pycode_writes_each_source_file_once(tmp_path, command):
     assert 'left as it is' in command('pycode', '--out_dir', tmp_path / 'py')
 
 
+def test_pycode_follows_no_links_and_skips_tests(tmp_path):
+    """Of a small tree only its own sources are found, in the order of their paths."""
+    for path in ('lib/b.py', 'lib/a/x.py', 'lib/test/t.py', 'lib/a/tests/t.py', 'lib/site-packages/s.py', 'lib/n.txt',
+                 'outside/o.py', 'lib/config-3.11-here/c.py', 'lib/_sysconfigdata_here.py'):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text('pass\n')
+    (tmp_path / 'lib' / 'linked').symlink_to(tmp_path / 'outside')
+    (tmp_path / 'lib' / 'o.py').symlink_to(tmp_path / 'outside' / 'o.py')
+    assert pycode.find(tmp_path / 'lib') == ['a/x.py', 'b.py']
+
+
 @pytest.mark.parametrize('raw, cut', [('0123456789\n' * 100, 95 * 11), ('a\n' + 'x' * 998, 2), ('x' * 1000, 950),
                                       ('é' * 101, 190), ('é' * 33 + '\n' + '語' * 40, 67)])
 def test_text_is_cut_between_lines_or_characters(tmp_path, monkeypatch, raw, cut):
