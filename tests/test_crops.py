@@ -15,7 +15,7 @@ def boxes(epochs, samples, seed=1337, scale=(0.35, 1.0), ratio=4 / 3, flip=True)
 
 @pytest.mark.parametrize('side', [16, 37, 96])
 def test_resample_equals_pillow(side):
-    """Image.resize with a box and the bilinear filter, up and down, within 1.5 of 255: Pillow rounds to 8 bits twice."""
+    """Within 1.5 of 255 of Pillow's bilinear resize of a box, up and down: Pillow rounds to 8 bits twice."""
     draw = np.random.default_rng(side)
     pixels = draw.integers(0, 256, (12, side, side, 3), dtype=np.uint8)
     where, _ = boxes(np.arange(12), np.arange(12))
@@ -33,24 +33,18 @@ def test_resample_equals_pillow(side):
 
 
 def test_network_input_is_standardised():
-    """Minus mean over std of pixels from 0 to 1; the middle of eval_crop."""
+    """Minus mean over std of pixels from 0 to 1, of the middle; a constant channel is divided by one level of 255."""
     pixels = torch.full((2, 20, 20, 3), 51, dtype=torch.uint8)
     x = crops.network_input(pixels, *crops.middle_boxes(2, 0.5), 16, (0.1, 0.2, 0.3), (0.5, 0.25, 0.1))
     assert torch.allclose(x[:, :, 3, 5], torch.tensor([0.2, 0.0, -1.0]), atol=1e-6)
-    pixels[:, 5:15, 5:15] = 0
-    x = crops.network_input(pixels, *crops.middle_boxes(2, 0.3), 16, (0., 0., 0.), (1., 1., 1.))
-    assert not x.any()
-
-
-def test_a_constant_channel_is_divided_by_one_level():
-    """Of 255: a std of 0 or next to it makes nothing infinite, and a pixel one level off is 1."""
-    pixels = torch.full((1, 20, 20, 3), 52, dtype=torch.uint8)
-    x = crops.network_input(pixels, *crops.middle_boxes(1, 1.0), 16, (51 / 255,) * 3, (0.0, 1e-9, 2 / 255))
+    x = crops.network_input(pixels, *crops.middle_boxes(2, 1.0), 16, (50 / 255,) * 3, (0.0, 1e-9, 2 / 255))
     assert torch.allclose(x[0, :, 3, 5], torch.tensor([1.0, 1.0, 0.5]), atol=1e-4)
+    pixels[:, 5:15, 5:15] = 0
+    assert not crops.network_input(pixels, *crops.middle_boxes(2, 0.3), 16, (0., 0., 0.), (1., 1., 1.)).any()
 
 
 def test_a_crop_depends_on_nothing_but_its_sample():
-    """Not on the others in its batch nor on their order; other epochs, samples and seeds have others."""
+    """Other samples in the batch and their order do not matter; epochs, samples and seeds do."""
     epochs, samples = np.arange(40) % 3, np.arange(40) // 3
     where, mirrored = boxes(epochs, samples)
     order = np.random.default_rng(0).permutation(40)
@@ -61,8 +55,8 @@ def test_a_crop_depends_on_nothing_but_its_sample():
     assert len(np.unique([boxes([0], [0], seed)[0][0, 2] for seed in (0, 1, 2, -1, 2 ** 63)])) == 5
 
 
-def test_crops_are_those_asked_for():
-    """Inside of the image; area even over scale, ratio on a log scale, place; half of them mirrored; flip=False: none."""
+def test_crops_have_the_area_ratio_and_place_asked_for():
+    """Inside of the image, even over area, log ratio and place; half of them mirrored, with flip=False none."""
     where, mirrored = boxes(np.repeat(np.arange(4), 5000), np.tile(np.arange(5000), 4), scale=(0.1, 0.5), ratio=1.5)
     left, top, width, height = where.T
     assert where.min() >= 0 and (left + width).max() <= 1 and (top + height).max() <= 1
@@ -77,8 +71,8 @@ def test_crops_are_those_asked_for():
     assert (boxes([0, 1], [0, 1], scale=(1.0, 1.0), ratio=1.0)[0] == [0, 0, 1, 1]).all()
 
 
-def test_uniform_is_uniform():
-    """Of 230,000 numbers of neighbouring keys none comes twice, 64 bins are even, and neighbours know nothing of each other."""
+def test_random_numbers_of_crops_are_uniform():
+    """Of 230,000 none comes twice, 64 bins are even, and neighbours are not correlated."""
     epochs, samples = np.repeat(np.arange(10), 1000), np.tile(np.arange(1000), 10)
     u = crops.uniform(1337, epochs, samples, 23)
     assert u.shape == (10000, 23) and u.dtype == np.float64 and 0 <= u.min() and u.max() < 1

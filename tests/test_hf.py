@@ -12,10 +12,10 @@ from torch.testing import assert_close
 
 import common
 import layers
-from conftest import ROOT
+import train_gpt
+from conftest import ROOT, one_error
 from pretrained import hf
 
-pytest.importorskip('transformers')
 TEXTS = [('the good film',), ('a bad, sad story',), ('the film was nice & good',), ('',)] * 5
 TINY = dict(n_layer=1, n_head=2, n_embd=32, dropout=0.0, vocab_size=120, max_len=12)
 
@@ -57,20 +57,24 @@ def elsewhere(saved):
             f't = hf.small({TEXTS!r}, ["no", "yes"], **{TINY!r})[1]; torch.manual_seed(0)\n'
             f'head = hf.head_parameters(hf.load({str(saved)!r}, ["a", "b"])[0])\n'
             'print((t.get_vocab(), common.checksum(head.values())))')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100,
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '7'})
     assert done.returncode == 0, done.stderr
     return eval(done.stdout)
 
 
 def test_the_same_texts_give_the_same_vocabulary(saved, elsewhere):
+    """Also in another process, whose hashes are others, and so are new heads; a saved tokenizer comes back."""
     one, two = small()[1].get_vocab(), small(1)[1].get_vocab()
     assert one == two == elsewhere[0]
     assert len(one) <= 120 and {'[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'film'} <= one.keys()
     assert hf.load(str(saved), ['no', 'yes'])[1].get_vocab() == one
+    torch.manual_seed(0)
+    assert common.checksum(hf.head_parameters(hf.load(str(saved), ['a', 'b'])[0]).values()) == elsewhere[1]
 
 
 def test_encode_pairs_long_and_empty_texts():
+    """A pair is separated, a long text is cut, an empty one keeps its marks; a decoder's empty text is one padding token."""
     tokenizer = small()[1]
     cls, sep, word = (tokenizer.get_vocab()[w] for w in ('[CLS]', '[SEP]', 'film'))
     rows = hf.encode(tokenizer, [('film', 'film film'), ('', ''), ('film ' * 50, 'film')], 8)
@@ -87,8 +91,8 @@ def test_encode_pairs_long_and_empty_texts():
     assert [r['input_ids'].tolist() for r in hf.encode(Bare(), [('a b',), ('',)], 8)] == [[9, 9], [3]]
 
 
-def test_collate():
-    """To the longest, rounded up to a multiple of 8 but not above max_len; pad_to_max: to max_len."""
+def test_batches_are_padded_to_a_multiple_of_8():
+    """A batch is as wide as its longest row, rounded up, but not above max_len; pad_to_max makes it max_len wide."""
     tokenizer = small()[1]
     rows = hf.encode(tokenizer, [('film',), ('film film film',)], 12)
     batch = hf.collate(tokenizer, rows, 12)
@@ -102,9 +106,8 @@ def test_collate():
     assert torch.isfinite(logits(*small(), texts=[('film ' * 50,)])).all()
 
 
-def test_labels_by_name(saved):
-    """The same names in another order or case: the model's order, its head kept. Others, even as many: a new head, the
-    same for the same seed."""
+def test_a_head_is_kept_for_the_same_labels_only(saved):
+    """The same names in another order or case keep head and order; other names give a new head, the same for a seed."""
     net = small()[0]
     for asked, got in ((['no', 'yes'], ['no', 'yes']), (['yes', 'no'], ['no', 'yes']), (['YES', 'No'], ['No', 'YES'])):
         found, tokenizer, names, fresh = hf.load(str(saved), asked)
@@ -125,19 +128,14 @@ def test_labels_by_name(saved):
     assert random[3] and not torch.equal(random[0].classifier.weight, net.classifier.weight)
 
 
-def test_names_that_differ_in_case_only_are_two(saved, tmp_path):
+def test_names_that_differ_in_case_only_are_two_labels(tmp_path):
+    """A saved head for a and A is found again, in its order."""
     hf.save(*small(names=('a', 'A')), tmp_path)
     assert hf.load(str(tmp_path), ['A', 'a'])[2:] == (['a', 'A'], False)
 
 
-def test_heads_are_the_same_in_every_process(saved, elsewhere):
-    """The order in which the parts of a new head are drawn does not depend on hashes."""
-    torch.manual_seed(0)
-    assert common.checksum(hf.head_parameters(hf.load(str(saved), ['a', 'b'])[0]).values()) == elsewhere[1]
-
-
-def test_what_cannot_be_loaded_is_one_line(saved, tmp_path):
-    """No weights, some missing, cut off; no tokenizer; no config; quantized already; nothing at all."""
+def test_a_damaged_folder_is_one_line(saved, tmp_path):
+    """Missing or cut weights, no tokenizer, no config, quantized weights, no such model: an error that names the folder."""
     from safetensors.torch import load_file, save_file
 
     def line(*without, change=None, **config):
@@ -170,7 +168,7 @@ def test_what_cannot_be_loaded_is_one_line(saved, tmp_path):
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
-    """Whichever library finds out: the one for weights, the one for tokenizers."""
+    """Whether the weights or the tokenizer find no room."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     net, tokenizer = small()
     try:
@@ -185,6 +183,7 @@ def test_a_full_disk_is_an_os_error(tmp_path):
 
 
 def test_low_rank_layers_are_saved_dense(saved, tmp_path):
+    """A folder with low-rank layers loads as a plain model with the same logits; the factors are in a file of their own."""
     net, tokenizer, _, _ = hf.load(str(saved), ['no', 'yes'])
     torch.manual_seed(0)
     layers.convert(net, {'*.[qkv]_lin': ('lowrank', dict(rank=3))}, verbose=False)
@@ -223,7 +222,7 @@ def decoder(folder, kind):
 
 @pytest.mark.parametrize('kind', ['neo', 'gpt2', 'bitnet'])
 def test_decoders_do_not_see_padding_and_come_back(tmp_path, kind):
-    """Logits of the last token, however much padding follows; saved and loaded: the same ones, in the model's order."""
+    """Logits are those of the last token, however much padding follows; saved and loaded they are the same."""
     net, tokenizer, names, fresh = decoder(tmp_path / 'a', kind)
     assert fresh and names == ['no', 'yes'] and hf.head_parameters(net).keys() == {'score.weight'}
     plain = logits(net, tokenizer, TEXTS[:3])
@@ -236,8 +235,17 @@ def test_decoders_do_not_see_padding_and_come_back(tmp_path, kind):
     assert hf.load(str(tmp_path / 'b'), ['x', 'y'])[3]
 
 
-def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path):
-    """Every projection in the blocks; outputs and gradients of transformers' AutoBitLinear on the same weights."""
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """transformers compiles the rounding of its AutoBitLinear, which takes seconds here."""
+    from transformers.integrations import bitnet
+    for kind in (bitnet.WeightQuant, bitnet.ActQuant):
+        if plain := getattr(kind.forward, '_torchdynamo_orig_callable', None):
+            monkeypatch.setattr(kind, 'forward', staticmethod(plain))
+
+
+def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path, uncompiled):
+    """Every projection in the blocks has outputs and gradients of transformers' AutoBitLinear with its weights."""
     net = decoder(tmp_path, 'bitnet')[0]
     ternary = {n for n, m in net.named_modules() if isinstance(m, layers.TernaryLinear)}
     assert ternary == {n for n, m in net.named_modules() if n.endswith('_proj')} and len(ternary) == 14
@@ -258,9 +266,8 @@ def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path):
 
 @pytest.mark.parametrize('act', ['relu2', 'silu'])
 @pytest.mark.parametrize('quant', ['tern', 'fp'])
-def test_a_bitnet_of_ours_is_that_of_transformers(monkeypatch, quant, act):
-    """bitnet_state() of train_bitnet.py's weights in BitNetForCausalLM, its matrices AutoBitLinear or, for the baseline,
-    nn.Linear: the same logits, loss and gradients of every tensor; no tensor is left out."""
+def test_our_bitnet_is_that_of_transformers(uncompiled, quant, act):
+    """BitNetForCausalLM with our weights has the same logits, loss and gradients, ternary or in full precision."""
     import transformers as t
     from transformers.integrations import bitnet
 
@@ -279,9 +286,6 @@ def test_a_bitnet_of_ours_is_that_of_transformers(monkeypatch, quant, act):
             if isinstance(module, torch.nn.Linear) and name != 'lm_head':
                 shape = module.in_features, module.out_features
                 theirs.set_submodule(name, bitnet.AutoBitLinear(*shape, bias=False, online_quant=True))
-        for kind in (bitnet.WeightQuant, bitnet.ActQuant):         # compiled there, which takes a minute here
-            if plain := getattr(kind.forward, '_torchdynamo_orig_callable', None):
-                monkeypatch.setattr(kind, 'forward', staticmethod(plain))
     ours, tol = dict(model.named_parameters()), 1e-4 if quant == 'fp' else 1e-2     # somewhere a code may be rounded otherwise
     theirs.load_state_dict(hf.bitnet_state(model.state_dict(), model.config))
     ids = torch.randint(96, (2, 17))
@@ -303,8 +307,8 @@ def test_a_bitnet_of_ours_is_that_of_transformers(monkeypatch, quant, act):
     assert sum(t.numel() for t in got.values()) - got['lm_head.weight'].numel() == sum(p.numel() for p in ours.values())
 
 
-def test_a_saved_bitnet_says_that_it_is_one(tmp_path):
-    """config.json has what makes other readers round its weights, though the config at hand does not."""
+def test_a_saved_bitnet_is_ternary_for_other_readers(tmp_path):
+    """config.json has the quantization_config that makes transformers round the weights; other models have none."""
     net, tokenizer, names, _ = decoder(tmp_path / 'a', 'bitnet')
     plain = logits(net, tokenizer, TEXTS[:3])
     for _ in range(2):                              # saving leaves nothing behind that the next one would trip over
@@ -317,3 +321,37 @@ def test_a_saved_bitnet_says_that_it_is_one(tmp_path):
     assert torch.equal(logits(again, words, TEXTS[:3]), plain)
     hf.save(*small(), tmp_path / 'c')
     assert 'quantization_config' not in json.loads((tmp_path / 'c' / 'config.json').read_text())
+
+
+# ------------------------------------------------------------------------------------------------ GPT-2 in train_gpt.py
+
+
+def test_gpt2_weights_give_gpt2_logits(tmp_path, tiny_data, start):
+    """A GPT-2 folder that transformers wrote has the same logits here; --init_from refuses it for other tokens."""
+    import transformers
+    torch.manual_seed(0)
+    source = transformers.GPT2LMHeadModel(transformers.GPT2Config(      # its GELU is the tanh one, ours the exact one
+        vocab_size=250, n_positions=24, n_embd=32, n_layer=2, n_head=2, activation_function='gelu', bos_token_id=None,
+        eos_token_id=None)).eval()
+    with torch.no_grad():
+        for p in source.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    source.save_pretrained(tmp_path / 'gpt2-tiny')
+    model = train_gpt.GPT(train_gpt.GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True)).eval()
+    train_gpt.load_gpt2(model, str(tmp_path / 'gpt2-tiny'))
+    ids = torch.randint(250, (2, 16))
+    with torch.no_grad():
+        for T in (1, 7, 16):
+            ours, theirs = model(ids[:, :T])[:, -1], source(ids[:, :T]).logits[:, -1]
+            assert_close(ours[:, :250], theirs, rtol=0, atol=1e-4)
+            assert not ours[:, 250:].any()
+    shape = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--bias=True', '--device=cpu')
+    done = start(ROOT / 'train_gpt.py', '--init_from=gpt2-tiny', f'--dataset={tiny_data}', *shape, cwd=tmp_path).wait()
+    assert done.code == 2 and 'error: gpt2-tiny knows GPT-2 tokens' in done.err          # below transformers' progress bar
+
+
+def test_gpt2_without_transformers_is_one_line(tmp_path, tiny_data, start):
+    """A fresh process that has no transformers says what to install."""
+    assert 'pip install transformers' in one_error(start(
+        ROOT / 'train_gpt.py', '--init_from=gpt2', f'--dataset={tiny_data}', '--device=cpu', cwd=tmp_path,
+        patch='import sys; sys.modules["transformers"] = None').wait())

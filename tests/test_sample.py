@@ -7,8 +7,8 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import asdict
 
@@ -26,43 +26,39 @@ from train_gpt import GPT, GPTConfig
 CYCLE = 'aé€ü'                # goes on for ever, in characters of 1, 2, 3 and 2 bytes
 DOCUMENT = 'hi.'              # ends with end-of-text
 CONTEXT = 16
-ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'}
-torch.set_num_threads(1)
+GREEDY = ('--temperature=0', '--max_new_tokens=8')        # one cycle
+PIPE = 'import os, sys; os.dup2(os.open("pipe", os.O_WRONLY), 1); sys.stdout = open(1, "w", encoding="utf-8")'
+TYPED = 'import os, sys; os.dup2(os.open("typed", os.O_RDONLY), 0); sys.stdin = open(0, encoding="utf-8")'
+UTF8 = {'PYTHONIOENCODING': 'utf-8'}
 
 
-def command(*options, script='sample.py'):
-    return [sys.executable, str(tokens.ROOT / script), *map(str, options)]
+def trained(start, folder, script, *options):
+    done = start(tokens.ROOT / script, f'--dataset={folder / "data"}', f'--out_dir={folder / "run"}', '--block_size=16',
+                 '--n_layer=2', '--n_embd=32', '--batch_size=8', '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2',
+                 '--device=cpu', *options, cwd=folder).wait()
+    assert done.code == 0, done.err
+    return folder / 'run'
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def run(tmp_path_factory, start):
     """The out_dir of a finished run of train_gpt.py."""
     folder = tmp_path_factory.mktemp('sample')
     tokenizer = tokens.byte()
     text = (CYCLE * 8 + '\0' + (DOCUMENT + '\0') * 12) * 40
     for split in tokens.SPLITS:
         tokens.write(folder / 'data', split, [tokenizer.encode(text)], tokenizer)
-    done = subprocess.run(command(
-        f'--dataset={folder / "data"}', f'--out_dir={folder / "run"}', '--block_size=16', '--n_layer=2', '--n_head=2',
-        '--n_embd=32', '--n_binary=2', '--qkv_proj=bin', '--c_proj=int4', '--mlp_proj=tern', '--batch_size=16',
-        '--max_iters=150', '--eval_interval=150', '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2',
-        '--device=cpu', script='train_gpt.py'), capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return folder / 'run'
+    return trained(start, folder, 'train_gpt.py', '--n_head=2', '--n_binary=2', '--qkv_proj=bin', '--c_proj=int4',
+                   '--mlp_proj=tern', '--max_iters=100', '--eval_interval=100')
 
 
 @pytest.fixture(scope='module')
-def player(tmp_path_factory):
+def player(tmp_path_factory, start):
     """The out_dir of a finished run of train_bitnet.py on games of tic-tac-toe."""
     folder = tmp_path_factory.mktemp('player')
-    tictactoe.main(['--games=2000', '--val_games=20', f'--out_dir={folder / "data"}'])
-    done = subprocess.run(command(
-        f'--dataset={folder / "data"}', f'--out_dir={folder / "run"}', '--task=tictactoe', '--block_size=16', '--n_layer=2',
-        '--n_head=4', '--n_kv_head=2', '--n_embd=32', '--n_ff=64', '--batch_size=16', '--max_iters=100', '--eval_interval=100',
-        '--eval_iters=2', '--warmup_iters=10', '--learning_rate=1e-2', '--device=cpu', script='train_bitnet.py'),
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return folder / 'run'
+    tictactoe.main(['--games=500', '--val_games=20', f'--out_dir={folder / "data"}'])
+    return trained(start, folder, 'train_bitnet.py', '--task=tictactoe', '--n_head=4', '--n_kv_head=2', '--n_ff=64',
+                   '--max_iters=100', '--eval_interval=100', '--batch_size=16')
 
 
 class Terminal(io.TextIOWrapper):
@@ -89,43 +85,42 @@ def cli(run, monkeypatch, capsys):
     return call
 
 
-def start(*options):
-    return subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# what is printed
+# output
 
 
-def test_command_line_from_another_folder(run, tmp_path):
+def test_command_line_from_another_folder(run, tmp_path, start):
     """stdout is prompt and text alone, also past the context of 16 tokens; the speed goes to stderr."""
-    done = subprocess.run(command(f'--ckpt={run / "best.pt"}', '--prompt=a', '--temperature=0', '--max_new_tokens=47'),
-                          capture_output=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == CYCLE * 6 + '\n'                    # 48 bytes, 8 a cycle
-    assert re.fullmatch(r'47 tokens in [\d.]+ s, [\d,]+ tokens/s on cpu; .*best\.pt, step 150\n', done.stderr.decode())
+    done = start(tokens.ROOT / 'sample.py', f'--ckpt={run / "best.pt"}', '--prompt=a', '--temperature=0', '--max_new_tokens=47',
+                 '--device=cpu', cwd=tmp_path, **UTF8).wait()
+    assert (done.code, done.out) == (0, CYCLE * 6 + '\n')                    # 48 bytes, 8 a cycle
+    assert re.fullmatch(r'47 tokens in [\d.]+ s, [\d,]+ tokens/s on cpu; .*best\.pt, step 100\n', done.err)
     assert not list(tmp_path.iterdir())
 
 
-def test_streams_whole_characters_and_a_closed_pipe_ends_it(run):
-    """Text arrives while the program runs, never half a character; when the reader leaves it ends without a word."""
-    process = start(f'--ckpt={run}', '--prompt=a', '--temperature=0', '--max_new_tokens=1000000')
-    text = ''
-    while len(text) < 40:
-        text += os.read(process.stdout.fileno(), 1 << 16).decode()     # raises for half a character
-    assert process.poll() is None and (CYCLE * len(text)).startswith(text)
-    process.stdout.close()
-    assert process.wait(30) == -signal.SIGPIPE and process.stderr.read() == b''
-    process.stderr.close()
+def test_streams_whole_characters_and_a_closed_pipe_ends_it(run, tmp_path, start):
+    """Text arrives while the program runs, never half a character; it ends without a message when its reader leaves."""
+    os.mkfifo(tmp_path / 'pipe')
+    job = start(tokens.ROOT / 'sample.py', f'--ckpt={run}', '--prompt=a', '--device=cpu', '--temperature=0',
+                '--max_new_tokens=1000000', cwd=tmp_path, patch=PIPE, **UTF8)
+    with open(tmp_path / 'pipe', 'rb', 0) as pipe:
+        text = ''
+        while len(text) < 40:
+            text += os.read(pipe.fileno(), 1 << 16).decode()            # raises for half a character
+        assert job.process.is_alive() and (CYCLE * len(text)).startswith(text)
+    done = job.wait()
+    assert (done.code, done.err) == (-signal.SIGPIPE, '')
 
 
-def test_ctrl_c(run):
-    """Ctrl-C ends the line and the program: no traceback, exit status 130."""
-    process = start(f'--ckpt={run}', '--prompt=a', '--temperature=0', '--max_new_tokens=1000000')
-    head = os.read(process.stdout.fileno(), 4)
-    process.send_signal(signal.SIGINT)
-    tail, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130 and stderr == b'' and (head + tail).endswith(b'\n')
+def test_ctrl_c_ends_the_line(run, tmp_path, start):
+    """No traceback, exit status 130."""
+    job = start(tokens.ROOT / 'sample.py', f'--ckpt={run}', '--prompt=a', '--temperature=0', '--max_new_tokens=1000000',
+                '--device=cpu', cwd=tmp_path, **UTF8)
+    while not (job.folder / 'stdout').stat().st_size and job.process.is_alive():
+        time.sleep(0.01)
+    job.signal(signal.SIGINT)
+    done = job.wait()
+    assert (done.code, done.err) == (130, '') and done.out.endswith('\n')
 
 
 def test_stops_at_end_of_text_and_starts_from_it(cli):
@@ -146,7 +141,7 @@ def test_samples_are_separated_and_repeatable(cli):
     assert out == 'hi.\n---------------\nhi.\n' and err.startswith('6 tokens ')
 
 
-def test_top_k(cli):
+def test_top_k_limits_the_choice(cli):
     """top_k=1 is the likeliest token whatever the temperature; a top_k above the vocabulary is all of it."""
     assert cli('--prompt=a', '--top_k=1', '--temperature=9', '--max_new_tokens=31')[1] == CYCLE * 4 + '\n'
     options = ('--prompt=a', '--temperature=2', '--max_new_tokens=20')
@@ -168,7 +163,7 @@ def test_help_lists_the_constants(cli):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is read
+# input
 
 
 def test_packed_file_is_the_same_model(run, cli):
@@ -176,8 +171,8 @@ def test_packed_file_is_the_same_model(run, cli):
     best, tokenizer, about = sample.load(str(run / 'best.pt'))
     packed, same_tokenizer, same_about = sample.load(str(run / 'packed.safetensors'))
     for found in (about, same_about):
-        assert (found['step'], found['trainer'], found['task'], found['quantized']) == (150, 'train_gpt', '', {})
-    assert about['config']['max_iters'] == 150 and about['val_loss'] < 1
+        assert (found['step'], found['trainer'], found['task'], found['quantized']) == (100, 'train_gpt', '', {})
+    assert about['config']['max_iters'] == 100 and about['val_loss'] < 1
     assert tokenizer.describe() == same_tokenizer.describe()
     assert not best.training and not packed.training
     assert sum(isinstance(m, layers.LowBit) and m.packed for m in packed.modules()) == 8
@@ -191,8 +186,8 @@ def test_packed_file_is_the_same_model(run, cli):
         assert texts[0] == texts[1] and len(texts[0]) > 20
 
 
-def test_cache_is_the_full_forward(run):
-    """Greedy text with the cache of keys and values is the text of a model that reads everything anew each time."""
+def test_the_cache_gives_the_text_of_full_passes(run):
+    """Greedy text with cached keys and values is that of a model that reads everything anew."""
     model, tokenizer, _ = sample.load(str(run / 'best.pt'))
     ids = torch.tensor([[1, 2, 3], [200, 100, 0]])
     with torch.no_grad():
@@ -201,18 +196,18 @@ def test_cache_is_the_full_forward(run):
             ids = torch.cat([ids, new[:, None]], 1)
 
 
-def test_run_folder(run, cli, tmp_path):
-    """Of a folder best.pt is read, else last.pt, else packed.safetensors; a damaged last.pt falls back."""
+def test_a_run_folder_stands_for_its_best_file(run, cli, tmp_path):
+    """best.pt is read, else last.pt, else packed.safetensors; for a damaged last.pt the one before it."""
     for name in ('best.pt', 'last.pt', 'packed.safetensors'):
         shutil.copy(run / name, tmp_path)
     for name in ('best.pt', 'last.pt', 'packed.safetensors'):
         status, _, err = cli('--max_new_tokens=1', ckpt=tmp_path)
-        assert status == 0 and f'{tmp_path}/{name}, step 150' in err
+        assert status == 0 and f'{tmp_path}/{name}, step 100' in err
         (tmp_path / name).unlink()
     shutil.copy(run / 'last.pt', tmp_path / 'last.prev.pt')
     (tmp_path / 'last.pt').write_bytes(b'damaged')
     status, _, err = cli('--max_new_tokens=1', ckpt=tmp_path)
-    assert status == 0 and err.startswith('warning: ') and 'last.prev.pt (step 150)' in err
+    assert status == 0 and err.startswith('warning: ') and 'last.prev.pt (step 100)' in err
 
 
 def test_bpe_checkpoint_needs_nothing_else(cli, tmp_path):
@@ -230,22 +225,23 @@ def test_bpe_checkpoint_needs_nothing_else(cli, tmp_path):
 # mistakes
 
 
-@pytest.mark.parametrize('option, said', [
+@pytest.mark.parametrize('words, said', [
     ('--temperature=-0.5', 'temperature=-0.5'), ('--temperature=nan', 'temperature=nan'), ('--top_k=-1', 'top_k=-1'),
     ('--num_samples=0', 'num_samples=0'), ('--max_new_tokens=0', 'max_new_tokens=0'),
     ('--device=gpu', "device='gpu'"), ('--device=meta', "device='meta'"), ('--dtype=float8', "dtype='float8'"),
     ('--prompt=FILE:no.txt', "'no.txt': No such file"), ('--temprature=1', 'did you mean temperature?'),
-    ('--mode=talk', "mode='talk' is none of 'generate', 'chat', 'play'"), ('--side=x', "side='x' is none of 'X', 'O'"),
-    ('--against=me', "against='me' is none of '', 'random', 'perfect'"), ('--games=0', 'games=0'),
-    ('talk', "cannot read 'talk'"), ('--stop=x', 'stop has no use in generate'), ('--games=9', 'games has no use in generate')])
-def test_mistakes_are_one_line(cli, option, said):
-    """A value that cannot be: one line that names it, exit status 2, nothing on stdout."""
-    status, out, err = cli(option)
+    ('--mode=talk', "'generate', 'chat', 'play'"), ('--side=x', "'X', 'O'"), ('--against=me', "'', 'random', 'perfect'"),
+    ('--games=0', 'games=0'), ('talk', "'talk'"), ('--stop=x', 'stop '), ('--games=9', 'games '),       # of another mode
+    ('chat --num_samples=2', 'num_samples '), ('play --temperature=1', 'temperature '),
+    ('play --against=random --side=O', 'side ')])
+def test_mistakes_are_one_line(cli, words, said):
+    """An impossible value or an option of another mode: one line that names it, status 2, nothing on stdout."""
+    status, out, err = cli(*words.split())
     assert (status, out) == (2, '') and err.startswith('error: ') and err.count('\n') == 1 and said in err
 
 
 def test_unreadable_checkpoints_are_one_line(run, cli, tmp_path):
-    """An empty folder, another trainer's file, and files that are cut, altered or something else: one line each."""
+    """A missing or empty folder, another trainer's file, a cut or altered file: one line that names it."""
     best, packed = (run / 'best.pt').read_bytes(), (run / 'packed.safetensors').read_bytes()
     with zipfile.ZipFile(run / 'best.pt') as z:
         largest = max(z.infolist(), key=lambda i: i.file_size)
@@ -261,54 +257,48 @@ def test_unreadable_checkpoints_are_one_line(run, cli, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / 'empty').mkdir()
-    for name in ('empty', 'other.pt', *files):
-        status, out, err = cli(ckpt=tmp_path / name)
+    for name, *mode in (('no.pt',), ('no.pt', 'chat'), ('no.pt', 'play'), ('empty',), ('other.pt',), *zip(files)):
+        status, out, err = cli(*mode, ckpt=tmp_path / name, typed='a')
         assert (status, out) == (2, '') and err.startswith('error: ') and err.count('\n') == 1, (name, err)
         assert str(tmp_path / name) in err
         assert not name.startswith('other') or 'was written by train_cnn.py, which trains no language model' in err
 
 
-def test_checkpoints_that_are_missing_are_one_line(cli):
-    for mode in ((), ('chat',), ('play',)):
-        status, out, err = cli(*mode, ckpt='no/best.pt', typed='a')
-        assert (status, out) == (2, '') and err.count('\n') == 1 and 'no/best.pt does not exist' in err
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # chat
 
-GREEDY = ('--temperature=0', '--max_new_tokens=8')        # one cycle
 
-
-def test_chat_in_a_pipe(run, tmp_path):
-    """Real command line: an answer a line, nothing else on either stream; what was said before is remembered, and forgotten
-    with /reset; the last line needs no end; nothing is read behind /quit."""
-    for typed, answers in (('a\n\n/reset\n\nh', 'é€üa\né€üa\nhi.\ni.\n'), ('\n\na\n/quit\na\n', 'hi.\nhi.\né€üa\n')):
-        done = subprocess.run(command('chat', f'--ckpt={run}', *GREEDY), input=typed.encode(), capture_output=True,
-                              env=ENVIRONMENT, cwd=tmp_path, timeout=60)
-        assert (done.returncode, done.stdout.decode(), done.stderr) == (0, answers, b'')
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_second_answer_depends_on_the_first_line(cli):
-    """The same second line after different first ones; after /reset they are the same."""
-    after = {first: cli('chat', *GREEDY, typed=f'{first}\n\n')[1].split('\n')[1] for first in ('a', 'aé', 'h')}
-    assert after == {'a': 'é€üa', 'aé': '€üaé', 'h': 'hi.'}
-    for first in ('a', 'aé', 'h'):
-        assert cli('chat', *GREEDY, typed=f'{first}\n/reset\n\n')[1].split('\n')[1] == 'hi.'
-
-
-def test_chat_ends_with_its_input(cli):
-    """Nothing typed: nothing said. Line ends of Windows, bytes that are no text, an end without a line's end."""
-    for typed, out in (('', ''), ('/quit', ''), ('/reset\n', ''), ('a\r\n', 'é€üa\n'), ('a', 'é€üa\n')):
-        assert cli('chat', *GREEDY, typed=typed) == (0, out, '')
+def test_chat_is_an_answer_a_line(run, cli, tmp_path, start):
+    """Nothing else on either stream; at a terminal stderr says what to type; bytes that are no text do not end it."""
+    (tmp_path / 'typed').write_text('a\n\n/reset\n\nh')
+    done = start(tokens.ROOT / 'sample.py', 'chat', f'--ckpt={run}', '--device=cpu', *GREEDY, cwd=tmp_path, patch=TYPED,
+                 **UTF8).wait()
+    assert (done.code, done.out, done.err) == (0, 'é€üa\né€üa\nhi.\ni.\n', '')
+    status, out, err = cli('chat', *GREEDY, typed='a\n', stdin=Terminal)
+    assert (status, out) == (0, '> é€üa\n> \n') and err.startswith('Write') and err.count('\n') == 1
     status, out, err = cli('chat', *GREEDY, typed=b'\xff\xfe\na\n')
     assert (status, err) == (0, '') and out.endswith('é€üa\n')
 
 
-def test_chat_saves_what_was_said(cli, tmp_path, monkeypatch):
-    """/save: both sides, byte for byte, from the last /reset; chat.txt where no name is given; a folder that is not there
-    costs one line and not the conversation, which does not contain the commands."""
+@pytest.mark.parametrize('first, second', [('a', 'é€üa'), ('aé', '€üaé'), ('h', 'hi.')])
+def test_the_second_answer_depends_on_the_first_line(cli, first, second):
+    """After /reset it does not; what follows /quit is not read."""
+    assert cli('chat', *GREEDY, typed=f'{first}\n\n/quit\na\n')[1].split('\n')[1:] == [second, '']
+    assert cli('chat', *GREEDY, typed=f'{first}\n/reset\n\n')[1].split('\n')[1] == 'hi.'
+
+
+@pytest.mark.parametrize('options, typed, out', [
+    ((), '', ''), ((), '/quit', ''), ((), '/reset\n', ''), ((), 'a\r\n', 'é€üa\n'), ((), 'a', 'é€üa\n'),
+    ((), CYCLE * 10 + '\n\na\n', f'{CYCLE}\n{CYCLE}\né€üa\n'),               # 80 tokens in a context of 16
+    (('--max_new_tokens=40',), 'a\n\n', ('é€üa' * 5 + '\n') * 2),             # a conversation that grows beyond it
+    (('--stop=€',), 'a\n\na\n', 'é€\nüaé€\né€\n'), (('--stop=zzz',), 'a\n', 'é€üa\n')])
+def test_chat_answers_each_line(cli, options, typed, out):
+    """Long input keeps its end; --stop ends an answer, and the conversation goes on."""
+    assert cli('chat', *GREEDY, *options, typed=typed) == (0, out, '')
+
+
+def test_chat_saves_the_conversation(cli, tmp_path, monkeypatch):
+    """/save writes both sides since the last /reset, by default to chat.txt; a failure costs one line only."""
     monkeypatch.chdir(tmp_path)
     status, out, err = cli('chat', *GREEDY, typed='a\n/save one two.txt\n\n/save no/file\n/save\nü\n/reset\n/save empty\n')
     assert (status, out) == (0, 'é€üa\né€üa\naé€ü\n')
@@ -318,39 +308,12 @@ def test_chat_saves_what_was_said(cli, tmp_path, monkeypatch):
                    'wrote chat.txt, 17 bytes\nwrote empty, 0 bytes\n')
 
 
-def test_chat_beyond_the_context(cli):
-    """A line of 80 tokens in a context of 16, and a conversation that grows past it: the last ones count, as in generate."""
-    assert cli('chat', *GREEDY, typed=CYCLE * 10 + '\n\na\n') == (0, f'{CYCLE}\n{CYCLE}\né€üa\n', '')
-    assert cli('chat', '--temperature=0', '--max_new_tokens=40', typed='a\n\n')[1] == ('é€üa' * 5 + '\n') * 2
-
-
 def test_chat_begins_with_the_prompt(cli, tmp_path, monkeypatch):
-    """--prompt is there before the first line and after /reset; /save has it, and a line's end where a text ended."""
+    """--prompt comes before the first line and after /reset; /save has it too."""
     monkeypatch.chdir(tmp_path)
     status, out, _ = cli('chat', *GREEDY, '--prompt=h', typed='\n/save one\n/reset\n\n/save two\n')
     assert (status, out) == (0, 'i.\ni.\n')
     assert (tmp_path / 'one').read_text() == (tmp_path / 'two').read_text() == 'hi.\n'
-
-
-def test_options_of_another_mode_are_refused(cli):
-    """One line for what would be read and ignored."""
-    for words, said in ((('chat', '--num_samples=2'), 'num_samples has no use in chat; leave --num_samples out'),
-                        (('play', '--temperature=1'), 'temperature has no use in play'),
-                        (('play', '--against=random', '--side=O'), 'side has no use in play --against')):
-        status, out, err = cli(*words)
-        assert (status, out) == (2, '') and err.startswith(f'error: {said}') and err.count('\n') == 1
-
-
-def test_chat_stops_at_a_text(cli):
-    """The answer ends with it, whatever comes after; the conversation goes on behind it."""
-    assert cli('chat', *GREEDY, '--stop=€', typed='a\n\na\n')[1] == 'é€\nüaé€\né€\n'
-    assert cli('chat', *GREEDY, '--stop=zzz', typed='a\n')[1] == 'é€üa\n'
-
-
-def test_chat_at_a_terminal(cli):
-    """People see what to type, on stderr, and where; Ctrl-D ends the line."""
-    status, out, err = cli('chat', *GREEDY, typed='a\n', stdin=Terminal)
-    assert (status, out) == (0, '> é€üa\n> \n') and err.startswith('Write, and it goes on') and err.count('\n') == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,8 +359,7 @@ def scripted(monkeypatch, tmp_path):
 
 
 def test_a_bitnet_generates_from_both_files(player, cli):
-    """best.pt and packed.safetensors give equal logits and so the same text for the same seed; at temperature 0 as the whole
-    model says it anew for every byte."""
+    """best.pt and packed.safetensors give equal logits and the same text, at temperature 0 that of full passes."""
     best, _, about = sample.load(str(player / 'best.pt'))
     packed, _, same = sample.load(str(player / 'packed.safetensors'))
     for found in (about, same):
@@ -420,8 +382,7 @@ def test_a_bitnet_generates_from_both_files(player, cli):
 
 @pytest.mark.parametrize('task, begin', [('tictactoe', b'\n'), ('arithmetic', b'\n'), ('', b'\0')])
 def test_a_document_begins_as_in_training(cli, scripted, task, begin):
-    """Without a prompt: behind a line's end where lines have answers, else behind end-of-text; also a conversation, again after
-    /reset. What was typed follows it, and is all that follows."""
+    """Behind a line end where lines have answers, else behind end-of-text; in a chat too, again after /reset."""
     ckpt = scripted(lambda text: ord('x'), task)
     assert cli('--max_new_tokens=2', '--temperature=0', ckpt=ckpt)[1] == 'xx\n' and scripted.seen == [begin, begin + b'x']
     scripted.seen.clear()
@@ -429,8 +390,8 @@ def test_a_document_begins_as_in_training(cli, scripted, task, begin):
     assert scripted.seen == [begin + b'1+1=', begin + b'1+1=x', begin + b'2']
 
 
-def test_chat_about_sums(cli, scripted):
-    """--stop='\\n' as one types it: an answer ends with its line, which is not doubled; the next sum stands behind it."""
+def test_chat_stops_at_a_line_end(cli, scripted):
+    """--stop='\\n' as one types it: an answer ends with its line, and the next sum follows it."""
     answers = {b'12+34=': b'46\n', b'1-2=': b'-1\n'}
 
     def say(text):
@@ -447,13 +408,13 @@ def test_chat_about_sums(cli, scripted):
 
 
 def best(text):
-    """What a perfect player does, told who plays what."""
+    """The choice of a perfect player, after the two letters that name the sides."""
     assert text[:1] == b'\n' and text[1:3] == (b'mr', b'rm')[(len(text) - 3) % 2]
     return ord(tasks.best_moves(text[3:].decode())[0])
 
 
-def test_play_at_a_pipe(cli, scripted):
-    """A whole game: the board after every move; what is no free cell, of whatever kind, is said and asked again."""
+def test_play_shows_the_board_after_each_move(cli, scripted):
+    """Input that is no free cell, of whatever kind, is named and asked for again."""
     ckpt = scripted(best)
     typed = ['5', '5', '1', '', 'x', '12', '0', '٣', b'\xff', '9']         # 1 and 5 are taken when they come again
     typed = b'\n'.join(t if isinstance(t, bytes) else t.encode() for t in typed)
@@ -472,7 +433,7 @@ def test_play_at_a_pipe(cli, scripted):
 @pytest.mark.parametrize('side, typed, result', [
     ('X', '1 2 7 6 9', 'a draw'), ('X', '1 2 4', 'the model wins'), ('O', '2 3', 'the model wins'), ('O', '5 3 4 8', 'a draw')])
 def test_play_to_the_end(cli, scripted, side, typed, result):
-    """As X, who begins, and as O, against a perfect model; the game is over when it is over, whatever is typed behind."""
+    """As X, who begins, and as O, against a perfect model; later input is not read."""
     typed = typed.split()
     moves, mine = '', list(typed)
     while not tasks.winner(moves):
@@ -486,32 +447,30 @@ def test_play_to_the_end(cli, scripted, side, typed, result):
     assert {text[:3] for text in scripted.seen} == {b'\nrm' if side == 'X' else b'\nmr'}
 
 
-def test_illegal_moves_of_the_model_are_said(cli, scripted):
-    """Its next choices are gone through, and it may lose; the game does not."""
+def test_an_illegal_move_of_the_model_is_named(cli, scripted):
+    """Its next choices count instead, and it may lose."""
     status, out, err = cli('play', ckpt=scripted(lambda text: 0xe9), typed='4\n5\n6\n')
     assert (status, err) == (0, '') and out.splitlines()[-1] == 'you win'
-    assert out.count("the model says b'\\xe9', which is no free cell; its next choice counts") == 2
+    assert out.count("b'\\xe9', which is no free cell") == 2
     assert re.findall(r'the model plays (\d)', out) == ['1', '2']
     out = cli('play', '--side=O', ckpt=scripted(lambda text: ord('7')), typed='4\n5\n6\n')[1]
     assert re.findall(r'the model plays (\d)', out) == ['7', '1', '2'] and out.splitlines()[-1] == 'you win'
-    assert out.count("the model says b'7', which is no free cell") == 2
+    assert out.count("b'7', which is no free cell") == 2
 
 
 @pytest.mark.parametrize('typed', ['', '5\n', '5\n/quit\n1\n', '5\nq\n1\n'])
 def test_a_game_may_be_left(cli, scripted, typed):
+    """At the end of the input, by /quit and by q."""
     status, out, err = cli('play', ckpt=scripted(best), typed=typed)
     assert (status, err) == (0, '') and out.splitlines()[-1] == 'the game ends here'
-    assert out.count('the model plays') == len(typed[:1])
-
-
-def test_play_at_a_terminal(cli, scripted):
-    status, out, err = cli('play', ckpt=scripted(best), typed='5\n', stdin=Terminal)
+    assert out.count('the model plays') == len(typed[:1]) and 'your move' not in out
+    status, out, err = cli('play', ckpt=scripted(best), typed='5\n', stdin=Terminal)       # a person is asked for each move
     assert (status, err) == (0, '') and out.count('your move (X), 1 to 9: ') == 2 and out.endswith('\nthe game ends here\n')
 
 
 @pytest.mark.parametrize('against', ['random', 'perfect'])
-def test_others_play_it(player, cli, against):
-    """What tasks.score_games counts for the model of the checkpoint with that seed, of best.pt as of the packed file."""
+def test_other_players_play_the_model(player, cli, against):
+    """The counts are those of tasks.score_games() with that seed, from best.pt as from the packed file."""
     model, _, _ = sample.load(str(player / 'best.pt'))
 
     def predict(texts):
@@ -526,8 +485,8 @@ def test_others_play_it(player, cli, against):
         assert cli('play', f'--against={against}', '--games=25', '--seed=3', ckpt=player / name) == (0, line, '')
 
 
-def test_others_play_a_perfect_model(cli, scripted):
-    """No game lost, as X or as O; the 201st is one more as X."""
+def test_other_players_do_not_beat_a_perfect_model(cli, scripted):
+    """It loses no game, as X or as O; of 201 games it plays 101 as X."""
     out = cli('play', '--against=random', '--games=201', ckpt=scripted(best))[1]
     found = re.fullmatch(r'201 games against random play: (\d+) wins, (\d+) draws, 0 losses; (\d+) of (\d+) moves legal '
                          r'\(100.00%\)\n', out)
@@ -537,8 +496,8 @@ def test_others_play_a_perfect_model(cli, scripted):
         '3 games against perfect play: 0 wins, 3 draws, 0 losses; ')
 
 
-def test_a_context_shorter_than_a_game(cli, tmp_path):
-    """The model sees the last moves; no crash."""
+def test_a_context_may_be_shorter_than_a_game(cli, tmp_path):
+    """The model sees the last moves."""
     ckpt = bitnet_file(tmp_path / 'last.pt', block_size=4)
     assert cli('play', '--against=random', '--games=4', ckpt=ckpt)[1].startswith('4 games against random play: ')
     lines = [str(c) for c in random.Random(0).sample(range(1, 10), 9)] * 9
@@ -546,8 +505,8 @@ def test_a_context_shorter_than_a_game(cli, tmp_path):
     assert (status, err) == (0, '') and out.splitlines()[-1] in ('you win', 'a draw', 'the model wins')
 
 
-def test_who_was_not_trained_to_play_is_one_line(run, cli, tmp_path):
-    """A GPT, a BitNet of another task, and what is no language model at all, in every mode."""
+def test_a_model_that_cannot_play_is_one_line(run, cli, tmp_path):
+    """A GPT, a BitNet of another task, and a model that is no language model, in every mode."""
     for ckpt in (run / 'best.pt', bitnet_file(tmp_path / 'sums.pt', 'arithmetic'), bitnet_file(tmp_path / 'text.pt', '')):
         for against in ((), ('--against=random',)):
             status, out, err = cli('play', *against, ckpt=ckpt, typed='5\n')

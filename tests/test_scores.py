@@ -17,8 +17,8 @@ def noisy(seed, n, k, share):
 
 
 @pytest.mark.parametrize('k', [2, 3, 7])
-def test_metrics_are_sklearns_and_intervals_those_of_resampled_rows(k):
-    """Accuracy and F1 to the last digit; both ends of both intervals within 0.006 of a bootstrap that draws rows."""
+def test_metrics_are_those_of_sklearn_and_of_resampled_rows(k):
+    """Accuracy and F1 to the last digit; interval ends within 0.006 of a bootstrap that draws rows."""
     metrics = pytest.importorskip('sklearn.metrics')
     labels, predictions = noisy(k, 400, k, 0.7)
     found = scores.metrics(labels.tolist(), predictions.tolist(), k)
@@ -41,7 +41,7 @@ def test_metrics_are_sklearns_and_intervals_those_of_resampled_rows(k):
 
 
 def test_metrics_by_hand_and_at_the_edges():
-    """TP 2, FP 1, FN 1 and TN 2: accuracy 4/6, F1 4/6. Absent labels do not count; none right, all right, bad ids."""
+    """2 true and 1 false positive, 1 false and 2 true negatives: accuracy 4/6, F1 4/6; edge cases; bad ids."""
     found = scores.metrics([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], 2)
     assert found['accuracy'] == found['f1'] == pytest.approx(4 / 6)
     found = scores.metrics([0, 0, 1, 1], [0, 1, 1, 1], 5)                # F1 of label 0: 2/3; of label 1: 4/5
@@ -56,7 +56,7 @@ def test_metrics_by_hand_and_at_the_edges():
 
 
 def test_metrics_of_many_labels_in_several_pieces():
-    """101 labels, drawn in pieces: the interval is that of the binomial within 0.01, whatever the size of a piece."""
+    """For 101 labels the interval is that of the binomial, within 0.003."""
     labels, predictions = noisy(0, 5000, 101, 0.6)
     found = scores.metrics(labels, predictions, 101)
     half = 1.96 * math.sqrt(found['accuracy'] * (1 - found['accuracy']) / 5000)
@@ -71,7 +71,7 @@ def pairs(only_a, only_b, both, neither):
 
 
 def test_compare_by_hand():
-    """2 against 10: p = 2 (1 + 12 + 66) / 2^12; 3 against 9: 2 (1 + 12 + 66 + 220) / 2^12, which says nothing."""
+    """2 against 10: p = 2 (1 + 12 + 66) / 2^12; 3 against 9: 2 (1 + 12 + 66 + 220) / 2^12, inconclusive."""
     found = scores.compare(*pairs(2, 10, 60, 28), names=('int8', 'nf4'))
     assert found['p'] == pytest.approx(158 / 4096) and (found['only_a'], found['only_b'], found['n']) == (2, 10, 100)
     assert (found['accuracy_a'], found['accuracy_b']) == (0.62, 0.7) and found['difference'] == pytest.approx(0.08)
@@ -92,7 +92,7 @@ def test_compare_by_hand():
 
 
 def test_compare_pairs_the_rows():
-    """The interval is that of resampled rows, which is much narrower than two independent ones would give."""
+    """The interval is that of resampled rows, narrower than that of two independent runs."""
     labels, a = noisy(3, 500, 3, 0.8)
     b = np.where(np.arange(500) % 25 == 0, labels, a)
     found = scores.compare(labels, a, b)
@@ -104,8 +104,8 @@ def test_compare_pairs_the_rows():
 
 
 @pytest.mark.parametrize('n, discordant', [(872, 0.08), (5010, 0.2), (2000, 0.01), (872, 0.0), (100, 0.02)])
-def test_detectable_is_found_four_times_in_five(n, discordant):
-    """Test sets drawn with that difference: the exact test rejects in 70% to 84% of them; with half of it, far fewer."""
+def test_a_detectable_difference_is_found_four_times_in_five(n, discordant):
+    """With that difference the exact test rejects in 70% to 84% of drawn test sets; with half of it, far fewer."""
     random = np.random.default_rng(0)
 
     def power(difference):
@@ -118,13 +118,9 @@ def test_detectable_is_found_four_times_in_five(n, discordant):
     share = max(discordant, difference)
     needed = (1.959964 * share ** 0.5 + 0.841621 * (share - difference ** 2) ** 0.5) ** 2 / difference ** 2
     assert needed == pytest.approx(n, rel=1e-6)
-
-
-def test_detectable_shrinks_with_the_test_set():
-    """More rows or fewer that differ: smaller differences are seen. Never above 1 nor at 0."""
-    values = [scores.detectable(n, 0.1) for n in (1, 2, 5, 20, 100, 1000, 100_000)]
+    values = [scores.detectable(rows, discordant) for rows in (1, 2, 5, 20, 100, 1000, 100_000)]       # more rows detect more
     assert values == sorted(values, reverse=True) and max(values) <= 1 and min(values) > 0
-    assert scores.detectable(1000, 0.05) < scores.detectable(1000, 0.1)
+    assert difference <= scores.detectable(n, discordant + 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------- predictions
@@ -137,7 +133,7 @@ def write_predictions(path, rows, header=('index', 'label', 'prediction', 'p_0',
 
 
 def test_paired_predictions_follow_the_rows_not_their_order(tmp_path):
-    """b in another order is matched by language and index; without a language column by index alone."""
+    """Rows are matched by language and index, without a language column by index alone."""
     a = write_predictions(tmp_path / 'a.csv', [(0, 'x', 'y', .1, 'de'), (1, 'y', 'y', .2, 'de'), (0, 'x', 'x', .3, 'en')])
     b = write_predictions(tmp_path / 'b.csv', [(0, 'x', 'z', .1, 'en'), (1, 'y', 'x', .2, 'de'), (0, 'x', 'x', .3, 'de')])
     assert scores.paired(a, b) == (['x', 'y', 'x'], ['y', 'y', 'x'], ['x', 'x', 'z'], ['de', 'de', 'en'])
@@ -146,7 +142,7 @@ def test_paired_predictions_follow_the_rows_not_their_order(tmp_path):
 
 
 def test_predictions_of_other_rows_are_refused(tmp_path):
-    """A row too few on either side, another label, an index twice, a missing column: one line with the place."""
+    """A missing row, another label, an index twice, a missing column: one line with the place."""
     rows = [(0, 'x', 'y', .1, 'de'), (1, 'y', 'y', .2, 'de')]
     a = write_predictions(tmp_path / 'a.csv', rows)
     short = write_predictions(tmp_path / 'short.csv', rows[:1])

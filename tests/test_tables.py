@@ -2,8 +2,6 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
 import time
 import types
 
@@ -12,12 +10,11 @@ import torch
 import yaml
 
 import common
-from conftest import ROOT
 from report import tables
 
 CONFIG = {'out_dir': 'out', 'method': 'lora', 'rank': 16, 'fold': -1, 'ranks': (4, 8), 'folds': 0, 'resume': '',
           'overwrite': False, 'texts': ('a', 'b'), 'rate': 2e-5, 'empty': ''}
-# Notes its options, is as accurate as its rank is large, and is slow or fails on demand.
+# A trainer that writes down its options, is as accurate as its rank is large, and is slow or fails on demand.
 TRAINER = """
 import os, signal, sys, time
 options = dict(word[2:].split('=', 1) for word in sys.argv[1:])
@@ -29,7 +26,7 @@ os.makedirs(where, exist_ok=True)
 print(sorted(options.items()), file=open('calls', 'a'), flush=True)
 if os.path.exists('fail'):
     sys.exit(2)
-for _ in range(500 * os.path.exists('slow')):
+for _ in range(9000 * os.path.exists('slow')):
     time.sleep(0.01)
     if stopped:
         open('stopped', 'a').write('saved')
@@ -61,6 +58,7 @@ def calls():
 
 
 def test_a_sweep_runs_every_rank_and_passes_every_option(here, capsys):
+    """Each run has its own folder and continues where it stopped; sweep.csv has a row for each."""
     tables.sweep(CONFIG, 'trainer.py')
     assert [c['rank'] for c in calls()] == ['4', '8'] and [c['out_dir'] for c in calls()] == ['out/r4', 'out/r8']
     assert {(c['ranks'], c['resume'], c['fold'], c['texts'], c['rate'], c['overwrite']) for c in calls()} == {
@@ -71,6 +69,7 @@ def test_a_sweep_runs_every_rank_and_passes_every_option(here, capsys):
 
 
 def test_folds_and_their_spread(here, capsys):
+    """Each fold is a run, begun anew with overwrite; the accuracy is a mean with its deviation."""
     tables.sweep({**CONFIG, 'ranks': (), 'folds': 3, 'overwrite': True}, 'trainer.py')
     assert [(c['out_dir'], c['fold'], c['rank']) for c in calls()] == [(f'out/fold{i}', str(i), '16') for i in range(3)]
     assert all(c['overwrite'] == 'True' and 'resume' not in c for c in calls())         # anew, as asked
@@ -79,40 +78,36 @@ def test_folds_and_their_spread(here, capsys):
 
 
 def test_a_failed_run_ends_the_sweep(here, capsys):
+    """No further run is started and no table is written."""
     (here / 'fail').touch()
     with pytest.raises(SystemExit) as e:
         tables.sweep(CONFIG, 'trainer.py')
     assert e.value.code == 2 and len(calls()) == 1 and not (here / 'out' / 'sweep.csv').exists()
 
 
-@pytest.mark.parametrize('change', [{'method': 'full'}, {'ranks': (4, 0)}, {'folds': 1}, {'folds': -2}])
-def test_sweeps_that_make_no_sense(here, capsys, change):
+@pytest.mark.parametrize('change', [{'method': 'full'}, {'ranks': (4, 0)}, {'folds': 1}, {'folds': -2}, 'torchrun'])
+def test_impossible_sweeps_are_one_line(here, capsys, change, monkeypatch):
+    """A method without a rank, a rank of 0, one fold, several processes: an error before anything is written."""
+    if change == 'torchrun':
+        monkeypatch.setenv('RANK', '0')
+        change = {}
     with pytest.raises(SystemExit) as e:
         tables.sweep(CONFIG | change, 'trainer.py')
-    assert e.value.code == 2 and capsys.readouterr().err.count('\n') == 1 and not (here / 'out').exists()
-
-
-def test_a_sweep_under_torchrun_is_refused(here, capsys, monkeypatch):
-    monkeypatch.setenv('RANK', '0')
-    with pytest.raises(SystemExit):
-        tables.sweep(CONFIG, 'trainer.py')
-    assert 'type python in place of torchrun' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and ('torchrun' in err or change) and not (here / 'out').exists()
 
 
 @pytest.mark.parametrize('number, everyone', [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_a_stopped_sweep_lets_its_run_save_and_goes_on(here, number, everyone):
-    """SIGTERM to the sweep alone, Ctrl-C to both: the run in progress ends as it would by itself; no traceback."""
+def test_a_stopped_sweep_lets_its_run_save_and_goes_on(here, number, everyone, start):
+    """After SIGTERM to the sweep or Ctrl-C to both, the run in progress saves; the same command goes on."""
     (here / 'slow').touch()
-    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from report import tables; tables.sweep({CONFIG!r}, "trainer.py")'
-    job = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    until = time.monotonic() + 60
-    while not (here / 'calls').exists() and time.monotonic() < until:
+    (here / 's.py').write_text(f'from report import tables; tables.sweep({CONFIG!r}, "trainer.py")')
+    job = start('s.py', cwd=here)
+    while not (here / 'calls').exists() and job.process.is_alive():
         time.sleep(0.02)
-    time.sleep(0.1)
     (os.killpg if everyone else os.kill)(job.pid, number)
-    out, err = job.communicate(timeout=60)
-    assert job.returncode == 0 and err == '' and out.endswith('stopped; the same command goes on\n')
+    done = job.wait()
+    assert (done.code, done.err) == (0, '') and done.out.endswith('stopped; the same command goes on\n')
     assert (here / 'stopped').read_text() == 'saved' and len(calls()) == 1
     (here / 'slow').unlink()
     tables.sweep(CONFIG, 'trainer.py')
@@ -131,7 +126,8 @@ def predictions(folder, guesses, labels='yynnyynn', language=None):
                                                                                                       strict=True)))
 
 
-def test_compared_by_folder_or_file_and_by_language(here, capsys):
+def test_runs_are_compared_by_folder_or_file_and_by_language(here, capsys):
+    """Accuracies, their difference and the rows that only one has right, of all rows and of each language."""
     predictions('a', 'yyyyyyyy', language=['en', 'de'] * 4)
     predictions('b', 'yynnyynn', language=['en', 'de'] * 4)
     tables.compare_runs(['a', 'b'])
@@ -145,7 +141,8 @@ def test_compared_by_folder_or_file_and_by_language(here, capsys):
 @pytest.mark.parametrize('paths, says', [(['a'], 'one run cannot be compared'), (['a', 'c'], 'not the same test set'),
                                          (['a', 'nosuch'], 'there is no file nosuch/predictions.csv'),
                                          (['a', 'd'], 'index 7 is in a/predictions.csv but not in d/predictions.csv')])
-def test_what_cannot_be_compared(here, capsys, paths, says):
+def test_impossible_comparisons_are_one_line(here, capsys, paths, says):
+    """One run, other labels, a run without predictions, a missing row: the line names it."""
     predictions('a', 'yyyyyyyy')
     predictions('c', 'yyyyyyyy', labels='nnnnyyyy')
     predictions('d', 'yyyyyyy', labels='yynnyyn')
@@ -171,7 +168,8 @@ def write(folder, records=(), flops=None, evaluated=None, names=('n', 'y'), stat
                             1000)
 
 
-def test_files_from_a_log(tmp_path):
+def test_files_of_a_run(tmp_path):
+    """Medians over steps, peaks, optimizer bytes, FLOPs, parts of memory and predictions are those of the log."""
     epoch = {'step': 2, 'epoch': 1.0, 'train_loss': 0.7, 'val_loss': 0.6, 'val_accuracy': 0.5, 'peak_bytes': 70,
              'resident_bytes': 900, 'gradient_bytes': 7, 'optimizer_bytes': 250}
     found = write(tmp_path, [{'step': 1, 'loss': 1.0, 'ms': None}, {'step': 2, 'loss': 1.0, 'ms': 4.0},
@@ -192,8 +190,8 @@ def test_files_from_a_log(tmp_path):
     assert (usage['device'], usage['processes'], usage['ms_per_sample']) == ('cpu', 1, 2.0)
 
 
-def test_nothing_trained_is_nothing_claimed(tmp_path):
-    """Languages one by one; without a log no optimizer's bytes and no saving. Seconds a text: the mean over all of them."""
+def test_a_run_without_training_claims_nothing_of_it(tmp_path):
+    """Without a log there are no optimizer bytes and no saving; languages are scored one by one; ms is per text."""
     found = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5, 1.0),
                                        'de': (['y'] * 3, ['n'] * 3, range(3), 0.9, 3.0)})
     assert found['accuracy'] == 1 and found['languages']['de']['accuracy'] == 0 and found['languages']['de']['eval_loss'] == 0.9
@@ -205,7 +203,7 @@ def test_nothing_trained_is_nothing_claimed(tmp_path):
 
 
 def test_f1_is_of_the_second_label_and_ranks_are_those_of_the_bases(tmp_path):
-    """Of y: one of one right, two said, 2/3; of n it is 0. Of three labels it is nobody's."""
+    """One of one y is found in two predictions: 2/3; of n it is 0; of three labels it is macro."""
     found = write(tmp_path, state=[{'basis': torch.zeros(9, 3)}, {'basis': torch.zeros(5, 4)}, {'exp_avg': torch.zeros(2)}])
     assert found['f1'] == pytest.approx(2 / 3) and found['f1_label'] == 'y' and found['basis_ranks'] == [3, 4]
     found = write(tmp_path, names=('y', 'n'))
@@ -214,8 +212,8 @@ def test_f1_is_of_the_second_label_and_ranks_are_those_of_the_bases(tmp_path):
     assert tables.in_words(found).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in tables.in_words(found)
 
 
-def test_the_meter_of_a_run_goes_on_where_it_was(monkeypatch):
-    """Seconds and joules add up over a resume and stand still at the end; joules of several processes nobody knows."""
+def test_time_and_energy_add_up_over_a_resume(monkeypatch):
+    """Seconds and joules go on where they were and stop at the end; joules of several processes are unknown."""
     net, now = torch.nn.Linear(8, 8), [100.0]
     monkeypatch.setattr(tables.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(common, 'energy_meter', lambda device: lambda start=now[0]: 2 * (now[0] - start))
@@ -237,9 +235,9 @@ def test_the_meter_of_a_run_goes_on_where_it_was(monkeypatch):
     assert two.peak() == 0
 
 
-def test_what_is_measured_of_a_step():
-    """The first and third step of a process in full, others only when they are in the middle of an epoch; FLOPs when asked
-    for, of all micro-batches. With several processes DistributedDataParallel's buckets, as large as the weights, are added."""
+def test_some_steps_are_measured_in_full():
+    """The first and third step and one in each epoch: peak memory, gradients, FLOPs of all micro-batches. With several
+    processes DistributedDataParallel's buckets, as large as the weights, are added."""
     peaks = {}
     for world in (1, 2):
         net = torch.nn.Linear(64, 32)
@@ -265,7 +263,8 @@ def test_what_is_measured_of_a_step():
     assert 2 * weights < peaks[1] < 2 * weights + 40_000 and peaks[2] == peaks[1] + weights
 
 
-def test_attention_counts_on_a_cpu():
+def test_flops_of_attention_count_on_a_cpu():
+    """Forward two products, backward five, which torch counts as none on some versions."""
     q = torch.randn(2, 3, 8, 16, requires_grad=True)
     with tables.flop_counter() as counter:
         y = torch.nn.functional.scaled_dot_product_attention(q, q, q)

@@ -1,4 +1,4 @@
-"""readers/texts.py: tables come back as they were written, mistakes name their place, folders are whole or made anew."""
+"""readers/texts.py: tables come back as they were written, mistakes name their place, folders are whole or rebuilt."""
 import json
 
 import pytest
@@ -25,8 +25,8 @@ def test_a_csv_gives_back_every_text_as_it_was(tmp_path):
     assert c.read_table(tmp_path / 'one.csv', 'text')[0] == [(text,) for text in TEXTS]
 
 
-def test_tsv_takes_quotes_as_they_are_and_csv_takes_a_byte_order_mark(tmp_path):
-    """GLUE's files hold single quotation marks; \\r and blank lines at the end do not count; columns go by name."""
+def test_tsv_keeps_quotes_and_csv_takes_a_byte_order_mark(tmp_path):
+    """GLUE's files hold single quotation marks; \\r and blank last lines do not count; columns go by name."""
     (tmp_path / 'a.tsv').write_bytes(b'label\tsentence\r\n1\t"one half of a quote\r\n0\tfine, really\r\n\r\n')
     assert c.read_table(tmp_path / 'a.tsv', ('sentence',), 'label') == (
         [('"one half of a quote',), ('fine, really',)], ['1', '0'])
@@ -37,8 +37,9 @@ def test_tsv_takes_quotes_as_they_are_and_csv_takes_a_byte_order_mark(tmp_path):
 
 
 def test_parquet_reads_as_csv_does(tmp_path):
-    """Integer labels become their digits; null labels and texts that are numbers are errors with the row."""
-    pa, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    """Integer labels become their digits; a null label or a number as text is an error with the row."""
+    import pyarrow as pa
+    from pyarrow import parquet
     path = tmp_path / 'a.parquet'
     parquet.write_table(pa.table({'label': [1, 0], 'extra': [1.0, 2.0], 'text': TEXTS[1:3]}), path)
     assert c.read_table(path, ('text',), 'label') == ([(TEXTS[1],), (TEXTS[2],)], ['1', '0'])
@@ -70,24 +71,19 @@ def test_parquet_reads_as_csv_does(tmp_path):
     ('a.txt', b'text\na\n', 'none of .csv, .tsv, .parquet'),
 ])
 def test_a_bad_table_is_one_line_naming_the_place(tmp_path, name, content, message):
-    """Each mistake is a ValueError of one line with the file's name and, where there is one, the line."""
+    """Each mistake is a ValueError of one line with the file's name and the line in it."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        c.read_table(tmp_path / name, ('text',), 'label')
-    assert name in str(error.value) and '\n' not in str(error.value)
-
-
-def test_other_table_mistakes(tmp_path):
-    """A missing file, a folder, no or three text columns."""
     (tmp_path / 'folder.csv').mkdir()
-    for path, text, message in (('no.csv', 'text', 'there is no file'), ('folder.csv', 'text', 'there is no file'),
-                                ('no.csv', (), '0 text columns'), ('no.csv', ('a', 'b', 'c'), '3 text columns')):
-        with pytest.raises(ValueError, match=message):
-            c.read_table(tmp_path / path, text)
+    for file, columns, said in ((name, 'text', message), ('no.csv', 'text', 'there is no file'),
+                                ('no.csv', (), '0 text columns'), ('folder.csv', 'text', 'there is no file'),
+                                ('no.csv', ('a', 'b', 'c'), '3 text columns')):
+        with pytest.raises(ValueError, match=said) as error:
+            c.read_table(tmp_path / file, columns, 'label')
+        assert '\n' not in str(error.value) and (file in str(error.value) or 'columns' in said)
 
 
-def test_labels_are_ordered_by_number_else_by_alphabet_and_unknown_ones_named():
-    """10 comes after 9 and not after 1; names are sorted; ids are positions in the names, in whatever order these are."""
+def test_labels_are_ordered_by_number_or_alphabet():
+    """10 comes after 9; ids are positions in the names; an unknown label is named."""
     assert c.label_names(['10', '9', '1', '9', '-1']) == ['-1', '1', '9', '10']
     assert c.label_names(['10', '9', 'b', 'a']) == ['10', '9', 'a', 'b']
     assert c.label_ids(['n', 'p', 'n'], ['p', 'n'], 'f') == [1, 0, 1]
@@ -111,8 +107,8 @@ def splits(rows=ROWS):
     return {split: lambda part=part: iter(part) for split, part in rows.items()}
 
 
-def test_load_gives_what_build_was_given(tmp_path, capsys):
-    """Texts by column, ids in the order of task.json's labels, the rows counted in it."""
+def test_a_data_folder_comes_back(tmp_path, capsys):
+    """Texts by column, ids in the order of task.json's labels, rows counted."""
     c.build(tmp_path / 'toy', TASK, splits(), {'train': 2})
     assert c.load(tmp_path / 'toy', 'train') == ([('1', 'one'), ('2', 'two\nlines')], [1, 0], ['z', 'a'])
     assert c.load(str(tmp_path / 'toy'), 'val-de') == ([('3', 'drei')], [0], ['z', 'a'])
@@ -121,8 +117,8 @@ def test_load_gives_what_build_was_given(tmp_path, capsys):
     assert 'train: expected 2 rows\ntrain: got 2 rows: 1 z, 1 a\n' in capsys.readouterr().out
 
 
-def test_load_refuses_what_is_not_whole(tmp_path, monkeypatch):
-    """No folder, an unfinished one, another split, a row too few, a label that was changed, a strange task.json."""
+def test_a_damaged_data_folder_is_refused(tmp_path, monkeypatch):
+    """No folder, an unfinished one, another split, a lost row, a changed label, a strange task.json."""
     with pytest.raises(ValueError, match='type: python data/<name>/prepare.py --out_dir .*: imdb, pycls, sst2, xnli$'):
         c.load(tmp_path / 'toy', 'train')
     (tmp_path / 'data' / 'sst2').mkdir(parents=True)
@@ -146,28 +142,28 @@ def test_load_refuses_what_is_not_whole(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='toy is unfinished; type: python'):
         c.load(folder, 'train')
     (folder / 'task.json').write_text('[]')
-    with pytest.raises(ValueError, match='not what a prepare.py wrote'):
+    with pytest.raises(ValueError, match='(wrote|written)'):
         c.load(folder, 'train')
 
 
-def test_build_keeps_a_whole_folder_and_remakes_any_other(tmp_path, capsys):
-    """The same: not even read again. A changed revision, set of splits or file size: made anew, old splits gone."""
+def test_a_whole_folder_is_kept_and_any_other_rebuilt(tmp_path, capsys):
+    """Another revision, set of splits or file size rebuilds it, and old splits go."""
     folder = tmp_path / 'toy'
     c.build(folder, TASK, splits())
     c.build(folder, TASK, {split: None for split in ROWS})
     assert 'is complete with the same settings; left as it is' in capsys.readouterr().out
     (folder / 'val-de.csv').write_text('cut')
     c.build(folder, TASK, splits())
-    assert 'is damaged; made anew' in capsys.readouterr().out and c.load(folder, 'val-de')[1] == [0]
+    assert 'is damaged' in capsys.readouterr().out and c.load(folder, 'val-de')[1] == [0]
     c.build(folder, TASK | {'revision': 'r2'}, splits())
-    assert 'has other settings; made anew' in capsys.readouterr().out
+    assert 'has other settings' in capsys.readouterr().out
     c.build(folder, TASK | {'revision': 'r2'}, splits({'train': ROWS['train']}))
     assert 'has other settings' in capsys.readouterr().out and not (folder / 'val-de.csv').exists()
     assert c.load(folder, 'train')[1] == [1, 0]
 
 
-def test_build_refuses_foreign_files_and_wrong_counts(tmp_path):
-    """A user's own train.csv stays; a published set with another count is not taken, a local one is, an empty one not."""
+def test_foreign_files_and_wrong_counts_are_refused(tmp_path):
+    """A user's own train.csv stays; a published set must have its count, a local one may not be empty."""
     (tmp_path / 'train.csv').write_text('mine')
     with pytest.raises(ValueError, match='train.csv is there and no prepare.py wrote it'):
         c.build(tmp_path, TASK, splits())

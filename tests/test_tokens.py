@@ -49,7 +49,7 @@ def error_of(capsys, function, *args):
 
 
 def test_byte_tokenizer_is_lossless_for_any_bytes():
-    """encode then decode_bytes gives back 5,000 random bytes and each of the 256 values; worked example: 'Aé'."""
+    """encode() and decode_bytes() return 5,000 random bytes and each of the 256 values; 'Aé' by hand."""
     tokenizer, raw = tokens.byte(), random.Random(0).randbytes(5000) + bytes(range(256))
     assert tokenizer.decode_bytes(tokenizer.encode(raw)) == raw
     assert tokenizer.encode('Aé').tolist() == [0x41, 0xC3, 0xA9]
@@ -59,8 +59,8 @@ def test_byte_tokenizer_is_lossless_for_any_bytes():
 
 
 @pytest.mark.parametrize('name', ['byte', 'gpt2', 'bpe'])
-def test_every_tokenizer_round_trips_odd_unicode_and_survives_its_description(name, request):
-    """decode(encode(x)) == x; ids in range; token_bytes adds up to the text; JSON of describe() gives an equal one."""
+def test_every_tokenizer_round_trips_odd_unicode(name, request):
+    """decode(encode(x)) == x; token_bytes adds up to the text; describe() as JSON gives an equal tokenizer."""
     tokenizer = tokens.byte() if name == 'byte' else request.getfixturevalue(name)
     description = json.loads(json.dumps(tokenizer.describe()))
     assert {type(v) for v in description.values()} <= {str, int}
@@ -76,7 +76,7 @@ def test_every_tokenizer_round_trips_odd_unicode_and_survives_its_description(na
 
 
 def test_gpt2_is_the_published_one(gpt2):
-    """'Hello world' and the sizes are as everywhere; the ids equal tiktoken's own gpt2 pattern on odd text."""
+    """Known ids and sizes; other ids equal those of tiktoken's own pattern on odd text."""
     assert gpt2.encode('Hello world').tolist() == [15496, 995]
     assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
     assert gpt2.decode([gpt2.eot]) == tokens.EOT
@@ -89,7 +89,7 @@ def test_gpt2_is_the_published_one(gpt2):
 
 
 def test_bpe_training_is_deterministic_and_exact():
-    """Two trainings give the same JSON; the vocabulary is the size asked for; one of 257 tokens is bytes plus eot."""
+    """Two trainings give the same JSON; the vocabulary has the size asked for, at least 257."""
     assert train_small_bpe().text == train_small_bpe().text
     assert train_small_bpe(300).vocab_size == 300
     smallest = tokens.train_bpe(['aaaa'], 257)
@@ -104,7 +104,7 @@ def test_impossible_vocabularies_are_refused(capsys):
 
 
 def test_gpt2_without_its_files_says_which_and_where(capsys, monkeypatch, tmp_path):
-    """No files and no network, or a damaged file: one line naming both files and the folder for them."""
+    """Without network, or with a damaged file, one line names both files and their folder."""
     monkeypatch.setattr(tokens, 'GPT2_BPE', tmp_path)
     monkeypatch.setattr(tokens, 'GPT2_URL', str(tmp_path / 'nothing') + '/')
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
@@ -147,27 +147,19 @@ def test_windows_equal_slices_of_the_concatenated_array(tmp_path, shard_tokens):
 
 
 def test_a_shard_is_laid_out_as_drawn(tmp_path):
-    """The bytes of a three-token shard, by hand: 128 of header, then 2 bytes a token; eot counts no text byte."""
+    """128 bytes of header, then 2 or 4 a token, by hand; an id outside of the vocabulary is refused."""
     tokens.write(tmp_path, 'train', [[65, 66, 0]], tokens.byte())
     raw = (tmp_path / 'train_000000.bin').read_bytes()
     assert raw[:8] == b'nanobit\0' and raw[128:] == bytes([65, 0, 66, 0, 0, 0])
     assert struct.unpack_from('<IIQQI', raw, 8) == (1, 2, 3, 2, 256) and raw[36:41] == b'byte\0'
-
-
-def test_large_vocabularies_take_four_bytes(tmp_path):
-    """A vocabulary above 65,536 is written as uint32 and comes back exactly, ids above 65,535 included."""
-    big = tokens.Tokenizer('byte', [b'x'] * 70_000, 0, None)
-    tokens.write(tmp_path, 'train', [[69_999, 5, 65_536]], big, 2)
-    data = tokens.load(tmp_path, 'train')
-    assert data.windows([0], 3).tolist() == [[69_999, 5, 65_536]] and data.vocab_size == 70_000
-    assert (tmp_path / 'train_000000.bin').stat().st_size == 128 + 2 * 4
-
-
-def test_writer_refuses_ids_outside_the_vocabulary(tmp_path):
-    """An id of 256 in bytes is a broken invariant: an exception with the values."""
     with pytest.raises(ValueError, match='256'):
-        tokens.write(tmp_path, 'train', [[1, 256]], tokens.byte())
-    assert not list(tmp_path.glob('*.bin'))
+        tokens.write(tmp_path / 'no', 'train', [[1, 256]], tokens.byte())
+    assert not list(tmp_path.glob('no/*.bin'))
+    big = tokens.Tokenizer('byte', [b'x'] * 70_000, 0, None)                    # above 65,536 ids take four bytes
+    tokens.write(tmp_path / 'big', 'train', [[69_999, 5, 65_536]], big, 2)
+    data = tokens.load(tmp_path / 'big', 'train')
+    assert data.windows([0], 3).tolist() == [[69_999, 5, 65_536]] and data.vocab_size == 70_000
+    assert (tmp_path / 'big' / 'train_000000.bin').stat().st_size == 128 + 2 * 4
 
 
 def test_the_tokenizer_travels_with_the_tokens(tmp_path, bpe, gpt2, monkeypatch, capsys):
@@ -187,7 +179,7 @@ def test_the_tokenizer_travels_with_the_tokens(tmp_path, bpe, gpt2, monkeypatch,
 
 
 def test_every_bit_flip_in_a_header_is_refused(tmp_path, capsys):
-    """Each of the 1,024 bits of a header, flipped alone, is noticed; so are a cut, an extra byte and another's file."""
+    """So are a cut shard, an extra byte and another program's file, in one line."""
     write_byte_shards(tmp_path, 100, 64)
     path = tmp_path / 'train_000001.bin'
     whole = path.read_bytes()
@@ -205,7 +197,7 @@ def test_every_bit_flip_in_a_header_is_refused(tmp_path, capsys):
 
 
 def test_damaged_tokens_are_reported_before_they_reach_an_embedding(tmp_path, capsys):
-    """A token above the vocabulary in the body of a shard ends with one line, not with a device assert."""
+    """A token above the vocabulary is one line, not a device assert."""
     write_byte_shards(tmp_path, 10, 64)
     path = tmp_path / 'train_000000.bin'
     raw = bytearray(path.read_bytes())
@@ -215,7 +207,7 @@ def test_damaged_tokens_are_reported_before_they_reach_an_embedding(tmp_path, ca
 
 
 def test_shards_of_different_tokenizers_or_with_a_gap_are_refused(tmp_path, capsys, bpe):
-    """Folders mixed from two runs do not load: not with two vocabularies, not with a shard missing."""
+    """A folder mixed from two runs does not load, nor one that lacks a shard."""
     write_byte_shards(tmp_path)
     tokens.write(tmp_path, 'val', [[1, 2]], bpe)
     assert 'different tokenizers' in error_of(capsys, tokens.load, tmp_path, 'train')
@@ -224,8 +216,8 @@ def test_shards_of_different_tokenizers_or_with_a_gap_are_refused(tmp_path, caps
     assert 'lacks some of its train files' in error_of(capsys, tokens.load, tmp_path, 'train')
 
 
-def test_folders_that_are_missing_empty_or_unfinished_say_what_to_type(tmp_path, capsys):
-    """No folder: the prepare.py to run, with --name for a sub-folder; an interrupted one: the command it was."""
+def test_a_missing_or_unfinished_folder_says_what_to_type(tmp_path, capsys):
+    """The prepare.py to run, with --name for a sub-folder; after an interruption the same command."""
     def message(name):
         return error_of(capsys, tokens.load, tokens.dataset_dir(name), 'train')
     assert message('text/nowhere') == ('error: no tokens in data/text/nowhere; '
@@ -251,8 +243,8 @@ def test_dataset_dir_does_not_depend_on_the_working_directory(tmp_path, monkeypa
     assert tokens.dataset_dir(str(tmp_path)) == tmp_path and tokens.dataset_dir('./here') == Path('./here')
 
 
-def test_open_folder_keeps_equal_settings_and_clears_others(tmp_path, capsys):
-    """Same settings and whole shards: kept. Other settings, a lost or a cut shard: old tokens removed, made anew."""
+def test_a_folder_is_kept_for_equal_settings_only(tmp_path, capsys):
+    """Other settings, a lost or a cut shard remove the old tokens; foreign files stay."""
     def build(settings):
         record = tokens.open_folder(tmp_path, settings, [])
         if not record['complete']:
