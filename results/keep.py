@@ -23,34 +23,37 @@ INDEX = {
     'quality': ('What do binary, ternary and 4-bit blocks cost a GPT on the same batches?',
                 'val loss', 'all binary', 'full precision'),
     'depth': ('Do 12 of 12 binary blocks train stably?', 'val loss', '12 of 12 binary', '12 blocks, full precision'),
-    'scales': ('How fast may scales learn where full-precision blocks follow?',
+    'scales': ('Which learning rate do binary scales need in front of full-precision blocks?',
                'step 1,000', '... 0.02', '3 of 6 blocks binary, scales at the full rate'),
-    'recipe': ('Which rates and initial values do low-bit layers need?', 'step 1,500',
+    'recipe': ('Which learning rates and initial values do low-bit layers need?', 'step 1,500',
                '... scales 1, 0.05, latent weights at a quarter of the rate', '... scales 1, 0.05'),
-    'speed': ('What does a training step of train_gpt.py take?', 'peak MiB', 'tern, float32', 'fp, float32'),
+    'speed': ('Which time and memory does a training step of train_gpt.py take?', 'peak MiB', 'tern, float32', 'fp, float32'),
     'arithmetic': ('Does a ternary model learn to add?',
                    'exact match of held-out problems', 'ternary', 'full precision, the same rates'),
     'tictactoe': ('Does a ternary model learn to play from games?',
                   'against perfect: won, drawn, lost', 'ternary', 'full precision, the same rates'),
     'tinystories': ('What does a ternary BitNet cost on stories?', 'val loss', 'ternary', 'full precision, the same rates'),
-    'bitnet_speed': ('What does a training step of train_bitnet.py take?', 'peak MiB', 'tern, float32', 'fp, float32'),
+    'bitnet_speed': ('Which time and memory does a training step of train_bitnet.py take?',
+                     'peak MiB', 'tern, float32', 'fp, float32'),
     'food10': ('What do binary layers cost a CNN on photographs?', 'top-1', 'conv8, conv9, conv10 binary', 'all real'),
-    'food10_recipe': ('Which rates and normalisations do binary convolutions need?', 'step 586',
+    'food10_recipe': ('Which learning rates and normalizations do binary convolutions need?', 'step 586',
                       '... scales at 10 x the rate', 'conv1, conv2, fc1, fc2, final binary, scales at the rate of the rest'),
-    'conv': ('What does a low-bit convolution take?', 'network = ms of a training step, × real',
+    'conv': ('Which time and memory does a low-bit convolution take?', 'network = ms of a training step, × real',
              'binary, float32', 'real, float32'),
-    'sst2': ('Which fine-tuning method reaches what, for which memory?', 'accuracy', 'rSVD, rank 16', 'AdamW, all weights'),
-    'finetune': ('What does a fine-tuning step of DistilBERT take?', 'peak', 'rsvd projected', 'adamw'),
-    'optim': ('What does a step of Adam in r dimensions take?', 'MiB', 'rsvd 16', 'adamw'),
-    'optim_bytes': ('Which share of its bytes does low-rank Adam save?', 'optimizer bytes = optimizer bytes, by rank',
+    'sst2': ('Which accuracy and memory does each fine-tuning method have?', 'accuracy', 'rSVD, rank 16', 'AdamW, all weights'),
+    'finetune': ('Which time and memory does a fine-tuning step of DistilBERT take?',
+                 'peak = peak MiB', 'rsvd projected', 'adamw'),
+    'optim': ('Which time and memory does a step of low-rank Adam take?', 'MiB = optimizer state, MiB', 'rsvd 16', 'adamw'),
+    'optim_bytes': ('How much optimizer memory does low-rank Adam save?', 'optimizer bytes',
                     'short, all matrices, 16', 'Adam'),
-    'stats': ('How many bytes does each form of a network take?', 'actual', 'nf4', 'bignet'),
-    'fit': ('Does LoRA over low-bit weights learn?', 'loss', 'qlora', 'lora'),
-    'layers': ('What do single layers cost, in error and time?', 'error', 'fit4', 'nf4'),
-    'ptq_schemes': ('What does quantizing cost without training?', 'difference', 'gptq4', 'rtn4'),
-    'ptq_prune': ('What does pruning cost?', 'difference = nats added by a share of zeros', 'wanda, 0.75', 'magnitude, 0.75'),
-    'ptq_sensitivity': ('Which blocks bear one bit worst?', 'all', 'blocks.0', 'blocks.2'),
-    'blocks': ('Do measured blocks train better as binary ones?',
+    'stats': ('How many bytes does each form of a network take?', 'actual = MiB', 'nf4', 'bignet'),
+    'fit': ('Does LoRA over low-bit weights learn?', 'loss = loss at the end', 'qlora', 'lora'),
+    'layers': ('Which error and time does a single layer have?', 'error = relative RMS error', 'fit4', 'nf4'),
+    'ptq_schemes': ('What does quantization without training cost?', 'difference = rise of the loss', 'gptq4', 'rtn4'),
+    'ptq_prune': ('What does pruning cost?',
+                  'difference = rise of the loss by share of zeros', 'wanda, 0.75', 'magnitude, 0.75'),
+    'ptq_sensitivity': ('Which blocks lose most with binary weights?', 'all = rise of the loss', 'blocks.0', 'blocks.2'),
+    'blocks': ('Do blocks chosen by sensitivity train better as binary?',
                'val loss', 'the half chosen by ptq.py', 'the first half'),
     'ptq_big': ('What does ptq.py need at the size of GPT-2?', 'seconds', 'gptq4', 'rtn4'),
 }
@@ -158,17 +161,18 @@ def fill(name, text):
 
 
 def headline(name):
-    """'val loss: all binary 1.7591 ± 0.0024; full precision 1.6946 ± 0.0120', from the first table of results/<name>.md."""
+    """'val loss: all binary (n=3) = 1.7591 ± 0.0024; full precision (n=3) = ...', from the table of results/<name>.md."""
     _, column, *labels = INDEX[name]
     column, _, shown = column.partition(' = ')
     lines = (ROOT / 'results' / f'{name}.md').read_text(encoding='utf-8').splitlines()
     header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line.startswith('|')]
     cells = {}
     for row in rows:                                        # by the first cell, or by the first two with a comma between
-        label = re.sub(r' \(n=\d+\)$|`', '', row[0])
-        cells |= {f'{label}, {row[1]}': row, **({} if label in cells else {label: row})}
-    at = header.index(column)
-    return f'{shown or column}: ' + '; '.join(f'{label} {cells[label][at]}' for label in labels if label in cells)
+        label, n = re.fullmatch(r'(.*?)( \(n=\d+\))?', row[0].replace('`', '')).groups(default='')
+        figures = n, row[header.index(column)]
+        cells |= {f'{label}, {row[1]}': figures, **({} if label in cells else {label: figures})}
+    return f'{shown or column}: ' + '; '.join(f'{label}{n} = {figure}' for label in labels if label in cells
+                                              for n, figure in [cells[label]])
 
 
 def index():

@@ -395,10 +395,11 @@ SUMMARY = [
     ('GPT 1.2M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin6', 'val_loss', 'speed', 'bin'),
     ('', 'all blocks ternary', 'ternary', 'quality', 'tern6', 'val_loss', 'speed', 'tern'),
     ('', 'all blocks `int4`', 'int4', 'quality', 'int4', 'val_loss', 'speed', 'int4'),
-    ('BitNet 3.7M, TinyStories', 'all matrices ternary', 'ternary', 'tinystories', 'tern', 'val_loss', 'bitnet_speed', 'tern'),
+    ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern',
+     'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
     ('', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
-    ('DistilBERT 1.5M, SST-2', 'none; Adam in 16 dimensions', None, 'sst2', 'rsvd16', 'accuracy', None, None)]
+    ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 16', None, 'sst2', 'rsvd16', 'accuracy', None, None)]
 
 
 def write_summary():
@@ -423,7 +424,7 @@ def write_summary():
         rows.append((model and f'[{model}](results/{name}.md)', part, bits.get(form, '32'), quality,
                      f'{gap(key, digits, scale)(group)} {unit}', memory, file, ms))
     fp, best = ({r['scheme']: r for r in keep.read('ptq_schemes')}[scheme] for scheme in ('fp', 'gptq4'))
-    rows.append(('[GPT 5.9M, WikiText-2](results/ptq_schemes.md)', 'GPTQ after training', f'{best["bits"]:.2f}',
+    rows.append(('[GPT 5.9M, WikiText-2](results/ptq_schemes.md)', 'block matrices, GPTQ', f'{best["bits"]:.2f}',
                  f'{best["loss"]:.4f} against {fp["loss"]:.4f}', f'{best["delta"]:.4f} nats', '-',
                  f'{best["file_bytes"] / 1e6:.2f} of {fp["file_bytes"] / 1e6:.2f}', f'{best["ratio_1"]:.2f} (one token)'))
     columns = ('model and data', 'low-bit part', 'bits', 'val loss or accuracy', 'gap', 'memory, ×', 'file, MB', 'time, ×')
