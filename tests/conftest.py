@@ -1,13 +1,14 @@
 """Starting a trainer as a shell does, without paying for the import of torch each time.
 
-A server process imports torch once; every command is a fork of it that gets its own folder, environment, process group
-and __main__, and then runs the script from its first line. What a process shows to the world (exit status, signals,
-files, both streams, torchrun's environment) is the same. A few tests pay for real command lines to make sure.
+A server process imports torch, transformers and other packages once; every command is a fork of it that gets its own
+folder, environment, process group and __main__, and then runs the script from its first line. What a process shows to
+the world (exit status, signals, files, both streams, torchrun's environment) is the same. A few tests pay for real
+command lines to make sure.
 """
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
-import runpy
 import shlex
 import signal
 import socket
@@ -22,12 +23,14 @@ import torch
 import torch.distributed as dist
 
 import common
+import forked
 from readers import tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:       # a job in the background: what it starts would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-THREADS = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1',
+               'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
 SERVER = multiprocessing.get_context('forkserver')
 TINY = """# a GPT of two blocks that trains 20 steps in a second
 dataset = {data!r}
@@ -106,7 +109,7 @@ class Job:
     def output(self):
         return (self.folder / 'stdout').read_text()
 
-    def wait(self, timeout=100):
+    def wait(self, timeout=300):
         is_popen = isinstance(self.process, subprocess.Popen)
         try:
             self.process.wait(timeout) if is_popen else self.process.join(timeout)
@@ -119,33 +122,20 @@ class Job:
         return Result(code, self.output(), (self.folder / 'stderr').read_text())
 
 
-def run_in_fork(words, cwd, folder, environment, patch):
-    """The forked process: `python words`, after running the source text `patch` in it."""
-    os.setsid()
-    for number, name in ((1, 'stdout'), (2, 'stderr')):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.environ.update(environment)
-    os.chdir(cwd)
-    sys.argv = [words[0], *words[1:]]
-    sys.path[:0] = [str(ROOT)]
-    if patch:
-        exec(patch, {'__name__': 'patch'})
-    if words[0] == '-m':
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name='__main__', alter_sys=True)
-    else:
-        runpy.run_path(words[0], run_name='__main__')
-
-
 @pytest.fixture(scope='session')
 def start(tmp_path_factory):
     """start(*words, cwd, patch='', real=False, **environment) -> Job running `python words` in the folder cwd."""
-    SERVER.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed', 'pytest'])
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ENVIRONMENT.items():
+            patch.setenv(key, value)
+        patch.setenv('PYTHONPATH', str(ROOT / 'tests'), prepend=os.pathsep)
+        SERVER.set_forkserver_preload(['preload'])
+        multiprocessing.forkserver.ensure_running()
     jobs = []
 
     def begin(*words, cwd, patch='', real=False, **environment):
         folder, words = tmp_path_factory.mktemp('job'), [str(w) for w in words]
-        environment = THREADS | environment
+        environment = ENVIRONMENT | environment
         for name in ('stdout', 'stderr'):
             (folder / name).touch()
         if real:
@@ -153,19 +143,15 @@ def start(tmp_path_factory):
                 process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=out, stderr=err,
                                            env={**os.environ, **environment}, start_new_session=True)
         else:
-            process = SERVER.Process(target=run_in_fork, args=(words, cwd, folder, environment, patch), daemon=True)
+            process = SERVER.Process(target=forked.run, args=(words, cwd, folder, environment, patch), daemon=True)
             process.start()
         jobs.append(Job(process, folder))
         return jobs[-1]
 
-    before = {k: os.environ.get(k) for k in THREADS}
-    os.environ.update(THREADS)                      # for the server
     yield begin
     for job in jobs:
         if isinstance(job.process, subprocess.Popen) and job.process.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 @pytest.fixture(scope='module')
@@ -233,7 +219,7 @@ def ranks(world):
              'MASTER_PORT': str(STORES[-1].port), 'TORCHELASTIC_USE_AGENT_STORE': 'True'} for r in range(world)]
 
 
-def wait_all(jobs, timeout=60):
+def wait_all(jobs, timeout=300):
     """The Result of each job; when one does not end, what all of them said."""
     try:
         return [job.wait(timeout) for job in jobs]

@@ -2,7 +2,6 @@
 the same on two processes, mistakes in one line."""
 import csv
 import json
-import multiprocessing.forkserver
 import os
 import re
 import resource
@@ -16,7 +15,7 @@ import yaml
 import common
 import layers
 import optim
-from conftest import AT_STEP, IN_EVALUATION, NAN_LOSS, ROOT, SERVER, kill_at, one_error, ranks, wait_all
+from conftest import AT_STEP, IN_EVALUATION, NAN_LOSS, ROOT, kill_at, one_error, ranks, wait_all
 from pretrained import adapters, hf
 
 SCRIPT = ROOT / 'finetune_cls.py'
@@ -60,19 +59,6 @@ for kind in (torch.optim.AdamW, optim.RSVDAdam):
 
 
 # ------------------------------------------------------------------------------------------------------------ fixtures
-
-
-@pytest.fixture(scope='module', autouse=True)
-def offline(start):
-    """The fork server begins anew with transformers loaded, which else every run would load for seconds."""
-    before = os.environ.get('HF_HUB_OFFLINE')
-    os.environ['HF_HUB_OFFLINE'] = '1'
-    multiprocessing.forkserver._forkserver._stop()
-    SERVER.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed', 'pytest', 'sklearn.metrics', 'scipy.stats',
-                                   'transformers.models.distilbert.modeling_distilbert', 'report.tables', 'pretrained.hf',
-                                   'optim'])
-    yield
-    os.environ.pop('HF_HUB_OFFLINE') if before is None else os.environ.update(HF_HUB_OFFLINE=before)
 
 
 def write_csv(path, rows, header=('sentence', 'label')):

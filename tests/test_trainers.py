@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import common
-from conftest import NAN_LOSS, ROOT, THREADS, assert_same_state, kill_at, log, one_error, ranks, wait_all
+from conftest import NAN_LOSS, ROOT, assert_same_state, kill_at, log, one_error, ranks, wait_all
 from readers import images
 
 COMMON = """
@@ -265,7 +265,7 @@ common.close_processes()
 def test_distributed_sends_no_buffers_and_keeps_one_copy_of_gradients(start, tmp_path):
     """Rotary tables and BatchNorm statistics stay where they are; gradients are views into the buckets that are sent."""
     (tmp_path / 'buffers.py').write_text(BUFFERS)
-    done = wait_all([start('buffers.py', cwd=tmp_path, **r, **THREADS) for r in ranks(2)])
+    done = wait_all([start('buffers.py', cwd=tmp_path, **r) for r in ranks(2)])
     assert [d.code for d in done] == [0, 0], [d.err for d in done]
 
 
