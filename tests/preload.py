@@ -12,7 +12,7 @@ NAMES = '''
     common optim readers.tokens
 '''
 for name in NAMES.split():
-    with contextlib.suppress(ImportError):                  # then the scripts that need it pay for it, or say that it is missing
+    with contextlib.suppress(ImportError):     # a script that needs it imports it, or says that it is missing
         importlib.import_module(name)
 with contextlib.suppress(ImportError):
     from transformers import conversion_mapping
