@@ -1,18 +1,21 @@
 """Starting a trainer as a shell does, without paying for the import of torch each time.
 
-A server process imports torch once; every command is a fork of it that gets its own folder, environment, process group
-and __main__, and then runs the script from its first line. What a process shows to the world (exit status, signals,
-files, both streams, torchrun's environment) is the same. A few tests pay for real command lines to make sure.
+A server process imports torch, transformers and other packages once; every command is a fork of it that gets its own
+folder, environment, process group and __main__, and then runs the script from its first line. What a process shows to
+the world (exit status, signals, files, both streams, torchrun's environment) is the same. A few tests pay for real
+command lines to make sure.
 """
+import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
-import runpy
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +25,14 @@ import torch
 import torch.distributed as dist
 
 import common
+import forked
 from readers import tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:       # a job in the background: what it starts would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-THREADS = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1',
+               'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
 SERVER = multiprocessing.get_context('forkserver')
 TINY = """# a GPT of two blocks that trains 20 steps in a second
 dataset = {data!r}
@@ -47,15 +52,17 @@ def seed_step(seed, step, rank, plain=common.seed_step):
 common.seed_step = seed_step
 """
 IN_EVALUATION = """
-import os, signal, torch
-plain, calls = torch.nn.functional.cross_entropy, []
-def cross_entropy(*args, **kwargs):
-    if not torch.is_grad_enabled():
-        calls.append(1)
-        if len(calls) == {call}:
-            os.kill(os.getpid(), signal.{signal})
+import common, os, signal, torch
+begun = []
+def seed_step(seed, step, rank, plain=common.seed_step):
+    begun[:] = [step]
+    plain(seed, step, rank)
+def cross_entropy(*args, plain=torch.nn.functional.cross_entropy, **kwargs):
+    if not torch.is_grad_enabled() and begun == [{after}] and os.environ.get('RANK', '0') == '{rank}':
+        begun.append('signalled')
+        os.kill(os.getpid(), signal.{signal})
     return plain(*args, **kwargs)
-torch.nn.functional.cross_entropy = cross_entropy
+common.seed_step, torch.nn.functional.cross_entropy = seed_step, cross_entropy
 """
 NAN_LOSS = """
 import os, torch
@@ -66,17 +73,42 @@ def cross_entropy(*args, **kwargs):
     return plain(*args, **kwargs) * (float('nan') if bad else 1.0)
 torch.nn.functional.cross_entropy = cross_entropy
 """
+# One line for the weights, buffers and optimizer's state before each step, in the file sums0 of rank 0.
 CHECKSUMS = """
-import common, os, torch
-plain = torch.optim.AdamW.step
-def step(self, *args, **kwargs):
-    result = plain(self, *args, **kwargs)
-    tensors = [p for g in self.param_groups for p in g['params']]
-    tensors += [v for s in self.state.values() for v in s.values()]
-    with open('sums' + os.environ.get('RANK', '0'), 'a') as f:
+import common, sys, torch
+def seed_step(seed, step, rank, plain=common.seed_step):
+    main = sys._getframe(1).f_locals
+    main = main if 'opt' in main else sys._getframe(2).f_locals
+    tensors = list((main.get('raw_model') or main.get('raw_net')).state_dict().values())
+    tensors += [t for s in main['opt'].state.values() for t in s.values() if torch.is_tensor(t)]
+    with open(f'sums{rank}', 'a') as f:
         print(common.checksum(tensors), file=f)
-    return result
-torch.optim.AdamW.step = step
+    plain(seed, step, rank)
+common.seed_step = seed_step
+"""
+# The process says "holding" in a step, and goes on when a signal has arrived, whenever that is.
+HOLD = AT_STEP.format(step='{step}', rank='rank', action="""
+        r, w = os.pipe()
+        os.set_blocking(w, False)
+        signal.set_wakeup_fd(w)
+        print('holding', flush=True)
+        os.read(r, 1)""")
+# Runs a script with each of many command lines; none of them may leave anything behind.
+IN_TURN = """
+import contextlib, io, json, runpy, sys, traceback
+found = []
+for sys.argv in json.load(open('in_turn.json')):
+    err, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(sys.argv[0], run_name='__main__')
+        except SystemExit as e:
+            code = e.code
+        except BaseException:
+            traceback.print_exc()
+    found.append((code, err.getvalue()))
+with open('in_turn.json', 'w') as f:
+    json.dump(found, f)
 """
 MEASURED = {'max_iters', 'ms', 'tokens_per_s', 'samples_per_s', 'input_samples_per_s', 'peak_mem_bytes', 'energy_j'}
 
@@ -106,7 +138,15 @@ class Job:
     def output(self):
         return (self.folder / 'stdout').read_text()
 
-    def wait(self, timeout=100):
+    def wait_for(self, text, times=1, timeout=300):
+        """Until it has printed text so many times; it is an error to end before."""
+        end = time.monotonic() + timeout
+        while self.output().count(text) < times:
+            alive = self.process.poll() is None if isinstance(self.process, subprocess.Popen) else self.process.is_alive()
+            assert alive and time.monotonic() < end, (self.output(), (self.folder / 'stderr').read_text())
+            time.sleep(0.01)
+
+    def wait(self, timeout=300):
         is_popen = isinstance(self.process, subprocess.Popen)
         try:
             self.process.wait(timeout) if is_popen else self.process.join(timeout)
@@ -119,33 +159,20 @@ class Job:
         return Result(code, self.output(), (self.folder / 'stderr').read_text())
 
 
-def run_in_fork(words, cwd, folder, environment, patch):
-    """The forked process: `python words`, after running the source text `patch` in it."""
-    os.setsid()
-    for number, name in ((1, 'stdout'), (2, 'stderr')):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.environ.update(environment)
-    os.chdir(cwd)
-    sys.argv = [words[0], *words[1:]]
-    sys.path[:0] = [str(ROOT)]
-    if patch:
-        exec(patch, {'__name__': 'patch'})
-    if words[0] == '-m':
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name='__main__', alter_sys=True)
-    else:
-        runpy.run_path(words[0], run_name='__main__')
-
-
 @pytest.fixture(scope='session')
 def start(tmp_path_factory):
     """start(*words, cwd, patch='', real=False, **environment) -> Job running `python words` in the folder cwd."""
-    SERVER.set_forkserver_preload(['torch', 'torch._dynamo', 'torch.distributed', 'pytest'])
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ENVIRONMENT.items():
+            patch.setenv(key, value)
+        patch.setenv('PYTHONPATH', str(ROOT / 'tests'), prepend=os.pathsep)
+        SERVER.set_forkserver_preload(['preload'])
+        multiprocessing.forkserver.ensure_running()
     jobs = []
 
     def begin(*words, cwd, patch='', real=False, **environment):
         folder, words = tmp_path_factory.mktemp('job'), [str(w) for w in words]
-        environment = THREADS | environment
+        environment = ENVIRONMENT | environment
         for name in ('stdout', 'stderr'):
             (folder / name).touch()
         if real:
@@ -153,19 +180,15 @@ def start(tmp_path_factory):
                 process = subprocess.Popen([sys.executable, *words], cwd=cwd, stdout=out, stderr=err,
                                            env={**os.environ, **environment}, start_new_session=True)
         else:
-            process = SERVER.Process(target=run_in_fork, args=(words, cwd, folder, environment, patch), daemon=True)
+            process = SERVER.Process(target=forked.run, args=(words, cwd, folder, environment, patch), daemon=True)
             process.start()
         jobs.append(Job(process, folder))
         return jobs[-1]
 
-    before = {k: os.environ.get(k) for k in THREADS}
-    os.environ.update(THREADS)                      # for the server
     yield begin
     for job in jobs:
         if isinstance(job.process, subprocess.Popen) and job.process.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
 @pytest.fixture(scope='module')
@@ -197,6 +220,24 @@ def unbroken(train, folder):
     return run
 
 
+@pytest.fixture(scope='session')
+def refused(start):
+    """refused(trainer, [(options, what is said)], cwd): tiny.py with each of the options is a user's mistake: exit status 2
+    and one line on stderr that begins with 'error: ' and has these words, no traceback, no new out_dir. All in one process."""
+    def check(trainer, cases, cwd):
+        words = [[str(ROOT / f'{trainer}.py'), 'tiny.py', *map(str, options)] for options, _ in cases]
+        there = (cwd / 'out').exists()
+        (cwd / 'in_turn.json').write_text(json.dumps(words))
+        (cwd / 'in_turn.py').write_text(IN_TURN)
+        done = start('in_turn.py', cwd=cwd).wait()
+        assert done.code == 0 and done.err == '', done.err
+        found = json.loads((cwd / 'in_turn.json').read_text())
+        wrong = [(options, said, code, err[-600:]) for (options, said), (code, err) in zip(cases, found, strict=True)
+                 if code != 2 or err.count('\n') != 1 or not err.startswith('error: ') or said not in err]
+        assert not wrong and (cwd / 'out').exists() == there, wrong
+    return check
+
+
 def log(where, only=None):
     """The records of a run without what is measured; only='loss' or 'val_loss': that column."""
     records = [{k: v for k, v in r.items() if k not in MEASURED} for r in common.read_log(where / 'out')]
@@ -207,14 +248,51 @@ def checkpoint(where, name='last.pt'):
     return common.read_checkpoint(str(where / 'out' / name))
 
 
-def assert_same_state(a, b):
-    """Step, every model tensor and every optimizer tensor, bit for bit."""
-    assert a['step'] == b['step'] and a['best_val_loss'] == b['best_val_loss']
-    assert a['model'].keys() == b['model'].keys() and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
-    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
-    one, two = a['optimizer']['state'], b['optimizer']['state']
-    assert one.keys() == two.keys() and len(one) > 10
-    assert all(torch.equal(torch.as_tensor(one[i][k]), torch.as_tensor(two[i][k])) for i in one for k in one[i])
+def flat(state, prefix=''):
+    """{path: number or tensor} of nested dicts and lists."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else None
+    if items is None:
+        return {prefix: state}
+    return {k: v for key, value in items for k, v in flat(value, f'{prefix}/{key}').items()}
+
+
+def assert_same_state(one, two, keys=None):
+    """All of two checkpoints (or some keys of them) but times, the command line and the loss scale, bit for bit."""
+    some = lambda state: flat({k: state[k] for k in keys or state.keys() - {'config', 'meter', 'scaler'} if k in state})
+    x, y = some(one), some(two)
+    assert x.keys() == y.keys() and len(x) > 10
+    wrong = [k for k in x if not (torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k])]
+    assert not wrong, wrong
+
+
+def tiny_gpt(kind='fp', blocks=(0, 1), **options):
+    import train_gpt
+    torch.manual_seed(0)
+    options = {'vocab_size': 64, 'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 32} | options
+    kinds = dict.fromkeys(('qkv_proj', 'c_proj', 'mlp_proj'), kind)
+    return train_gpt.GPT(train_gpt.GPTConfig(binary_blocks=blocks, **kinds, **options)).eval()
+
+
+def tiny_bitnet(quant='tern', **options):
+    import train_bitnet
+    torch.manual_seed(0)
+    options = dict(vocab_size=64, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_ff=64, quant=quant) | options
+    return train_bitnet.BitNet(train_bitnet.BitNetConfig(**options)).eval()
+
+
+@torch.no_grad()
+def all_logits(model, ids):
+    """(B, T, vocab) of a GPT or BitNet, from its last norm: without targets it gives the last position only."""
+    seen = []
+    norm = model.ln_f if hasattr(model, 'ln_f') else model.norm
+    handle = norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(ids, ids)
+    handle.remove()
+    return seen[0] @ model.wte.weight.T
+
+
+def random_ids(*shape, seed=1):
+    return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def free_port():
@@ -233,7 +311,7 @@ def ranks(world):
              'MASTER_PORT': str(STORES[-1].port), 'TORCHELASTIC_USE_AGENT_STORE': 'True'} for r in range(world)]
 
 
-def wait_all(jobs, timeout=60):
+def wait_all(jobs, timeout=300):
     """The Result of each job; when one does not end, what all of them said."""
     try:
         return [job.wait(timeout) for job in jobs]

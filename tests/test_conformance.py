@@ -1,15 +1,15 @@
 """All trainers alike where they must be: keys, comments, section markers, imports without effects, configs."""
 import ast
+import functools
 import io
-import os
 import re
-import subprocess
-import sys
 import tokenize
 from pathlib import Path
 
 import pytest
 import torch
+
+import configurator
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = sorted([*ROOT.glob('train_*.py'), *ROOT.glob('finetune_*.py')])
@@ -57,12 +57,8 @@ def trainer(request):
     return Trainer(request.param)
 
 
-def test_there_is_a_trainer():
-    assert ROOT / 'train_gpt.py' in TRAINERS
-
-
 def test_shared_keys_have_one_name_and_type(trainer):
-    """The keys of DESIGN in every trainer, with these types; what only some have, has one type where it is."""
+    """Every trainer has them, but for those that mean nothing there, with these types."""
     for key, value in trainer.keys.items():
         if key in SHARED:
             assert isinstance(value, SHARED[key]) and (type(value) is not bool or SHARED[key] in (bool, bool | None)), \
@@ -127,45 +123,49 @@ def test_sections_are_marked_in_order(trainer):
     assert found == MARKERS
 
 
-def test_importing_a_trainer_does_nothing(tmp_path):
-    """One process imports every trainer with other words on its command line: no output, no files, default constants,
-    the random state untouched."""
-    code = ('import sys, torch; torch.manual_seed(5); before = torch.get_rng_state()\n'
-            f'sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = ["--seed=5", "nosuch.py"]\n'
-            f'for name in {[p.stem for p in TRAINERS]}:\n'
-            '    module = __import__(name)\n'
-            '    assert module.config["seed"] == module.seed != 5\n'
-            'assert torch.equal(before, torch.get_rng_state()) and not torch.distributed.is_initialized()\n')
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'})
-    assert (done.returncode, done.stdout, done.stderr) == (0, '', '') and not list(tmp_path.iterdir())
+def test_importing_a_trainer_does_nothing(start, tmp_path):
+    """With other words on the command line: no output, no files, default constants, the random state untouched."""
+    (tmp_path / 's.py').write_text(f"""
+import sys, torch
+torch.manual_seed(5)
+before = torch.get_rng_state()
+sys.dont_write_bytecode = True
+sys.path.insert(0, {str(ROOT)!r})
+for name in {[p.stem for p in TRAINERS]}:
+    module = __import__(name)
+    assert module.config['seed'] == module.seed != 5
+assert torch.equal(before, torch.get_rng_state()) and not torch.distributed.is_initialized()
+""")
+    done = start('s.py', '--seed=5', 'nosuch.py', cwd=tmp_path).wait()
+    assert (done.code, done.out, done.err) == (0, '', '') and [p.name for p in tmp_path.iterdir()] == ['s.py']
 
 
-def trainer_of(config):
-    """The first trainer or tool that the header of a config names in a command."""
-    named = re.search(r'\b([a-z]\w*\.py)\s+config/' + re.escape(config.name), config.read_text())
-    assert named, f'the header has no command `... .py config/{config.name}`'
-    return ROOT / named[1]
+def test_a_fork_finds_packages_imported(start, tmp_path):
+    """The server of conftest.py has imported what tests/preload.py names; a fork would pay seconds for it, in silence."""
+    (tmp_path / 's.py').write_text('import sys; print(*sys.modules)')
+    found = start('s.py', cwd=tmp_path).wait().out.split()
+    assert {'torch._dynamo', 'transformers', 'sklearn.metrics', 'matplotlib.figure', 'optim'} <= set(found)
+    assert not {'train_gpt', 'conftest'} & set(found)
+
+
+@functools.cache
+def constants(path):
+    """The names and values that a script has when it calls override()."""
+    tree, scope = ast.parse(path.read_text()), {'__name__': '__main__', '__file__': str(path), 'torch': torch}
+    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+    tree.body = assigned[:next(i for i, n in enumerate(assigned) if 'override' in ast.dump(n))]
+    exec(compile(tree, 'constants', 'exec'), scope)
+    return scope
 
 
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda p: p.name)
-def test_every_config_loads_and_says_what_it_is_for(config, monkeypatch):
-    """It begins with a comment that holds the command to run it, and sets only keys of that trainer, of their types,
-    at least one of them to another value."""
-    assert config.read_text().startswith('# '), 'begin with a comment: what it reproduces, hardware, time, command'
-    path = trainer_of(config)
-    code = ('import sys, configurator\n'
-            f'source = open({str(path)!r}).read()\n'
-            f'scope = {{"__name__": "__main__", "__file__": {str(path)!r}}}\n'
-            'import ast\n'
-            'tree = ast.parse(source)\n'
-            'tree.body = [n for n in tree.body if isinstance(n, ast.Assign)]\n'
-            'end = next(i for i, n in enumerate(tree.body) if "override" in ast.dump(n))\n'
-            'import torch\n'
-            'scope |= {"configurator": configurator, "torch": torch}\n'
-            'tree.body = tree.body[:end + 1]\n'
-            'exec(compile(tree, "constants", "exec"), scope)\n')
-    done = subprocess.run([sys.executable, '-c', code, str(config)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert ' -> ' in done.stdout and done.stderr == ''
+def test_every_config_loads_and_says_what_it_is_for(config, monkeypatch, capsys):
+    """Its header has the command to run it; it sets only keys of that script, of their types, one at least to a new value."""
+    text = config.read_text()
+    assert text.startswith('# '), 'begin with a comment: what it reproduces, hardware, time, command'
+    named = re.search(r'\b([a-z]\w*\.py)\s+config/' + re.escape(config.name), text)
+    assert named, f'the header has no command `... .py config/{config.name}`'
+    monkeypatch.chdir(ROOT)
+    configurator.override(dict(constants(ROOT / named[1])), [str(config)])
+    said = capsys.readouterr()
+    assert ' -> ' in said.out and said.err == ''
