@@ -336,22 +336,3 @@ def test_each_projection_takes_its_own_kind():
     assert names(model.blocks[0]) == ['Linear'] * 4 + ['LayerNorm'] * 2
     assert names(model.blocks[1]) == ['TernaryLinear', 'Linear4bit', 'BinaryLinear', 'BinaryLinear', 'Identity',
                                       'LayerNorm']
-
-
-def test_gpt2_weights_give_gpt2_logits(tmp_path, monkeypatch):
-    """A small GPT2LMHeadModel saved by transformers, loaded here: the same logits (its GELU is the tanh one, ours the
-    exact one, so they are compared with ours put in)."""
-    import transformers
-    torch.manual_seed(0)
-    source = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=60, n_positions=24, n_embd=32, n_layer=2, n_head=2, activation_function='gelu')).eval()
-    with torch.no_grad():
-        for p in source.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    source.save_pretrained(tmp_path / 'gpt2')
-    model = tiny_gpt(blocks=(), bias=True)
-    train_gpt.load_gpt2(model, str(tmp_path / 'gpt2'))
-    ids = random_ids(2, 16) % 60
-    with torch.no_grad():
-        assert torch.allclose(all_logits(model, ids)[..., :60], source(ids).logits, atol=1e-4)
-    assert not all_logits(model, ids)[..., 60:].any()
