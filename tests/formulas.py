@@ -91,13 +91,13 @@ def filled(layer, dtype=torch.float64, seed=1):
 
 
 def gradients(layer, function, x, v):
-    """{name: tensor} of the value and the gradients of sum(value * v) for x and every parameter."""
-    names, wanted = map(list, zip(*layer.named_parameters(), strict=True))
+    """{name: tensor} of the value and the gradients of sum(value * v) for x and every parameter that is trained."""
+    wanted = {n: p for n, p in layer.named_parameters() if p.requires_grad}
     if x.is_floating_point():
         x = x.detach().requires_grad_()
-        names, wanted = ['input', *names], [x, *wanted]
+        wanted = {'input': x} | wanted
     y = function(x)
-    return {'value': y.detach(), **dict(zip(names, torch.autograd.grad(y, wanted, v), strict=True))}
+    return {'value': y.detach(), **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), v), strict=True))}
 
 
 def same(got, want, tol):

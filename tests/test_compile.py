@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 import torch.nn as nn
-from formulas import filled, fixed, gradients, same  # noqa: F401
+from formulas import fixed, gradients, same  # noqa: F401
 from test_optim import distance, make, train
 
-from layers import (BinaryConv2d, BinaryLinear, Conv4bit, Linear4bit, TernaryConv2d, TernaryLinear, convert)
+from layers import BinaryConv2d, BinaryLinear, Conv4bit, Linear4bit, TernaryConv2d, TernaryLinear, convert
 from quant import kernels
 
 needs_compiler = pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
@@ -41,12 +41,6 @@ def packed():
     return model
 
 
-def trained(model):
-    """The model without its frozen parameters, as gradients() takes it."""
-    model.named_parameters = lambda: ((n, p) for n, p in nn.Module.named_parameters(model) if p.requires_grad)
-    return model
-
-
 @pytest.mark.parametrize('make, backend', [
     (linears, 'aot_eager'), (convolutions, 'aot_eager'), (packed, 'aot_eager'),
     pytest.param(lambda: nn.Sequential(BinaryLinear(12, 12, act='gelu'), TernaryLinear(12, 8), Linear4bit(8, 4)), 'inductor',
@@ -54,7 +48,7 @@ def trained(model):
     ids=['linear', 'conv', 'packed', 'inductor'])
 def test_compiled_equals_eager(make, backend):
     """torch.compile takes the layers as one graph; output and gradients are those of eager mode to 1e-5."""
-    model = trained(make())
+    model = make()
     x = torch.randn(2, 12, 7, 6) if make is convolutions else torch.randn(5, 12)
     v = torch.randn_like(model(x))
     got, want = (gradients(model, f, x, v) for f in (torch.compile(model, fullgraph=True, backend=backend), model))

@@ -1,4 +1,4 @@
-"""Compressed layers: values and gradients against the product with a weight decoded by hand; memory; low rank."""
+"""Compressed layers: values and gradients against the product with a weight decoded by hand, and memory."""
 import copy
 import gc
 import math
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layers
 import quant
-from layers import HalfLinear, Int8Linear, Linear4bit, LowRankLinear, convert, linear
+from layers import HalfLinear, Int8Linear, Linear4bit, convert, linear
 from quant import FIT4, NF4
 
 LEVELS = {'uniform': torch.linspace(-1, 1, 16), 'nf4': torch.tensor(NF4), 'fit4': torch.tensor(FIT4)}
@@ -242,53 +242,3 @@ def test_a_frozen_layer_never_holds_its_whole_weight_and_saves_nothing(kind):
         with Largest() as seen:                     # few tokens, with AVX-512: nothing is decoded
             assert_close(layer(x[:3]), y[:3], rtol=1e-4, atol=1e-5)
         assert seen.most <= 1024 * 32                                                       # scales, of 8 bits each
-
-
-# ------------------------------------------------------------------------------------------------------------ low rank
-
-
-def factors(layer):
-    return (layer.A * layer.c @ layer.B).detach()
-
-
-@pytest.mark.parametrize('shape', [(24, 40), (40, 24), (16, 16)])
-def test_low_rank_is_near_the_best_of_its_rank(shape):
-    """from_linear: at full rank the weight itself, at rank r within 5 % of the error of the exact SVD, bias copied."""
-    full = nn.Linear(*shape)
-    assert_close(factors(LowRankLinear.from_linear(full, rank=min(shape))), full.weight.detach(), rtol=0, atol=1e-5)
-    s = torch.linalg.svdvals(full.weight.detach())
-    for rank in (1, 5, 12):
-        layer = LowRankLinear.from_linear(full, rank=rank)
-        assert (factors(layer) - full.weight).norm() <= s[rank:].square().sum().sqrt() * 1.05
-        assert layer.A.shape == (shape[1], rank) and layer.B.shape == (rank, shape[0]) and torch.equal(layer.bias, full.bias)
-
-
-@pytest.mark.parametrize('shrink', [False, True])
-@pytest.mark.parametrize('rank', [1, 4, 6])
-def test_truncation_is_the_svd_of_the_product(rank, shrink):
-    """truncate(k) gives the best rank-k approximation of A diag(c) B, returns its share of the squares, and still trains."""
-    layer = LowRankLinear(10, 9, rank=6)
-    nn.init.normal_(layer.c)
-    layer(torch.randn(2, 10)).sum().backward()
-    U, s, Vh = torch.linalg.svd(factors(layer))
-    share = layer.truncate(rank, shrink)
-    assert_close(factors(layer), U[:, :rank] * s[:rank] @ Vh[:rank], rtol=0, atol=1e-5)
-    assert share == pytest.approx((s[:rank].square().sum() / s.square().sum()).item(), abs=1e-5)
-    left = rank if shrink else 6
-    assert layer.rank == left and [*layer.A.shape, *layer.c.shape, *layer.B.shape] == [9, left, left, left, 10]
-    assert not layer.c[rank:].any() and not layer.A[:, rank:].any() and not layer.B[rank:].any()
-    layer.zero_grad()
-    layer(torch.randn(2, 10)).sum().backward()
-    assert all(p.grad.shape == p.shape for p in layer.parameters())
-
-
-def test_low_rank_layer_never_forms_its_weight():
-    """Value and gradients of x, A, c, B and bias are those of the product; no tensor is as large as the weight."""
-    layer, x = LowRankLinear(64, 80, rank=3), torch.randn(2, 5, 64).requires_grad_()
-    nn.init.normal_(layer.c)
-    nn.init.normal_(layer.bias)
-    wanted, v = [x, *layer.parameters()], torch.randn(2, 5, 80)
-    want = grads(lambda: F.linear(x, layer.A @ torch.diag(layer.c) @ layer.B, layer.bias), wanted, v)
-    with Largest() as seen:
-        check(grads(lambda: layer(x), wanted, v), want)
-    assert seen.most < 64 * 80

@@ -308,6 +308,44 @@ def test_a_bright_image_loses_nothing_in_bfloat16():
     assert off(layer(x), want) < 0.01 < 0.05 < off(normalize(z.double(), layer.alpha.double().view(-1, 1, 1), 1), want)
 
 
+@pytest.mark.parametrize('kind, options', [('bin', dict(norm='channel')), ('bin', dict(norm='spatial', act='relu')),
+                                           ('bin', dict(norm='sample')), ('tern', {}), ('int4', {})], ids=str)
+def test_channels_last_changes_no_value(kind, options):
+    """Values and gradients are those of a contiguous input. Normalized over the channels, outputs are channels_last always."""
+    layer, x = filled(conv2d(kind, 4, 8, 3, padding=1, **options), torch.float32), images(dtype=torch.float32)
+    v = torch.randn_like(layer(x))
+    got = gradients(layer, layer, x.contiguous(memory_format=torch.channels_last), v)
+    want = gradients(layer, layer, x, v)
+    same(got, want, 1e-5)
+    if options.get('norm') == 'channel':            # so a chain of such layers copies nothing
+        for t in (got['value'], want['value'], got['input']):
+            assert t.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('offset', [0, 1000])
+@pytest.mark.parametrize('width', [(1,), (3,), (33,), (1000,), (5, 7), (64, 3000)], ids=str)
+def test_normalize_is_a_layer_norm(width, offset):
+    """In fp32 it is F.layer_norm in float64 with eps added to the std, within 1e-6, also a thousand deviations from 0."""
+    z, alpha, eps = torch.randn(6, *width) + offset, torch.randn(width[0] if len(width) == 1 else (width[0], 1)), 1e-3
+    exact, dims = z.double(), tuple(range(-len(width), 0))
+    std = exact.std(dims, keepdim=True, unbiased=False)
+    want = alpha * F.layer_norm(exact, width, eps=1e-30) * std / (std + eps)
+    got, rstd = layers._normalize(z, alpha, len(width), eps)
+    assert got.dtype == torch.float32
+    assert_close(got.double(), want, rtol=0, atol=1e-6 * max(1, want.abs().max().item()))
+    if math.prod(width) > 1:
+        assert_close(rstd.double(), 1 / std, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('norm', ['channel', 'spatial', 'sample'])
+def test_large_images_are_normalized_in_blocks_by_the_same_formula(norm):
+    """More numbers than are taken at a time: value and every gradient are those of the formula."""
+    layer = filled(BinaryConv2d(4, 8, 3, padding=1, norm=norm))
+    x = torch.randn(7, 4, 60, 90).double()
+    assert layer(x).numel() > 2 ** 18
+    check(layer, x, 1e-9)
+
+
 # -------------------------------------------------------------------------------------------------------- saved tensors
 
 
@@ -476,6 +514,100 @@ def test_4_bit_refuses_weights_beyond_fp16(cls, size):
             with pytest.raises(ValueError, match=f'^{cls.__name__}: .*65504'):
                 layer.pack_()
             assert not layer.packed and layer.weight is not None
+
+
+# --------------------------------------------------------------------------------------------- frozen, low rank, LoRA
+
+
+@pytest.mark.parametrize('kind, options', [('int4', {}), ('nf4', dict(scales='8bit')), ('int8', {}), ('half', {})], ids=str)
+def test_a_large_frozen_layer_is_the_product_with_its_weight(kind, options):
+    """A weight that is encoded in parts and decoded in blocks has the codes of the whole, the same output and gradients."""
+    full, x, v = nn.Linear(1024, 1100), torch.randn(6, 1024).requires_grad_(), torch.randn(6, 1100)
+    layer = layers.as_kind(copy.deepcopy(full), kind, options, True)
+    weight = layer.weight.float() if kind == 'half' else layer.effective_weight()
+    want = {'int8': lambda w: (w / w.abs().amax(1, keepdim=True) * 127).round() * w.abs().amax(1, keepdim=True) / 127,
+            'half': lambda w: w.half().float()}.get(kind, lambda w: Linear4bit(1024, 1100, **layers.FORMATS[kind].options,
+                                                                              **options).rounded(w))(full.weight.detach())
+    assert off(weight, want) < 1e-4                 # but for a few ties
+    bias = layer.bias.float().detach().requires_grad_()
+    exact = F.linear(x, weight, bias)
+    got, wanted = [x], [x]
+    if kind != 'half':                              # whose bias is fp16
+        got, wanted = [x, layer.bias.requires_grad_()], [x, bias]
+    y = layer(x)
+    assert_close(y, exact, rtol=1e-4, atol=1e-4)
+    for g, w in zip(torch.autograd.grad(y, got, v), torch.autograd.grad(exact, wanted, v), strict=True):
+        assert_close(g, w, rtol=1e-4, atol=1e-4)
+    assert saved(layer.requires_grad_(False), x)[0] == 0
+
+
+@pytest.mark.parametrize('base', ['nf4', 'tern', 'half', 'fp'])
+def test_lora_is_its_formula_and_merges(base):
+    """y = base(x) + alpha / r B A x, behind the RMSNorm of a ternary base; only x, A and B get gradients; merge() adds it."""
+    model = nn.Sequential(linear('tern', 14, 9, True) if base == 'tern' else nn.Linear(14, 9))
+    below = {} if base in ('fp', 'tern') else dict(base=base)
+    layers.convert(model, {'0': ('lora', dict(rank=3, alpha=6.0, **below))}, verbose=False)
+    layer, x, v = model[0], torch.randn(5, 14).requires_grad_(), torch.randn(5, 9)
+    nn.init.normal_(layer.lora_B)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ['0.lora_A', '0.lora_B']
+    a = x
+    if base == 'tern':
+        nn.init.uniform_(layer.base.gain, 0.5, 1.5)
+        a = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.base.gain
+    y, want = layer(x), layer.base(x) + 2 * a @ layer.lora_A.T @ layer.lora_B.T
+    grads = (torch.autograd.grad(t, [x, layer.lora_A, layer.lora_B], v) for t in (y, want))
+    for g, w in zip((y, *next(grads)), (want, *next(grads)), strict=True):
+        assert_close(g, w, rtol=1e-5, atol=1e-4)
+    new, damage = layer.merge(x.detach())
+    difference = (new(x) - want).abs()
+    assert off(new(x), want) < (0.02 if base == 'tern' else 1e-5)           # its input is not rounded then
+    assert list(damage.values()) == pytest.approx([difference.max().item(), difference.mean().item()], abs=1e-5)
+
+
+@pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-12), (torch.bfloat16, 0.03)])
+def test_low_rank_layer_is_its_product(dtype, tol):
+    """Value and gradients of x, A, c, B and bias are those of x (A diag(c) B)^T + b; the weight itself is not saved."""
+    layer, x, v = filled(LowRankLinear(64, 80, rank=3), dtype), torch.randn(2, 5, 64).to(dtype), torch.randn(2, 5, 80).to(dtype)
+    exact = copy.deepcopy(layer).double()
+    want = gradients(exact, lambda x: F.linear(x, exact.A @ torch.diag(exact.c) @ exact.B, exact.bias), x.double(), v.double())
+    got = gradients(layer, layer, x, v)
+    assert all(got[name].dtype == dtype and off(got[name], want[name]) < tol for name in want)
+    assert max(n for _, n in saved(layer, x)[1]) < 64 * 80
+
+
+def factors(layer):
+    return (layer.A * layer.c @ layer.B).detach()
+
+
+@pytest.mark.parametrize('shape', [(24, 40), (40, 24), (16, 16)])
+def test_low_rank_is_near_the_best_of_its_rank(shape):
+    """from_linear: at full rank the weight itself, at rank r within 5 % of the error of the exact SVD, bias copied."""
+    full = nn.Linear(*shape)
+    assert_close(factors(LowRankLinear.from_linear(full, rank=min(shape))), full.weight.detach(), rtol=0, atol=1e-5)
+    s = torch.linalg.svdvals(full.weight.detach())
+    for rank in (1, 5, 12):
+        layer = LowRankLinear.from_linear(full, rank=rank)
+        assert (factors(layer) - full.weight).norm() <= s[rank:].square().sum().sqrt() * 1.05
+        assert layer.A.shape == (shape[1], rank) and layer.B.shape == (rank, shape[0]) and torch.equal(layer.bias, full.bias)
+
+
+@pytest.mark.parametrize('shrink', [False, True])
+@pytest.mark.parametrize('rank', [1, 4, 6])
+def test_truncation_is_the_svd_of_the_product(rank, shrink):
+    """truncate(k) gives the best rank-k approximation of A diag(c) B, returns its share of the squares, and still trains."""
+    layer = LowRankLinear(10, 9, rank=6)
+    nn.init.normal_(layer.c)
+    layer(torch.randn(2, 10)).sum().backward()
+    U, s, Vh = torch.linalg.svd(factors(layer))
+    share = layer.truncate(rank, shrink)
+    assert_close(factors(layer), U[:, :rank] * s[:rank] @ Vh[:rank], rtol=0, atol=1e-5)
+    assert share == pytest.approx((s[:rank].square().sum() / s.square().sum()).item(), abs=1e-5)
+    left = rank if shrink else 6
+    assert layer.rank == left and [*layer.A.shape, *layer.c.shape, *layer.B.shape] == [9, left, left, left, 10]
+    assert not layer.c[rank:].any() and not layer.A[:, rank:].any() and not layer.B[rank:].any()
+    layer.zero_grad()
+    layer(torch.randn(2, 10)).sum().backward()
+    assert all(p.grad.shape == p.shape for p in layer.parameters())
 
 
 @pytest.mark.parametrize('make, says', [

@@ -406,28 +406,6 @@ def test_a_refresh_runs_in_full_precision(attached):
         torch.set_float32_matmul_precision('highest')
 
 
-def test_full_precision_restores_the_settings():
-    """full_precision() restores the matmul precision of each backend, after an error too."""
-    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [place.fp32_precision for place in places]
-    try:
-        for setting in (('high', None), ('medium', None), ('highest', 'tf32')):
-            torch.set_float32_matmul_precision(setting[0])
-            if setting[1]:
-                places[0].fp32_precision = setting[1]
-            now = [place.fp32_precision for place in places]
-            with pytest.raises(KeyError), optim.full_precision('cpu'):
-                assert torch.get_float32_matmul_precision() == 'highest'
-                assert not {'tf32', 'bf16'} & {place.fp32_precision for place in places}
-                raise KeyError
-            assert [place.fp32_precision for place in places] == now
-            assert setting[1] or torch.get_float32_matmul_precision() == setting[0]
-    finally:
-        torch.set_float32_matmul_precision('highest')
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
-
-
 def test_interval_and_stagger():
     """interval=1 refreshes in every step; stagger=1 makes one first basis a step, and no weight is trained before its own."""
     model, optimizer = make(rank=2, interval=1)
