@@ -423,14 +423,14 @@ PACKABLE = {'binary': (lambda: BinaryLinear(13, 6), X, 12 + 1 + 4),         # ro
             'ternary gated': (lambda: TernaryLinear(13, 6, chunks=(1, 5), act='silu_glu'), (5, 26), 24 + 8 + 52),
             'conv tern': (lambda: TernaryConv2d(3, 5, 3, padding='same', act='relu', bias=True), IMAGES, 5 * 7 + 4 + 20),
             'int4': (lambda: Linear4bit(13, 6), X, 40 + 10 + 24),           # 78 weights: 5 groups of 8 bytes and fp16
-            'int4 wide': (lambda: Linear4bit(13, 6, False, group=32, act='gelu'), X, 48 + 6),
+            'int4 wide': (lambda: Linear4bit(13, 6, False, group=32, act='gelu'), (2, 3, 13), 48 + 6),
             'nf4': (lambda: Linear4bit(37, 11, format='nf4', scales='8bit', act='gelu'), (5, 37), 7 * (32 + 1) + 4 + 44),
             'fit4': (lambda: Linear4bit(37, 11, format='fit4'), (5, 37), 13 * (16 + 1) + 4 + 44),
             'conv int4': (lambda: Conv4bit(3, 5, 3, act='relu'), IMAGES, 9 * (8 + 2) + 20),
             'conv wide': (lambda: Conv4bit(3, 5, 3, group=64, bias=False, padding=(0, 1)), IMAGES, 3 * (32 + 2)),
             'conv nf4': (lambda: Conv4bit(3, 5, 3, format='nf4', scales='8bit'), IMAGES, 3 * (32 + 1) + 4 + 20),
             'conv fit4': (lambda: Conv4bit(3, 5, 3, format='fit4', dilation=2), IMAGES, 5 * (16 + 1) + 4 + 20),
-            'int8': (lambda: Int8Linear(13, 6), X, 78 + 24 + 24), 'int8 act': (
+            'int8': (lambda: Int8Linear(13, 6), (13,), 78 + 24 + 24), 'int8 act': (
                 lambda: Int8Linear(13, 6, activations='int8', act='gelu'), X, 78 + 24 + 24)}
 every_packable = pytest.mark.parametrize('name', PACKABLE)
 
@@ -519,14 +519,15 @@ def test_4_bit_refuses_weights_beyond_fp16(cls, size):
 # --------------------------------------------------------------------------------------------- frozen, low rank, LoRA
 
 
-@pytest.mark.parametrize('kind, options', [('int4', {}), ('nf4', dict(scales='8bit')), ('int8', {}), ('half', {})], ids=str)
-def test_a_large_frozen_layer_is_the_product_with_its_weight(kind, options):
+@pytest.mark.parametrize('kind, options, n, out', [('int4', {}, 1024, 1100), ('nf4', dict(scales='8bit'), 1023, 1101),
+                                                   ('int8', {}, 1024, 1100), ('half', {}, 1024, 1100)], ids=str)
+def test_a_large_frozen_layer_is_the_product_with_its_weight(kind, options, n, out):
     """A weight that is encoded in parts and decoded in blocks has the codes of the whole, the same output and gradients."""
-    full, x, v = nn.Linear(1024, 1100), torch.randn(6, 1024).requires_grad_(), torch.randn(6, 1100)
+    full, x, v = nn.Linear(n, out), torch.randn(6, n).requires_grad_(), torch.randn(6, out)
     layer = layers.as_kind(copy.deepcopy(full), kind, options, True)
     weight = layer.weight.float() if kind == 'half' else layer.effective_weight()
     want = {'int8': lambda w: (w / w.abs().amax(1, keepdim=True) * 127).round() * w.abs().amax(1, keepdim=True) / 127,
-            'half': lambda w: w.half().float()}.get(kind, lambda w: Linear4bit(1024, 1100, **layers.FORMATS[kind].options,
+            'half': lambda w: w.half().float()}.get(kind, lambda w: Linear4bit(n, out, **layers.FORMATS[kind].options,
                                                                               **options).rounded(w))(full.weight.detach())
     assert off(weight, want) < 1e-4                 # but for a few ties
     bias = layer.bias.float().detach().requires_grad_()
