@@ -7,27 +7,18 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from formulas import activated, filled, fixed, off  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from layers import LoRALinear, LowBit, convert
+from layers import Activation, LoRALinear, LowBit, TernaryLinear, convert
 from pretrained.adapters import adapters, load_adapters, merge_adapters, only_adapters, save_adapters
-
-
-@pytest.fixture(autouse=True)
-def fixed():
-    torch.manual_seed(0)
-
-
-def off(got, want):
-    return ((got - want).norm() / want.norm()).item()
-
 
 BASES = {'fp': 'fp', 'half': 'half', 'int8': 'int8', 'int8 act': ('int8', dict(activations='int8', act='gelu')), 'int4': 'int4',
          'int4 act': ('int4', dict(act='relu')), 'nf4': 'nf4', 'nf4 act': ('nf4', dict(act='gelu', scales='8bit')),
          'fit4': 'fit4', 'tern': 'tern', 'tern act': ('tern', dict(act='gelu')), 'tern bare': ('tern', dict(norm=False)),
-         'bin': 'bin', 'bin act': ('bin', dict(act='gelu', chunks=3)), 'lowrank': ('lowrank', dict(rank=5))}
+         'tern gated': ('tern', dict(act='silu_glu', chunks=(2, 4, 3))), 'bin': 'bin',
+         'bin act': ('bin', dict(act='gelu', chunks=3)), 'lowrank': ('lowrank', dict(rank=5))}
 every_base = pytest.mark.parametrize('name', BASES)
 
 
@@ -44,9 +35,14 @@ def lora(name, bias=True, size=(14, 9), **options):
     return model[0]
 
 
+def inputs(layer, *shape):
+    """Random x of this shape and of the layer's width, which is twice `in` where a gate comes with it."""
+    return torch.randn(*shape, 28 if 'glu' in (getattr(layer.base, 'act', None) or '') else 14)
+
+
 def seen(layer, x):
-    """What the weight of the base is multiplied by, literally."""
-    x = getattr(F, layer.base.act)(x) if getattr(layer.base, 'act', None) else x
+    """The numbers that the weight of the base is multiplied by, literally."""
+    x = activated(layer.base, x) if hasattr(layer.base, 'act') else x
     if getattr(layer.base, 'gain', None) is not None:
         x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.base.gain
     return x
@@ -73,15 +69,14 @@ def same(a, b):
 
 
 @every_base
-@pytest.mark.parametrize('shape', [(5, 14), (2, 3, 14), (14,)])
-def test_lora_is_its_formula(name, shape):
-    """y = base(x) + alpha / r B A x', x' what the weight of the base sees: output, gradients of x, A and B, no others."""
-    layer, x, v = lora(name), torch.randn(shape).requires_grad_(), torch.randn(*shape[:-1], 9)
-    base, wanted = copy.deepcopy(layer.base), [x, layer.lora_A, layer.lora_B]
+def test_lora_is_its_formula(name):
+    """y = base(x) + alpha / r B A x', x' what the weight of the base sees; only x, A and B get gradients."""
+    layer = lora(name)
+    x = inputs(layer, *[(5,), (2, 3), ()][len(name) % 3]).requires_grad_()
+    base, wanted, v = copy.deepcopy(layer.base), [x, layer.lora_A, layer.lora_B], torch.randn(*x.shape[:-1], 9)
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ['lora_A', 'lora_B'] and len(base.state_dict()) > 1
     want = [reference(layer, base, x), *torch.autograd.grad(reference(layer, base, x), wanted, v)]
-    got = [layer(x), *torch.autograd.grad(layer(x), wanted, v)]
-    for g, w in zip(got, want, strict=True):
+    for g, w in zip([layer(x), *torch.autograd.grad(layer(x), wanted, v)], want, strict=True):
         assert_close(g, w, rtol=1e-5, atol=1e-5)
     layer(x).sum().backward()
     assert all(p.grad is None for p in layer.base.parameters()) and getattr(layer.base, 'packed', True)
@@ -89,8 +84,9 @@ def test_lora_is_its_formula(name, shape):
 
 @every_base
 def test_a_new_adapter_changes_nothing(name):
-    """B is zero: the outputs of the base to the bit; A is kaiming-uniform, within 1 / sqrt(in); dropout only in training."""
-    layer, x = lora(name, dropout=0.5), torch.randn(5, 14)
+    """B is zero: the outputs of the base to the bit. A is within 1 / sqrt(in). Dropout is for training only."""
+    layer = lora(name, dropout=0.5)
+    x = inputs(layer, 5)
     assert not torch.equal(layer.train()(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
     assert_close(layer(x), reference(layer, layer.base, x), rtol=1e-5, atol=1e-5)
     nn.init.zeros_(layer.lora_B)
@@ -99,11 +95,10 @@ def test_a_new_adapter_changes_nothing(name):
     assert not fresh.lora_B.any() and 0.95 < fresh.lora_A.abs().max() * 4000 ** 0.5 <= 1 and fresh.lora_A.shape == (8, 4000)
 
 
-@every_base
+@pytest.mark.parametrize('name', ['fp', 'nf4 act', 'tern', 'bin', 'lowrank'])
 def test_training_moves_only_the_adapters(name):
-    """Forty steps towards another linear map: the loss falls, what is not an adapter stays the same to the bit."""
-    model = nn.Sequential(lora(name, rank=8, alpha=8.0), nn.LayerNorm(9))
-    only_adapters(model)
+    """Forty steps towards another linear map: the loss falls, and everything but the adapters stays the same to the bit."""
+    model = only_adapters(nn.Sequential(lora(name, rank=8, alpha=8.0), nn.LayerNorm(9)))
     trained = [p for p in model.parameters() if p.requires_grad]
     before, x = weights(model), torch.randn(32, 14)
     y, optimizer, losses = x @ torch.randn(14, 9) / 4, torch.optim.Adam(trained, 0.02), []
@@ -116,23 +111,6 @@ def test_training_moves_only_the_adapters(name):
     assert len(trained) == 2 and losses[-1] < losses[0] * 0.75 and same(weights(model), before), losses[::13]
 
 
-class Widths(TorchDispatchMode):
-    """The last sizes of what is multiplied element by element."""
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket is torch.ops.aten.mul:
-            self.found = getattr(self, 'found', set()) | {args[0].shape[-1]}
-        return function(*args, **(kwargs or {}))
-
-
-def test_the_scale_of_an_adapter_multiplies_its_ranks():
-    """alpha / rank is put to the few numbers in the middle, not to the output."""
-    layer, x = lora('fp', size=(14, 900)), torch.randn(5, 14)
-    with Widths() as seen:
-        y = layer.adapter(x)
-    assert seen.found == {3} and layer.alpha / layer.rank == 2
-    assert_close(y, 2 * x @ layer.lora_A.T @ layer.lora_B.T, rtol=1e-5, atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------------------- merging
 
 # relative distance of the merged output allowed: (in full precision, requantized)
@@ -143,11 +121,10 @@ ALLOWED |= {'int8 act': (0.02, 0.03), 'tern bare': (0.02, 1.5)}
 
 @every_base
 @pytest.mark.parametrize('requantize', [False, True])
-@pytest.mark.parametrize('bias', [True, False])
-def test_merging_and_the_damage_it_reports(name, requantize, bias):
-    """The merged layer computes base and adapter, within what its format allows; the damage is the largest and the mean
-    difference on x; the same kind comes back with requantize, adapter and base are as before."""
-    layer, x = lora(name, bias), torch.randn(6, 14)
+def test_merging_and_the_damage_it_reports(name, requantize):
+    """The merged layer computes base and adapter as well as its format can, and the damage says how well, on x."""
+    layer = lora(name, bias=len(name) % 2 == requantize)
+    x = inputs(layer, 6)
     before = copy.deepcopy(layer.state_dict())
     allowed = ALLOWED.get(name, ALLOWED[name.split()[0]])[requantize]
     if allowed is None:
@@ -165,7 +142,31 @@ def test_merging_and_the_damage_it_reports(name, requantize, bias):
             assert sum(t.nbytes for t in new.state_dict().values()) == sum(t.nbytes for t in layer.base.state_dict().values())
         else:
             assert not any(isinstance(m, LowBit) for m in new.modules())
+            if name == 'tern gated':
+                assert [type(m) for m in new] == [Activation, nn.RMSNorm, nn.Linear]
     assert same(layer.state_dict(), before)
+
+
+def test_a_merge_requantizes_each_chunk_by_itself():
+    """Chunks of 6, 2 and 4 rows keep their scales when packed and unpacked, and get new ones from the merged weights."""
+    rows = (6, 2, 4)
+    layer, x = filled(TernaryLinear(7, 12, chunks=rows, norm=False), torch.float32), torch.randn(5, 7)
+    layer.weight.data.mul_(torch.tensor([1.0, 10.0, 0.1]).repeat_interleave(torch.tensor(rows))[:, None])
+    sizes = [w.abs().mean().item() for w in layer.weight.split(rows)]
+    want = torch.cat([(w / s).round().clamp(-1, 1) * s for w, s in zip(layer.weight.split(rows), sizes, strict=True)]).detach()
+    for step in (lambda: layer, layer.pack_, layer.unpack_, layer.pack_):
+        assert step() is layer
+        assert_close(layer.effective_weight(), want, rtol=1e-6, atol=0)
+        assert layer.ternary()[1].tolist() == pytest.approx(sizes, rel=1e-6)
+    delta = torch.randn(12, 7) * want.abs().amax(1, keepdim=True)
+    with torch.no_grad():
+        plain, again = layer.merged(delta, False, x), layer.merged(delta, True, x)
+    assert type(plain) is nn.Linear and torch.equal(plain.weight, layer.effective_weight() + delta)
+    for i, (w, d, code) in enumerate(zip(layer.decode()[0].split(rows), delta.split(rows), layer.ternary()[0].split(rows),
+                                         strict=True)):
+        w = w + d / code.ne(0).float().mean()       # a scale of mean|w| takes this share from it
+        assert again.ternary()[1][i].item() == pytest.approx(w.abs().mean().item(), rel=1e-6)
+        assert torch.equal(again.ternary()[0].split(rows)[i], (w / w.abs().mean()).round().clamp(-1, 1).to(torch.int8))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
@@ -176,7 +177,7 @@ def test_merging_a_model_of_another_dtype(name, dtype):
     x = torch.randn(6, 14).to(dtype)
     want = model(x)
     merge_adapters(model, x)
-    assert model(x).dtype == dtype and off(model(x).double(), want.double()) < 0.03
+    assert model(x).dtype == dtype and off(model(x), want) < 0.03
 
 
 def test_a_failed_merge_leaves_the_layer_as_it_was():
@@ -215,7 +216,7 @@ def net(rules=RULES):
 
 
 def test_merge_adapters_of_a_model():
-    """Every adapter is merged on what reaches it, no LoRA is left, the model computes the same, damages come by name."""
+    """Every adapter is merged, no LoRA is left, the model computes the same, and each damage comes with its name."""
     model, x = net(), torch.randn(7, 16)
     model.blocks[0].eval()
     y, other = model(x), copy.deepcopy(model)
@@ -258,24 +259,14 @@ class ByKeyword(nn.Module):
 
 
 def test_merge_adapters_of_layers_called_with_keywords():
-    """layer(x=...) is seen as layer(...) is."""
+    """merge_adapters() also sees the inputs of layers that are called as layer(x=...)."""
     model, x = ByKeyword(), torch.randn(5, 16)
     convert(model, {'*': ('lora', dict(base='nf4'))}, verbose=False)
     for m in loras(model):
         nn.init.normal_(m.lora_B, std=0.1)
     y = model(x)
     damage = merge_adapters(model, x)
-    model.fc, model.proj = (Anything(m) for m in (model.fc, model.proj))                    # nn.Linear calls it `input`
-    assert list(damage) == ['fc', 'proj'] and not loras(model) and off(model(x), y) < 1e-5
-
-
-class Anything(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
+    assert list(damage) == ['fc', 'proj'] and not loras(model) and off(model.proj(model.fc(x)), y) < 1e-5
 
 
 WRAPPERS = {'compile': [lambda m: torch.compile(m, backend='eager')], 'ddp': [DistributedDataParallel]}
@@ -292,7 +283,7 @@ def one_process():
 @pytest.mark.parametrize('ran', [False, True])
 @pytest.mark.parametrize('wrapper', WRAPPERS)
 def test_adapters_of_a_wrapped_model(one_process, tmp_path, wrapper, ran):
-    """Names, files, loading and merging are those of the model that torch.compile and DDP wrap, before it ran and after."""
+    """Names, files, loading and merging are those of the model inside torch.compile and DDP, before it ran and after."""
     def wrapped(model):
         for wrap in WRAPPERS[wrapper]:
             model = wrap(model)
@@ -328,7 +319,7 @@ def test_merge_adapters_refuses_a_bare_layer():
 
 
 def test_files_have_the_layout_of_peft(tmp_path):
-    """Keys and shapes of the tensors, and every field of the config that peft needs; what differs by layer by name."""
+    """Tensors and config have peft's names; ranks and alphas that differ by layer are in its patterns."""
     from safetensors.torch import load_file
     model = net()
     save_adapters(model, tmp_path / 'a', 'some/model')
@@ -376,9 +367,8 @@ DAMAGE = {'missing': (lambda t, c: t.pop(KEY), KEY), 'unknown': (lambda t, c: t.
           'list': ('[1]', '.'), 'no json': ('{', 'adapters'), 'no config': (None, 'adapters'), 'no tensors': ('', 'adapters')}
 
 
-@pytest.mark.parametrize('bare', [True, False])
 @pytest.mark.parametrize('damage', DAMAGE)
-def test_a_file_that_does_not_fit_is_refused(tmp_path, damage, bare):
+def test_a_file_that_does_not_fit_is_refused(tmp_path, damage):
     """A missing or unknown key, another shape, another kind of adapters: ValueError naming it, the model untouched."""
     from safetensors.torch import load_file, save_file
     tensors_path, config_path = tmp_path / 'adapter_model.safetensors', tmp_path / 'adapter_config.json'
@@ -395,12 +385,12 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, damage, bare):
         config_path.unlink()
     else:
         config_path.write_text(change)
-    model = Net() if bare else net()
-    before, text, trained = copy.deepcopy(model.state_dict()), str(model), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match=says):
-        load_adapters(model, tmp_path)
-    assert str(model) == text and same(model.state_dict(), before)
-    assert [p.requires_grad for p in model.parameters()] == trained and all(m.alpha in (8.0, 5.0) for m in loras(model))
+    for model in (Net(), net()):
+        before, text, trained = copy.deepcopy(model.state_dict()), str(model), [p.requires_grad for p in model.parameters()]
+        with pytest.raises(ValueError, match=says):
+            load_adapters(model, tmp_path)
+        assert str(model) == text and same(model.state_dict(), before)
+        assert [p.requires_grad for p in model.parameters()] == trained and all(m.alpha in (8.0, 5.0) for m in loras(model))
 
 
 # --------------------------------------------------------------------------------------------------------- against peft
@@ -436,7 +426,7 @@ def test_peft_loads_our_adapters(tmp_path, rules):
                                       dict(alpha_pattern={r'layer\.1\.attention\.q_lin': 30, '^distilbert.*0.*v_lin': 2})],
                          ids=['none', 'by name', 'by expression'])
 def test_we_load_adapters_of_peft(tmp_path, patterns):
-    """Adapters that peft trained and saved, also with ranks and alphas by pattern, give equal logits here."""
+    """Adapters that peft saved, also with ranks and alphas by pattern, give equal logits here."""
     bare, ids = distilbert()
     from peft import LoraConfig, get_peft_model
     config = LoraConfig(r=4, lora_alpha=6, target_modules=['q_lin', 'v_lin'], init_lora_weights=False, **patterns)
@@ -472,7 +462,7 @@ def with_head(rank=3):
 
 
 def test_heads_are_kept_with_the_adapters(tmp_path):
-    """Modules trained as a whole come back with the adapters; what is not of them stays; peft's names in the files."""
+    """Heads that were trained as a whole come back with the adapters, under peft's names; other weights stay."""
     model, other = with_head(), with_head(0)
     save_adapters(model, tmp_path, 'some/model', ['head', 'out'], 'SEQ_CLS')
     before = other.state_dict()

@@ -1,29 +1,19 @@
 """optim.py: the optimizer against torch's, its bytes, its resumption, and the projected backward pass against the full one."""
 import copy
 import io
-import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from formulas import fixed  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
 import common
-import layers
 import optim
-from conftest import ranks, wait_all
 from optim import MuonAdamW, RSVDAdam, TopRAdamW, attach, memory_report, optimizer_bytes
-from train_gpt import GPT, GPTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 MODES = {
     'left': dict(rank=2), 'right': dict(rank=2, side='right'), 'short': dict(rank=2, side='short', scale=.5),
     'fraction': dict(rank_fraction=.1), 'energy': dict(energy=.8, rank_min=1, rank_max=8, rotate=True),
@@ -80,6 +70,14 @@ def distance(a, b):
     return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def reloaded(*parts):
+    """The states of modules and optimizers, as they come back from a file that is loaded with weights_only=True."""
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # functions of tensors
 
@@ -105,12 +103,12 @@ def test_range_finder_against_the_exact_svd(m, n):
         assert inside.min() > 1 - off
 
 
-def test_range_finder_is_orthonormal_on_a_matrix_of_lower_rank():
-    """The reference's classifier: a gradient of rank 1, and one of rank 0."""
-    for G in (torch.ones(20, 3), torch.zeros(20, 3)):
-        basis, s = optim.range_basis(lambda x, G=G: G @ x, lambda y, G=G: G.T @ y, (20, 3), 3, generator=None)
-        torch.testing.assert_close(basis.T @ basis, torch.eye(3), atol=1e-5, rtol=0)
-        assert s[1] < 1e-4
+@pytest.mark.parametrize('G', [torch.ones(20, 3), torch.zeros(20, 3)], ids=['rank 1', 'rank 0'])
+def test_range_finder_is_orthonormal_on_a_matrix_of_lower_rank(G):
+    """A gradient of rank 1, as of a classifier's bias direction, or of rank 0 gives an orthonormal basis."""
+    basis, s = optim.range_basis(lambda x: G @ x, lambda y: G.T @ y, (20, 3), 3, generator=None)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(3), atol=1e-5, rtol=0)
+    assert s[1] < 1e-4
 
 
 def test_choose_rank_by_hand():
@@ -136,95 +134,63 @@ def test_rotated_moments_describe_the_same_gradient():
 
 @pytest.mark.parametrize('square', [False, True])
 def test_moments_in_fewer_bits_are_right_in_the_mean(square):
-    """4,000 random roundings average to the number; a single one is within a step; nothing becomes 0 that is divided by."""
+    """1,000 random roundings average to the number; a single one is within a step; no second moment becomes 0."""
     t = torch.randn(700, generator=torch.Generator().manual_seed(0))
     t = t.square() if square else t
     total = {'bf16': 0, '8bit': 0}
     g = torch.Generator().manual_seed(1)
     for dtype in total:
-        for _ in range(4000):
+        for _ in range(1000):
             state = {f'x{k}': v for k, v in optim.keep(t, dtype, square, g).items()}
-            total[dtype] += optim.held(state, 'x') / 4000
+            total[dtype] += optim.held(state, 'x') / 1000
         assert state['x'].element_size() == (2 if dtype == 'bf16' else 1)
         one = optim.held(state, 'x')
         assert (one - t).abs().max() < (.01 if dtype == 'bf16' else .1) * t.abs().max()
     for dtype, step in (('bf16', 2 ** -7 * t.abs()), ('8bit', .04 * t.abs().max())):
         assert ((total[dtype] - t).abs() <= .08 * step + 1e-6).all(), dtype
     zero = {f'x{k}': v for k, v in optim.keep(torch.tensor([0., 1.]), '8bit', True, g).items()}
-    assert optim.held(zero, 'x')[0] > 0
+    assert optim.held(zero, 'x')[0].item() == pytest.approx((0.5 / 255) ** 4)               # half of the smallest code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the optimizer
 
 
-def test_identity_basis_is_adamw():
-    """P = I, 50 steps: torch.optim.AdamW to 1e-6; the weights of one dimension bit for bit."""
-    torch.manual_seed(0)
-    ours, theirs = nn.Linear(12, 9), nn.Linear(12, 9)
-    theirs.load_state_dict(ours.state_dict())
-    a = RSVDAdam(ours.parameters(), lr=3e-3, weight_decay=.1, rank=9, interval=10 ** 6)
-    b = torch.optim.AdamW(theirs.parameters(), lr=3e-3, weight_decay=.1, fused=True)
-    a.waits(ours.weight, a.param_groups[0])
-    a.state[ours.weight].update(basis=torch.eye(9), fresh_at=0, refreshes=1)
-    for _ in range(50):
-        x = torch.randn(20, 12)
-        for m, o in ((ours, a), (theirs, b)):
-            m(x).square().mean().backward()
-            o.step()
-            o.zero_grad()
-    torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-6, rtol=0)
-    torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-6, rtol=0)
-
-
-def test_one_fused_step_makes_one_tensor_for_any_number_of_parameters():
-    """The step count, made on the device; the numbers are those of torch.optim.AdamW, at the first step and the thousandth."""
-    class Made(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
-            made.extend(function for t in tree_leaves(out) if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in old
-                        or 'lift' in str(function))
-            return out
-    for t in (1, 1000):
-        made = []
-        ours, theirs = ([torch.randn(5, generator=torch.Generator().manual_seed(i)) for i in range(9)] for _ in 'ab')
-        grads, Ms, Vs = [p.cos() for p in ours], [p / 9 for p in ours], [p.square() for p in ours]
-        optimizer = torch.optim.AdamW(theirs, lr=.1, betas=(.8, .9), eps=1e-6, weight_decay=.2, fused=True)
-        for p, g, M, V in zip(theirs, grads, Ms, Vs, strict=True):
-            p.grad = g.clone()
-            optimizer.state[p].update(step=torch.tensor(t - 1.), exp_avg=M.clone(), exp_avg_sq=V.clone())
-        optimizer.step()
-        with Made():
-            optim.fused_adamw_(ours, grads, Ms, Vs, t, .8, .9, .1, .2, 1e-6)
-        assert len(made) == 1, made
-        for p, q, M, V in zip(ours, theirs, Ms, Vs, strict=True):
-            assert torch.equal(p, q)
-            assert torch.equal(M, optimizer.state[q]['exp_avg']) and torch.equal(V, optimizer.state[q]['exp_avg_sq'])
-
-
 @pytest.mark.parametrize('side', ['left', 'right'])
-def test_any_full_basis_is_adamw_on_the_rotated_problem(side):
-    """W = P W', gradients of W' = P^T G, AdamW on W': the same walk, and another one than AdamW's on W itself."""
-    torch.manual_seed(0)
-    W0, data = torch.randn(6, 6), [torch.randn(6, 6) for _ in range(30)]
-    P = torch.linalg.qr(torch.randn(6, 6)).Q
-    rotate = (lambda t: P.T @ t) if side == 'left' else (lambda t: t @ P)
-    p, q, plain = nn.Parameter(W0.clone()), nn.Parameter(rotate(W0)), nn.Parameter(W0.clone())
-    a = RSVDAdam([p], lr=1e-2, rank=6, side=side, interval=10 ** 6)
-    a.waits(p, a.param_groups[0])
-    a.state[p].update(basis=P, fresh_at=0, refreshes=1)
-    b, c = (torch.optim.AdamW([x], lr=1e-2, weight_decay=.01) for x in (q, plain))
-    for t in data:
-        p.grad, q.grad, plain.grad = p.detach() - t, rotate(rotate_back(q.detach(), P, side) - t), plain.detach() - t
-        for o in (a, b, c):
-            o.step()
-    torch.testing.assert_close(rotate(p.detach()), q.detach(), atol=2e-5, rtol=0)
-    assert (p - plain).abs().max() > 1e-3
+def test_a_full_basis_is_adamw_on_the_rotated_problem(side):
+    """With P = I the weights are torch.optim.AdamW's; with another P those of AdamW on P^T W. Biases are AdamW's always."""
+    for P in (torch.eye(6), torch.linalg.qr(torch.randn(6, 6)).Q):
+        rotate, back = ((lambda t, P=P: P.T @ t), (lambda t, P=P: P @ t)) if side == 'left' else (
+            (lambda t, P=P: t @ P), (lambda t, P=P: t @ P.T))
+        W0, b0, data = torch.randn(6, 6), torch.randn(6), [torch.randn(6, 6) for _ in range(30)]
+        p, q, plain, b, c = map(nn.Parameter, (W0.clone(), rotate(W0).clone(), W0.clone(), b0.clone(), b0.clone()))
+        ours = RSVDAdam([p, b], lr=1e-2, weight_decay=.1, rank=6, side=side, interval=10 ** 6)
+        ours.waits(p, ours.param_groups[0])
+        ours.state[p].update(basis=P, fresh_at=0, refreshes=1)
+        theirs = torch.optim.AdamW([q, plain, c], lr=1e-2, weight_decay=.1, fused=True)
+        for t in data:
+            p.grad, q.grad, plain.grad = p.detach() - t, rotate(back(q.detach()) - t), plain.detach() - t
+            b.grad, c.grad = ((x.detach() - t[0]) * 1e-8 for x in (b, c))    # so small that eps matters
+            ours.step(), theirs.step()
+        torch.testing.assert_close(rotate(p.detach()), q.detach(), atol=2e-5, rtol=0)
+        torch.testing.assert_close(b, c, atol=1e-7, rtol=0)
+        assert (p - plain).abs().max() < 1e-6 if torch.equal(P, torch.eye(6)) else (p - plain).abs().max() > 1e-3
 
 
-def rotate_back(t, P, side):
-    return P @ t if side == 'left' else t @ P.T
+@pytest.mark.parametrize('t', [1, 1000])
+def test_a_fused_step_is_that_of_adamw(t):
+    """At the first step and at the thousandth, weights and both moments are torch.optim.AdamW's to the bit."""
+    ours, theirs = ([torch.randn(5, generator=torch.Generator().manual_seed(i)) for i in range(9)] for _ in 'ab')
+    grads, Ms, Vs = [p.cos() for p in ours], [p / 9 for p in ours], [p.square() for p in ours]
+    optimizer = torch.optim.AdamW(theirs, lr=.1, betas=(.8, .9), eps=1e-6, weight_decay=.2, fused=True)
+    for p, g, M, V in zip(theirs, grads, Ms, Vs, strict=True):
+        p.grad = g.clone()
+        optimizer.state[p].update(step=torch.tensor(t - 1.), exp_avg=M.clone(), exp_avg_sq=V.clone())
+    optimizer.step()
+    optim.fused_adamw_(ours, grads, Ms, Vs, t, .8, .9, .1, .2, 1e-6)
+    for p, q, M, V in zip(ours, theirs, Ms, Vs, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(M, optimizer.state[q]['exp_avg']) and torch.equal(V, optimizer.state[q]['exp_avg_sq'])
 
 
 def test_a_step_by_hand():
@@ -239,6 +205,7 @@ def test_a_step_by_hand():
 
 
 def test_conv_kernels_and_bf16_parameters():
+    """A kernel is trained as a matrix (out, rest), by updates of rank r; a bf16 weight stays bf16, with fp32 moments."""
     p, q = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.randn(16, 8).bfloat16())
     o = RSVDAdam([p, q], lr=1e-2, rank=2)
     for _ in range(3):
@@ -251,40 +218,35 @@ def test_conv_kernels_and_bf16_parameters():
     assert o.state[q]['exp_avg'].dtype == torch.float32
 
 
+@pytest.mark.parametrize('attached', [False, True])
 @pytest.mark.parametrize('mode', MODES)
-def test_resume_is_bit_exact(mode):
-    """23 steps, or 11, a weights_only file, and 12 more in a new optimizer: the same bits, attached or not."""
-    for attached in (False, True):
-        model, optimizer = make(attached, **MODES[mode])
-        train(model, optimizer, 11)
-        file = io.BytesIO()
-        torch.save({'m': model.state_dict(), 'o': optimizer.state_dict()}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        again, other = make(attached, seed=5, **MODES[mode])
-        again.load_state_dict(saved['m'])
-        other.load_state_dict(saved['o'])
-        train(model, optimizer, 23, start=11)
-        train(again, other, 23, start=11)
-        assert distance(model, again) == 0
-        for p, q in zip(model.parameters(), again.parameters(), strict=True):
-            a, b = optimizer.state[p], other.state[q]
-            assert a.keys() == b.keys()
-            for key in a:
-                if torch.is_tensor(a[key]):
-                    assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key])
-                else:
-                    assert type(a[key]) is int and a[key] == b[key]
+def test_resume_is_bit_exact(mode, attached):
+    """16 steps, or 5, a weights_only file, and 11 more in a new optimizer, give the same bits, refreshes included."""
+    model, optimizer = make(attached, **MODES[mode])
+    train(model, optimizer, 5)
+    states = reloaded(model, optimizer)
+    again, other = make(attached, seed=5, **MODES[mode])
+    again.load_state_dict(states[0]), other.load_state_dict(states[1])
+    train(model, optimizer, 16, start=5)
+    train(again, other, 16, start=5)
+    assert distance(model, again) == 0
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        a, b = optimizer.state[p], other.state[q]
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.is_tensor(a[key]) or type(a[key]) is type(b[key]) is int
+            assert torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) and (
+                not torch.is_tensor(a[key]) or a[key].dtype == b[key].dtype)
 
 
 @pytest.mark.parametrize('mode', MODES)
 def test_every_mode_learns_and_leaves_the_global_generator_alone(mode):
-    """One batch, 60 steps: the loss falls by half at least."""
+    """One batch, 40 steps: the loss falls by half at least."""
     model, optimizer = make(**MODES[mode])
     ids, labels = next(batches(1))
     start = F.cross_entropy(model(ids), labels).item()
     before = torch.get_rng_state()
-    for _ in range(60):
+    for _ in range(40):
         loss = F.cross_entropy(model(ids), labels)
         loss.backward()
         optimizer.step()
@@ -299,7 +261,7 @@ def test_energy_chooses_the_rank_of_the_full_svd(shape, side):
     """The smallest rank whose squared singular values reach the share of all of them, on tall and on wide matrices."""
     G = spectrum(*shape, .8 ** torch.arange(20.))[1]
     s = torch.linalg.svdvals(G.double()).square()
-    for energy in (.3, .6, .9, .97):
+    for energy in (.3, .9, .97):
         p = nn.Parameter(torch.zeros(shape))
         o = RSVDAdam([p], energy=energy, rank_min=1, rank_max=16, side=side)
         p.grad = G.clone()
@@ -329,8 +291,8 @@ def test_a_refresh_with_energy_is_small(attached):
 
 @pytest.mark.parametrize('shape', [(4, 1024), (1024, 4)])
 @pytest.mark.parametrize('attached', [False, True])
-def test_a_refresh_that_overflows_leaves_the_step_out_and_is_done_again(shape, attached):
-    """A gradient in float16 of rank one, all of it in range, the products of the sketch not: forwards or backwards."""
+def test_a_refresh_that_overflows_skips_the_step_and_is_repeated(shape, attached):
+    """A float16 gradient in range whose products with the sketch are not: the step is left out, the next refresh is good."""
     m, n = shape
     model = nn.Sequential(nn.Linear(n, m, bias=False))
     optimizer = RSVDAdam(model.parameters(), lr=1e-3, rank=2, interval=2)
@@ -363,24 +325,24 @@ def test_a_refresh_that_overflows_leaves_the_step_out_and_is_done_again(shape, a
     assert state['step'] == 3 and p.isfinite().all()
 
 
-def test_a_refresh_that_overflows_in_the_first_micro_batch_leaves_the_whole_step_out():
-    """Though the second one could make a basis, here of a smaller rank."""
+def test_a_refresh_that_overflows_in_the_first_micro_batch_skips_the_whole_step():
+    """The second micro-batch does not make a basis instead, though it could."""
     model = nn.Sequential(nn.Linear(32, 8, bias=False))
     optimizer = RSVDAdam(model.parameters(), energy=.5, rank_min=2, rank_max=6)
     attach(model, optimizer, verbose=False)
-    for size in (float('inf'), 1.):
-        model(torch.ones(1, 32)).mul(size).sum().backward()
-    assert not any(R.isfinite().all() for R in optimizer.gradients().values())
-    optimizer.zero_grad()
-    model(torch.ones(1, 32)).sum().backward()
-    assert all(R.isfinite().all() for R in optimizer.gradients().values())
+    for sizes in ((float('inf'), 1.), (1.,)):
+        for size in sizes:
+            model(torch.ones(1, 32)).mul(size).sum().backward()
+        assert all(R.isfinite().all() == (len(sizes) == 1) for R in optimizer.gradients().values())
+        if len(sizes) > 1:
+            optimizer.zero_grad()
     optimizer.step()
     assert optimizer.state[model[0].weight]['basis'].shape == (8, 2)
 
 
 @pytest.mark.parametrize('old,new', [('8bit', 'fp32'), ('fp32', '8bit'), ('bf16', 'fp32'), ('8bit', 'bf16')])
-def test_moments_kept_in_another_dtype_go_on(old, new):
-    """What a checkpoint holds is read as it is and kept as asked from the next step on, at every weight."""
+def test_a_checkpoint_goes_on_with_moments_of_another_dtype(old, new):
+    """Moments of the checkpoint's dtype are read, and from the next step on kept in the one that is asked for."""
     model, optimizer = make(True, rank=2, side='right', state_dtype=old)
     train(model, optimizer, 5)
     again, other = make(True, rank=2, side='right', state_dtype=new)
@@ -403,6 +365,7 @@ def test_moments_kept_in_another_dtype_go_on(old, new):
 
 
 def test_sketches_are_functions_of_seed_parameter_and_refresh():
+    """Another seed, parameter or refresh draws other numbers; the same three draw the same."""
     draws = {n: torch.randn(4, generator=optim.sketch_generator(*n)).tolist()
              for n in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 3))}
     assert len({tuple(d) for d in draws.values()}) == 4
@@ -411,8 +374,7 @@ def test_sketches_are_functions_of_seed_parameter_and_refresh():
 
 @pytest.mark.parametrize('attached', [False, True])
 def test_a_refresh_runs_in_full_precision(attached):
-    """torch.set_float32_matmul_precision and autocast do not reach it: the basis is that of a run without them, to the bit, and
-    afterwards both are as they were."""
+    """Under torch.set_float32_matmul_precision and autocast the basis is the same to the bit; both are kept as they were."""
     def basis(precision, amp):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(96, 128, bias=False))
@@ -444,30 +406,38 @@ def test_a_refresh_runs_in_full_precision(attached):
         torch.set_float32_matmul_precision('highest')
 
 
-def test_full_precision_is_left_as_it_was_found():
-    """After an error too, and where precisions were set for one backend only, which torch's older getter refuses to read."""
+def test_full_precision_restores_the_settings():
+    """The matmul precision of each backend is as it was, after an error too, and where only one backend was set."""
     places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [place.fp32_precision for place in places]
     try:
-        for setting in (('high', None), ('medium', None), ('highest', 'tf32')):
-            torch.set_float32_matmul_precision(setting[0])
-            if setting[1]:
-                places[0].fp32_precision = setting[1]
+        for of_all, of_one in (('high', None), ('medium', None), ('highest', 'tf32')):
+            torch.set_float32_matmul_precision(of_all)
+            places[0].fp32_precision = of_one or places[0].fp32_precision
             now = [place.fp32_precision for place in places]
             with pytest.raises(KeyError), optim.full_precision('cpu'):
                 assert torch.get_float32_matmul_precision() == 'highest'
                 assert not {'tf32', 'bf16'} & {place.fp32_precision for place in places}
                 raise KeyError
             assert [place.fp32_precision for place in places] == now
-            assert setting[1] or torch.get_float32_matmul_precision() == setting[0]
+            assert of_one or torch.get_float32_matmul_precision() == of_all
     finally:
         torch.set_float32_matmul_precision('highest')
         for place, precision in zip(places, before, strict=True):
             place.fp32_precision = precision
 
 
+def test_parameters_updated_in_parts_get_the_same_numbers(monkeypatch):
+    """Of many numbers only some are updated at a time; the weights after three steps are the same to the bit."""
+    (a, oa), (b, ob) = (make(rank=2) for _ in 'ab')
+    train(a, oa, 3)
+    monkeypatch.setattr(optim, 'CHUNK', 500)
+    train(b, ob, 3)
+    assert distance(a, b) == 0
+
+
 def test_interval_and_stagger():
-    """interval 1 refreshes in every step (the reference does once); stagger=1: one first basis a step, none trained before."""
+    """interval=1 refreshes in every step; stagger=1 makes one first basis a step, and no weight is trained before its own."""
     model, optimizer = make(rank=2, interval=1)
     train(model, optimizer, 5)
     assert {s['refreshes'] for p, s in optimizer.state.items() if p.dim() > 1} == {5}
@@ -486,6 +456,7 @@ def test_interval_and_stagger():
 @pytest.mark.parametrize('wrong', [dict(side='up'), dict(rank=-1), dict(energy=1.5), dict(interval=0), dict(rank_min=0),
                                    dict(state_dtype='fp8'), dict(rank_min=9, rank_max=8), dict(lr=-1.), dict(betas=(1., .9))])
 def test_options_out_of_range(wrong):
+    """The optimizer and each of its groups refuse options out of range with a ValueError."""
     with pytest.raises(ValueError, match='RSVDAdam'):
         RSVDAdam([nn.Parameter(torch.zeros(2, 2))], **wrong)
     o = RSVDAdam([nn.Parameter(torch.zeros(2, 2))])
@@ -496,54 +467,41 @@ def test_options_out_of_range(wrong):
 # ---------------------------------------------------------------------------------------------------------------------
 # bytes
 
-SHAPES = [(30522, 768), (512, 768), *[(768, 768)] * 4 * 6, *[(3072, 768)] * 6, *[(768, 3072)] * 6, (768, 768), (2, 768)]
-VECTORS = [*[(768,)] * (2 + 6 * (4 + 1 + 4) + 1), *[(3072,)] * 6, (2,)]
+# {shape: how often} of DistilBERT's parameters: 66,955,010 numbers in 104 tensors
+DISTILBERT = {(30522, 768): 1, (512, 768): 1, (768, 768): 25, (3072, 768): 6, (768, 3072): 6, (2, 768): 1,
+              (768,): 2 + 6 * (4 + 1 + 4) + 1, (3072,): 6, (2,): 1}
 
 
-@pytest.fixture(scope='module')
-def distilbert():
-    """Parameters and gradients of DistilBERT's shapes: 66,955,010 numbers in 104 tensors."""
-    params = [nn.Parameter(torch.zeros(s)) for s in SHAPES + VECTORS]
-    assert len(params) == 104 and sum(p.numel() for p in params) == 66_955_010
-    return params
-
-
-def one_step(params, **options):
-    optimizer = RSVDAdam(params, n_iter=0, oversample=0, **options)
-    for p in params:
+def bytes_of(cls, adam=(), **options):
+    """Bytes of the optimizer's state for DistilBERT, from real tensors of each shape; the shapes `adam` get AdamW."""
+    total, add = 0, dict(n_iter=0, oversample=0) if cls is RSVDAdam else {}
+    for shape, count in DISTILBERT.items():
+        p = nn.Parameter(torch.zeros(shape))
         p.grad = torch.ones_like(p)
-    optimizer.step()
-    return optimizer
+        optimizer = cls([p], **add | options | (dict(rank_fraction=0.0, rank=0) if shape in adam else {}))
+        optimizer.step()
+        total += count * optimizer_bytes(optimizer)
+    return total
 
 
-@pytest.mark.parametrize('rank,bytes_', [(4, 3_060_664), (8, 5_625_688), (16, 10_747_544), (64, 41_495_064),
-                                         (128, 82_494_488)])
-def test_bytes_of_the_reference_scheme(distilbert, rank, bytes_):
-    """From real state tensors: what the published table prints as 2.92, 5.37, 10.25, 39.57 and 78.67 MB."""
-    assert optimizer_bytes(one_step(distilbert, rank_fraction=rank / 768, side='left')) == bytes_
+@pytest.mark.parametrize('options, want', [
+    (dict(rank_fraction=4 / 768, side='left'), 3_060_664), (dict(rank_fraction=16 / 768, side='left'), 10_747_544),
+    (dict(rank_fraction=128 / 768, side='left'), 82_494_488), (dict(rank_fraction=4 / 768, side='short'), 3_757_912)], ids=str)
+def test_bytes_of_low_rank_moments(options, want):
+    """What the published table prints as 2.92, 10.25 and 78.67 MB for DistilBERT; bases on the shorter side take more."""
+    assert bytes_of(RSVDAdam, **options) == want
 
 
-def test_bytes_of_other_schemes(distilbert):
-    assert optimizer_bytes(one_step(distilbert, rank_fraction=4 / 768, side='short')) == 3_757_912
-    assert optimizer_bytes(one_step(distilbert, rank_fraction=4 / 768, side='left', state_dtype='8bit')) <= 1.2 * 2 ** 20
-    on_adam = [{'params': distilbert[:2] + distilbert[-len(VECTORS) - 1:], 'rank_fraction': 0.0, 'rank': 0},
-               {'params': distilbert[2:-len(VECTORS) - 1]}]
-    optimizer = RSVDAdam(on_adam, n_iter=0, oversample=0, rank_fraction=4 / 768, side='short')
-    for p in distilbert:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert optimizer_bytes(optimizer) == 193_431_568
-
-
-def test_bytes_of_adam(distilbert):
-    optimizer = torch.optim.AdamW(distilbert)
-    for p in distilbert:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert optimizer_bytes(optimizer) == 535_640_496
+def test_bytes_of_8bit_moments_and_of_adamw():
+    """8-bit moments of rank 4 take 1.2 MiB at most; tables on AdamW 193 MB; AdamW for everything 536 MB."""
+    assert bytes_of(RSVDAdam, rank_fraction=4 / 768, side='left', state_dtype='8bit') <= 1.2 * 2 ** 20
+    tables = ((30522, 768), (512, 768), (2, 768))
+    assert bytes_of(RSVDAdam, tables, rank_fraction=4 / 768, side='short') == 193_431_568
+    assert bytes_of(torch.optim.AdamW) == 535_640_496
 
 
 def test_memory_report_adds_up():
+    """Parameters, projected gradients, optimizer and the rest make up the measured peak."""
     model, optimizer = make(True, rank=2, side='right')
     ids, labels = next(batches(1))
     F.cross_entropy(model(ids), labels).backward()
@@ -560,12 +518,10 @@ def test_memory_report_adds_up():
 
 @pytest.mark.parametrize('mode', [m for m in MODES if m != 'plain'])
 def test_projected_backward_equals_the_full_gradient(mode):
-    """100 steps with clipping, refreshes on the way: the same weights to rounding. Moments in fewer bits round at random, where
-    a last digit decides, and so part in the end: the same for the first steps."""
-    steps, apart = 4 if 'state_dtype' in MODES[mode] else 100, []
-    for seed in (1, 2, 3, 4, 5):                    # about one run in four meets two singular values that a rounding orders
-        a, oa = make(seed=seed, **MODES[mode])
-        b, ob = make(True, seed=seed, **MODES[mode])
+    """30 steps with clipping and refreshes give the same weights to rounding, and no parameter has a full gradient."""
+    steps, apart = 4 if 'state_dtype' in MODES[mode] else 30, []        # of fewer bits a rounding decides, and they part
+    for seed in (1, 2, 3, 4, 5):                    # some runs meet two singular values that a rounding orders
+        (a, oa), (b, ob) = make(seed=seed, **MODES[mode]), make(True, seed=seed, **MODES[mode])
         train(a, oa, steps)
         train(b, ob, steps)
         apart.append(distance(a, b))
@@ -576,7 +532,7 @@ def test_projected_backward_equals_the_full_gradient(mode):
 
 
 def test_no_gradient_of_full_size_exists():
-    """Nothing as large as a weight is handed out by the allocator in a backward pass between refreshes."""
+    """In a step between refreshes the allocator hands out no tensor larger than a quarter of a weight."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 640, bias=False), nn.Linear(640, 512, bias=False))
     optimizer = RSVDAdam(model.parameters(), rank=4, side='right')
@@ -590,7 +546,7 @@ def test_no_gradient_of_full_size_exists():
             assert largest < 4 * 512 * 640 / 4
 
 
-def test_what_a_layer_keeps_for_the_backward_pass():
+def test_an_attached_layer_saves_the_projected_input():
     """Right basis: tokens x r numbers in place of tokens x in; x itself only in the step of a new basis."""
     layer = nn.Sequential(nn.Linear(64, 32))
     optimizer = RSVDAdam(layer.parameters(), rank=2, side='right', interval=3)
@@ -606,14 +562,13 @@ def test_what_a_layer_keeps_for_the_backward_pass():
 
 
 def test_accumulation():
-    """Two micro-batches, one step: R adds up; with bases given, the same as one batch. Refreshes see the first one only."""
-    a, oa = make(True, rank=2, interval=1000)
-    b, ob = make(True, rank=2, interval=1000)
+    """Four micro-batches give the step of one batch, with the same bases. A refresh sees the first one only."""
+    (a, oa), (b, ob) = (make(True, rank=2, interval=1000) for _ in 'ab')
     train(a, oa, 1)
     b.load_state_dict(a.state_dict())
     ob.load_state_dict(copy.deepcopy(oa.state_dict()))
-    train(a, oa, 20, start=1)
-    train(b, ob, 20, start=1, micro=4)
+    train(a, oa, 12, start=1)
+    train(b, ob, 12, start=1, micro=4)
     assert distance(a, b) < 5e-6
     c, oc = make(True, rank=2, interval=3)
     train(c, oc, 9, micro=2)
@@ -623,30 +578,21 @@ def test_accumulation():
 
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_gradient_checkpointing_and_autocast(side):
-    a, oa = make(True, rank=2, side=side)
-    b, ob = make(True, rank=2, side=side)
+    """Checkpointing changes nothing; under autocast an attached model moves as a plain one does."""
+    (a, oa), (b, ob) = (make(True, rank=2, side=side) for _ in 'ab')
     b.remat = True
-    train(a, oa, 20)
-    train(b, ob, 20)
+    train(a, oa, 12)
+    train(b, ob, 12)
     assert distance(a, b) < 1e-6
-    c, oc = make(True, rank=2, side=side)
-    d, od = make(rank=2, side=side)
+    (c, oc), (d, od) = (make(attached, rank=2, side=side) for attached in (True, False))
     for _ in range(6):                              # one batch: rounding in bf16 must not decide
         train(c, oc, 1, amp=True)
         train(d, od, 1, amp=True)
     assert 0 < distance(c, d) < .03                 # each step moves a number by up to .01
 
 
-def test_torch_compile_breaks_the_graph_and_computes_the_same():
-    a, oa = make(True, rank=2, side='right')
-    b, ob = make(True, rank=2, side='right')
-    train(a, oa, 10)
-    train(torch.compile(b), ob, 10)
-    assert distance(a, b) < 1e-5
-
-
-def test_what_attach_leaves_to_the_plain_path(capsys):
-    """A tied weight, a convolution, a sparse embedding: named with the reason, trained with full gradients."""
+def test_attach_names_the_weights_that_keep_their_full_gradients(capsys):
+    """A tied, a frozen and a convolution's weight and an embedding with max_norm are named with the reason, and trained."""
     model = nn.ModuleDict({'wte': nn.Embedding(20, 8), 'head': nn.Linear(8, 20, bias=False), 'conv': nn.Conv1d(8, 8, 3),
                            'rare': nn.Embedding(20, 8, max_norm=1.0), 'frozen': nn.Linear(8, 8), 'fine': nn.Linear(8, 8)})
     model['head'].weight = model['wte'].weight
@@ -665,6 +611,7 @@ def test_what_attach_leaves_to_the_plain_path(capsys):
 
 
 def test_state_dict_and_evaluation_are_those_of_the_plain_model():
+    """attach() changes no name in the state_dict and no output."""
     model, optimizer = make(True, rank=2)
     plain, _ = make()
     assert model.state_dict().keys() == plain.state_dict().keys()
@@ -673,8 +620,8 @@ def test_state_dict_and_evaluation_are_those_of_the_plain_model():
         assert torch.equal(model(ids), plain(ids))
 
 
-def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_costs_no_state():
-    """As with a loss scale that is too high: skip the step, and the next one is as if it had not been."""
+def test_a_skipped_step_with_an_infinite_norm_leaves_no_trace():
+    """The norm of infinite gradients is infinite; after zero_grad() training goes on as if that step had not been."""
     a, oa = make(True, rank=2, side='right')
     b, ob = make(True, rank=2, side='right')
     ids, labels = next(batches(1))
@@ -687,164 +634,8 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_costs_no_state():
     assert distance(a, b) == 0
 
 
-DDP = '''
-import os, sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
-sys.path[:0] = [{root!r}, {root!r} + '/tests']
-import common, optim, test_optim
-rank, _, world, _ = common.setup_processes('cpu')
-sent = []
-real = dist.all_reduce
-dist.all_reduce = lambda t, *a, **k: (sent.append(t.nbytes), real(t, *a, **k))[1]
-model, optimizer = test_optim.make({attached}, **{options})
-torch.manual_seed(100 + rank)                       # ranks that would draw other sketches from the global generator
-ddp = nn.parallel.DistributedDataParallel(model)
-for step, (ids, labels) in enumerate(test_optim.batches(50)):
-    if step == 1:
-        sent.clear()
-    F.cross_entropy(ddp(ids[rank::world]), labels[rank::world]).backward()
-    optimizer.clip_grad_norm_(1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    assert common.ranks_agree(common.checksum(model.parameters())), step
-if rank == 0:
-    full = sum(p.nbytes for p in model.parameters() if p.dim() > 1)
-    torch.save([model.state_dict(), sent[0] if sent else 0, full], sys.argv[1])
-common.close_processes()
-'''
-
-
-@pytest.mark.parametrize('attached', [False, True])
-def test_ranks_stay_bit_identical_for_50_steps(attached, tmp_path):
-    """Two processes, each its half of the batch, other global seeds; the weights are those of one process; attached, they
-    send r n numbers."""
-    options = dict(rank=2, side='right', interval=10)
-    (tmp_path / 'run.py').write_text(DDP.format(root=str(ROOT), attached=attached, options=options))
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                           str(tmp_path / 'run.py'), str(tmp_path / 'out.pt')], capture_output=True, text=True, timeout=240,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr[-2000:]
-    state, sent, full = torch.load(tmp_path / 'out.pt', weights_only=True)
-    model, optimizer = make(attached, **options)
-    train(model, optimizer, 50)
-    assert max((state[k] - t).abs().max().item() for k, t in model.state_dict().items()) < 1e-4
-    if attached:
-        assert sent == 4 * 2 * (50 + 7 + 40 + 24 + 3) < full / 5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# in a trainer: a GPT whose first block is low-bit, its second one full-precision
-
-
-def make_gpt(seed=1):
-    """Moments of rank 4 for the matrices of the blocks, latent weights included; AdamW for tied table, positions, gains and
-    scales. The full-precision matrices have the projected backward pass."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=50, block_size=12, n_layer=2, n_head=2, n_embd=16, qkv_proj='bin', c_proj='tern',
-                          mlp_proj='int4', binary_blocks=(0,)))
-    low_bit = [m.weight for m in model.modules() if isinstance(m, layers.LowBit)]
-    tables = [model.wte.weight, model.wpe.weight]
-    own = lambda p, ps: any(p is q for q in ps)
-    fp = [p for n, p in model.named_parameters() if n.endswith('weight') and p.dim() > 1 and not own(p, low_bit + tables)]
-    rest = [p for p in model.parameters() if not own(p, low_bit + tables + fp)]
-    optimizer = RSVDAdam([{'params': low_bit, 'weight_decay': .1, 'lr_scale': .5},
-                          {'params': fp, 'weight_decay': .1, 'lr_scale': 1.0},
-                          {'params': tables, 'weight_decay': .1, 'lr_scale': 1.0, 'rank': 0},
-                          {'params': rest, 'weight_decay': 0.0, 'lr_scale': 1.0, 'rank': 0}],
-                         lr=1.0, betas=(.9, .95), rank=4, side='right', interval=5)
-    left_alone = attach(model, optimizer, verbose=False)
-    assert len(optimizer.slots) == 4 and len(left_alone) == 4       # four matrices a block
-    return model, optimizer
-
-
-def train_gpt(model, optimizer, steps, start=0, rank=0, world=1, accumulation=2, ddp=None):
-    """Losses of steps start .. steps - 1, of `accumulation` micro-batches on each rank, as the trainers make them."""
-    losses = []
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group['lr'] = 1e-2 * group['lr_scale'] / (1 + step / 10)
-        # Text with something to learn: each id is the one before it plus 1, 2 or 3.
-        ids = torch.randint(1, 4, (8, 13), generator=torch.Generator().manual_seed(step)).cumsum(1) % 50
-        total = 0
-        for i, part in enumerate(ids.view(accumulation, world, -1, 13)[:, rank]):
-            if ddp:
-                ddp.require_backward_grad_sync = i == accumulation - 1
-            loss = (ddp or model)(part[:, :-1], part[:, 1:]) / accumulation
-            loss.backward()
-            total += loss.item()
-        grads = optimizer.gradients()
-        assert len(grads) == len(list(model.parameters())) and all(g.isfinite().all() for g in grads.values())
-        optimizer.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
-
-
-def test_a_mixed_gpt_learns_and_resumes_to_the_bit():
-    """13 steps at rank 4, a file between two refreshes after 8: the same bits as unbroken, the loss well below chance."""
-    model, optimizer = make_gpt()
-    first = train_gpt(model, optimizer, 8)
-    file = io.BytesIO()
-    torch.save({'m': model.state_dict(), 'o': optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    losses = first + train_gpt(model, optimizer, 30, start=8)
-    again, other = make_gpt(seed=5)
-    again.load_state_dict(saved['m'])
-    other.load_state_dict(saved['o'])
-    assert train_gpt(again, other, 30, start=8) == losses[8:]
-    assert distance(model, again) == 0
-    assert abs(losses[0] - math.log(50)) < .3 and losses[-1] < losses[0] - 1
-    for p, s in optimizer.state.items():
-        low = optimizer.low_rank(p, next(g for g in optimizer.param_groups if any(p is q for q in g['params'])))
-        assert s['step'] == 30 and ('basis' in s) == (low is not None)
-
-
-def test_accumulation_does_not_change_a_mixed_gpt():
-    """One refresh sees the first micro-batch only, so with a basis given: 4 micro-batches as 1, up to rounding."""
-    (a, oa), (b, ob) = make_gpt(), make_gpt()
-    train_gpt(a, oa, 1, accumulation=1)
-    b.load_state_dict(a.state_dict())
-    ob.load_state_dict(copy.deepcopy(oa.state_dict()))
-    one, four = (train_gpt(m, o, 5, start=1, accumulation=n) for m, o, n in ((a, oa, 1), (b, ob, 4)))
-    assert one == pytest.approx(four, abs=1e-5)
-
-
-DDP_GPT = '''
-import sys, torch, torch.distributed as dist, torch.nn as nn
-sys.path[:0] = [{root!r}, {root!r} + '/tests']
-import common, optim, test_optim
-rank, _, world, _ = common.setup_processes('cpu')
-sent, plain = [], dist.all_reduce
-dist.all_reduce = lambda t, *a, **k: (sent.append(t.nbytes), plain(t, *a, **k))[1]
-model, optimizer = test_optim.make_gpt(seed=1 + rank)       # DistributedDataParallel takes the weights of rank 0
-ddp = nn.parallel.DistributedDataParallel(model)
-torch.manual_seed(100 + rank)
-losses, R = [], [sum(p.shape[0] * 4 * 4 for p in optimizer.slots)]
-for step in range(12):
-    sent.clear()
-    losses += test_optim.train_gpt(model, optimizer, step + 1, step, rank, world, 2, ddp)
-    assert common.ranks_agree(common.checksum(model.parameters())), step
-    assert step % 5 == 0 or sent == R, (step, sent, R)
-torch.save([model.state_dict(), losses], sys.argv[1] + str(rank))
-common.close_processes()
-'''
-
-
-def test_two_processes_train_a_mixed_gpt_as_one_does(start, tmp_path):
-    """Each rank has half of every micro-batch; the weights are bit-identical on both after each step, and R is averaged once a
-    step, in one message. The losses are those of one process up to rounding."""
-    (tmp_path / 'run.py').write_text(DDP_GPT.format(root=str(ROOT)))
-    for done in wait_all([start('run.py', 'out.pt', cwd=tmp_path, **r) for r in ranks(2)], timeout=120):
-        assert done.code == 0, done.err[-2000:]
-    found = [torch.load(tmp_path / f'out.pt{rank}', weights_only=True) for rank in (0, 1)]
-    model, optimizer = make_gpt()
-    losses = train_gpt(model, optimizer, 12)
-    assert [(a + b) / 2 for a, b in zip(found[0][1], found[1][1], strict=True)] == pytest.approx(losses, abs=1e-3)
-
-
-def test_a_loaded_state_brings_its_options_to_the_projected_backward_pass():
-    """interval and rank of the file, not those the optimizer was made with, in attached layers as in others."""
+def test_a_loaded_state_brings_its_options():
+    """The interval and the rank of the file hold, not those the optimizer was made with, in attached layers too."""
     model, optimizer = make(True, rank=2, side='right', interval=3)
     train(model, optimizer, 4)
     again, other = make(True, seed=5, rank=3, side='right', interval=50)
@@ -926,20 +717,16 @@ def test_muon_takes_a_kernel_as_a_matrix(layout):
 
 
 def test_muon_adamw_resumes_to_the_bit():
-    """11 steps, a weights_only file, 12 more in a new optimizer whose options came from the file: as 23 in one."""
+    """7 steps, a weights_only file, 6 more in a new optimizer whose options came from the file: as 13 in one."""
     a, b = muon_pair()
     b.load_state_dict({k: torch.zeros_like(t) for k, t in b.state_dict().items()})
     one, two = (MuonAdamW(muon_groups(m, momentum=momentum), 1e-2, fused=True) for m, momentum in ((a, .8), (b, .95)))
-    muon_train(a, [one], 11)
-    file = io.BytesIO()
-    torch.save({'m': a.state_dict(), 'o': one.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    assert saved['o'].keys() == {'state', 'param_groups'} and sorted(saved['o']['state']) == list(range(7))
-    b.load_state_dict(saved['m'])
-    two.load_state_dict(saved['o'])
-    muon_train(a, [one], 23, start=11)
-    muon_train(b, [two], 23, start=11)
+    muon_train(a, [one], 7)
+    states = reloaded(a, one)
+    assert states[1].keys() == {'state', 'param_groups'} and sorted(states[1]['state']) == list(range(7))
+    b.load_state_dict(states[0]), two.load_state_dict(states[1])
+    muon_train(a, [one], 13, start=7)
+    muon_train(b, [two], 13, start=7)
     assert distance(a, b) == 0
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert one.state[p].keys() == two.state[q].keys()
@@ -947,6 +734,7 @@ def test_muon_adamw_resumes_to_the_bit():
 
 
 def test_muon_refuses_vectors():
+    """A parameter of fewer than two dimensions on Muon, and options out of range, raise ValueError."""
     for shape in ((7,), ()):
         with pytest.raises(ValueError, match=rf'MuonAdamW: .*{re.escape(str(shape))}'):
             MuonAdamW([{'params': [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(shape))], 'muon': True}], .1)
@@ -960,7 +748,7 @@ def test_muon_refuses_vectors():
 
 
 def test_top_r_by_hand():
-    """A fifth of 10 entries is the two largest; ties do not give a third."""
+    """A fifth of 10 entries is the two largest; ties do not give a third; at least one is kept."""
     g = torch.tensor([[1., -5, 2, 0, 3], [-4, 4, 4, .5, 0]])
     assert torch.equal(optim.keep_top_(g.clone(), .2).nonzero()[0], torch.tensor([0, 1]))
     assert (optim.keep_top_(g.clone(), .2) != 0).sum() == 2 and (optim.keep_top_(g.clone(), .01) != 0).sum() == 1
@@ -969,6 +757,7 @@ def test_top_r_by_hand():
 
 
 def test_top_r_is_adamw_on_masked_gradients():
+    """Ten steps are AdamW's on gradients of which only the largest 30 % are left; the fraction is in the state."""
     torch.manual_seed(0)
     p, q = (nn.Parameter(torch.ones(7, 9)) for _ in range(2))
     a, b = TopRAdamW([p], lr=1e-2, fraction=.3), torch.optim.AdamW([q], lr=1e-2)
@@ -985,15 +774,16 @@ def test_top_r_is_adamw_on_masked_gradients():
         TopRAdamW([p], fraction=0)
 
 
-def test_weights_in_another_memory_format():
+@pytest.mark.parametrize('rank', [0, 2])
+def test_weights_in_another_memory_format(rank):
     """channels_last weights, and gradients that are transposed views, train as contiguous ones do."""
     torch.manual_seed(0)
     x, found = torch.randn(4, 3, 8, 8), []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(1)
         conv, linear = nn.Conv2d(3, 6, 3).to(memory_format=layout), nn.Linear(6, 5)
-        optimizer = RSVDAdam([{'params': list(conv.parameters()), 'rank': 0}, {'params': list(linear.parameters()), 'rank': 2}],
-                             lr=1e-2, side='right')
+        groups = [{'params': list(conv.parameters()), 'rank': rank}, {'params': list(linear.parameters()), 'rank': 2}]
+        optimizer = RSVDAdam(groups, lr=1e-2, side='right')
         for _ in range(5):
             linear(conv(x.to(memory_format=layout)).mean((2, 3))).square().sum().backward()
             linear.weight.grad = linear.weight.grad.T.contiguous().T
@@ -1002,3 +792,30 @@ def test_weights_in_another_memory_format():
         found.append([p.detach().contiguous() for p in (*conv.parameters(), *linear.parameters())])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the optimizer that a trainer names
+
+
+@pytest.mark.parametrize('name, cls', [('adamw', torch.optim.AdamW), ('rsvd', RSVDAdam), ('muon', MuonAdamW)])
+def test_make_gives_the_named_optimizer_its_groups(name, cls):
+    """Hidden matrices get low-rank moments or Muon, everything else AdamW; each group keeps its weight decay and keys."""
+    model = Net()
+    hidden, matrices = {model.up.weight, model.down.weight}, [p for p in model.parameters() if p.dim() > 1]
+    groups = [{'params': matrices, 'decay': .1, 'lr_scale': .5},
+              {'params': [p for p in model.parameters() if p.dim() < 2], 'decay': 0.}]
+    optimizer = optim.make(name, groups, hidden, lr=.01, betas=(.8, .9), rank=3, interval=4, side='left', seed=2)
+    decays = [g['weight_decay'] for g in optimizer.param_groups]
+    assert type(optimizer) is cls and decays == ([.1, 0.] if name == 'adamw' else [.1, .1, 0.])
+    ids, labels = next(batches(1))
+    F.cross_entropy(model(ids), labels).backward()
+    optimizer.step()
+    inside, outside = optimizer.state[model.up.weight], optimizer.state[model.words.weight]
+    assert ('exp_avg' in inside) == (name != 'muon') and outside['exp_avg'].shape == (50, 24)
+    assert [g.get('lr_scale') for g in optimizer.param_groups] == [.5] * (len(decays) - 1) + [None]
+    if name == 'rsvd':
+        assert inside['basis'].shape == (40, 3) and inside['exp_avg'].shape == (3, 24)
+        assert (optimizer.param_groups[0]['interval'], optimizer.param_groups[0]['seed']) == (4, 2)
+    with pytest.raises(KeyError):
+        optim.make('sgd', groups, hidden, lr=.01, betas=(.8, .9))

@@ -17,7 +17,7 @@ import common
 import layers
 import ptq
 import sample
-from conftest import ROOT, damages, one_error
+from conftest import ROOT, Result, damages, one_error
 from pretrained import calibrate, hf, replace, subjects
 from readers import tokens
 from readers.texts import load, write_table
@@ -25,32 +25,67 @@ from train_gpt import GPT
 
 QUICK = ['--group=32', '--windows=8', '--time_rounds=1']
 SCHEMES = [s for s in ptq.SCHEMES if not s.startswith('bnb')]
+OFFLINE = {'HF_HUB_OFFLINE': '1'}
+
+# Runs commands one after the other in one process, which imports torch and transformers once.
+MANY = """
+import contextlib, io, json, os, runpy, sys, traceback
+commands, done = json.load(open(sys.argv[1])), []
+for script, cwd, words in commands:
+    os.chdir(cwd)
+    sys.argv, code = [script, *words], 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in 'oe')
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name='__main__')
+        except SystemExit as e:
+            code = e.code or 0
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    done.append((code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()))
+json.dump(done, sys.stdout)
+"""
 
 
 @pytest.fixture(scope='module')
-def call(start):
-    """call(*words, cwd, code=0) -> Result of ptq.py with these words."""
-    def run(*words, cwd, code=0, script='ptq.py', **how):
-        done = start(str(ROOT / script), *words, cwd=cwd, **how).wait()
-        assert done.code == code, (done.code, done.out, done.err)
-        assert 'Traceback' not in done.err
-        return done
+def calls(start, tmp_path_factory):
+    """calls((words, cwd, code), ...) -> a Result of each; the first word may be another script than ptq.py."""
+    def run(*commands, **how):
+        folder = tmp_path_factory.mktemp('many')
+        (folder / 'many.py').write_text(MANY)
+        lines = []
+        for words, cwd, _ in commands:
+            script, *words = words if str(words[0]).endswith('.py') else ['ptq.py', *words]
+            lines.append((str(ROOT / script), str(cwd), [str(w) for w in words]))
+        (folder / 'commands').write_text(json.dumps(lines))
+        process = start('many.py', 'commands', cwd=folder, **how).wait(900)
+        assert process.code == 0, (process.out, process.err)
+        results = [Result(*one) for one in json.loads(process.out)]
+        for done, (words, _, code) in zip(results, commands, strict=True):
+            assert done.code == code and 'Traceback' not in done.err, (words, done)
+        return results
     return run
+
+
+@pytest.fixture(scope='module')
+def call(calls):
+    """call(*words, cwd, code=0) -> Result of ptq.py with these words."""
+    return lambda *words, cwd, code=0, **how: calls((words, cwd, code), **how)[0]
+
+
+def small(data, steps, *options, n_layer=2):
+    """The words that train a small model."""
+    return [f'--dataset={data}', f'--n_layer={n_layer}', '--n_embd=64', '--block_size=32', '--batch_size=8', '--device=cpu',
+            f'--max_iters={steps}', '--warmup_iters=5', f'--eval_interval={steps}', f'--save_interval={steps}', *options]
 
 
 @pytest.fixture(scope='module')
 def home(call, tiny_data, tmp_path_factory):
     """A folder with out/gpt, a finished run of train_gpt.py."""
     folder = tmp_path_factory.mktemp('ptq')
-    call(f'--dataset={tiny_data}', '--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=32', '--batch_size=8',
-         '--max_iters=600', '--warmup_iters=10', '--eval_interval=600', '--eval_iters=4', '--save_interval=600',
-         '--learning_rate=1e-2', '--device=cpu', cwd=folder, script='train_gpt.py')
+    call('train_gpt.py', *small(tiny_data, 600, '--n_head=2', '--eval_iters=4', '--learning_rate=1e-2'), cwd=folder)
     return folder
-
-
-def mask():
-    os.umask(now := os.umask(0))
-    return now
 
 
 def rows_of(path):
@@ -65,6 +100,7 @@ def table(call, home):
 
 
 def test_the_first_row_is_what_training_wrote_down(table, home):
+    """The full-precision row has the best validation loss of the checkpoint; a picture is written."""
     out, rows = table
     best = common.read_checkpoint(str(home / 'out/gpt/best.pt'))['best_val_loss']
     assert rows['fp']['loss'] == pytest.approx(best, abs=1e-6) and best < 1.6
@@ -75,6 +111,7 @@ def test_the_first_row_is_what_training_wrote_down(table, home):
 
 
 def test_more_bits_less_loss_and_smaller_files(table):
+    """Losses order as the bits do, calibration beats rounding at 2 bits, and the files have the promised bits a weight."""
     _, rows = table
     loss = lambda name: rows[name]['loss'] - rows['fp']['loss']
     assert abs(loss('half')) < 1e-3 and abs(loss('int8')) < 2e-3 and abs(loss('int8a8')) < 1e-2
@@ -90,8 +127,8 @@ def test_more_bits_less_loss_and_smaller_files(table):
     assert all(r['ms_1'] > 0 and r['ratio_many'] > 0 for r in rows.values())
 
 
-def test_codes_are_those_of_the_definition(home):
-    """rtn3 in the table is rounding to the nearest of every block matrix, computed here by hand."""
+def test_codes_are_those_of_the_definition(table, home):
+    """rtn3 in the table is rounding to the nearest, as computed here by hand for every matrix of the blocks."""
     model, tokenizer, about = sample.load(str(home / 'out/gpt/best.pt'))
     for name, m in model.named_modules():
         if type(m) is torch.nn.Linear and name != 'lm_head':
@@ -106,25 +143,37 @@ def test_codes_are_those_of_the_definition(home):
     xy = val.windows(starts, c['block_size'] + 1)
     with torch.no_grad():
         loss = model(xy[:, :-1], xy[:, 1:]).item()
-    assert {r['scheme']: r['loss'] for r in rows_of(home / 'out/gpt/ptq.jsonl')}['rtn3'] == pytest.approx(loss, abs=1e-5)
+    assert table[1]['rtn3']['loss'] == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.parametrize('scheme', ['gptq3', 'awq2', 'nf4dq', 'int8a8', 'half', 'bin'])
-@pytest.mark.parametrize('skip', ['', 'head,embd'])
-def test_save_and_load(call, home, tmp_path, monkeypatch, scheme, skip):
-    """The file is one, its logits are to the bit those of the model that was quantized, ptq.py says the same of it, sample.py
-    writes."""
-    path = tmp_path / 'new' / 'q.safetensors'
-    used = QUICK[:2] if scheme[:4] in ('gptq', 'awq2') else QUICK[:1] if scheme == 'bin' else []
-    said = call(*used, f'--schemes={scheme}', f'--skip={skip}', f'--save={path}', cwd=home).out
+SAVED = {'gptq3': 'head,embd', 'gptq3 all': '', 'awq2 all': '', 'nf4dq all': '', 'int8a8': 'head,embd', 'half all': '',
+         'bin': 'head,embd'}
+
+
+@pytest.fixture(scope='module')
+def saved(calls, home, tmp_path_factory):
+    """{name: (path, what --save said, what ptq.py says of the file, what sample.py writes with it)} of SAVED."""
+    commands, paths = [], {name: tmp_path_factory.mktemp('saved') / 'new' / 'q.safetensors' for name in SAVED}
+    for name, path in paths.items():
+        scheme = name.split()[0]
+        used = QUICK[:2] if scheme in ('gptq3', 'awq2') else QUICK[:1] if scheme == 'bin' else []
+        commands += [([*used, f'--schemes={scheme}', f'--skip={SAVED[name]}', f'--save={path}'], home, 0),
+                     ([f'--ckpt={path}', '--time_rounds=0'], home, 0),
+                     (['sample.py', f'--ckpt={path}', '--prompt=one two', '--max_new_tokens=8', '--temperature=0'], home, 0)]
+    found = [done.out for done in calls(*commands)]
+    return {name: (path, *found[3 * i:3 * i + 3]) for i, (name, path) in enumerate(paths.items())}
+
+
+@pytest.mark.parametrize('name', SAVED)
+def test_a_saved_model_comes_back(saved, home, monkeypatch, name):
+    """One file, with to the bit the logits of the quantized model; ptq.py says its loss again and sample.py writes with it."""
+    (path, said, again, text), skip = saved[name], SAVED[name]
     size, loss = re.search(r'wrote .*q\.safetensors: ([\d,]+) bytes\nval loss ([\d.]+)', said).groups()
-    assert os.listdir(path.parent) == ['q.safetensors'] and os.path.getsize(path) == int(size.replace(',', ''))
-    again = call(f'--ckpt={path}', '--time_rounds=0', cwd=home)
+    assert sorted(os.listdir(path.parent)) == ['q.safetensors', 'q_ptq.jsonl']
+    assert os.path.getsize(path) == int(size.replace(',', ''))
     row = rows_of(path.with_name('q_ptq.jsonl'))
     assert len(row) == 1 and f'{row[0]["loss"]:.4f}' == loss and row[0]['file_bytes'] == os.path.getsize(path)
-    assert 'as saved' in again.out
-    text = call(f'--ckpt={path}', '--prompt=one two', '--max_new_tokens=8', '--temperature=0', cwd=home, script='sample.py').out
-    assert text.startswith('one two') and len(text) > 8
+    assert 'as saved' in again and text.startswith('one two') and len(text) > 8
     model, _, about = sample.load(str(path))
     assert about['quantized'] and (skip == '') == isinstance(model.wte, replace.PackedEmbedding)
     for key, value in {'skip': skip, 'group': 32, 'windows': 8}.items():
@@ -132,61 +181,70 @@ def test_save_and_load(call, home, tmp_path, monkeypatch, scheme, skip):
     best = str(home / 'out/gpt/best.pt')
     subject = subjects.Trained(best, *sample.load(best), torch.device('cpu'), dict.fromkeys(ptq.config, ''))
     replace.unfuse(subject.model)
-    ptq.quantize(subject, subject.model, scheme)
+    ptq.quantize(subject, subject.model, name.split()[0])
     ids = subject.ids(24)
     with torch.no_grad():
         assert torch.equal(model(ids)[0], subject.model(ids)[0])
 
 
-def test_the_saved_model_is_the_one_of_the_table(call, home, table, tmp_path):
-    call(*QUICK[:2], '--schemes=gptq3', f'--save={tmp_path / "q.safetensors"}', cwd=home)
-    call(f'--ckpt={tmp_path / "q.safetensors"}', '--time_rounds=0', cwd=home)
-    assert rows_of(tmp_path / 'q_ptq.jsonl')[0]['loss'] == table[1]['gptq3']['loss']
+def test_the_saved_model_is_the_one_of_the_table(saved, table):
+    """--save and the table give the same loss for the same scheme."""
+    assert rows_of(saved['gptq3'][0].with_name('q_ptq.jsonl'))[0]['loss'] == table[1]['gptq3']['loss']
 
 
-def test_an_interrupted_save_leaves_no_half_file(home, start, tmp_path):
-    """Killed while it quantizes, and while it writes: what was there before, an earlier model of ptq.py, stays."""
+def test_an_interrupted_save_leaves_the_file_as_it_was(call, home, saved, start, tmp_path):
+    """Killed while it quantizes or writes, or on a full disk, --save keeps the earlier model; the next one replaces it."""
     path = tmp_path / 'q.safetensors'
-    assert start(str(ROOT / 'ptq.py'), '--schemes=rtn4', '--group=32', f'--save={path}', cwd=home).wait().code == 0
+    shutil.copy(saved['bin'][0], path)
     before = path.read_bytes()
-    words = [str(ROOT / 'ptq.py'), *QUICK[:2], '--schemes=gptq3', f'--save={path}']
+    words = [*QUICK[:2], '--schemes=gptq3', f'--save={path}']
     killed = 'lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)'
     for patch in (f'import os, signal\nfrom pretrained import calibrate\ncalibrate.gptq = {killed}',
                   f'import os, signal\nos.replace = {killed}',
                   'import safetensors.torch as s\ndef f(*a, **k): raise OSError(28, "No space left")\ns.save_file = f'):
-        done = start(*words, cwd=home, patch=patch).wait()
+        done = start(str(ROOT / 'ptq.py'), *words, cwd=home, patch=patch).wait(300)
         assert done.code == -signal.SIGKILL or 'No space left' in one_error(done)
         assert path.read_bytes() == before
-    assert start(*words, cwd=home).wait().code == 0
-    assert path.read_bytes() != before and path.stat().st_mode & 0o777 == 0o666 & ~mask()
+    call(*words, cwd=home)
+    os.umask(mask := os.umask(0))
+    assert path.read_bytes() != before and path.stat().st_mode & 0o777 == 0o666 & ~mask
     assert os.listdir(tmp_path) == ['q.safetensors'] and common.read_packed(str(path))
 
 
-def test_a_full_precision_bitnet(call, tiny_data, tmp_path):
-    call(f'--dataset={tiny_data}', '--quant=fp', '--n_layer=2', '--n_embd=64', '--n_ff=96', '--block_size=32', '--batch_size=8',
-         '--max_iters=60', '--warmup_iters=5', '--eval_interval=60', '--eval_iters=2', '--save_interval=60', '--device=cpu',
-         cwd=tmp_path, script='train_bitnet.py')
-    call('--ckpt=out/bitnet', *QUICK, '--schemes=rtn3,gptq3', cwd=tmp_path)
-    rows = {r['scheme']: r for r in rows_of(tmp_path / 'out/bitnet/ptq.jsonl')}
-    best = common.read_checkpoint(str(tmp_path / 'out/bitnet/best.pt'))['best_val_loss']
+@pytest.fixture(scope='module')
+def bitnets(calls, tiny_data, tmp_path_factory):
+    """(folder, outputs): a full-precision BitNet and a ternary one, trained and quantized."""
+    folder = tmp_path_factory.mktemp('bitnet')
+    words = ['--n_ff=96', '--eval_iters=2']
+    quick = ['--group=32', '--time_rounds=1', '--skip=']
+    done = calls((['train_bitnet.py', *small(tiny_data, 60, *words, '--quant=fp', '--out_dir=out/fp')], folder, 0),
+                 (['train_bitnet.py', *small(tiny_data, 5, *words, '--out_dir=out/tern', n_layer=1)], folder, 0),
+                 (['--ckpt=out/fp', *QUICK, '--schemes=rtn3,gptq3'], folder, 0),
+                 (['--ckpt=out/fp', *QUICK[:2], '--schemes=gptq3', '--skip=', '--save=q.safetensors'], folder, 0),
+                 (['sample.py', '--ckpt=q.safetensors', '--max_new_tokens=4'], folder, 0),
+                 (['--ckpt=out/tern', *QUICK], folder, 2), (['--ckpt=out/tern', *quick, '--schemes=rtn4'], folder, 0))
+    return folder, done
+
+
+def test_a_full_precision_bitnet(bitnets):
+    """It is quantized, saved with head and embedding, and sampled; gptq3 is better than rtn3."""
+    folder, done = bitnets
+    rows = {r['scheme']: r for r in rows_of(folder / 'out/fp/ptq.jsonl')}
+    best = common.read_checkpoint(str(folder / 'out/fp/best.pt'))['best_val_loss']
     assert rows['fp']['loss'] == pytest.approx(best, abs=1e-6) and rows['gptq3']['loss'] < rows['rtn3']['loss']
-    call('--ckpt=out/bitnet', *QUICK[:2], '--schemes=gptq3', '--skip=', '--save=q.safetensors', cwd=tmp_path)
-    assert call('--ckpt=q.safetensors', '--max_new_tokens=4', cwd=tmp_path, script='sample.py').out
+    assert done[4].out
 
 
-def test_a_ternary_bitnet_has_only_its_embedding_left(call, tiny_data, tmp_path):
-    call(f'--dataset={tiny_data}', '--n_layer=1', '--n_embd=64', '--n_ff=96', '--block_size=32', '--batch_size=8',
-         '--max_iters=5', '--warmup_iters=1', '--eval_interval=5', '--eval_iters=2', '--save_interval=5', '--device=cpu',
-         cwd=tmp_path, script='train_bitnet.py')
-    assert 'there is nothing to quantize: 4 layers are low-bit already' in one_error(
-        call('--ckpt=out/bitnet', *QUICK, cwd=tmp_path, code=2))
-    call('--ckpt=out/bitnet', '--group=32', '--time_rounds=1', '--skip=', '--schemes=rtn4', cwd=tmp_path)
-    rows = rows_of(tmp_path / 'out/bitnet/ptq.jsonl')
+def test_a_ternary_bitnet_has_only_its_embedding_left(bitnets):
+    """With head and embedding skipped there is nothing to quantize; with --skip= only they are."""
+    folder, done = bitnets
+    assert 'nothing to quantize: 4 layers' in one_error(done[5])
+    rows = rows_of(folder / 'out/tern/ptq.jsonl')
     assert [r['scheme'] for r in rows] == ['as trained', 'rtn4'] and rows[1]['file_bytes'] < rows[0]['file_bytes']
 
 
-def test_what_is_made_on_the_way(monkeypatch):
-    """--save holds one model: beside it, at most half of what the largest matrix, a head, takes, and all packed layers."""
+def test_quantizing_takes_little_memory_beside_the_model(monkeypatch):
+    """Beside the model --save takes at most half of its largest matrix, a head, and the packed layers."""
     class Text:
         def calibration(self, n, seed):
             return [torch.arange(64).view(2, 32)]
@@ -196,9 +254,9 @@ def test_what_is_made_on_the_way(monkeypatch):
 
     monkeypatch.setattr(ptq, 'skip', '')
     monkeypatch.setattr(calibrate, 'PART', 1 << 19)
-    head, rest = 4 * 80_000 * 256, 4 * 12 * 2 * 256 * 256
-    for scheme in ('rtn4', 'nf4', 'int8', 'gptq3', 'awq3'):
-        model = GPT(sample.GPTConfig(vocab_size=80_000, block_size=32, n_layer=2, n_head=2, n_embd=256)).eval()
+    head, rest = 4 * 50_000 * 256, 4 * 12 * 2 * 256 * 256
+    for scheme in ('nf4', 'gptq3', 'awq3'):
+        model = GPT(sample.GPTConfig(vocab_size=50_000, block_size=32, n_layer=2, n_head=2, n_embd=256)).eval()
         with common.peak_meter(False) as found:
             ptq.quantize(Text(), model.requires_grad_(False), scheme)
         assert found['bytes'] < (head + rest) * 9 / 32 + head / 2, scheme
@@ -218,36 +276,54 @@ def test_bitsandbytes_beside_ours(call, home, tmp_path):
 # prune
 
 
-def test_prune(call, home):
-    out = call('prune', '--windows=8', '--amounts=(0.5, 1.0)', '--retrain_iters=5', '--retrain_lr=1e-3', cwd=home).out
-    rows = rows_of(home / 'out/gpt/prune.jsonl')
+@pytest.fixture(scope='module')
+def pruned(calls, home, tmp_path_factory):
+    """(what each prune said, its rows): every method; one that is saved; global alone and behind another method."""
+    folder = tmp_path_factory.mktemp('prune')
+    path, words = folder / 'p.safetensors', ['prune', '--amounts=0.5', '--retrain_iters=3', f'--out={folder / "two"}']
+    done = calls((['prune', '--windows=8', '--amounts=(0.5, 1.0)', '--retrain_iters=5', '--retrain_lr=1e-3'], home, 0),
+                 (['prune', '--methods=wanda2:4', '--windows=8', '--retrain_iters=2', f'--save={path}'], home, 0),
+                 ([f'--ckpt={path}', '--time_rounds=0'], home, 0),
+                 ([*words[:-1], f'--out={folder / "one"}', '--methods=global'], home, 0),
+                 ([*words, '--methods=magnitude,global'], home, 0))
+    return path, done[0].out
+
+
+def test_prune(pruned, home):
+    """Each method prunes the share that was asked for; retraining lowers the loss; zeros make the file smaller."""
+    rows = rows_of(home / 'out/gpt/prune.prev.jsonl')                           # another run came behind it
     by = {(r['method'], r['amount']): r for r in rows}
     assert list(by) == [('none', 0.0), *((m, a) for m in ('magnitude', 'global') for a in (0.5, 1.0)), ('2:4', 0.5),
                         ('wanda', 0.5), ('wanda', 1.0), ('wanda2:4', 0.5)]
     for (_, amount), r in by.items():
         assert r['zeros'] == pytest.approx(amount, abs=1e-3)
-        assert amount == 0 or r['loss'] < r['pruned_loss']                      # what the retraining is for
+        assert amount == 0 or r['loss'] < r['pruned_loss']                      # by the retraining
     assert by['magnitude', 0.5]['pruned_loss'] < by['magnitude', 1.0]['pruned_loss'] == by['wanda', 1.0]['pruned_loss']
-    assert by['none', 0.0]['delta'] is None and re.search(r'(?m)^magnitude +1\.00 +1\.0000', out)
+    assert by['none', 0.0]['delta'] is None and re.search(r'(?m)^magnitude +1\.00 +1\.0000', pruned[1])
     assert by['magnitude', 1.0]['file_bytes'] < by['magnitude', 0.5]['file_bytes'] < by['none', 0.0]['file_bytes']
     assert (home / 'out/gpt/prune.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_a_saved_pruned_model_has_these_zeros(call, home, tmp_path):
-    call('prune', '--methods=wanda2:4', '--windows=8', '--retrain_iters=2', f'--save={tmp_path / "p.safetensors"}', cwd=home)
-    model, _, about = sample.load(str(tmp_path / 'p.safetensors'))
+def test_a_saved_pruned_model_has_these_zeros(pruned, home):
+    """Two of every four weights are 0 in the file, and ptq.py measures the loss that was printed."""
+    path, _ = pruned
+    model, _, about = sample.load(str(path))
     for name in about['quantized']:
         weight = model.get_submodule(name).decode()[0]
         assert torch.equal((weight.unflatten(1, (-1, 4)) == 0).sum(-1).unique(), torch.tensor([2]))
-    call(f'--ckpt={tmp_path / "p.safetensors"}', '--time_rounds=0', cwd=home)
-    assert not (tmp_path / 'ptq.jsonl').exists()
-    saved = [r for r in rows_of(home / 'out/gpt/prune.jsonl') if r['method'] == 'wanda2:4'][0]
-    assert rows_of(tmp_path / 'p_ptq.jsonl')[0]['loss'] == pytest.approx(saved['loss'], abs=1e-6)
+    row, = (r for r in rows_of(home / 'out/gpt/prune.jsonl') if r['method'] == 'wanda2:4')
+    assert rows_of(path.with_name('p_ptq.jsonl'))[0]['loss'] == pytest.approx(row['loss'], abs=1e-6)
+
+
+def test_every_method_gets_the_same_updates(pruned):
+    """The result of a method does not depend on the methods before it."""
+    one, two = (rows_of(pruned[0].with_name(name) / 'prune.jsonl')[-1] for name in ('one', 'two'))
+    assert one['method'] == two['method'] == 'global' and one['loss'] == two['loss']
 
 
 @pytest.mark.parametrize('amount, zeros', [('1', 16), ('1.0', 16), ('0.5', 8), ('0', 0)])
 def test_the_share_that_becomes_zero(amount, zeros, monkeypatch):
-    """amount=1 is all of them (not one weight, as with torch's pruning and an int)."""
+    """amount=1 zeros all weights, not one weight, as torch's pruning does with an int."""
     model = torch.nn.ModuleDict({'a': torch.nn.Linear(4, 4)})
     model['a'].weight.data = torch.arange(1.0, 17).view(4, 4)
     for method in ('magnitude', 'global'):
@@ -256,8 +332,8 @@ def test_the_share_that_becomes_zero(amount, zeros, monkeypatch):
         assert not zeros or model['a'].weight.flatten()[:zeros].eq(0).all()
 
 
-def test_what_is_pruned_worked_by_hand():
-    """global: the smallest of both matrices, which are all of one; wanda: in each row the smallest |w| |x_j|; 2:4 of |w|."""
+def test_each_method_prunes_by_hand():
+    """global zeros the smallest of all matrices, wanda the smallest |w| |x_j| of each row, 2:4 two of each four."""
     def model():
         net = torch.nn.ModuleDict({'a': torch.nn.Linear(4, 2, bias=False), 'b': torch.nn.Linear(4, 2, bias=False)})
         net['a'].weight.data = torch.tensor([[1.0, -2, 3, -4], [8, 7, -6, 5]])
@@ -282,16 +358,8 @@ def test_what_is_pruned_worked_by_hand():
     assert net['b'].weight.tolist() == [[0, 0, 30, -40], [0, 70, 0, 50]]
 
 
-def test_every_method_gets_the_same_updates(call, home, tmp_path):
-    """What a pruning gives does not depend on what is pruned before it."""
-    words = ['prune', '--amounts=0.5', '--retrain_iters=3', f'--out={tmp_path}']
-    call(*words, '--methods=global', cwd=home)
-    alone = rows_of(tmp_path / 'prune.jsonl')[-1]['loss']
-    call(*words, '--methods=magnitude,global', cwd=home)
-    assert rows_of(tmp_path / 'prune.jsonl')[-1]['loss'] == alone
-
-
 def test_smallest_keeps_exactly_as_many():
+    """Ties do not change how many weights are kept."""
     mask = ptq.smallest(torch.tensor([[1.0, 1.0, 1.0, 1.0], [4.0, 1.0, 3.0, 2.0]]), 2)
     assert mask.tolist() == [[False, False, True, True], [True, False, True, False]]
 
@@ -301,6 +369,7 @@ def test_smallest_keeps_exactly_as_many():
 
 
 def test_sensitivity(call, home, table):
+    """A row for each block and kind; all blocks together are the scheme of the table."""
     out = call('sensitivity', '--group=32', '--scheme=rtn2', cwd=home).out
     rows = {(r['block'], r['kind']): r for r in rows_of(home / 'out/gpt/sensitivity.jsonl')}
     kinds = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
@@ -312,20 +381,20 @@ def test_sensitivity(call, home, table):
     assert (home / 'out/gpt/sensitivity.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_choose_writes_a_config_that_trains(call, home, tmp_path):
+def test_choose_writes_a_config_that_trains(calls, call, home):
+    """choose takes the block whose loss rises least; the command it prints trains a model with that block binary."""
     out = call('choose', '--group=32', '--bits=17', cwd=home).out
     chosen = runpy.run_path(str(home / 'out/gpt/chosen.py'))
     row, = rows_of(home / 'out/gpt/choose.jsonl')
     best = min(row['losses'], key=row['losses'].get)
     assert chosen['binary_blocks'] == (int(best[-1]),) and chosen['n_binary'] == 0 and chosen['qkv_proj'] == 'bin'
-    words = out.strip().split('train it with: python train_gpt.py ')[1].split()
-    done = call(*words, '--max_iters=2', '--eval_interval=2', '--save_interval=2', cwd=home, script='train_gpt.py')
-    assert 'packed into out/chosen' in done.out
+    words = out.strip().split('python train_gpt.py ')[1].split()
+    trained, again = calls((['train_gpt.py', *words, '--max_iters=2', '--eval_interval=2', '--save_interval=2'], home, 0),
+                           (['choose', '--bits=17', '--ckpt=out/chosen'], home, 2))
+    assert 'packed into out/chosen' in trained.out
     model = GPT(sample.GPTConfig(**common.read_checkpoint(str(home / 'out/chosen/last.pt'))['model_config']))
     low = [any(isinstance(m, layers.LowBit) for m in b.modules()) for b in model.blocks]
-    assert low == [best == 'blocks.0', best == 'blocks.1']
-    said = one_error(call('choose', '--bits=17', '--ckpt=out/chosen', cwd=home, code=2))
-    assert 'out/chosen/best.pt is no full-precision model of train_gpt.py' in said
+    assert low == [best == 'blocks.0', best == 'blocks.1'] and 'no full-precision model' in one_error(again)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,12 +440,50 @@ def folders(tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'opt', 'llama'])
-def test_a_language_model_of_transformers(call, folders, name):
+LANGUAGE, CLASSIFIERS = ('gpt2', 'opt', 'llama'), ('cls', 'conv1d', 'last_token')
+MISSING = [(['--ckpt=gpt2'], '--text='), (['--ckpt=gpt2', '--text=val.txt', '--schemes=gptq4', '--group=32'], '--calibr'),
+           (['--ckpt=gpt2', '--text=nowhere.txt'], 'nowhere.txt'), (['--ckpt=cls'], '--dataset='),
+           (['--ckpt=gpt2', '--text=val.txt', '--block_size=64'], 'block_size=64 is more than the 32'),
+           (['--ckpt=nobody/nothing', '--text=val.txt'], 'nobody/nothing')]
+# The first save finds the disk full.
+FULL_ONCE = """
+import safetensors.torch as s
+def full(*a, plain=s.save_file, **k):
+    s.save_file = plain
+    raise OSError(28, 'No space left')
+s.save_file = full
+"""
+
+
+@pytest.fixture(scope='module')
+def quantized(calls, folders):
+    """{name: what --save said} of every model of transformers, each quantized, saved as a folder and measured again, and
+    {'missing': errors, 'half': what three saves to one folder said}."""
+    texts, data, commands, said = ['--text=val.txt', '--calibration=cal.txt'], f'--dataset={folders / "data"}', [], {}
+    for name in LANGUAGE:
+        commands += [[f'--ckpt={name}', *texts, *QUICK, '--schemes=rtn3,gptq3'],
+                     [f'--ckpt={name}', *texts, *QUICK[:2], '--schemes=gptq3', '--skip=', f'--save={name}_q'],
+                     [f'--ckpt={name}_q', texts[0], '--time_rounds=0']]
+    for name in CLASSIFIERS:
+        commands += [[f'--ckpt={name}', data, *QUICK, '--schemes=rtn3,gptq2'],
+                     [f'--ckpt={name}', data, *QUICK[:2], '--schemes=gptq2', '--skip=', f'--save={name}_q'],
+                     [f'--ckpt={name}_q', data, '--time_rounds=0'],
+                     ['prune', f'--ckpt={name}', data, '--methods=wanda', '--amounts=0.5', '--windows=8', '--retrain_iters=2']]
+    half = ['--ckpt=gpt2', '--text=val.txt', '--group=32', '--schemes=rtn3', '--save=half_q']
+    prepare = ['data/sst2/prepare.py', '--file', 'rows.csv', '--val_file', 'rows.csv', '--out_dir', 'data']
+    every = [(half, 2), (prepare, 0), *((words, 0) for words in commands), (half, 0), (half, 2), *((w, 2) for w, _ in MISSING)]
+    done = calls(*((words, folders, code) for words, code in every), patch=FULL_ONCE, **OFFLINE)
+    for words, result in zip(commands, done[2:], strict=False):
+        if '--save=' in words[-1]:
+            said[words[0].removeprefix('--ckpt=')] = result.out
+    at = 2 + len(commands)
+    return said | {'half': [done[0], *done[at:at + 2]], 'missing': done[at + 2:]}
+
+
+@pytest.mark.parametrize('name', LANGUAGE)
+def test_a_language_model_of_transformers(quantized, folders, name):
     """Its loss is transformers' own; quantized, saved as a folder, it comes back the same."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    texts = [f'--text={folders / "val.txt"}', f'--calibration={folders / "cal.txt"}']
-    call(f'--ckpt={name}', *texts, *QUICK, '--schemes=rtn3,gptq3', cwd=folders)
     rows = {r['scheme']: r for r in rows_of(folders / name / 'ptq.jsonl')}
     net, tokenizer = AutoModelForCausalLM.from_pretrained(folders / name), AutoTokenizer.from_pretrained(folders / name)
     ids = torch.tensor(tokenizer((folders / 'val.txt').read_text())['input_ids'])
@@ -385,150 +492,124 @@ def test_a_language_model_of_transformers(call, folders, name):
         logits = net(ids[:n * 32].view(n, 32)).logits
     assert rows['fp']['loss'] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), ids[1:n * 32 + 1]).item(), abs=1e-5)
     assert rows['rtn3']['loss'] != rows['gptq3']['loss'] != rows['fp']['loss']
-    saved = call(f'--ckpt={name}', *texts, *QUICK[:2], '--schemes=gptq3', '--skip=', f'--save={name}_q', cwd=folders).out
-    call(f'--ckpt={name}_q', texts[0], '--time_rounds=0', cwd=folders)
-    assert f'val loss {rows_of(folders / f"{name}_q/ptq.jsonl")[0]["loss"]:.4f}\n' in saved
+    assert f'val loss {rows_of(folders / f"{name}_q/ptq.jsonl")[0]["loss"]:.4f}\n' in quantized[name]
     assert (folders / f'{name}_q/packed.safetensors').stat().st_size < (folders / name / 'model.safetensors').stat().st_size / 4
 
 
-@pytest.mark.parametrize('name', ['cls', 'conv1d', 'last_token'])
-def test_a_classifier_of_transformers(call, folders, name):
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_a_classifier_of_transformers(quantized, folders, name):
     """Its loss and accuracy are those of a plain pass; quantized, saved as a folder, it comes back the same."""
-    call('--file', folders / 'rows.csv', '--val_file', folders / 'rows.csv', '--out_dir', folders / 'data', cwd=folders,
-         script='data/sst2/prepare.py')
-    words = [f'--dataset={folders / "data"}', *QUICK]
-    call(f'--ckpt={name}', *words, '--schemes=rtn3,gptq2', cwd=folders)
     rows = {r['scheme']: r for r in rows_of(folders / name / 'ptq.jsonl')}
     sentences, labels, names = load(folders / 'data', 'val')
     net, tokenizer, _, fresh = hf.load(str(folders / name), names)
     with torch.no_grad():
         logits = torch.cat([net.eval()(**hf.collate(tokenizer, hf.encode(tokenizer, [t], 32), 32)).logits for t in sentences])
-    labels = torch.tensor(labels)
+    labels, row = torch.tensor(labels), rows['fp']
     assert not fresh and rows['fp']['loss'] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
-    assert rows['fp']['accuracy'] == (logits.argmax(1) == labels).sum().item() / 80 and rows['fp']['perplexity'] is None
+    assert row['accuracy'] == (logits.argmax(1) == labels).sum().item() / len(labels) and row['perplexity'] is None
     assert len({r['loss'] for r in rows.values()}) == 3
-    saved = call(f'--ckpt={name}', *words[:3], '--schemes=gptq2', '--skip=', f'--save={name}_q', cwd=folders).out
-    call(f'--ckpt={name}_q', words[0], '--time_rounds=0', cwd=folders)
-    assert f'val loss {rows_of(folders / f"{name}_q" / "ptq.jsonl")[0]["loss"]:.4f}\n' in saved
-    call('prune', f'--ckpt={name}', words[0], '--methods=wanda', '--amounts=0.5', '--windows=8', '--retrain_iters=2',
-         cwd=folders)
+    assert f'val loss {rows_of(folders / f"{name}_q" / "ptq.jsonl")[0]["loss"]:.4f}\n' in quantized[name]
     assert [r['method'] for r in rows_of(folders / name / 'prune.jsonl')] == ['none', 'wanda']
 
 
-def test_an_interrupted_save_leaves_no_half_folder(call, folders, start):
-    """Killed before the folder gets its name, and on a full disk: there is no folder, and the next save makes it."""
-    words = [str(ROOT / 'ptq.py'), '--ckpt=gpt2', '--text=val.txt', '--group=32', '--schemes=rtn3', '--save=half_q']
-    for patch in ('import os, signal\nmove = os.replace\ndef f(a, b):\n'
-                  '    os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith("half_q") else move(a, b)\nos.replace = f',
-                  'import safetensors.torch as s\ndef f(*a, **k): raise OSError(28, "No space left")\ns.save_file = f'):
-        done = start(*words, cwd=folders, patch=patch).wait()
-        assert done.code == -signal.SIGKILL or 'No space left' in one_error(done)
-        assert not (folders / 'half_q').exists()
-    call(*words[1:], cwd=folders)
+def test_an_interrupted_save_leaves_no_half_folder(quantized, folders, start):
+    """A full disk and a kill before the folder gets its name leave no folder; the next save makes it, another refuses."""
+    full, _, again = quantized['half']
+    assert 'No space left' in one_error(full) and 'half_q exists' in one_error(again).replace("'", '')
     assert {'config.json', 'packed.safetensors', 'tokenizer.json'} <= set(os.listdir(folders / 'half_q'))
-    assert not list(folders.glob('half_q.tmp*'))
-    assert 'half_q exists' in one_error(call(*words[1:], cwd=folders, code=2)).replace("'", '')
+    patch = """import os, signal
+move = os.replace
+os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) if str(b).endswith('killed_q') else move(a, b)"""
+    done = start(str(ROOT / 'ptq.py'), '--ckpt=gpt2', '--text=val.txt', '--group=32', '--schemes=rtn3', '--save=killed_q',
+                 cwd=folders, patch=patch, **OFFLINE).wait(300)
+    assert done.code == -signal.SIGKILL and not (folders / 'killed_q').exists() and not list(folders.glob('half_q.tmp*'))
 
 
-@pytest.mark.parametrize('words, said', [
-    (['--ckpt=gpt2'], 'gpt2 brings no validation data; type --text=FILE'),
-    (['--ckpt=gpt2', '--text=val.txt', '--schemes=gptq4', '--group=32'], 'gpt2 brings no calibration text; type --calibr'),
-    (['--ckpt=gpt2', '--text=nowhere.txt'], 'cannot read nowhere.txt'),
-    (['--ckpt=gpt2', '--text=val.txt', '--block_size=64'], 'block_size=64 is more than the 32 of gpt2'),
-    (['--ckpt=cls'], 'cls is a classifier; type --dataset=...'),
-    (['--ckpt=nobody/nothing', '--text=val.txt'], "cannot load model 'nobody/nothing'")])
-def test_what_is_missing_for_transformers(call, folders, words, said):
-    assert said in one_error(call(*words, cwd=folders, code=2, HF_HUB_OFFLINE='1'))
+def test_missing_options_for_transformers_are_named(quantized):
+    """A model of transformers without texts, labels or weights: one line that says what to type."""
+    for (words, said), done in zip(MISSING, quantized['missing'], strict=True):
+        assert said in one_error(done), words
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # mistakes
 
 
-@pytest.mark.parametrize('words, said', [
-    (['--schemes=gptq5'], "'gptq5' is none of half, int8"),
-    (['--schemes=gptq4', '--group=48'],
-     'scheme gptq4 does not fit blocks.0.attn.c_attn: group=48 does not divide a row of 64 weights'),
-    (['--schemes=nf4', '--skip=heads'], "skip='heads' names no layer; the layers are wte"),
-    (['--schemes=nf4,int8', '--save=q.safetensors'], '--save keeps one model, 2 schemes were asked for'),
-    (['--schemes=bnb8'], 'scheme bnb8 needs bitsandbytes'),
-    (['--ckpt=nowhere'], 'nowhere'),
-    (['--block_size=64'], 'block_size=64 is more than the 32'),
-    (['--windows=0'], 'windows=0 makes no sense; type --windows=1 or more'),
-    (['--damp=-1'], 'damp=-1.0 makes no sense'),
-    (['--damp=2'], 'damp=2.0 makes no sense; type --damp=1 or less'),
-    (['--schemes=rtn4,rtn4'], 'rtn4 is asked for twice'),
-    (['--schemes=,'], "'' is none of"),
-    (['--schemes=nf4,half'], 'group has no use for nf4, half; leave --group out'),
-    (['--schemes=rtn4', '--damp=0.5'], 'damp has no use for rtn4'),
-    (['--schemes=awq4', '--clip=False'], 'clip has no use for awq4'),
-    (['sensitivity', '--windows=4'], 'windows has no use for bin'),
+MISTAKES = [
+    (['--schemes=gptq5'], "'gptq5'"), (['--schemes=gptq4', '--group=48'], 'group=48 does not divide a row of 64'),
+    (['--schemes=nf4', '--skip=heads'], "skip='heads'"), (['--schemes=nf4,int8', '--save=q.safetensors'], '2 schemes'),
+    (['--schemes=bnb8'], 'needs bitsandbytes'), (['--ckpt=nowhere'], 'nowhere'),
+    (['--block_size=64'], 'block_size=64 is more than the 32'), (['--windows=0'], '--windows=1'), (['--damp=-1'], 'damp=-1.0'),
+    (['--damp=2'], '--damp=1'), (['--schemes=rtn4,rtn4'], 'twice'), (['--schemes=,'], "''"),
+    (['--schemes=nf4,half'], 'group has no use for nf4, half'), (['--schemes=rtn4', '--damp=0.5'], 'damp has no use for rtn4'),
+    (['--schemes=awq4', '--clip=False'], 'clip has no use for awq4'), (['--text=a.txt'], 'text has no use'),
+    (['sensitivity', '--windows=4'], 'windows has no use for bin'), (['compair'], "mode='compair'"),
     (['prune', '--methods=global', '--windows=4'], 'windows has no use without wanda'),
-    (['compair'], "mode='compair' is none of compare, prune"),
-    (['--schemes=rtn4', '--save=out/gpt/packed.safetensors'], 'is there and not by ptq.py; type another file'),
-    (['--text=a.txt'], 'text has no use for out/gpt/best.pt'),
-    (['--schemes=rtn4', '--save=out/gpt/best.pt'], 'a packed model is a file that ends in .safetensors'),
-    (['--ckpt=out/gpt/packed.safetensors', '--schemes=rtn4', '--save=out/gpt/packed.safetensors'], 'does not say what it was'),
-    (['--schemes=rtn4', '--save=q.safetensors', '--time_rounds=1'], 'time_rounds has no use with --save'),
-    (['prune', '--skip='], 'lm_head is an embedding too, which is not pruned'),
-    (['prune', '--damp=0.1'], 'damp has no use in prune'),
-    (['choose', '--bits=32'], 'bits=32: with all 2 blocks as bin it is'),
-    (['--bits=3'], 'bits has no use in compare'),
-    (['prune', '--amounts=(0.5, 1.5)'], 'shares from 0 to 1'),
-    (['prune', '--methods=random'], "'random' is none of magnitude"),
-    (['prune', '--schemes=nf4'], 'schemes has no use in prune'),
-    (['prune', '--save=q.safetensors'], '--save keeps one model, not 11'),
-    (['sensitivity', '--scheme=gptq7'], "scheme='gptq7' is none of"),
-    (['choose', '--bits=0.5'], 'with all 2 blocks as bin it is'),
-    (['choose', '--bits=17', '--scheme=nf4'], 'train_gpt.py trains bin, tern, uniform16'),
-    (['--mode=tune'], "mode='tune' is none of compare, prune, sensitivity, choose")])
-def test_a_mistake_is_one_line(call, home, words, said):
-    if words == ['--schemes=bnb8'] and ptq.importlib.util.find_spec('bitsandbytes'):
-        pytest.skip('bitsandbytes is installed')
-    groups = [] if 'prune' in words else ['--group=32']
-    assert said in one_error(call(*groups, *words, cwd=home, code=2, HF_HUB_OFFLINE='1'))
+    (['--schemes=rtn4', '--save=out/gpt/packed.safetensors'], 'not by ptq.py'),
+    (['--schemes=rtn4', '--save=out/gpt/best.pt'], '.safetensors'),
+    (['--ckpt=out/gpt/packed.safetensors', '--schemes=rtn4', '--save=out/gpt/packed.safetensors'], 'does not say'),
+    (['--schemes=rtn4', '--save=q.safetensors', '--time_rounds=1'], 'time_rounds has no use'),
+    (['prune', '--skip='], 'lm_head'), (['prune', '--damp=0.1'], 'damp has no use in prune'),
+    (['choose', '--bits=32'], 'bits=32'), (['--bits=3'], 'bits has no use'),
+    (['prune', '--amounts=(0.5, 1.5)'], '0 to 1'), (['prune', '--methods=random'], "'random'"),
+    (['prune', '--schemes=nf4'], 'schemes has no use'), (['prune', '--save=q.safetensors'], 'one model, not 11'),
+    (['sensitivity', '--scheme=gptq7'], "scheme='gptq7'"), (['choose', '--bits=0.5'], 'all 2 blocks as bin'),
+    (['choose', '--bits=17', '--scheme=nf4'], 'bin, tern, uniform16'), (['--mode=tune'], "mode='tune'")]
 
 
-def test_what_is_wrong_with_the_data(call, home, tiny_data, tmp_path):
-    """No validation data, no training data to calibrate on, other tokens, a damaged checkpoint: each is one line."""
-    data = tmp_path / 'data'
-    shutil.copytree(tiny_data, data)
-    words = [f'--ckpt={home / "out/gpt"}', f'--dataset={data}', '--group=32', f'--out={tmp_path / "o"}']
-    for file in data.glob('train_*'):
-        file.unlink()
-    assert 'no train tokens in' in one_error(call(*words, '--schemes=gptq4', cwd=tmp_path, code=2))
-    call(*words, '--schemes=rtn4', cwd=tmp_path)                                # which looks at nothing
-    for file in data.glob('val_*'):
-        file.unlink()
-    assert 'no tokens in' in one_error(call(*words, '--schemes=rtn4', cwd=tmp_path, code=2))
-    tokens.write(data, 'val', [np.arange(3000) % 260], tokens.train_bpe(['one two three'] * 9, 260))
-    assert 'was trained on other tokens than those of' in one_error(call(*words, '--schemes=rtn4', cwd=tmp_path, code=2))
-    whole = (home / 'out/gpt/best.pt').read_bytes()
-    for name, damaged in damages(whole).items():
-        (tmp_path / 'best.pt').write_bytes(damaged)
-        assert 'best.pt' in one_error(call(f'--ckpt={tmp_path / "best.pt"}', *QUICK, cwd=tmp_path, code=2)), name
+def test_a_mistake_is_one_line(calls, home):
+    """Options that are unknown, out of range or of no use for what is asked: one line that names them."""
+    mistakes = [m for m in MISTAKES if m[1] != 'needs bitsandbytes' or not ptq.importlib.util.find_spec('bitsandbytes')]
+    groups = [[] if 'prune' in words else ['--group=32'] for words, _ in mistakes]
+    results = calls(*(([*group, *words], home, 2) for group, (words, _) in zip(groups, mistakes, strict=True)), **OFFLINE)
+    for (words, said), done in zip(mistakes, results, strict=True):
+        assert said in one_error(done), words
+
+
+def test_damaged_or_missing_data_is_one_line(calls, home, tiny_data, tmp_path):
+    """No validation data, no data to calibrate on, other tokens, a damaged checkpoint: each is one line."""
+    commands, errors = [], []
+
+    def add(error, *words):
+        commands.append((words, tmp_path, 2 if error else 0))
+        errors.append(error)
+    for name in ('train', 'val', 'other'):          # without training data, without any, with those of another tokenizer
+        shutil.copytree(tiny_data, tmp_path / name)
+        for file in [*(tmp_path / name).glob('train_*'), *(tmp_path / name).glob('val_*' if name != 'train' else '-')]:
+            file.unlink()
+    tokens.write(tmp_path / 'other', 'val', [np.arange(3000) % 260], tokens.train_bpe(['one two three'] * 9, 260))
+    words = [f'--ckpt={home / "out/gpt"}', '--group=32', f'--out={tmp_path / "o"}', '--windows=8']
+    add('no train tokens in', *words, '--schemes=gptq4', f'--dataset={tmp_path / "train"}')
+    add('', *words[:3], '--time_rounds=0', '--schemes=rtn4', f'--dataset={tmp_path / "train"}')       # looks at no inputs
+    add('no tokens in', *words[:3], '--schemes=rtn4', f'--dataset={tmp_path / "val"}')
+    add('other tokens', *words[:3], '--schemes=rtn4', f'--dataset={tmp_path / "other"}')
+    for name, damaged in damages((home / 'out/gpt/best.pt').read_bytes()).items():
+        (tmp_path / f'{name.replace("/", "-")}.pt').write_bytes(damaged)
+        add('.pt', f'--ckpt={tmp_path / name.replace("/", "-")}.pt', *QUICK)
     packed = (home / 'out/gpt/packed.safetensors').read_bytes()
     (tmp_path / 'p.safetensors').write_bytes(packed[:-100] + bytes(100))
-    assert 'p.safetensors is damaged' in one_error(call(f'--ckpt={tmp_path / "p.safetensors"}', *QUICK, cwd=tmp_path, code=2))
-    shutil.copy(home / 'out/gpt/packed.safetensors', tmp_path / 'p.safetensors')
-    assert 'does not say what it was trained on; type --dataset=' in one_error(
-        call(f'--ckpt={tmp_path / "p.safetensors"}', *QUICK, cwd=tmp_path, code=2))
+    (tmp_path / 'w.safetensors').write_bytes(packed)
+    add('p.safetensors is damaged', f'--ckpt={tmp_path / "p.safetensors"}', *QUICK)
+    add('--dataset=', f'--ckpt={tmp_path / "w.safetensors"}', *QUICK)
+    for error, command, done in zip(errors, commands, calls(*commands), strict=True):
+        assert not error or error in one_error(done), command
 
 
-def test_earlier_rows_are_kept(call, home, tmp_path):
+def test_earlier_rows_are_kept(calls, home, tmp_path):
+    """The table of the run before is moved to ptq.prev.jsonl."""
     words = ['--group=32', '--time_rounds=0', f'--out={tmp_path}']
-    for scheme in ('rtn4', 'rtn3', 'rtn2'):
-        call(*words, f'--schemes={scheme}', cwd=home)
+    calls(*(([*words, f'--schemes={scheme}'], home, 0) for scheme in ('rtn4', 'rtn3', 'rtn2')))
     assert [r['scheme'] for r in rows_of(tmp_path / 'ptq.jsonl')] == ['fp', 'rtn2']
     assert [r['scheme'] for r in rows_of(tmp_path / 'ptq.prev.jsonl')] == ['fp', 'rtn3']
 
 
 def test_rows_of_an_interrupted_table_stay(home, start, tmp_path):
+    """Ctrl-C in the middle of a table leaves the rows that are finished."""
     job = start(str(ROOT / 'ptq.py'), *QUICK, '--schemes=rtn4,gptq4', f'--out={tmp_path}', cwd=home,
-                patch='import time\nfrom pretrained import calibrate\ncalibrate.gptq = lambda *a, **k: time.sleep(100)')
-    path, end = tmp_path / 'ptq.jsonl', time.time() + 60
-    while not path.exists() and time.time() < end:
+                patch='import time\nfrom pretrained import calibrate\ncalibrate.gptq = lambda *a, **k: time.sleep(600)')
+    path = tmp_path / 'ptq.jsonl'
+    while job.process.is_alive() and not (path.exists() and 'rtn4' in path.read_text()):
         time.sleep(0.1)
     job.signal(signal.SIGINT)
-    assert job.wait().code in (130, -signal.SIGINT, 1)
+    assert job.wait(300).code in (130, -signal.SIGINT, 1)
     assert [r['scheme'] for r in rows_of(path)] == ['fp', 'rtn4']
