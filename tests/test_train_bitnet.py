@@ -437,10 +437,10 @@ def test_estimate_of_memory(train, folder):
         model = tiny_bitnet(quant, vocab_size=256)
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
             kept = costs.saved_bytes(lambda model=model: model(ids[:, :-1], ids[:, 1:]), model)
-        activations = found['activations kept, 1024 x 16 tokens'][0]
+        activations = found['saved tensors, 1024 x 16 tokens'][0]
         assert activations == pytest.approx(kept / 1e6, rel=2e-3) and activations > 50
         parts = [v[0] for name, v in found.items() if name in ('weights, fp32', 'gradients', 'AdamW moments')]
-        total = found['in all, without what a single operation needs for itself'][0]
+        total = found['in all, without the temporaries of single operations'][0]
         assert total == pytest.approx(sum(parts) + activations, abs=0.3) and len(parts) == 3
 
 
@@ -458,7 +458,7 @@ def test_estimate_needs_no_data_where_the_vocabulary_is_known(train, folder):
 
 def test_estimate_measures_the_speed(start, train, folder):
     """Of one process, and of two as fast as this one: micro-steps, then one update; hours are those of the tokens of all steps
-    at that speed. With two, gradients on their way take memory as well."""
+    at that speed. With two, buffers for the exchange of gradients take memory as well."""
     options = ('--estimate=True', '--max_iters=1_000_000')
     fast = 'from report import costs; costs.mean_seconds.__defaults__ = (0.05,)'
     done = train(*options, cwd=folder(), patch=fast)
@@ -472,7 +472,7 @@ costs.mean_seconds = lambda step, device: (step(), 0.004 if 'step' in getattr(st
     both = wait_all([start(SCRIPT, 'tiny.py', *options, cwd=folder(), patch=known, **r) for r in ranks(2)])
     assert [d.code for d in both] == [0, 0], both[0].err
     assert both[1].out == '' and 'measured here on 2 x 16 tokens, for 2 processes' in both[0].out
-    assert 'gradients on their way' in both[0].out and 'gradients on their way' not in done.out
+    assert 'buffers for the exchange of gradients' in both[0].out and 'buffers for the exchange of gradients' not in done.out
     two = estimated(both[0])
     assert two['speed'][0] == round(64 / (0.01 + 0.004)) and two['tokens'] == found['tokens']       # one micro-step of each
     one = estimated(train(*options, cwd=folder(), patch=known))
@@ -523,14 +523,14 @@ MISTAKES = [
     (('--schedule=two',), "schedule='two' is none of"), (('--dtype=float16',), "dtype='float16'; type"),
     (('--device=gpu',), "device='gpu'"), (('--n_embd=36',), 'n_embd=36 must be a multiple of 2 x n_head=4'),
     (('--n_embd=12',), 'n_embd=12 must be a multiple of 2 x n_head=4'),                 # an odd head_dim, 3
-    (('--n_kv_head=3',), 'n_head=4, and that of n_kv_head=3'), (('--n_kv_head=8',), 'and that of n_kv_head=8'),
+    (('--n_kv_head=3',), 'n_head=4, and n_head of n_kv_head=3'), (('--n_kv_head=8',), 'and n_head of n_kv_head=8'),
     *(((f'--{key}=0',), f'{key}=0 must be 1 or more') for key in (
         'batch_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'eval_interval', 'eval_iters',
         'log_interval', 'save_interval')),
     *(((f'--{key}=-1',), 'must be 0 or more') for key in (
         'learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'diag_interval', 'tokens_per_s')),
-    (('--beta1=-1',), 'beta1=-1.0, beta2=0.95 are shares below 1'),
-    (('--beta2=1',), 'beta2=1.0 are shares below 1'), (('--rope_theta=0',), 'rope_theta=0.0 must be above 0'),
+    (('--beta1=-1',), 'beta1=-1.0, beta2=0.95 must be at least 0 and below 1'),
+    (('--beta2=1',), 'beta2=1.0 must be at least 0 and below 1'), (('--rope_theta=0',), 'rope_theta=0.0 must be above 0'),
     (('--batch_size=9',), 'batch_size=9 is no multiple of micro_batch_size=2 x 1 processes'),
     (('--micro_batch_size=-2',), 'batch_size=4 is no multiple of micro_batch_size=-2'),
     (('--block_size=100',), 'val tokens, block_size=100 needs more'), (('--dataset=nosuch',), 'data/nosuch'),
