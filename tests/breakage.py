@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {       # the file to break: test files in the order in which they run
-    'layers.py': 'layers quant conv compressed grouped adapters',
-    'quant.py': 'quant layers compressed grouped',
-    'optim.py': 'optim trainers finetune_cls',
+    'layers.py': 'layers quant conv compressed convert grouped adapters compile',
+    'quant.py': 'quant layers compressed grouped compile',
+    'optim.py': 'optim processes trainers finetune_cls',
     'common.py': 'common trainers train_gpt sample',
     'pretrained/calibrate.py': 'calibrate grouped ptq'}
 FLIPS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -123,7 +123,7 @@ def main():
                 (copied / name).write_text('\n'.join(lines) + '\n', encoding='utf-8')
                 start = time.monotonic()
                 try:
-                    done = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *files],
+                    done = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '-p', 'no:randomly', *files],
                                           cwd=copied, capture_output=True, text=True, timeout=1800)
                     failed = done.returncode != 0
                     by = next((x for x in done.stdout.splitlines() if x.startswith(('FAILED', 'ERROR'))), '')[:110]
