@@ -123,8 +123,8 @@ def main():
                 (copied / name).write_text('\n'.join(lines) + '\n', encoding='utf-8')
                 start = time.monotonic()
                 try:
-                    done = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '-p', 'no:randomly', *files],
-                                          cwd=copied, capture_output=True, text=True, timeout=1800)
+                    words = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *files]
+                    done = subprocess.run(words, cwd=copied, capture_output=True, text=True, timeout=1800)
                     failed = done.returncode != 0
                     by = next((x for x in done.stdout.splitlines() if x.startswith(('FAILED', 'ERROR'))), '')[:110]
                 except subprocess.TimeoutExpired:

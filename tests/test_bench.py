@@ -17,50 +17,18 @@ import layers
 from conftest import ROOT
 from measure import forms, optimizers
 from readers import tokens
+from forked import BENCH_FORKS
 from train_gpt import GPT, GPTConfig
 
 OPTIONS = argparse.Namespace(rank=32, alpha=32.0, base='bignet', dim=1024, seed=0, device='cpu', batch=4, threads=1)
-# bench.py starts a Python for each variant; here each is a fork of one that has imported torch. One test starts real ones.
-FORKS = """
-import io, os, runpy, subprocess, sys
-ends = []
-class End(io.FileIO):
-    def close(self):
-        if self in ends:
-            ends.remove(self)
-        super().close()
-class Fork:
-    def __init__(self, words, env, **_):
-        (stdin, mine), (theirs, stdout) = os.pipe(), os.pipe()
-        ends.extend((End(mine, 'w'), End(theirs)))
-        self.stdin, self.stdout = io.TextIOWrapper(io.BufferedWriter(ends[-2])), io.TextIOWrapper(io.BufferedReader(ends[-1]))
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if not self.pid:
-            for end in ends:
-                os.close(end.fileno())
-            os.dup2(stdin, 0), os.dup2(stdout, 1)
-            sys.stdin, sys.argv, code = open(0), words[1:], 0
-            try:
-                runpy.run_path(words[1], run_name='__main__')
-            except SystemExit as e:
-                code = e.code
-            sys.stdout.flush()
-            os._exit(code)
-        os.close(stdin), os.close(stdout)
-    def wait(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-from measure import turns
-turns.subprocess = type(sys)('forks')
-turns.subprocess.Popen, turns.subprocess.PIPE = Fork, None
-"""
 
 
 @pytest.fixture
 def rows(start, tmp_path):
     """rows(*words) -> ({name: row of --json}, stdout) of bench.py with forks for its processes."""
     def run(*words, patch=''):
-        done = start(ROOT / 'bench.py', *words, '--threads=1', '--json=rows.jsonl', cwd=tmp_path, patch=patch + FORKS).wait()
+        words = *words, '--threads=1', '--json=rows.jsonl'
+        done = start(ROOT / 'bench.py', *words, cwd=tmp_path, patch=patch + BENCH_FORKS).wait()
         assert done.code == 0, done.err
         return {r['name']: r for r in map(json.loads, open(tmp_path / 'rows.jsonl'))}, done.out
     return run

