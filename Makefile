@@ -32,7 +32,7 @@ peers: $(READY) ## other implementations that tests and bench.py compare with
 bench: $(READY) ## time and memory of a training step
 	$(PY) bench.py train
 
-results: $(READY) ## the runs behind the table in the README
+results: $(READY) ## the GPT runs behind the first rows of the README's table
 	$(PY) results/runs.py quality
 
 # .unfinished exists during the whole install. If a later run still finds it, the install was interrupted and starts over:

@@ -6,7 +6,7 @@ Post-training quantization, pruning and sensitivity of a trained model.
     python ptq.py --ckpt=out/x --schemes=gptq4 --save=out/x/gptq4.safetensors     # writes a packed file for sample.py, ptq.py
     python ptq.py prune --ckpt=out/x --methods=wanda --amounts=0.5
     python ptq.py sensitivity --ckpt=out/x --scheme=bin         # quantizes one block or one kind of projection at a time
-    python ptq.py choose --ckpt=out/x --bits=16.5               # chooses blocks to train as binary; a config for train_gpt.py
+    python ptq.py choose --ckpt=out/x --bits=17               # chooses blocks to train as binary; a config for train_gpt.py
 
 --ckpt is one of: a run of train_gpt.py or train_bitnet.py, evaluated on its own validation data; a language model of
 transformers (a folder or an id) with --text=FILE and --calibration=FILE; one of its classifiers with --dataset=sst2.

@@ -299,7 +299,8 @@ def test_options_exist(page):
         named = [x for x in re.findall(r'[\w/]+\.py\b', sentence) if (ROOT / x).exists() and not x.startswith('config/')]
         for part in re.findall(r'`([^`]+)`', sentence) or [sentence]:
             scripts = [x for x in named if x in part][:1] or [*named, default]
-            files = [ROOT / x for x in scripts] + [p for p in ROOT.glob('measure/*.py') if 'bench.py' in scripts]
+            parsers = 'measure/*.py' if 'bench.py' in scripts else 'readers/documents.py' if 'data/' in scripts[0] else ''
+            files = [ROOT / x for x in scripts] + (list(ROOT.glob(parsers)) if parsers else [])
             source = ''.join(p.read_text(encoding='utf-8') for p in files)
             for name in set(re.findall(r'--(\w+)', part)) - NO_OPTION:
                 assert re.search(rf"^{name} = |'--{name}'", source, re.M), f'--{name} is no option of {scripts}: {sentence}'
