@@ -191,7 +191,7 @@ def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second
 
     cosine     half a cosine from learning_rate to min_lr at the last step (nanoGPT)
     linear     a line to min_lr
-    two_stage  the same line, but from the middle of the run on with second_lr as its start: an abrupt drop by
+    two_stage  the same line, restarted from second_lr at half of the run: the rate drops by the factor
                second_lr / learning_rate (BitNet b1.58 Tips PDF, which also ends the weight decay there)
     constant   learning_rate
     """
@@ -222,8 +222,8 @@ def atomic_write(path, write):
         os.remove(left)
     tmp = f'{path}.tmp{os.getpid()}'
     try:
-        # safetensors writes files that only their owner can read. The umask cannot be read without setting it for all threads,
-        # so the kernel applies it to an empty file, whose mode the written file gets.
+        # safetensors writes files that only their owner can read. Reading the umask changes it for all threads.
+        # So an empty file is created, and the written file gets its mode.
         os.close(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         mode = stat.S_IMODE(os.stat(tmp).st_mode)
         write(tmp)
@@ -522,7 +522,7 @@ def open_run(out_dir, trainer, config, step, fresh):
 
 
 def cut_log(out_dir, step):
-    """Delete the log records that a resumed run writes again: those after `step`, and those at `step` that are not of training.
+    """Delete the log records that a resumed run writes again: those after `step`, and the evaluation at `step`.
     The log then equals that of an uninterrupted run."""
     kept = ''.join(json.dumps(r) + '\n' for r in read_log(out_dir)
                    if r['step'] < step or (r['step'] == step and ('loss' in r or 'matrices' in r)))

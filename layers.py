@@ -6,11 +6,11 @@ Layers whose weights take 1, 1.58, 4, 8 or 16 bits: trained through the rounding
     pack(model)                                 replaces the latent weights by packed codes, in place
 
 The formats of 8 bits and less keep latent full-precision weights during training. The gradient passes straight through the
-rounding (dL/dw := dL/dw_q). `layer.pack_()` replaces the latent weights by packed codes. The forward pass then computes the
-same on the unpacked codes, so packing changes no logit.
+rounding (dL/dw := dL/dw_q). `layer.pack_()` replaces the latent weights by packed codes. The forward pass then uses the
+unpacked codes, so the logits stay the same.
 
 Straight-through training usually needs MORE memory than full-precision training: autograd saves the rounded weight and every
-intermediate of the normalisation. The layers here save less. The backward pass recomputes the rounded weight, and it needs only
+intermediate of the normalisation. These layers save fewer tensors. The backward pass recomputes the rounded weight and needs only
 the output of the normalisation. The ternary layer saves int8 activations for its weight gradient. With `act='gelu'` a layer
 applies the activation itself and recomputes it in the backward pass. A frozen layer saves nothing for its backward pass. Except
 under torch.compile, it decodes one block of rows at a time.
@@ -43,7 +43,7 @@ from quant import (FORMATS4, SCALES4, binarize, decode4, half_bits, levels4, pac
 #     ternary_linear(x, w, b, gain, ...)            RMSNorm, int8 activations, ternary weights
 #     frozen_linear(x, b, decoder, ...)             a product with a decoded weight, block by block; saves nothing
 
-TINY_ALPHA = 1e-6    # smallest |alpha| in use: the backward pass computes the normalised value as y / alpha
+TINY_ALPHA = 1e-6    # lower bound of |alpha|, because the backward pass divides y by alpha
 TINY_VAR = 1e-30     # keeps 1/std finite on constant input; the eps of the formula is added to std, not to the variance
 
 
@@ -109,7 +109,7 @@ def _normalize(z, alpha, ndim, eps):
         return u.mul_(alpha / (1 + eps * rstd)), rstd                       # 1/(std + eps) = rstd / (1 + eps rstd)
     dims = tuple(range(-ndim, 0))                   # on the CPU layer_norm is slower than this, above all for short rows
     u = wide(z)
-    u = u - u[(..., *[slice(1)] * ndim)]            # else equal numbers get a mean off by a rounding and a std far below eps
+    u = u - u[(..., *[slice(1)] * ndim)]            # else 1/std amplifies the rounding error of the mean of equal inputs
     u -= u.mean(dims, keepdim=True)
     norm = u
     for dim in reversed(dims):                      # one dimension at a time: a sum of millions of squares is off by 1e-4
@@ -125,7 +125,7 @@ def _normalize_backward(g, y, rstd, alpha, ndim, eps):
     """
     g, u = wide(g), wide(y) / alpha
     slack = 1 + eps * rstd                                                  # (std + eps) / std
-    root = slack.sqrt()                                                     # each of the two u's in the formula takes one
+    root = slack.sqrt()                                                     # the formula has two factors u; each takes one root
     dz = torch.ops.aten.native_layer_norm_backward(g * alpha, u, u.shape[-ndim:], torch.zeros_like(rstd), root, None, None,
                                                    [True, False, False])[0].mul_(rstd / (slack * root))
     return dz, (g * u).sum_to_size(alpha.shape)
@@ -264,7 +264,7 @@ class _QuantizedConv(torch.autograd.Function):
             g = _from_norm(dz, y.shape, ctx.norm)
             galpha = galpha.view(alpha.shape).to(alpha.dtype) if need_alpha else None
         wq, bq = ctx.quantize(w, b, ctx.dtype)
-        # convolution_backward gives the gradient the memory layout of its input; the values matter only for gw
+        # convolution_backward copies the memory layout of `a` and reads its values only for gw
         a = _conv_input(x, ctx.act, ctx.round_input) if need_w else g.new_empty(()).expand(ctx.x_shape) if x is None else x
         c = ctx.conv
         gx, gw, gb = torch.ops.aten.convolution_backward(
@@ -357,7 +357,7 @@ class _TernaryLinear(torch.autograd.Function):
             if need_w:
                 _add_product(gw, g[i], (q[i] * sx[i]).to(g.dtype))
             if need_x:
-                h = wide(g[i] @ wq)                                        # straight-through: also the gradient at its input
+                h = wide(g[i] @ wq)                                        # straight-through: the rounding passes it on
                 if rstd is not None:                                        # RMSNorm: n = gain * u, u = a * rstd
                     u = wide(forward(x[i])) * rstd[i]
                     p = h * u
@@ -446,8 +446,8 @@ ternary_linear = _TernaryLinear.apply
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the base classes: LowBit; LowBitLinear and LowBitConv, for the kind of product; Binary, Ternary and FourBit, for the format of
-# the weight. Most modules below combine one of the two with one of the three.
+# the base classes: LowBit; LowBitLinear and LowBitConv define the product; Binary, Ternary and FourBit define the weight. Most
+# modules below inherit one of each kind.
 
 
 def in_blocks(encode, rows, size=1 << 20):
@@ -476,7 +476,7 @@ class LowBit(nn.Module):
     dict of buffers with the quantized weight; decode() is its inverse and returns (weight, bias or None). rounded(weight)
     quantizes a latent weight. Raises ValueError for an activation that is not in `acts`.
     """
-    packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: dimension of the weight whose size the bias has
+    packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: the bias has the size of this weight dimension
 
     def __init__(self, shape, bias, act=None):
         if act not in self.acts:
@@ -708,7 +708,7 @@ class Ternary(LowBit):
         return self._latent_change(self.effective_weight()), None
 
     def _latent_change(self, delta, _=None):
-        # When `share` of the codes are not 0, a latent weight of code * scale / share has mean|W| = scale again.
+        # If a share of the codes is not 0, dividing by it restores mean|W| = scale.
         shares = (part.ne(0).float().mean().clamp_(min=1e-9) for part in self.ternary()[0].split(self.rows))
         return torch.cat([part / share for part, share in zip(delta.split(self.rows), shares, strict=True)])
 
@@ -834,7 +834,7 @@ class TernaryLinear(Ternary, LowBitLinear):
 class Linear4bit(FourBit, LowBitLinear):
     """Linear layer with 4-bit weights, trained through the rounding or, after pack_(), frozen; (..., in) -> (..., out).
 
-    format: 'uniform' (the course's BigNet: levels u / 15 * 2n - n), 'nf4' (arXiv 2305.14314) or 'fit4' (see quant.py). fit4 has
+    format: 'uniform' (code u and absmax n: u / 15 * 2n - n), 'nf4' (arXiv 2305.14314) or 'fit4' (see quant.py). fit4 has
     the least error on normal weights, but takes ten times as long to encode. For weights with outliers use nf4, which has a
     level at 0. `group` weights of the flattened matrix share a scale; 0 means 16, 64, 32 for the three formats. scales: 'fp16',
     'fp32', '8bit' (double quantization over 256 groups) or, for fit4, 'log8'. The bias is not quantized. Packed buffers: code
@@ -1076,8 +1076,9 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def truncate(self, rank, shrink=False):
         """Keep the `rank` largest singular values of A diag(c) B: QR of A diag(c) and of B^T, then SVD of the small core. (The
-        rSVD experiments call this "+ SVT", though nothing is thresholded.) Zeros fill the old rank, so an optimizer's state
-        still fits. With shrink=True the rank shrinks: create a new optimizer. Returns the share of the squared norm kept."""
+        rSVD experiments call this "+ SVT", though nothing is thresholded.) Zeros pad to the old rank, so the optimizer
+        state keeps its shape. With shrink=True the rank shrinks: create a new optimizer. Returns the share of the squared norm
+        that remains."""
         if not 1 <= rank <= self.rank:
             raise ValueError(f'LowRankLinear: cannot truncate rank {self.rank} to {rank}')
         Qa, Ra = torch.linalg.qr((self.A * self.c).float())
@@ -1146,8 +1147,8 @@ class LoRALinear(nn.Module):
 
         A full-precision base becomes an nn.Linear. A quantized base becomes its decoded weights plus the adapter in fp32; a
         ternary one keeps its RMSNorm in front. With requantize=True the result is a packed layer of the same kind, and the
-        change measures the rounding. A binary base needs requantize=True, since its output is normalised. Its adapter is scaled
-        to add the same to the output on x. A low-rank base gains the adapter's ranks; requantize=True truncates them again.
+        change measures the rounding. A binary base needs requantize=True, since its output is normalised. Its adapter is
+        rescaled to add the same output on x. A low-rank base gains the adapter's ranks; requantize=True truncates them again.
         """
         base, scale = self.base, self.alpha / self.rank
         if isinstance(base, LowRankLinear):

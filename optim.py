@@ -108,7 +108,7 @@ def fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, weight_decay, eps):
 
 def carry(moments, old, new, rotate):
     """Carry the moments (M, V), each (r, n) fp32, to a new basis. rotate: M <- C M, V <- (C * C) V with C = new^T old. Without
-    rotate they stay, as in the reference and GaLore, truncated or filled with zeros to the new rank."""
+    rotate they keep their values, as in GaLore, and are cut or zero-padded to the new rank."""
     M, V = moments
     if rotate:
         C = new.float().T @ old.float()
@@ -125,8 +125,8 @@ BLOCK = 256                     # numbers that share a scale
 
 
 def keep(t, dtype, square, generator):
-    """Store fp32 t in `dtype`: {suffix: tensor}; held() is the inverse. 8bit stores the largest of each 256 numbers and a byte
-    per number: the square root of M or, with square=True, the fourth root of V, so that small numbers keep digits."""
+    """Store fp32 t in `dtype`: {suffix: tensor}; held() is the inverse. 8bit stores one maximum per 256 numbers and one byte
+    per number. It encodes sqrt(M) or, with square=True, V^(1/4), so that small numbers keep digits."""
     if dtype == 'fp32':
         return {'': t}
     noise = torch.rand(t.shape, generator=generator, device=t.device)
@@ -177,8 +177,8 @@ class RSVDAdam(torch.optim.Optimizer):
     side            left: R = P^T G for every shape (the reference); right: R = G Q; short: the shorter side (GaLore)
     rotate          rotate the moments into a new basis instead of keeping their values, see carry()
     oversample, n_iter     of the randomized SVD
-    stagger         > 0: at most about this many weights get a new basis per step. First bases come in steps 0, 1, 2, ..., and
-                    a weight is not trained before it has one. 0: all weights in the same step
+    stagger         > 0: about this many weights get a new basis per step. A weight starts to train when it has its first
+                    basis, in step 0, 1, 2, ... 0: all weights in the same step
     state_dtype     fp32 | bf16 | 8bit for the moments; the basis is fp32 for fp32, else bf16
     seed            of sketches and stochastic rounding, combined with the index of the parameter and the refresh or step
 
@@ -302,7 +302,7 @@ class RSVDAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def gradients(self):
         """{parameter: gradient for the step}: R (r, n) for a low-rank weight, else p.grad. Frees the full gradients of low-rank
-        weights. Averages each R from attach() over ranks. Use it for norms; to clip or unscale, change it in place."""
+        weights. Averages each R from attach() over processes. Change it in place to clip or unscale."""
         for group in self.param_groups:
             for p in group['params']:
                 low = self.low_rank(p, group)
@@ -381,7 +381,7 @@ class RSVDAdam(torch.optim.Optimizer):
             fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, group['weight_decay'], group['eps'])
             return
         grads, decay = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay']
-        Ns = [torch.zeros_like(g) for g in grads]   # a fused step on zero weights turns them into the update
+        Ns = [torch.zeros_like(g) for g in grads]   # a fused AdamW step on zeros writes the update into Ns
         fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
         for p, M, V, N in zip(params, Ms, Vs, Ns, strict=True):
             if not full:

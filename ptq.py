@@ -56,7 +56,7 @@ group = 128                    # weights of a row that share a scale in rtn, awq
 windows = 128                  # size of the calibration set: windows of block_size tokens, or texts of a classifier
 act_order = True               # gptq: quantize the columns with the largest inputs first
 clip = True                    # gptq: choose the range of each group by the error of its output
-damp = 0.01                    # gptq: share of the mean of H's diagonal that is added to the diagonal, 0 to 1
+damp = 0.01                    # gptq: adds damp * mean(diag H) to the diagonal of H, the Gram matrix of the inputs; 0 to 1
 save = ''                      # file or new folder for the packed model; needs one scheme, or one pruning method and amount
 time_rounds = 5                # timing rounds, in turns with the original model; 0: no timing
 # prune
@@ -185,7 +185,7 @@ def check(subject, names):
 
 
 def refuse_unused(names, what):
-    """Raises ValueError for an option that was given but that no scheme of `names` uses."""
+    """Raises ValueError if an option is set that no scheme of `names` uses."""
     for key in OPTIONS:
         if key in _changed and not any(key == 'skip' or key in METHODS[SCHEMES[name][0]] for name in names):
             raise ValueError(f'{key} has no use for {what}; leave --{key} out')
@@ -402,7 +402,7 @@ def prune(subject, folder):
         if isinstance(module, nn.Linear) and module.in_features % 4 and any(m.endswith('2:4') for m, _ in jobs):
             raise ValueError(f'2:4 does not fit {n}: 4 does not divide a row of {module.in_features}; type other --methods')
     rows = []
-    for method, amount in [('none', 0.0), *jobs]:   # the original model is trained as long
+    for method, amount in [('none', 0.0), *jobs]:   # the original model gets as many updates
         start = time.perf_counter()
         model = copy.deepcopy(subject.model)
         masks = prune_(subject, model, method, amount) if method != 'none' else {}

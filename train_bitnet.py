@@ -50,7 +50,7 @@ act = 'relu2'                  # activation of the MLP's gate: relu2 (b1.58-2B-4
 rope_theta = 10_000.0          # base of the rotary positions; 500,000 in the 2B model
 quant = 'tern'                 # tern | fp: the same model with full-precision matrices, the baseline
 # optimizer
-optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon. Both train the blocks' matrices, AdamW the rest
+optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon; both train the blocks' matrices, AdamW the rest
 rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices
 interval = 200                 # rsvd: steps between two updates of the basis
 side = 'right'                 # rsvd: side of the basis: left | right (saves the fewest activations) | short (the shorter side)

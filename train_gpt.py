@@ -49,7 +49,7 @@ binary_blocks = ()             # low-bit blocks by number, e.g. (0, 3, 5), inste
 binary_alpha = 1.0             # initial scale of binary q, k, v and MLP input layers
 binary_alpha_out = 0.05        # initial scale of binary layers that add to the residual stream; embeddings start at 0.02
 # optimizer
-optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon. Both train the blocks' matrices, AdamW the rest
+optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon; both train the blocks' matrices, AdamW the rest
 rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices
 interval = 200                 # rsvd: steps between two updates of the basis
 side = 'right'                 # rsvd: side of the basis: left | right (saves the fewest activations) | short (the shorter side)
