@@ -10,8 +10,8 @@ rounding (dL/dw := dL/dw_q). `layer.pack_()` replaces the latent weights by pack
 unpacked codes, so the logits stay the same.
 
 Straight-through training usually needs MORE memory than full-precision training: autograd saves the rounded weight and every
-intermediate of the normalisation. These layers save fewer tensors. The backward pass recomputes the rounded weight and needs only
-the output of the normalisation. The ternary layer saves int8 activations for its weight gradient. With `act='gelu'` a layer
+intermediate of the normalisation. These layers save fewer: the backward pass recomputes the rounded weight and needs only the
+output of the normalisation. The ternary layer saves int8 activations for its weight gradient. With `act='gelu'` a layer
 applies the activation itself and recomputes it in the backward pass. A frozen layer saves nothing for its backward pass. Except
 under torch.compile, it decodes one block of rows at a time.
 
