@@ -62,6 +62,14 @@ class Popen:
 subprocess.Popen = Popen
 """
 
+# A patch for ptq.py: it times each model for 0.01 s instead of 0.2 s.
+SHORT_TIMES = """
+from measure import turns
+def median_ms(run, seconds, *rest, plain=turns.median_ms):
+    return plain(run, 0.01, *rest)
+turns.median_ms = median_ms
+"""
+
 
 def run(words, cwd, folder, environment, patch):
     """The forked process: `python words` in the folder cwd, after the source text `patch`; its streams are files in folder."""

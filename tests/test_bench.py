@@ -166,12 +166,11 @@ def test_galore_is_counted_whole():
     assert optimizers.state_bytes(optimizer) == 4 * (12 + 5 + 2 * 7)
 
 
-@pytest.mark.parametrize('name, n_bytes', [('left 64', 41_495_064), ('short 4', 3_757_912), ('blocks 4', 193_431_568)])
-def test_bytes_of_distilbert(monkeypatch, name, n_bytes):
-    """Optimizer bytes of the published table, from the tensors of the real model after a step; Adam's are 535,640,496."""
-    row, = asked(optimizers.optim_bytes_worker, monkeypatch, name, dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
-    assert row['optimizer_bytes'] == n_bytes and row['peak_bytes'] > n_bytes + 2 * 4 * 66_955_010      # weights, gradients
-    assert 2 * 4 * 66_955_010 + 4 * 104 == 535_640_496                          # two moments, and the step of each of 104
+def test_bytes_of_distilbert(monkeypatch):
+    """The optimizer state has the published bytes, from the tensors of the real model after a step (test_optim.py: all ranks)."""
+    options = dict(dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
+    row, = asked(optimizers.optim_bytes_worker, monkeypatch, 'left 64', **options)
+    assert row['optimizer_bytes'] == 41_495_064 and row['peak_bytes'] > 41_495_064 + 2 * 4 * 66_955_010     # weights, gradients
 
 
 def test_finetune_memory_by_hand(monkeypatch):

@@ -18,6 +18,7 @@ import layers
 import ptq
 import sample
 from conftest import ROOT, Result, damages, one_error
+from forked import SHORT_TIMES
 from pretrained import calibrate, hf, replace, subjects
 from readers import tokens
 from readers.texts import load, write_table
@@ -51,7 +52,7 @@ json.dump(done, sys.stdout)
 @pytest.fixture(scope='module')
 def calls(start, tmp_path_factory):
     """calls((words, cwd, code), ...) -> a Result of each; the first word may be another script than ptq.py."""
-    def run(*commands, **how):
+    def run(*commands, patch='', **how):
         folder = tmp_path_factory.mktemp('many')
         (folder / 'many.py').write_text(MANY)
         lines = []
@@ -59,7 +60,7 @@ def calls(start, tmp_path_factory):
             script, *words = words if str(words[0]).endswith('.py') else ['ptq.py', *words]
             lines.append((str(ROOT / script), str(cwd), [str(w) for w in words]))
         (folder / 'commands').write_text(json.dumps(lines))
-        process = start('many.py', 'commands', cwd=folder, **how).wait(900)
+        process = start('many.py', 'commands', cwd=folder, patch=SHORT_TIMES + patch, **how).wait(900)
         assert process.code == 0, (process.out, process.err)
         results = [Result(*one) for one in json.loads(process.out)]
         for done, (words, _, code) in zip(results, commands, strict=True):
@@ -253,10 +254,10 @@ def test_quantizing_takes_little_memory_beside_the_model(monkeypatch):
             model(x)
 
     monkeypatch.setattr(ptq, 'skip', '')
-    monkeypatch.setattr(calibrate, 'PART', 1 << 19)
-    head, rest = 4 * 50_000 * 256, 4 * 12 * 2 * 256 * 256
+    monkeypatch.setattr(calibrate, 'PART', 1 << 18)
+    head, rest = 4 * 50_000 * 128, 4 * 12 * 2 * 128 * 128
     for scheme in ('nf4', 'gptq3', 'awq3'):
-        model = GPT(sample.GPTConfig(vocab_size=50_000, block_size=32, n_layer=2, n_head=2, n_embd=256)).eval()
+        model = GPT(sample.GPTConfig(vocab_size=50_000, block_size=32, n_layer=2, n_head=2, n_embd=128)).eval()
         with common.peak_meter(False) as found:
             ptq.quantize(Text(), model.requires_grad_(False), scheme)
         assert found['bytes'] < (head + rest) * 9 / 32 + head / 2, scheme

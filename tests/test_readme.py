@@ -21,7 +21,7 @@ from PIL import Image
 
 import layers
 from conftest import ROOT
-from forked import BENCH_FORKS, SWEEP_FORKS
+from forked import BENCH_FORKS, SHORT_TIMES, SWEEP_FORKS
 from train_gpt import GPT, GPTConfig
 
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding='utf-8')
@@ -177,8 +177,8 @@ def ran(copied, start):
         if words[0] == 'torchrun':
             processes = 2 if 'train_gpt.py' in command else 1
             words[:2] = f'python -m torch.distributed.run --standalone --nproc_per_node={processes}'.split()
-        forks = {'bench.py': BENCH_FORKS, 'finetune_cls.py': SWEEP_FORKS}.get(words[1], '')
-        return start(*words[1:], cwd=copied, patch=f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{forks}').wait()
+        faster = {'bench.py': BENCH_FORKS, 'finetune_cls.py': SWEEP_FORKS, 'ptq.py': SHORT_TIMES}.get(words[1], '')
+        return start(*words[1:], cwd=copied, patch=f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{faster}').wait()
 
     done = {}
     for stage in (1, 2, 3, 4):
