@@ -167,7 +167,7 @@ def test_galore_is_counted_whole():
 
 
 def test_bytes_of_distilbert(monkeypatch):
-    """The optimizer state has the published bytes, from the tensors of the real model after a step (test_optim.py: all ranks)."""
+    """The optimizer state has the published bytes, from the tensors of the real model after a step."""
     options = dict(dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
     row, = asked(optimizers.optim_bytes_worker, monkeypatch, 'left 64', **options)
     assert row['optimizer_bytes'] == 41_495_064 and row['peak_bytes'] > 41_495_064 + 2 * 4 * 66_955_010     # weights, gradients

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import layers
-from conftest import ROOT
+from conftest import ROOT, ranks
 from forked import BENCH_FORKS, SHORT_TIMES, SWEEP_FORKS
 from train_gpt import GPT, GPTConfig
 
@@ -173,12 +173,14 @@ def copied(tmp_path_factory):
 def ran(copied, start):
     """{command: its Result}. Commands of one rule run one after the other."""
     def run(command):
-        words = shlex.split(command) + rule(command)[2].split()
+        words, environment = shlex.split(command) + rule(command)[2].split(), {}
         if words[0] == 'torchrun':
-            processes = 2 if 'train_gpt.py' in command else 1
-            words[:2] = f'python -m torch.distributed.run --standalone --nproc_per_node={processes}'.split()
+            if 'train_gpt.py' not in command:               # one torchrun; the others run as its only process would
+                environment, words = ranks(1)[0], ['python', *words[2:]]
+            else:
+                words[:2] = 'python -m torch.distributed.run --standalone --nproc_per_node=2'.split()
         faster = {'bench.py': BENCH_FORKS, 'finetune_cls.py': SWEEP_FORKS, 'ptq.py': SHORT_TIMES}.get(words[1], '')
-        return start(*words[1:], cwd=copied, patch=f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{faster}').wait()
+        return start(*words[1:], cwd=copied, patch=f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{faster}', **environment).wait()
 
     done = {}
     for stage in (1, 2, 3, 4):
