@@ -180,7 +180,8 @@ def ran(copied, start):
             else:
                 words[:2] = 'python -m torch.distributed.run --standalone --nproc_per_node=2'.split()
         faster = {'bench.py': BENCH_FORKS, 'finetune_cls.py': SWEEP_FORKS, 'ptq.py': SHORT_TIMES}.get(words[1], '')
-        return start(*words[1:], cwd=copied, patch=f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{faster}', **environment).wait()
+        patch = f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{faster}'
+        return start(*words[1:], cwd=copied, patch=patch, **environment).wait()
 
     done = {}
     for stage in (1, 2, 3, 4):
