@@ -6,6 +6,7 @@ the world (exit status, signals, files, both streams, torchrun's environment) is
 command lines to make sure.
 """
 import json
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -157,6 +158,11 @@ class Job:
             os.killpg(self.pid, signal.SIGKILL)
             raise AssertionError(f'no end after {timeout} s: {self.output()} {(self.folder / "stderr").read_text()}')
         return Result(code, self.output(), (self.folder / 'stderr').read_text())
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()             # torch and its friends are a million objects, which each collection would visit
 
 
 @pytest.fixture(scope='session')

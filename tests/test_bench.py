@@ -166,10 +166,14 @@ def test_galore_is_counted_whole():
     assert optimizers.state_bytes(optimizer) == 4 * (12 + 5 + 2 * 7)
 
 
-def test_bytes_of_distilbert(monkeypatch):
+def test_bytes_of_distilbert(start, tmp_path):
     """The optimizer state has the published bytes, from the tensors of the real model after a step."""
-    options = dict(dim=768, layers=6, batch=1, tokens=4, attention='sdpa')
-    row, = asked(optimizers.optim_bytes_worker, monkeypatch, 'left 64', **options)
+    (tmp_path / 'one.py').write_text(
+        'import argparse, io, json, sys\nfrom measure import optimizers\nsys.stdin = io.StringIO("1\\n")\n'
+        'about = dict(device="cpu", name="left 64", dim=768, layers=6, batch=1, tokens=4, attention="sdpa")\n'
+        'print(json.dumps(*optimizers.optim_bytes_worker(argparse.Namespace(**about))))\n')
+    done = start('one.py', cwd=tmp_path).wait()
+    row = json.loads(done.out)
     assert row['optimizer_bytes'] == 41_495_064 and row['peak_bytes'] > 41_495_064 + 2 * 4 * 66_955_010     # weights, gradients
 
 
