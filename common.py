@@ -321,7 +321,7 @@ def read_last_checkpoint(path, trainer=None, set_aside=False, mmap=False):
         if set_aside and 'damaged' in str(e):
             with contextlib.suppress(OSError):      # another rank already renamed it, or the folder is read-only
                 os.replace(path, f'{path}.damaged')
-        print(f'warning: {e}; going on from {previous} (step {state["step"]})', file=sys.stderr)
+        print(f'warning: {e}; continuing from {previous} (step {state["step"]})', file=sys.stderr)
         return state
 
 

@@ -1,1 +1,1 @@
-"""Says what a run costs and what came out of it: estimates, scores with their intervals, tables, and pictures."""
+"""Reports of a run: its cost estimate, scores with intervals, tables, and pictures."""

@@ -77,11 +77,11 @@ EXPERIMENTS = {
     'scales': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1', {
         'fp': ('full precision', None),
         'full': ('3 of 6 blocks binary, scales at the full rate', None),
-        'a02': ('... and starting at 0.02 on the way out instead of 0.05', None),
+        'a02': ('... and starting at 0.02 in output layers instead of 0.05', None),
         'fanin': ('... and full-precision blocks starting at 1/sqrt(in)', None),
         'al10': ('scales at 0.1 of the rate', None),
         'al05': ('... 0.05', None),
-        'al05a25': ('... 0.05, starting at 0.25 on the way out', None),
+        'al05a25': ('... 0.05, starting at 0.25 in output layers', None),
         'al05_s05': ('... 0.05, latent weights at half the rate instead of a quarter', None),
         'al02': ('... 0.02', None),
         'al01': ('... 0.01', None),

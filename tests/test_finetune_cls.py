@@ -297,7 +297,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(unbroken):
 @pytest.mark.parametrize('method', RESUMED)
 def test_stopped_and_resumed_equals_unbroken(train, folder, unbroken, wet, method):
     """Stopped between two bases, between two truncations and in an evaluation, with dropout, 8-bit moments or loss scaling;
-    then once more when all is done. Seconds of training add up: a checkpoint is given a thousand of them on the way."""
+    then once more when all is done. Seconds of training add up: the test adds a thousand of them to a checkpoint."""
     some = [option.format(wet=wet) for option in RESUMED[method]]
     options, cwd = (f'--method={method}', *some), folder()
     whole = unbroken(method, *some)

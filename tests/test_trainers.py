@@ -283,7 +283,7 @@ def test_damaged_last_falls_back_to_the_one_before(train, folder, unbroken, trai
     half = (whole / 'out' / 'last.pt').read_bytes()[:-20_000]
     (cwd / 'out' / 'last.pt').write_bytes(half)
     done = train(trainer, *dropout(trainer), '--resume=auto', cwd=cwd)
-    assert re.fullmatch(r'warning: out/last\.pt .*; going on from out/last\.prev\.pt \(step 10\)\n', done.err), done.err
+    assert re.fullmatch(r'warning: out/last\.pt .*; continuing from out/last\.prev\.pt \(step 10\)\n', done.err), done.err
     assert_same_run(trainer, cwd, whole)
     (cwd / 'out' / 'last.prev.pt').unlink()
     (cwd / 'out' / 'last.pt').write_bytes(half)
