@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from formulas import activated, bits, check, filled, fixed, gradients, normalize, off, reference, same, saved  # noqa: F401
 from torch.testing import assert_close
 
+import common
 import layers
 from layers import (Activation, BinaryConv2d, BinaryEmbedding, BinaryLinear, Conv4bit, HalfLinear, Int8Linear, Linear4bit,
                     LoRALinear, LowRankLinear, TernaryConv2d, TernaryLinear, conv2d, linear)
@@ -609,6 +610,18 @@ def test_truncation_is_the_svd_of_the_product(rank, shrink):
     layer.zero_grad()
     layer(torch.randn(2, 10)).sum().backward()
     assert all(p.grad.shape == p.shape for p in layer.parameters())
+
+
+@pytest.mark.parametrize('norm, forward, both', [('channel', 2.9, 6.2), ('spatial', 2.1, 5.5), ('sample', 2.1, 5.5)])
+def test_normalization_works_on_blocks_of_rows(norm, forward, both):
+    """Temporaries of a large binary convolution stay below an activation: peak bytes of a pass, x the output's."""
+    layer, x = BinaryConv2d(4, 16, 3, padding=1, norm=norm), torch.randn(7, 4, 60, 90)
+    with torch.no_grad(), common.peak_meter(False) as found:
+        y = layer(x)
+    assert found['bytes'] < forward * y.nbytes
+    with common.peak_meter(False) as found:
+        layer(x.requires_grad_()).square().sum().backward()
+    assert found['bytes'] < both * y.nbytes
 
 
 @pytest.mark.parametrize('make, says', [
