@@ -37,7 +37,7 @@ for name, module in list(sys.modules.items()):
 """
 
 # Sizes alone: blocks, heads, kinds and all else stay those of the config file.
-TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=96 --block_size=32 --batch_size=8 --micro_batch_size=0 --eval_iters=1 '
+TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=192 --block_size=32 --batch_size=8 --micro_batch_size=0 --eval_iters=1 '
         '--eval_interval=2 --save_interval=2 --log_interval=1 --device=cpu')
 BITNET = ('--n_layer=1 --n_embd=48 --n_ff=64 --block_size=32 --max_iters=3 --warmup_iters=1 --batch_size=8 --eval_iters=1 '
           '--eval_interval=3 --save_interval=3 --log_interval=1 --diag_interval=1 --vocab_size=0 --device=cpu')
