@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import layers
-from conftest import ROOT, ranks
+from conftest import ROOT
 from forked import BENCH_FORKS, SHORT_TIMES, SWEEP_FORKS
 from train_gpt import GPT, GPTConfig
 
@@ -173,15 +173,13 @@ def copied(tmp_path_factory):
 def ran(copied, start):
     """{command: its Result}. Commands of one rule run one after the other."""
     def run(command):
-        words, environment = shlex.split(command) + rule(command)[2].split(), {}
+        words = shlex.split(command) + rule(command)[2].split()
         if words[0] == 'torchrun':
-            if 'train_gpt.py' not in command:               # one torchrun; the others run as its only process would
-                environment, words = ranks(1)[0], ['python', *words[2:]]
-            else:
-                words[:2] = 'python -m torch.distributed.run --standalone --nproc_per_node=2'.split()
+            processes = 2 if 'train_gpt.py' in command else 1
+            words[:2] = f'python -m torch.distributed.run --standalone --nproc_per_node={processes}'.split()
         faster = {'bench.py': BENCH_FORKS, 'finetune_cls.py': SWEEP_FORKS, 'ptq.py': SHORT_TIMES}.get(words[1], '')
         patch = f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{faster}'
-        return start(*words[1:], cwd=copied, patch=patch, **environment).wait()
+        return start(*words[1:], cwd=copied, patch=patch).wait()
 
     done = {}
     for stage in (1, 2, 3, 4):
