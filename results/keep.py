@@ -169,10 +169,9 @@ def headline(name):
     cells = {}
     for row in rows:                                        # by the first cell, or by the first two with a comma between
         label, n = re.fullmatch(r'(.*?)( \(n=\d+\))?', row[0].replace('`', '')).groups(default='')
-        figures = n, row[header.index(column)]
-        cells |= {f'{label}, {row[1]}': figures, **({} if label in cells else {label: figures})}
-    return f'{shown or column}: ' + '; '.join(f'{label}{n} = {figure}' for label in labels if label in cells
-                                              for n, figure in [cells[label]])
+        figure = f'{n} = {row[header.index(column)]}'
+        cells |= {f'{label}, {row[1]}': figure, **({} if label in cells else {label: figure})}
+    return f'{shown or column}: ' + '; '.join(label + cells[label] for label in labels if label in cells)
 
 
 def index():

@@ -407,26 +407,30 @@ def write_summary():
     bits = {r['name']: f'{r["bits"]:.2f}' for r in keep.read('layers')}
     rows = []
     for model, part, form, name, variant, key, bench, kind in SUMMARY:
-        runs, base = runs_of(name)[variant], runs_of(name)[EXPERIMENTS[name].baseline]
+        runs, base = (runs_of(name).get(v) for v in (variant, EXPERIMENTS[name].baseline))
+        if not runs or not base:
+            continue
         digits, scale, unit = (4, 1, 'nats') if 'loss' in key else (2, 100, 'points')
         group = {'runs': list(runs.values()), 'pairs': [(runs[s], base[s]) for s in runs if s in base]}
         twin = {'runs': list(base.values())}
         quality = f'{mean(key, digits, scale)(group)} against {mean(key, digits, scale)(twin)}'
-        memory = ms = file = '-'
-        if bench:
-            step = next(r for r in keep.read(bench) if (r.get('kind') or r['name'], r['dtype']) == (kind, 'float32'))
-            memory, ms = f'{step["peak_ratio"]:.2f}', f'{step.get("ratio", step.get("net_ratio")):.2f}'
-        elif name == 'sst2':
-            step, full = ({r['variant']: r for r in keep.read(name) if 'seed' not in r}[v] for v in (variant, 'full'))
+        steps, memory, ms, file = {r['variant']: r for r in keep.read(name) if 'seed' not in r}, '-', '-', '-'
+        for r in keep.read(bench) if bench else ():
+            if (r.get('kind') or r['name'], r['dtype']) == (kind, 'float32'):
+                memory, ms = f'{r["peak_ratio"]:.2f}', f'{r.get("ratio", r.get("net_ratio")):.2f}'
+        if variant in steps:                        # measured apart from the runs
+            step, full = steps[variant], steps[EXPERIMENTS[name].baseline]
             memory, ms = (f'{step[k] / full[k]:.2f}' for k in ('peak_bytes', 'ms_per_step'))
         if form:
-            file = f'{group["runs"][0]["packed_file_bytes"] / 1e6:.2f} of {twin["runs"][0]["packed_file_bytes"] / 1e6:.2f}'
+            file = ' of '.join(f'{g["runs"][0]["packed_file_bytes"] / 1e6:.2f}' for g in (group, twin))
         rows.append((model and f'[{model}](results/{name}.md)', part, bits.get(form, '32'), quality,
                      f'{gap(key, digits, scale)(group)} {unit}', memory, file, ms))
-    fp, best = ({r['scheme']: r for r in keep.read('ptq_schemes')}[scheme] for scheme in ('fp', 'gptq4'))
-    rows.append(('[GPT 5.9M, WikiText-2](results/ptq_schemes.md)', 'block matrices, GPTQ', f'{best["bits"]:.2f}',
-                 f'{best["loss"]:.4f} against {fp["loss"]:.4f}', f'{best["delta"]:.4f} nats', '-',
-                 f'{best["file_bytes"] / 1e6:.2f} of {fp["file_bytes"] / 1e6:.2f}', f'{best["ratio_1"]:.2f} (one token)'))
+    schemes = {r['scheme']: r for r in keep.read('ptq_schemes')}
+    if {'fp', 'gptq4'} <= schemes.keys():
+        fp, best = schemes['fp'], schemes['gptq4']
+        rows.append(('[GPT 5.9M, WikiText-2](results/ptq_schemes.md)', 'block matrices, GPTQ', f'{best["bits"]:.2f}',
+                     f'{best["loss"]:.4f} against {fp["loss"]:.4f}', f'{best["delta"]:.4f} nats', '-',
+                     f'{best["file_bytes"] / 1e6:.2f} of {fp["file_bytes"] / 1e6:.2f}', f'{best["ratio_1"]:.2f} (one token)'))
     columns = ('model and data', 'low-bit part', 'bits', 'val loss or accuracy', 'gap', 'memory, ×', 'file, MB', 'time, ×')
     keep.fill('summary', '\n'.join(table({c: lambda r, i=i: r[i] for i, c in enumerate(columns)}, rows)))
 

@@ -313,7 +313,7 @@ def test_a_text_without_answers_has_none(train, folder, tiny_data):
     assert {frozenset(r) for r in log(cwd) if 'val_loss' in r} == {frozenset(('step', 'tokens', 'val_loss', 'val_bpb'))}
 
 
-# ---------------------------------------------------------------------------------------------------------- what is kept
+# --------------------------------------------------------------------------------------------- logs and checkpoints
 
 
 def test_log_and_validation_loss_by_hand(unbroken, sums):
