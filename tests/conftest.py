@@ -5,8 +5,8 @@ folder, environment, process group and __main__, and then runs the script from i
 the world (exit status, signals, files, both streams, torchrun's environment) is the same. A few tests pay for real
 command lines to make sure.
 """
-import json
 import gc
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -94,22 +94,24 @@ HOLD = AT_STEP.format(step='{step}', rank='rank', action="""
         signal.set_wakeup_fd(w)
         print('holding', flush=True)
         os.read(r, 1)""")
-# Runs a script with each of many command lines; none of them may leave anything behind.
+# Runs many command lines, (script, cwd, words) each, in one process; none of them may leave anything behind.
 IN_TURN = """
-import contextlib, io, json, runpy, sys, traceback
-found = []
-for sys.argv in json.load(open('in_turn.json')):
-    err, code = io.StringIO(), 0
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+import contextlib, io, json, os, runpy, sys, traceback
+commands, done = json.load(open(sys.argv[1])), []
+for script, cwd, words in commands:
+    os.chdir(cwd)
+    sys.argv, code = [script, *words], 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in 'oe')
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            runpy.run_path(sys.argv[0], run_name='__main__')
+            runpy.run_path(script, run_name='__main__')
         except SystemExit as e:
-            code = e.code
+            code = e.code or 0
         except BaseException:
+            code = 1
             traceback.print_exc()
-    found.append((code, err.getvalue()))
-with open('in_turn.json', 'w') as f:
-    json.dump(found, f)
+    done.append((code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()))
+json.dump(done, sys.stdout)
 """
 MEASURED = {'max_iters', 'ms', 'tokens_per_s', 'samples_per_s', 'input_samples_per_s', 'peak_mem_bytes', 'energy_j'}
 
@@ -227,19 +229,28 @@ def unbroken(train, folder):
 
 
 @pytest.fixture(scope='session')
-def refused(start):
+def in_turn(start, tmp_path_factory):
+    """in_turn([(script, cwd, words), ...], patch='', **environment) -> a Result of each, all run in one process."""
+    def run(commands, **how):
+        folder = tmp_path_factory.mktemp('turns')
+        (folder / 'turns.py').write_text(IN_TURN)
+        lines = [(str(ROOT / script), str(cwd), [str(w) for w in words]) for script, cwd, words in commands]
+        (folder / 'commands').write_text(json.dumps(lines))
+        done = start('turns.py', 'commands', cwd=folder, **how).wait(900)
+        assert done.code == 0, (done.out, done.err)
+        return [Result(*one) for one in json.loads(done.out)]
+    return run
+
+
+@pytest.fixture(scope='session')
+def refused(in_turn):
     """refused(trainer, [(options, what is said)], cwd): tiny.py with each of the options is a user's mistake: exit status 2
     and one line on stderr that begins with 'error: ' and has these words, no traceback, no new out_dir. All in one process."""
     def check(trainer, cases, cwd):
-        words = [[str(ROOT / f'{trainer}.py'), 'tiny.py', *map(str, options)] for options, _ in cases]
         there = (cwd / 'out').exists()
-        (cwd / 'in_turn.json').write_text(json.dumps(words))
-        (cwd / 'in_turn.py').write_text(IN_TURN)
-        done = start('in_turn.py', cwd=cwd).wait()
-        assert done.code == 0 and done.err == '', done.err
-        found = json.loads((cwd / 'in_turn.json').read_text())
-        wrong = [(options, said, code, err[-600:]) for (options, said), (code, err) in zip(cases, found, strict=True)
-                 if code != 2 or err.count('\n') != 1 or not err.startswith('error: ') or said not in err]
+        found = in_turn([(f'{trainer}.py', cwd, ['tiny.py', *options]) for options, _ in cases])
+        wrong = [(options, said, one.code, one.err[-600:]) for (options, said), one in zip(cases, found, strict=True)
+                 if one.code != 2 or one.err.count('\n') != 1 or not one.err.startswith('error: ') or said not in one.err]
         assert not wrong and (cwd / 'out').exists() == there, wrong
     return check
 

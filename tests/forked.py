@@ -1,67 +1,16 @@
 """What a fork of the server in conftest.py runs; a module of its own, so that a fork does not import conftest.py."""
 import gc
+import io
 import os
 import runpy
+import subprocess
 import sys
+import traceback
+import types
 
-# A patch for bench.py: it starts a Python for each variant, here each is a fork. One test of bench.py starts real ones.
-BENCH_FORKS = """
-import io, os, runpy, subprocess, sys
-ends = []
-class End(io.FileIO):
-    def close(self):
-        if self in ends:
-            ends.remove(self)
-        super().close()
-class Fork:
-    def __init__(self, words, env, **_):
-        (stdin, mine), (theirs, stdout) = os.pipe(), os.pipe()
-        ends.extend((End(mine, 'w'), End(theirs)))
-        self.stdin, self.stdout = io.TextIOWrapper(io.BufferedWriter(ends[-2])), io.TextIOWrapper(io.BufferedReader(ends[-1]))
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if not self.pid:
-            for end in ends:
-                os.close(end.fileno())
-            os.dup2(stdin, 0), os.dup2(stdout, 1)
-            sys.stdin, sys.argv, code = open(0), words[1:], 0
-            try:
-                runpy.run_path(words[1], run_name='__main__')
-            except SystemExit as e:
-                code = e.code
-            sys.stdout.flush()
-            os._exit(code)
-        os.close(stdin), os.close(stdout)
-    def wait(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-from measure import turns
-turns.subprocess = type(sys)('forks')
-turns.subprocess.Popen, turns.subprocess.PIPE = Fork, None
-"""
-
-# A patch for a sweep of finetune_cls.py, which starts a Python for each run.
-SWEEP_FORKS = """
-import os, runpy, subprocess, sys
-class Popen:
-    def __init__(self, words):
-        sys.stdout.flush()
-        self.returncode, self.pid = None, os.fork()
-        if not self.pid:
-            sys.argv, code = words[1:], 0
-            try:
-                runpy.run_path(words[1], run_name='__main__')
-            except SystemExit as e:
-                code = e.code or 0
-            sys.stdout.flush()
-            os._exit(code)
-    def poll(self):
-        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
-        if pid:
-            self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-subprocess.Popen = Popen
-"""
-
+# Patches for start(): the scripts that start Pythons start forks instead. A few tests start real ones.
+BENCH_FORKS = 'import forked; forked.bench_in_forks()\n'
+SWEEP_FORKS = 'import forked; forked.sweep_in_forks()\n'
 # A patch for ptq.py: it times each model for 0.01 s instead of 0.2 s.
 SHORT_TIMES = """
 from measure import turns
@@ -88,3 +37,70 @@ def run(words, cwd, folder, environment, patch):
     else:
         sys.path[:0] = [os.path.dirname(os.path.abspath(words[0]))]
         runpy.run_path(words[0], run_name='__main__')
+
+
+class Child:
+    """subprocess.Popen([python, script, *words]) as a fork of this process; begin() runs first in it."""
+
+    def __init__(self, words, begin=lambda: None):
+        sys.stdout.flush()
+        self.returncode, self.pid = None, os.fork()
+        if not self.pid:
+            code = 1
+            try:
+                begin()
+                sys.argv = words[1:]
+                runpy.run_path(words[1], run_name='__main__')
+                code = 0
+            except SystemExit as e:
+                code = e.code or 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self, flags=os.WNOHANG):
+        pid, status = os.waitpid(self.pid, flags) if self.returncode is None else (0, 0)
+        if pid:
+            self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self):
+        return self.poll(0)
+
+
+class End(io.FileIO):
+    """Our end of a pipe to a child; OPEN has those that later children must close."""
+    OPEN = []
+
+    def close(self):
+        if self in End.OPEN:
+            End.OPEN.remove(self)
+        super().close()
+
+
+class Worker(Child):
+    """A child with pipes to its stdin and stdout."""
+
+    def __init__(self, words, **_):
+        (stdin, mine), (theirs, stdout) = os.pipe(), os.pipe()
+        ends = End(mine, 'w'), End(theirs)
+        End.OPEN.extend(ends)
+        self.stdin, self.stdout = io.TextIOWrapper(io.BufferedWriter(ends[0])), io.TextIOWrapper(io.BufferedReader(ends[1]))
+
+        def begin():
+            for end in End.OPEN:
+                os.close(end.fileno())
+            os.dup2(stdin, 0), os.dup2(stdout, 1)
+            sys.stdin = open(0)
+        super().__init__(words, begin)
+        os.close(stdin), os.close(stdout)
+
+
+def sweep_in_forks():
+    subprocess.Popen = Child
+
+
+def bench_in_forks():
+    from measure import turns
+    turns.subprocess = types.SimpleNamespace(Popen=Worker, PIPE=None)

@@ -199,7 +199,7 @@ def test_finetune_memory_by_hand(monkeypatch):
 def test_finetune_of_distilbert(rows):
     """Ratios are to AdamW and to LoRA, where these are measured; amortised time has a refresh in 200 steps."""
     found, _ = rows('finetune', '--dim=64', '--layers=1', '--batch=2', '--tokens=8', '--rounds=1', '--steps=1', '--rank=4',
-                    '--variants=adamw,rsvd projected', patch='import transformers.models.distilbert.modeling_distilbert')
+                    '--variants=adamw,rsvd projected', patch='import transformers.models.distilbert.modeling_distilbert\n')
     full, low = found['adamw'], found['rsvd projected']
     assert full['bench'] == 'finetune' and full['refresh_ms'] is None
     assert full['ms_x_adamw'] == full['peak_x_adamw'] == 1 and full['ms_x_lora'] is None and low['peak_x_adamw'] < 1

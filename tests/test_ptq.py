@@ -17,7 +17,7 @@ import common
 import layers
 import ptq
 import sample
-from conftest import ROOT, Result, damages, one_error
+from conftest import ROOT, damages, one_error
 from forked import SHORT_TIMES
 from pretrained import calibrate, hf, replace, subjects
 from readers import tokens
@@ -28,41 +28,13 @@ QUICK = ['--group=32', '--windows=8', '--time_rounds=1']
 SCHEMES = [s for s in ptq.SCHEMES if not s.startswith('bnb')]
 OFFLINE = {'HF_HUB_OFFLINE': '1'}
 
-# Runs commands one after the other in one process, which imports torch and transformers once.
-MANY = """
-import contextlib, io, json, os, runpy, sys, traceback
-commands, done = json.load(open(sys.argv[1])), []
-for script, cwd, words in commands:
-    os.chdir(cwd)
-    sys.argv, code = [script, *words], 0
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True) for _ in 'oe')
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(script, run_name='__main__')
-        except SystemExit as e:
-            code = e.code or 0
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-    done.append((code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()))
-json.dump(done, sys.stdout)
-"""
-
 
 @pytest.fixture(scope='module')
-def calls(start, tmp_path_factory):
+def calls(in_turn):
     """calls((words, cwd, code), ...) -> a Result of each; the first word may be another script than ptq.py."""
     def run(*commands, patch='', **how):
-        folder = tmp_path_factory.mktemp('many')
-        (folder / 'many.py').write_text(MANY)
-        lines = []
-        for words, cwd, _ in commands:
-            script, *words = words if str(words[0]).endswith('.py') else ['ptq.py', *words]
-            lines.append((str(ROOT / script), str(cwd), [str(w) for w in words]))
-        (folder / 'commands').write_text(json.dumps(lines))
-        process = start('many.py', 'commands', cwd=folder, patch=SHORT_TIMES + patch, **how).wait(900)
-        assert process.code == 0, (process.out, process.err)
-        results = [Result(*one) for one in json.loads(process.out)]
+        split = [(words if str(words[0]).endswith('.py') else ['ptq.py', *words], cwd) for words, cwd, _ in commands]
+        results = in_turn([(words[0], cwd, words[1:]) for words, cwd in split], patch=SHORT_TIMES + patch, **how)
         for done, (words, _, code) in zip(results, commands, strict=True):
             assert done.code == code and 'Traceback' not in done.err, (words, done)
         return results

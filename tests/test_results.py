@@ -82,3 +82,16 @@ def test_keep_run_stores_a_run_folder(tmp_path, monkeypatch):
     keep.keep_run('x', out, variant='fp', seed=1)
     line, = keep.read('x')
     assert line['results'] == {'accuracy': 0.5}
+
+
+def test_the_table_of_the_readme_leaves_out_what_was_not_run(tmp_path, monkeypatch):
+    """With the stored runs of one experiment alone, README.md gets its rows, without memory and times of missing benches."""
+    import runs
+    (tmp_path / 'results').mkdir()
+    monkeypatch.setattr(keep, 'ROOT', tmp_path)
+    lines = (ROOT / 'results/quality.jsonl').read_text(encoding='utf-8').splitlines()
+    (tmp_path / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"tern6"' not in x), encoding='utf-8')
+    (tmp_path / 'README.md').write_text('<!-- summary -->\n<!-- end -->\n', encoding='utf-8')
+    runs.write_summary()
+    rows = (tmp_path / 'README.md').read_text(encoding='utf-8').splitlines()[3:-1]
+    assert ['binary' in row or 'int4' in row for row in rows] == [True, True] and all(' | - | ' in row for row in rows)
