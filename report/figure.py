@@ -11,7 +11,9 @@ from configurator import fail
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X', '*']  # one more than colours, so the eighth line differs from the first
 DASHES = ['-', (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1))]
-ONLY_OF_A_RUN = {'seed', 'out_dir', 'resume', 'overwrite'}  # constants that may differ between seeds of one variant
+# Constants that change no result but by chance, so seeds of one variant may differ in them.
+ONLY_OF_A_RUN = {'seed', 'out_dir', 'resume', 'overwrite', 'wandb_log', 'wandb_project', 'wandb_run_name', 'model_name',
+                 'gpu_type', 'profile'}
 BAND = 'several seeds: mean, shaded from min to max'
 
 
@@ -72,8 +74,9 @@ def load_logs(runs, wanted, lack):
 
     wanted(records): the records to draw. lack: end of the error message for a run without them. A label is the name of the
     folder, or its path where two folders share a name."""
-    variants, logs, names = {}, {}, [os.path.basename(os.path.abspath(run)) for run in runs]
-    for run, name in dict(zip(runs, names, strict=True)).items():
+    runs = list({os.path.realpath(run): run for run in runs}.values())      # a folder typed twice is one run
+    variants, logs, names = {}, {}, [os.path.basename(os.path.realpath(run)) for run in runs]
+    for run, name in zip(runs, names, strict=True):
         records, damaged = load_log(run)
         if damaged:
             print(f'{run}/log.jsonl: {damaged} damaged line(s) skipped')
@@ -86,6 +89,10 @@ def load_logs(runs, wanted, lack):
         variants.setdefault(key, {})[seed] = name if names.count(name) == 1 else run, records
     for seeds in variants.values():
         labels, records = zip(*seeds.values(), strict=True)
+        ends = {name: max(r['step'] for r in log) for name, log in seeds.values()}
+        if len(set(ends.values())) > 1:
+            first = min(ends, key=ends.get)
+            print(f'{labels[0]} … {labels[-1]}: the mean ends at step {ends[first]} of {max(ends.values())}, with {first}')
         logs[labels[0] if len(labels) == 1 else f'{labels[0]} … {labels[-1]} ({len(labels)} seeds)'] = records
     return logs
 

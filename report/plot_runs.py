@@ -45,7 +45,9 @@ def draw_loss(logs, smooth=0):
     shown = [r for records in logged for r in measured(records, 'loss') + measured(records, 'val_loss')]
     x = tokens_or_step(shown)
     ratios = [bpb_ratio(records) for records in logged]
-    one_ratio = None not in ratios and max(ratios) <= 1.001 * min(ratios)
+    known = [ratio for ratio in ratios if ratio]
+    equal = bool(known) and max(known) <= 1.001 * min(known)
+    one_ratio = equal and len(known) == len(ratios)
     heights = []  # what the y axis must hold
 
     fig, (ax,) = subplots(size=(8, 5 + 0.18 * len(logs)))
@@ -72,7 +74,7 @@ def draw_loss(logs, smooth=0):
     pad = 0.05 * (max(heights) - min(heights)) or 0.1
     ax.set_ylim(min(heights) - pad, max(heights) + pad)
     label_x(ax, x)
-    ax.set_ylabel('loss (nats per token)' if measured(shown, 'tokens') else 'loss (nats)')
+    ax.set_ylabel('loss (nats per token)' if x == 'tokens' else 'loss (nats)')
     if one_ratio:
         right = ax.secondary_yaxis('right', functions=(lambda y: y * ratios[0], lambda y: y / ratios[0]))
         right.set_ylabel('bits per byte (validation text)')
@@ -82,10 +84,10 @@ def draw_loss(logs, smooth=0):
 
     if one_ratio:
         note = f'1 nat per token = {ratios[0]:.4f} bits per byte'
-    elif any(ratios):
+    elif known and not equal:
         note = 'no bits-per-byte axis: the runs differ in tokenizer or text, so compare bits/byte, not nats'
     else:
-        note = 'no bits-per-byte axis: no constant val_bpb / val_loss in the logs'
+        note = 'no bits-per-byte axis: not every log has a constant val_bpb / val_loss'
     return fig, f'loss against {x}, {note}'
 
 

@@ -222,12 +222,22 @@ def test_seeds_are_averaged_where_all_have_a_record():
         [0, 20], [2.0, 3.0], [1.0, 2.0], [3.0, 4.0])
 
 
-@pytest.mark.parametrize('other, valid', [(dict(), True), (dict(bpb_per_nat=0.7), False), (dict(leave_out=['val_bpb']), False)])
-def test_bits_per_byte_axis_needs_one_tokenizer(other, valid):
+def test_a_seed_that_ends_early_is_named(tmp_path, typed, shown):
+    """The mean of two seeds ends where the shorter one does, and plot.py says so; a folder typed twice is one run."""
+    for name, seed, last in (('s1', 1, 40), ('s2', 2, 20)):
+        make_run(tmp_path / name, records(last=last), f'seed = {seed}\nwandb_run_name = {name!r}\n')
+    assert 's1 … s2: the mean ends at step 20 of 40, with s2' in typed('loss s1 s2 ./s1/')[1]
+    assert [text.partition(':')[0] for text in legend(shown[0][0])] == ['s1 … s2 (2 seeds)']
+
+
+@pytest.mark.parametrize('other, valid, why', [
+    (dict(), True, ''), (dict(bpb_per_nat=0.7), False, 'differ in tokenizer'),
+    (dict(leave_out=['val_bpb']), False, 'not every log')])
+def test_bits_per_byte_axis_needs_one_tokenizer(other, valid, why):
     """2 nats at half a bit per nat read 1 on the right axis; there is none with two ratios, or an unknown one."""
     fig, what = plot_runs.draw_loss({'a': [records()], 'b': [records(**other)]})
     right = fig.axes[0].child_axes
-    assert len(right) == valid and ('no bits-per-byte axis' in what) != valid
+    assert len(right) == valid and ('no bits-per-byte axis' in what) != valid and why in what
     if valid:
         fig.draw_without_rendering()
         assert right[0].get_ylabel().startswith('bits per byte') and '1 nat per token = 0.5000 bits per byte' in what
