@@ -191,8 +191,8 @@ def lr_at(step, schedule, learning_rate, min_lr, warmup_iters, max_iters, second
 
     cosine     half a cosine from learning_rate to min_lr at the last step (nanoGPT)
     linear     a line to min_lr
-    two_stage  the same line, restarted from second_lr at half of the run: the rate drops by the factor
-               second_lr / learning_rate (BitNet b1.58 Tips PDF, which also ends the weight decay there)
+    two_stage  the same line in the first half of the run; in the second half the line that starts at second_lr in step 0
+               (BitNet b1.58 Tips PDF, which also ends the weight decay there)
     constant   learning_rate
     """
     if step < warmup_iters:
@@ -501,7 +501,7 @@ def find_run(out_dir, resume, overwrite):
     elsewhere = bool(resume_path) and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
     if has_run and (elsewhere or not resume_path) and not overwrite:
         fail(f'{out_dir} holds a run; type --resume=auto to continue it, --out_dir=... for another folder, or '
-             '--overwrite=True to delete it', rank0_only=True)
+             '--overwrite=True to delete its checkpoints and log', rank0_only=True)
     return last_path, best_path, resume_path, elsewhere
 
 

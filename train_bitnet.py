@@ -32,7 +32,7 @@ out_dir = 'out/bitnet'         # folder for config.py, log.jsonl, last.pt, best.
 seed = 1337                    # sets the initial weights and the order of samples
 init_from = 'scratch'          # scratch | resume: continue out_dir | a checkpoint: use its weights
 resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
-overwrite = False              # start over in an out_dir that holds a run, and delete that run
+overwrite = False              # start over in an out_dir that holds a run; deletes its checkpoints and log
 # data
 dataset = 'arithmetic'         # folder under data/; data/<name>/prepare.py makes it
 vocab_size = 0                 # expected vocabulary size of the tokenizer; 0: any. If it is set, estimate needs no data
@@ -57,7 +57,7 @@ side = 'right'                 # rsvd: side of the basis: left | right (saves th
 projected = True               # rsvd: full-precision layers form no full gradients in the backward pass; low-bit layers do
 max_iters = 2000               # optimizer steps in total, including those before a resume
 learning_rate = 0.0            # peak, at the end of warm-up; 0: from PEAK_RATES, by model size and quant
-second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate (Tips PDF), with fp all of it
+second_lr = 0.0                # two_stage: step-0 value of the second half's line; 0: 2/3 of learning_rate, with fp all of it
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
 warmup_iters = 100             # steps of linear warm-up

@@ -37,7 +37,7 @@ gpu_type = ''                  # a device name for your records, written to the 
 seed = 1337                    # sets the initial weights, the order of samples, crops, dropout and rsvd's random sketches
 init_from = 'scratch'          # scratch | a checkpoint: use its weights where name and shape match
 resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
-overwrite = False              # start over in an out_dir that holds a run, and delete that run
+overwrite = False              # start over in an out_dir that holds a run; deletes its checkpoints and log
 predict = ''                   # path of an image: only print its classes, with the checkpoint or packed file in `resume`
 # data
 dataset = 'digits'             # folder under data/: digits, food101 or images/<name>; its prepare.py makes it

@@ -29,7 +29,7 @@ out_dir = 'out/gpt'            # folder for config.py, log.jsonl, last.pt, best.
 seed = 1337                    # sets the initial weights, the order of samples and dropout
 init_from = 'scratch'          # scratch | resume: continue out_dir | a checkpoint: use its weights | gpt2, gpt2-medium, ...
 resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
-overwrite = False              # start over in an out_dir that holds a run, and delete that run
+overwrite = False              # start over in an out_dir that holds a run; deletes its checkpoints and log
 # data
 dataset = 'pycode'             # folder under data/; data/<name>/prepare.py makes it
 batch_size = 32                # sequences per optimizer step, over all devices and micro-steps
@@ -58,7 +58,7 @@ max_iters = 2000               # optimizer steps in total, including those befor
 learning_rate = 1e-3           # peak, at the end of warm-up
 lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0, 'alpha': 0.02}   # rate factors: latent weights (not biases), binary scales
 min_lr = 1e-4                  # learning rate at the last step
-second_lr = 0.0                # two_stage: peak of the second half; 0: 2/3 of learning_rate
+second_lr = 0.0                # two_stage: step-0 value of the second half's line; 0: 2/3 of learning_rate
 schedule = 'cosine'            # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
 warmup_iters = 100             # steps of linear warm-up
 weight_decay = 0.1             # on matrices and embeddings, not on gains, biases and scales

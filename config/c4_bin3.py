@@ -1,5 +1,5 @@
 # Train GPT-2 124M on C4 with the first 3 of 12 blocks binary; packed 415.2 MB instead of 497.5.
-# expected val loss: 3.260 nats in the reference's pruning notebook; its full-precision run has 3.313, so the gap is noise
+# expected val loss: 3.260 nats in the reference's pruning notebook; its full-precision run has 3.313; read it as noise
 # not measured here; the reference has no final LayerNorm and no end-of-text token between documents
 # hardware: 8 GPUs of 80 GB, or of 24 GB with --micro_batch_size=5; any number of GPUs that divides 480 / micro_batch_size
 # time: not measured here; 12.3B tokens take 7.2 GPU-hours at llm.c's 475k tokens/s (full precision, one H100)

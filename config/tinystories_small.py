@@ -1,4 +1,5 @@
 # Train a 3.7M-parameter BitNet b1.58 on a sample of TinyStories; --quant=fp is the full-precision baseline on the same tokens.
+# data of the stored runs: 3,117 stories, 2.5 MB; 650,193 training tokens and 33,657 validation tokens
 # expected val loss: see results/tinystories.md
 # hardware: 2 CPU cores, one run on each
 # time: 1,000 times the ms/step of results/tinystories.md
