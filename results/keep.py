@@ -156,8 +156,10 @@ def fill(name, text):
     for page in (ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))):
         head, mark, rest = page.read_text(encoding='utf-8').partition(f'<!-- {name} -->\n')
         if mark:
-            after = rest.partition('<!-- end -->')[2]
-            write(os.path.relpath(page, ROOT / 'results'), f'{head}{mark}{text}\n<!-- end -->{after}')
+            _, end, after = rest.partition('<!-- end -->')
+            if not end:
+                sys.exit(f'error: {page}: <!-- {name} --> has no <!-- end -->; put it back')
+            write(os.path.relpath(page, ROOT / 'results'), f'{head}{mark}{text}\n{end}{after}')
 
 
 def headline(name):

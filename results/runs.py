@@ -393,19 +393,19 @@ def write_tables(name):
 # quality; bench with its training memory and time, row of the bench
 SUMMARY = [
     ('GPT 1.2M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin6', 'val_loss', 'speed', 'bin'),
-    ('', 'all blocks ternary', 'ternary', 'quality', 'tern6', 'val_loss', 'speed', 'tern'),
-    ('', 'all blocks `int4`', 'int4', 'quality', 'int4', 'val_loss', 'speed', 'int4'),
+    ('GPT 1.2M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern6', 'val_loss', 'speed', 'tern'),
+    ('GPT 1.2M, WikiText-2', 'all blocks `int4`', 'int4', 'quality', 'int4', 'val_loss', 'speed', 'int4'),
     ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern',
      'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
-    ('', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
+    ('CNN 1.4M, 10 classes of Food-101', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
     ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 16', None, 'sst2', 'rsvd16', 'accuracy', None, None)]
 
 
 def write_summary():
     """Fill the table of README.md: quality, training memory, file and time of low-bit models beside their baselines."""
     bits = {r['name']: f'{r["bits"]:.2f}' for r in keep.read('layers')}
-    rows = []
+    rows, last = [], ''
     for model, part, form, name, variant, key, bench, kind in SUMMARY:
         runs, base = (runs_of(name).get(v) for v in (variant, EXPERIMENTS[name].baseline))
         if not runs or not base:
@@ -413,7 +413,7 @@ def write_summary():
         digits, scale, unit = (4, 1, 'nats') if 'loss' in key else (2, 100, 'points')
         group = {'runs': list(runs.values()), 'pairs': [(runs[s], base[s]) for s in runs if s in base]}
         twin = {'runs': list(base.values())}
-        quality = f'{mean(key, digits, scale)(group)} against {mean(key, digits, scale)(twin)}'
+        quality = f'{mean(key, digits, scale)(group)} against {mean(key, digits, scale)(twin)} (n={len(runs)})'
         steps, memory, ms, file = {r['variant']: r for r in keep.read(name) if 'seed' not in r}, '-', '-', '-'
         for r in keep.read(bench) if bench else ():
             if (r.get('kind') or r['name'], r['dtype']) == (kind, 'float32'):
@@ -423,8 +423,9 @@ def write_summary():
             memory, ms = (f'{step[k] / full[k]:.2f}' for k in ('peak_bytes', 'ms_per_step'))
         if form:
             file = ' of '.join(f'{g["runs"][0]["packed_file_bytes"] / 1e6:.2f}' for g in (group, twin))
-        rows.append((model and f'[{model}](results/{name}.md)', part, bits.get(form, '32'), quality,
+        rows.append(('' if model == last else f'[{model}](results/{name}.md)', part, bits.get(form, '32'), quality,
                      f'{gap(key, digits, scale)(group)} {unit}', memory, file, ms))
+        last = model
     schemes = {r['scheme']: r for r in keep.read('ptq_schemes')}
     if {'fp', 'gptq4'} <= schemes.keys():
         fp, best = schemes['fp'], schemes['gptq4']

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import common
@@ -90,8 +91,18 @@ def test_the_table_of_the_readme_leaves_out_what_was_not_run(tmp_path, monkeypat
     (tmp_path / 'results').mkdir()
     monkeypatch.setattr(keep, 'ROOT', tmp_path)
     lines = (ROOT / 'results/quality.jsonl').read_text(encoding='utf-8').splitlines()
-    (tmp_path / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"tern6"' not in x), encoding='utf-8')
+    (tmp_path / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"bin6"' not in x), encoding='utf-8')
     (tmp_path / 'README.md').write_text('<!-- summary -->\n<!-- end -->\n', encoding='utf-8')
     runs.write_summary()
     rows = (tmp_path / 'README.md').read_text(encoding='utf-8').splitlines()[3:-1]
-    assert ['binary' in row or 'int4' in row for row in rows] == [True, True] and all(' | - | ' in row for row in rows)
+    assert len(rows) == 2 and 'ternary' in rows[0] and 'int4' in rows[1] and all(' | - | ' in row for row in rows)
+    assert rows[0].startswith('| [GPT 1.2M') and rows[1].startswith('|  |')
+
+
+def test_a_lost_end_mark_costs_no_text(tmp_path, monkeypatch):
+    """Without <!-- end --> a page is refused and stays as it is."""
+    (tmp_path / 'README.md').write_text('<!-- summary -->\n## The rest of the page\n', encoding='utf-8')
+    monkeypatch.setattr(keep, 'ROOT', tmp_path)
+    with pytest.raises(SystemExit, match='has no <!-- end -->'):
+        keep.fill('summary', 'a table')
+    assert 'The rest' in (tmp_path / 'README.md').read_text(encoding='utf-8')
