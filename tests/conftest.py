@@ -2,8 +2,8 @@
 
 A server process imports torch, transformers and other packages once; every command is a fork of it that gets its own
 folder, environment, process group and __main__, and then runs the script from its first line. What a process shows to
-the world (exit status, signals, files, both streams, torchrun's environment) is the same. A few tests pay for real
-command lines to make sure.
+the world (exit status, signals, files, both streams, torchrun's environment) is the same; atexit handlers do not run. A few
+tests pay for real command lines to make sure.
 """
 import gc
 import json
@@ -138,6 +138,9 @@ class Job:
     def signal(self, number):
         os.kill(self.pid, number)
 
+    def runs(self):
+        return self.process.poll() is None if isinstance(self.process, subprocess.Popen) else self.process.is_alive()
+
     def output(self):
         return (self.folder / 'stdout').read_text()
 
@@ -145,8 +148,7 @@ class Job:
         """Until it has printed text so many times; it is an error to end before."""
         end = time.monotonic() + timeout
         while self.output().count(text) < times:
-            alive = self.process.poll() is None if isinstance(self.process, subprocess.Popen) else self.process.is_alive()
-            assert alive and time.monotonic() < end, (self.output(), (self.folder / 'stderr').read_text())
+            assert self.runs() and time.monotonic() < end, (self.output(), (self.folder / 'stderr').read_text())
             time.sleep(0.01)
 
     def wait(self, timeout=300):
@@ -195,7 +197,7 @@ def start(tmp_path_factory):
 
     yield begin
     for job in jobs:
-        if isinstance(job.process, subprocess.Popen) and job.process.poll() is None:
+        if job.runs():
             os.killpg(job.pid, signal.SIGKILL)
 
 

@@ -504,6 +504,21 @@ def test_a_file_that_cannot_be_read_stops_the_run(photos, tmp_path):
             images.build(tmp_path / 'out', {'source': 'x', 'revision': '1'}, splits, classes, 8, workers, [])
 
 
+def test_food10_from_its_zip(tmp_path, command):
+    """5,000 photographs: 375 and 125 of each of ten dishes, none damaged, the pixels of the zip, colours of food."""
+    food10 = tokens.ROOT.parent / 'shared/data/food10.zip'
+    if not food10.is_file():
+        pytest.skip('needs food10.zip')
+    out = command('images', '--dir', food10, '--size=32', '--out_dir', tmp_path, '--workers=1')
+    assert '5,000 images of 32 x 32 pixels: 15.4 MB' in out and 'damaged' not in out
+    assert 'train: got 3,750 images, 375 of each of 10 classes' in out and 'val: got 1,250 images, 125 of each' in out
+    train = images.load(tmp_path / 'food10', 'train')
+    assert train.classes[0] == 'apple_pie' and 0.5 < train.mean[0] < 0.6 and train.mean[0] > train.mean[1] > train.mean[2]
+    with zipfile.ZipFile(food10) as archive:
+        for number in (0, 1999, 3749):
+            assert (train.pixels[number] == images.square(images.read_image(archive.read(train.names[number])), 32)).all()
+
+
 # --------------------------------------------------------------------------------------------------------- food101
 
 

@@ -347,7 +347,8 @@ def test_bfloat16_of_the_kernel_is_rounded_as_torch_rounds():
 def test_product_of_codes_is_the_product_of_the_decoded_weight(format, scales):
     """1 to 4 tokens, odd numbers of rows, groups of 16 to 128, fp32, bf16 and fp16, one thread and two."""
     most = kernels().most_tokens()
-    assert most == 4 or 'avx512f' not in Path('/proc/cpuinfo').read_text()
+    processor = Path('/proc/cpuinfo')
+    assert most == 4 or not processor.exists() or 'avx512f' not in processor.read_text()
     for group, n, out in [(16, 384, 87), (32, 384, 1), (48, 384, 8), (128, 384, 5), (16, 1200, 3), (64, 64, 2)]:
         torch.set_num_threads(2 if (group, scales) == (16, 'fp32') else 1)
         code = torch.randint(0, 256, (n * out * CODED4[format].bits // 8,), dtype=torch.uint8)

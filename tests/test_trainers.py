@@ -200,6 +200,24 @@ def test_every_optimizer_resumes_exactly(train, folder, unbroken, trainer, name)
 
 
 @every_trainer
+def test_killed_between_writing_and_renaming(train, folder, trainer):
+    """Killed when the new file is whole but not yet renamed: last.pt is the save before it, and resumes."""
+    cwd = folder(trainer)
+    train(trainer, '--save_interval=2', cwd=cwd, code=-9, patch="""
+import os, signal
+def replace(a, b, plain=os.replace, calls=[]):
+    calls.extend([1] * str(b).endswith('last.pt'))
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(a, b)
+os.replace = replace
+""")
+    before = checkpoint(cwd)['step']
+    assert checkpoint(cwd, 'last.prev.pt')['step'] == before > 0
+    assert f'at step {before}' in train(trainer, '--resume=auto', f'--max_iters={before + 1}', cwd=cwd).out
+
+
+@every_trainer
 def test_what_is_watched_does_not_change_what_is_trained(train, folder, unbroken, trainer):
     """Other intervals of evaluations, records and saves, a profile, threads that read ahead: the same weights to the bit."""
     more = {'train_gpt': ['--eval_iters=5'], 'train_bitnet': ['--eval_iters=5', '--diag_interval=0'],
