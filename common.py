@@ -6,6 +6,7 @@ They take plain arguments and depend on no trainer, model or constants block. If
 them, a published number could be wrong. Everything else belongs in the trainers.
 """
 import contextlib
+import errno
 import functools
 import glob
 import json
@@ -231,14 +232,28 @@ def atomic_write(path, write):
             os.fsync(f.fileno())
         os.chmod(tmp, mode)
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:            # torch.save reports a full disk as RuntimeError
-        raise OSError(f'could not write {path}: {_first_line(e)}') from e
+    except (OSError, RuntimeError) as e:            # torch.save raises RuntimeError
+        raise OSError(f'could not write {path}: {_cause(e, tmp)}') from e
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def _cause(error, path):
+    """Why writing `path` failed, in a few words. torch and safetensors do not pass on the number of the error: torch.save says
+    'unexpected pos 44992' when the disk is full. So a further write asks for the cause."""
+    try:
+        if getattr(error, 'errno', None) is None:
+            with open(path, 'ab') as f:
+                f.write(bytes(1 << 20))
+    except OSError as e:
+        error = e
+    if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+        return 'disk full'
+    return getattr(error, 'strerror', None) or _first_line(error)
 
 
 def _first_line(error):
@@ -326,12 +341,13 @@ def read_last_checkpoint(path, trainer=None, set_aside=False, mmap=False):
 
 
 def save_or_warn(path, state, keep_previous=False):
-    """save_checkpoint(); returns whether it succeeded. A full disk does not stop the run, and the old file stays."""
+    """save_checkpoint(); returns whether it succeeded. A full disk does not stop the run, and an old file stays."""
     try:
         save_checkpoint(path, state, keep_previous)
         return True
     except OSError as e:
-        print(f'warning: {e}; the last good checkpoint stays, training goes on', flush=True)
+        old = 'the last good checkpoint stays' if os.path.exists(path) else 'there is none yet'
+        print(f'warning: {e}; {old}, training goes on', flush=True)
         return False
 
 
@@ -548,10 +564,21 @@ def not_finite(loss, grad_norm, step, culprits, saved_step):
             f'{step} were not touched, the last checkpoint is {last}; try a lower --learning_rate')
 
 
-def how_to_go_on(words, step, saved_step):
-    """The last line that a stopped run prints. words: the command that resumes it."""
-    saved = '' if saved_step == step or step == 0 else f', saved only up to step {saved_step}'
-    return f'stopped at step {step}{saved}; go on with: {launched(words)}'
+def not_kept(step, saved_step, lost):
+    """What a full disk has cost a finished run, as an error message, or ''. lost: step of a better evaluation that could not be
+    saved, or None."""
+    parts = [f'the best evaluation, of step {lost}, could not be saved'] * (lost is not None)
+    if step not in (0, saved_step):
+        parts.append(f'last.pt is of step {saved_step}, not {step}' if saved_step > 0 else 'last.pt could not be saved')
+    return ', and '.join(parts) + '; make room and type the same command with --resume=auto' * bool(parts)
+
+
+def say_stopped(words, step, saved_step):
+    """Print the last line of a stopped run. words: the command that resumes it. Calls fail() if `step` could not be saved."""
+    go_on = f'go on with: {launched(words)}'
+    if step not in (0, saved_step):
+        fail(f'stopped at step {step}, saved only up to step {max(saved_step, 0)}; make room and {go_on}', rank0_only=True)
+    print(f'stopped at step {step}; {go_on}')
 
 
 def stop_flag():

@@ -413,7 +413,7 @@ def main():
             'scaler': [loss_scale, good_steps], 'wandb_id': wandb_id}, keep_previous)
 
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
-    failure, stop = '', False
+    failure, stop, unsaved, lost = '', False, False, None     # lost: step of a better evaluation that best.pt lacks
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     meter.begin(step)
     epoch_of = lambda step: step * batch_size / len(samples)
@@ -424,12 +424,13 @@ def main():
     while not eval_only:
         last_step, seen = step >= total_iters, epoch_of(step)
         epoch_done = step > 0 and int(seen) > int(epoch_of(step - 1))
+        evaluating = step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0))
         stop = common.any_rank(stopped())
-        if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
-            if save(last_path, keep_previous=True):
-                saved_step = step
+        if step > 0 and step != saved_step and (step % save_interval == 0 or last_step or stop or evaluating and unsaved):
+            unsaved = not save(last_path, keep_previous=True)
+            saved_step = saved_step if unsaved else step
             clock, timed_steps = time.perf_counter(), 0
-        if not stop and step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0)):
+        if not stop and evaluating:
             key, epoch_peak = next(iter(eval_sets)), meter.peak()      # the first of several languages
             found = evaluate(key)
             stop = found is None
@@ -446,9 +447,9 @@ def main():
                 say(f'step {step}, epoch {seen:.2f}: val loss {found[0]:.4f}, accuracy {accuracy:.2%}', flush=True)
                 log(record)
                 if keep_best and accuracy > best[0]:
-                    before, best = best, [accuracy, step]
-                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
-                        best = before
+                    before, best, lost = best, [accuracy, step], None
+                    if not common.any_rank(save(best_path)):           # best.pt is still the old one
+                        best, lost = before, step
             elif step != saved_step and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
@@ -532,8 +533,8 @@ def main():
                 common.load_model_state(raw_net, state['model'], best_path, [k for k in raw_net.state_dict() if k not in kept])
             except ValueError as e:                 # best.pt is lost, last.pt is not
                 failure = f'{e}; type --keep_best=False --resume=auto for the figures of the last weights'
-        lost = common.any_rank(bool(failure))       # if one rank failed, the others must not wait for it in evaluate()
-        for key, (_, labels, rows) in eval_sets.items() if not lost else ():
+        broken = common.any_rank(bool(failure))     # if one rank failed, the others must not wait for it in evaluate()
+        for key, (_, labels, rows) in eval_sets.items() if not broken else ():
             found = evaluate(key)
             stop = found is None
             if stop:
@@ -558,17 +559,19 @@ def main():
                     hf.save_tokenizer(tokenizer, folder)
                 else:
                     hf.save(raw_net, tokenizer, folder)
+            if not eval_only:
+                failure = common.not_kept(step, saved_step, lost)
             say(tables.in_words(results) + f'; figures in {out_dir}' + (f', model in {folder}' if folder else ''))
         except OSError as e:
-            failure = f'{e}; the checkpoint is whole: make room and type the same command with --resume=auto'
+            failure = f'{e}; make room and type the same command with --resume=auto'
     common.close_processes()
     if run:
         run.finish(exit_code=1 if failure else 0)
     if failure:
         fail(failure)
-    if stop:
+    if stop and rank_here == 0:
         words = sys.argv if eval_only else [sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto']
-        say(common.how_to_go_on(words, step, saved_step))
+        common.say_stopped(words, step, step if eval_only else saved_step)
 
 
 if __name__ == '__main__':

@@ -422,7 +422,7 @@ def main():
         say(f'input alone: {input_speed:,.0f} images/s')
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure, stop = '', False
+    failure, stop, unsaved, lost = '', False, False, None     # lost: step of a better evaluation that best.pt lacks
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {total_iters}' + ('' if step < total_iters else ' is reached: nothing to train'))
     reading = batches(step * accumulation)
@@ -431,12 +431,13 @@ def main():
     while True:
         last_step = step >= total_iters
         epoch_done = step > 0 and int(epoch_of(step)) > int(epoch_of(step - 1))
+        evaluating = last_step or (step % eval_interval == 0 if eval_interval else epoch_done)
         stop = common.any_rank(stopped())
-        if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
-            if save(last_path, keep_previous=True):
-                saved_step = step
+        if step > 0 and step != saved_step and (step % save_interval == 0 or last_step or stop or evaluating and unsaved):
+            unsaved = not save(last_path, keep_previous=True)
+            saved_step = saved_step if unsaved else step
             clock, timed_steps = time.perf_counter(), 0
-        if not stop and (last_step or (step % eval_interval == 0 if eval_interval else epoch_done)):
+        if not stop and evaluating:
             found = evaluate(raw_model)
             stop = found is None
             if not stop:
@@ -445,9 +446,9 @@ def main():
                 log({'step': step, 'samples': step * batch_size, 'epoch': round(epoch_of(step), 3), 'val_loss': found[0],
                      'top1': found[1], 'top5': found[2]})
                 if found[1] > best[0]:
-                    before, best = best, [found[1], step]
-                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
-                        best = before
+                    before, best, lost = best, [found[1], step], None
+                    if not common.any_rank(save(best_path)):           # best.pt is still the old one
+                        best, lost = before, step
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
@@ -530,6 +531,7 @@ def main():
                          'best_step': state['step'], 'best_top1': state['best'][0], 'packed_top1': found[1],
                          'packed_top5': found[2]})
                     pictures.report(out_dir, val_data, found[3][:, 0].numpy(), found[4].numpy())
+                    failure = common.not_kept(step, saved_step, lost)
                     say(f'best top-1 {state["best"][0]:.2%} at step {state["step"]}, selected on these same images; '
                         f'packed into {path}: {size:,} bytes, top-1 {found[1]:.2%}; pictures and classes.csv in {out_dir}')
                 except OSError as e:
@@ -539,8 +541,8 @@ def main():
         run.finish(exit_code=1 if failure else 0)
     if failure:
         fail(failure)
-    if stop:
-        say(common.how_to_go_on([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'], step, saved_step))
+    if stop and rank_here == 0:
+        common.say_stopped([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'], step, saved_step)
 
 
 if __name__ == '__main__':

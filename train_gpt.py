@@ -384,19 +384,20 @@ def main():
 
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure, stop = '', False
+    failure, stop, unsaved, lost = '', False, False, None     # lost: step of a better evaluation that best.pt lacks
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
     model.train()
 
     while True:
         last_step = step >= max_iters
+        evaluating = step % eval_interval == 0 or last_step
         stop = common.any_rank(stopped())
-        if (step != saved_step and (step % save_interval == 0 or last_step or stop)) and step > 0:
-            if save(last_path, keep_previous=True):
-                saved_step = step
+        if step > 0 and step != saved_step and (step % save_interval == 0 or last_step or stop or evaluating and unsaved):
+            unsaved = not save(last_path, keep_previous=True)
+            saved_step = saved_step if unsaved else step
             clock, timed_steps = time.perf_counter(), 0
-        if not stop and (step % eval_interval == 0 or last_step):
+        if not stop and evaluating:
             val_loss = evaluate()
             stop = val_loss is None
             if not stop:
@@ -404,9 +405,9 @@ def main():
                 log({'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
                      'val_bpb': val_loss * bits_per_byte})
                 if val_loss < best_val_loss:
-                    before, best_val_loss = best_val_loss, val_loss
-                    if not common.any_rank(save(best_path)):           # if the save fails, best.pt is still the old one
-                        best_val_loss = before
+                    before, best_val_loss, lost = best_val_loss, val_loss, None
+                    if not common.any_rank(save(best_path)):           # best.pt is still the old one
+                        best_val_loss, lost = before, step
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
@@ -468,6 +469,7 @@ def main():
             size = common.save_packed(raw_model, path, meta)
             log({'step': step, 'packed_file_bytes': size, 'fp32_bytes': fp32_bytes, 'best_step': state['step'],
                  'best_val_loss': state['best_val_loss']})
+            failure = common.not_kept(step, saved_step, lost)
             say(f'best val loss {state["best_val_loss"]:.4f} at step {state["step"]}; packed into {path}: {size:,} bytes')
         except OSError as e:
             failure = f'{e}; make room and type the same command with --resume=auto'
@@ -478,8 +480,8 @@ def main():
         run.finish(exit_code=1 if failure else 0)
     if failure:
         fail(failure)
-    if stop:
-        say(common.how_to_go_on([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'], step, saved_step))
+    if stop and rank_here == 0:
+        common.say_stopped([sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto'], step, saved_step)
 
 
 if __name__ == '__main__':
