@@ -381,10 +381,12 @@ def load_model_state(model, state, path, allow_missing=(), assign=False):
 
 
 def check_same(path, saved, wanted, advice):
-    """Raises ValueError for the first key of the dict `wanted` with another value in the dict `saved`, read from `path`."""
+    """Raises ValueError for the first key of the dict `wanted` with another value in the dict `saved`, read from `path`. The
+    words KEY and VALUE in `advice` become that key and its saved value."""
     for key, value in wanted.items():
         if saved.get(key) != value:
             both = f'{saved.get(key)}, not {value}'                     # left out if long: a digest or a whole table
+            advice = advice.replace('KEY', key).replace('VALUE', str(saved.get(key)))
             raise ValueError(f'{path} has another {key}{f" ({both})" * (len(both) < 80)}; {advice}')
 
 

@@ -328,12 +328,14 @@ def main():
                  'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
     described |= {key: config[key] for key in ('method', 'rank', 'rank_fraction', 'energy', 'targets', 'lora_alpha', 'quant8',
                                                'side', 'adam_for', 'state_dtype', 'dtype', 'folds', 'fold')}
+    described['architecture'] = zlib.crc32(hf.function(net.config).encode())    # what shapes do not show, e.g. the heads
     described['checksum of the frozen weights'] = common.checksum(frozen)       # last: an option explains more
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
             ours = {k: v for k, v in described.items() if not (eval_only and k in ('samples', 'folds', 'fold'))}
-            common.check_same(resume_path, state['described'], ours, f'resume with {out_dir}/config.py')
+            theirs = {'architecture': described['architecture']} | state['described']          # old checkpoints lack it
+            common.check_same(resume_path, theirs, ours, f'resume with {out_dir}/config.py')
             common.load_model_state(net, state['model'], resume_path, [k for k in net.state_dict() if k not in kept])
             common.load_optimizer(opt, state['optimizer'])
         except ValueError as e:

@@ -279,12 +279,16 @@ def main():
     if not resume_path and init_from != 'scratch':
         try:
             state = common.read_checkpoint(init_from, 'train_cnn')
+            function = {'residual': residual, 'norm': norm}            # the shapes do not show these
+            common.check_same(init_from, state['model_config'], function, 'type --KEY=VALUE')
         except ValueError as e:
             configurator.fail(str(e))
         own, same = model.state_dict(), state['images']['classes'] == train_data.classes
         taken = {k: t for k, t in state['model'].items()
                  if k in own and t.shape == own[k].shape and (same or not k.startswith('final.'))}
         model.load_state_dict(own | taken)
+        if other := [key for key in ('mean', 'std') if not np.allclose(state['images'][key], seen[key])]:
+            say(f'{init_from} was trained on images of another {" and ".join(other)}; these are scaled by their own')
         say(f'{len(taken)} of {len(own)} tensors from {init_from}; new: {", ".join(sorted(own.keys() - taken)) or "none"}')
     model.to(dev, memory_format=torch.channels_last)
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]

@@ -208,23 +208,41 @@ def to_kinds_of(model, state):
     return out
 
 
+# What a GPT-2 computes and its shapes do not show, as this trainer does it.
+FUNCTION = {'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
+            'tie_word_embeddings': True}
+
+
 def load_gpt2(model, name):
-    """Copy Hugging Face GPT-2 weights into a GPT of the same shape. name: gpt2, gpt2-medium, ... or a folder gpt2*."""
+    """Copy Hugging Face GPT-2 weights into a GPT of the same shape. name: gpt2, gpt2-medium, ... or a folder gpt2*. Raises
+    ValueError if this trainer would compute another function from them."""
     try:
-        from transformers import GPT2LMHeadModel
+        from transformers import AutoConfig, GPT2LMHeadModel
     except ImportError:
         configurator.fail(f'--init_from={name} needs transformers; type: pip install transformers')
-    source = GPT2LMHeadModel.from_pretrained(name).state_dict()
+    theirs, c = AutoConfig.from_pretrained(name).to_dict(), model.config
+    common.check_same(name, theirs, {'model_type': 'gpt2'}, 'only GPT-2 fits this trainer')
+    common.check_same(name, theirs, {k: getattr(c, k) for k in ('n_layer', 'n_head', 'n_embd')}, 'type --KEY=VALUE')
+    common.check_same(name, theirs, FUNCTION, 'this trainer computes it in one way only')
+    if theirs['activation_function'] not in ('gelu', 'gelu_new'):
+        raise ValueError(f'{name} has activation_function={theirs["activation_function"]}, this trainer has GELU only')
+    if theirs['activation_function'] == 'gelu_new' and 'RANK' not in os.environ:
+        print(f'{name} was trained with a tanh approximation of GELU; here it is exact, so logits differ by about 1e-3')
+    if theirs['n_positions'] < c.block_size:
+        raise ValueError(f'{name} has {theirs["n_positions"]} positions; type --block_size={theirs["n_positions"]} or less')
+    source, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info['missing_keys']):
+        raise ValueError(f'{name} lacks the weights {missing[0]}')
     state = {}
-    for key, t in source.items():
+    for key, t in source.state_dict().items():
         key = key.removeprefix('transformer.')
         key = 'blocks.' + key[2:] if key.startswith('h.') else key
         if not key.endswith(('.attn.bias', '.attn.masked_bias')):
             transposed = key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))    # GPT-2 stores (in, out)
             state[key] = t.T.contiguous() if transposed else t
     for key in ('wte.weight', 'lm_head.weight'):    # this trainer pads the vocabulary to a multiple of 64
-        state[key] = F.pad(state[key], (0, 0, 0, model.config.vocab_size - state[key].shape[0]))
-    state['wpe.weight'] = state['wpe.weight'][:model.config.block_size]
+        state[key] = F.pad(state[key], (0, 0, 0, c.vocab_size - state[key].shape[0]))
+    state['wpe.weight'] = state['wpe.weight'][:c.block_size]
     common.load_model_state(model, to_kinds_of(model, state), name, allow_missing=('alpha', 'gain'))
 
 
@@ -288,6 +306,7 @@ def main():
         elif not resume_path and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_gpt')
             common.check_tokens(state, init_from, tokenizer, dataset)
+            common.check_same(init_from, state['model_config'], {'n_head': n_head}, 'type --KEY=VALUE')
             common.load_model_state(model, to_kinds_of(model, state['model']), init_from, allow_missing=('alpha', 'gain'))
     except (ValueError, OSError) as e:
         configurator.fail(str(e))

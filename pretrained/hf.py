@@ -10,6 +10,7 @@ Any encoder or decoder works that has a sequence-classification class in transfo
 LastTokenClassifier puts a linear head on the last token.
 """
 import collections
+import json
 import os
 
 import numpy as np
@@ -58,6 +59,14 @@ class LastTokenClassifier(nn.Module):
 
     def gradient_checkpointing_enable(self, **options):
         self.backbone.gradient_checkpointing_enable(**options)
+
+
+def function(config):
+    """What a model with this config of transformers computes, as text: the config without names, tokens and labels."""
+    ignored = ('_name_or_path', 'architectures', 'transformers_version', 'dtype', 'torch_dtype', 'id2label', 'label2id',
+               'use_cache', 'problem_type')
+    return json.dumps({k: v for k, v in config.to_dict().items() if k not in ignored and not k.endswith('token_id')},
+                      sort_keys=True, default=str)
 
 
 def head_parameters(net):
