@@ -65,7 +65,8 @@ def function(config):
     """What a model with this config of transformers computes, as text: the config without names, tokens and labels."""
     ignored = ('_name_or_path', 'architectures', 'transformers_version', 'dtype', 'torch_dtype', 'id2label', 'label2id',
                'use_cache', 'problem_type')
-    return json.dumps({k: v for k, v in config.to_dict().items() if k not in ignored and not k.endswith('token_id')},
+    return json.dumps({k: v for k, v in config.to_dict().items() if k not in ignored
+                       and not k.endswith('token_id') and 'dropout' not in k},
                       sort_keys=True, default=str)
 
 

@@ -8,13 +8,16 @@ A data folder holds one csv per split, and task.json, which describes the column
 
     texts, ids, names = load(tokens.dataset_dir('sst2'), 'train')
 """
+import codecs
 import collections
 import csv
 import difflib
+import gzip
 import hashlib
 import io
 import json
 import re
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,26 +26,59 @@ from common import atomic_write
 from configurator import fail
 from readers import tokens
 
-EXTENSIONS = ('.csv', '.tsv', '.parquet')
+FORMATS = ('.csv', '.tsv', '.jsonl', '.parquet')         # all but parquet also as .gz
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tables
 
 
-def _numbered(path):
-    """Yield (line, fields) of a .csv or .tsv without its blank lines. In a .tsv quotes are plain characters, as in GLUE."""
-    raw = Path(path).read_bytes()
+def _format(path):
+    """'.csv', ... of a path. ValueError for any other."""
+    ending = Path(str(path).lower().removesuffix('.gz')).suffix
+    if ending not in FORMATS or str(path).lower().endswith('.parquet.gz'):
+        raise ValueError(f'{path} is none of {", ".join(FORMATS)} (or .gz of the first three); rename or convert the file')
+    return ending
+
+
+def _decoded(path):
+    """The text of a file, plain or .gz, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark."""
     try:
-        text = raw.decode('utf-8-sig')              # spreadsheets write a byte-order mark first
+        with (gzip.open if str(path).lower().endswith('.gz') else open)(path, 'rb') as f:
+            raw = f.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f'{path} is a damaged or incomplete .gz file ({e}); make it again') from None
+    marks = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF16_LE: 'utf-16',
+             codecs.BOM_UTF16_BE: 'utf-16'}
+    encoding = next((name for mark, name in marks.items() if raw.startswith(mark)), 'utf-8-sig')   # spreadsheets write a mark
+    try:
+        text = raw.decode(encoding)
     except UnicodeDecodeError as e:
         line = raw.count(b'\n', 0, e.start) + 1
-        raise ValueError(f'{path}, line {line}: not UTF-8; convert it: iconv -f LATIN1 -t UTF-8') from None
-    if Path(path).suffix == '.tsv':
+        raise ValueError(f'{path}, line {line}: not {encoding.removesuffix("-sig").upper()}; convert it: '
+                         f'iconv -f {_guess(raw)} -t UTF-8') from None
+    if '\0' in text:
+        raise ValueError(f'{path} holds zero bytes, as UTF-16 does; convert it: iconv -f {_guess(raw)} -t UTF-8')
+    return text
+
+
+def _guess(raw):
+    """The likely encoding of bytes that are no UTF-8. In UTF-16 every other byte of most texts is 0."""
+    odd, even = raw[1::2].count(0), raw[::2].count(0)
+    return ('UTF-16LE' if odd > even else 'UTF-16BE') if odd + even > len(raw) / 20 else 'LATIN1'
+
+
+def _records(path, kind, wanted):
+    """Yield (line, fields) of a .csv or .tsv without its blank lines. In a .tsv quotes are plain characters, as in GLUE. A .csv
+    is separated by commas, or by the semicolons, tabs or bars that give its first line the wanted columns."""
+    text = _decoded(path)
+    if kind == '.tsv':
         lines = ((number, line.rstrip('\r')) for number, line in enumerate(text.split('\n'), 1))
         yield from ((number, line.split('\t')) for number, line in lines if line)
         return
     csv.field_size_limit(2 ** 31 - 1)               # the default of 131,072 characters is too small for some documents
-    reader, line = csv.reader(io.StringIO(text, newline=''), strict=True), 1
+    split = {d: next(csv.reader([text[:10_000].lstrip('\r\n').partition('\n')[0]], delimiter=d), []) for d in ',;\t|'}
+    delimiter = max(split, key=lambda d: (set(wanted) <= set(split[d]), len(split[d]) if wanted else d == ','))
+    reader, line = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True), 1
     try:
         for fields in reader:
             if fields:
@@ -53,12 +89,13 @@ def _numbered(path):
 
 
 def _choose(path, header, wanted):
-    """Position in header of each wanted column."""
+    """Position in header of each wanted column. A column without a name is an index of rows, and is never chosen."""
+    named = [name for name in header if name]
     for name in wanted:
-        if name not in header:
-            nearest = difflib.get_close_matches(name, header, 1, 0.4)
+        if name not in named:
+            nearest = difflib.get_close_matches(name, named, 1, 0.4)
             hint = f'; did you mean {nearest[0]!r}?' if nearest else ''
-            raise ValueError(f'{path} has no column {name!r}; its columns are {", ".join(map(repr, header))}{hint}')
+            raise ValueError(f'{path} has no column {name!r}; its columns are {", ".join(map(repr, named))}{hint}')
         if header.count(name) > 1:
             raise ValueError(f'{path} has {header.count(name)} columns {name!r}; rename one')
     return [header.index(name) for name in wanted]
@@ -79,25 +116,47 @@ def _read_parquet(path, wanted):
     return [table.column(name).to_pylist() for name in wanted]
 
 
+def _read_json(path, wanted):
+    """(line numbers, columns) of a file with one JSON object a line."""
+    places, columns = [], [[] for _ in wanted]
+    for number, line in enumerate(_decoded(path).split('\n'), 1):      # not splitlines(): JSON may hold other line ends
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f'{path}, line {number}: not a JSON object; each line must hold one')
+        try:
+            _choose(f'{path}, line {number}:', list(row), wanted)
+        except ValueError as e:
+            raise ValueError(str(e).replace(': has no column', ' has no column')) from None
+        places.append(number)
+        for column, name in zip(columns, wanted, strict=True):
+            column.append(row[name])
+    return places, columns
+
+
 def read_columns(path, wanted, header=(), optional=''):
     """Read columns of a table -> (unit, places, columns). columns[i] has the values of column wanted[i]; places[j] is
-    where row j begins, counted in `unit`, 'line' or 'row'. header: column names for a file without a header line.
+    where row j begins, counted in `unit`, 'line' or 'row'. header: column names for a .csv or .tsv without a header line.
     optional: a column of a .csv or .tsv that is added as the last one if the file has it. Raises ValueError."""
-    suffix = Path(path).suffix
-    if suffix not in EXTENSIONS:
-        raise ValueError(f'{path} is none of {", ".join(EXTENSIONS)}; rename or convert the file')
+    kind = _format(path)
     if not Path(path).is_file():
         raise ValueError(f'there is no file {path}')
     try:
-        if suffix == '.parquet':
+        if kind == '.parquet':
             columns, unit = _read_parquet(path, wanted), 'row'
             places = range(1, len(columns[0]) + 1)
+        elif not Path(path).stat().st_size:
+            raise ValueError(f'{path} is empty')
+        elif kind == '.jsonl':
+            unit, (places, columns) = 'line', _read_json(path, wanted)
         else:
-            rows, unit, places = _numbered(path), 'line', []
-            if not Path(path).stat().st_size:
-                raise ValueError(f'{path} is empty')
+            rows, unit, places = _records(path, kind, () if header else wanted), 'line', []
             header = list(header) or next(rows, (1, []))[1]
-            chosen = _choose(path, header, [*wanted, *([optional] if optional in header else [])])
+            chosen = _choose(path, header, [*wanted, *([optional] if optional and optional in header else [])])
             columns = [[] for _ in chosen]
             for line, fields in rows:
                 if len(fields) != len(header):
@@ -116,7 +175,8 @@ def read_table(path, text, label='', header=()):
     """Read a table of texts and labels -> (texts, labels).
 
     texts: a list of tuples with one str per column in `text`. labels: a list of str, or None if `label` is ''. path: .csv
-    (comma), .tsv (tab, no quoting) or .parquet, UTF-8; blank lines are skipped. text: names of one or two columns. header:
+    (separated by comma, semicolon, tab or bar), .tsv (tab, no quoting), .jsonl (one object a line), each also as .gz, or
+    .parquet; UTF-8, or UTF-16 with a byte-order mark; blank lines are skipped. text: names of one or two columns. header:
     column names for a file without a header line. Raises ValueError: one line that names the file and the line in it.
     """
     text = (text,) if isinstance(text, str) else tuple(text)
@@ -127,10 +187,12 @@ def read_table(path, text, label='', header=()):
         wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
         if wrong is not None:
             raise ValueError(f'{path}, {unit} {places[wrong]}: {name!r} is {values[wrong]!r}, not text')
-    labels = ['' if value is None else str(value) for value in columns[-1]] if label else None
-    empty = next((place for place, value in zip(places, labels or (), strict=False) if not value.strip()), None)
-    if empty is not None:
-        raise ValueError(f'{path}, {unit} {empty}: the label ({label!r}) is empty')
+    if not label:
+        return list(zip(*columns, strict=True)), None
+    labels = ['' if value is None else str(value) for value in columns[len(text)]]
+    wrong = next((i for i, value in enumerate(labels) if not value.strip() or isinstance(columns[-1][i], list | dict)), None)
+    if wrong is not None:
+        raise ValueError(f'{path}, {unit} {places[wrong]}: the label ({label!r}) is {labels[wrong] or "empty"}')
     return list(zip(*columns[:len(text)], strict=True)), labels
 
 
@@ -161,6 +223,8 @@ def label_names(labels):
     names = set(labels)
     if len(names) < 2:
         raise ValueError(f'all {len(labels)} labels are {_listed(sorted(names)) or "missing"}; two or more are needed')
+    if len(names) == len(labels) > 20:
+        raise ValueError(f'each of the {len(labels)} labels is another one: {_listed(sorted(names))}; is that the right column?')
     is_integer = all(re.fullmatch(r'-?[0-9]+', name) for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if is_integer else sorted(names)
 

@@ -220,7 +220,7 @@ def compare_runs(paths):
     """Compare each run with the first by their predictions for the same texts, and print it. paths: run folders or files."""
     if len(paths) < 2:
         fail('one run cannot be compared; type for example --compare=out/a,out/b')
-    paths = [p if os.path.splitext(p)[1] in texts.EXTENSIONS else os.path.join(p, 'predictions.csv') for p in paths]
+    paths = [p if p.lower().endswith((*texts.FORMATS, '.gz')) else os.path.join(p, 'predictions.csv') for p in paths]
     names = [os.path.relpath(os.path.dirname(p) or '.') for p in paths]
     for path, name in zip(paths[1:], names[1:], strict=True):
         try:
