@@ -684,27 +684,35 @@ def energy_meter(device):
     """Return a function that gives the joules used since this call, or None if nothing measures them.
 
     CUDA: the counter of the card; needs nvidia-ml-py. CPU: the RAPL package counters, if readable. They cover the whole machine
-    and wrap around after minutes. Call the function at least once per wrap.
+    and wrap around after minutes. Call the function at least once per wrap. An error of a counter gives None, not a stop.
     """
-    if device.type == 'cuda':
+    try:
+        read = _energy_counter(device)
+    except Exception as e:                          # noqa: BLE001  no NVML, an old card, a file that cannot be read, ...
+        if not isinstance(e, ImportError):
+            warnings.warn(f'energy is not measured: {e}', stacklevel=2)
+        return lambda: None
+
+    def joules():
         try:
-            import pynvml
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f'GPU-{torch.cuda.get_device_properties(device).uuid}')
-            start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except Exception as e:                      # noqa: BLE001  no NVML, or an old card: the result is None
-            if not isinstance(e, ImportError):
-                warnings.warn(f'energy is not measured: {e}', stacklevel=2)
-            return lambda: None
+            return read()
+        except Exception:                           # noqa: BLE001  the counter is lost during the run
+            return None
+    return joules
+
+
+def _energy_counter(device):
+    if device.type == 'cuda':
+        import pynvml
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f'GPU-{torch.cuda.get_device_properties(device).uuid}')
+        start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         return lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1e3
     zones = []
     for zone in glob.glob('/sys/class/powercap/intel-rapl:[0-9]*'):
-        if zone.count(':') == 1:                    # packages, which include their sub-zones
-            try:
-                read = lambda z=zone, f='energy_uj': int(open(f'{z}/{f}').read())     # noqa: SIM115
-                zones.append([read, read(), 0, read(f='max_energy_range_uj')])
-            except OSError:
-                return lambda: None
+        if zone.count(':') == 1 and os.access(f'{zone}/energy_uj', os.R_OK):   # packages, which include their sub-zones
+            read = lambda z=zone, f='energy_uj': int(open(f'{z}/{f}').read())     # noqa: SIM115
+            zones.append([read, read(), 0, read(f='max_energy_range_uj')])
 
     def joules():
         for zone in zones:

@@ -375,6 +375,12 @@ def main():
         found = hf.collate(tokenizer, rows, max_len, pad_to_max)
         return {key: t.pin_memory().to(dev, non_blocking=True) if dev.type == 'cuda' else t for key, t in found.items()}
 
+    def loss_of(rows):
+        """Mean cross-entropy of some training texts."""
+        x, y = batch([samples[j] for j in rows]), torch.tensor([ids[j] for j in rows], device=dev)
+        with amp:
+            return F.cross_entropy(net(**x).logits.float(), y)
+
     @torch.no_grad()
     def evaluate(key):
         """(mean loss, label ids (n,), seconds per text) on the evaluation set `key`, divided among ranks; None if stopped."""
@@ -462,18 +468,19 @@ def main():
         lr = common.lr_at(step, schedule, peak_rate, min_lr, warmup_iters, total_iters)
         for group in opt.param_groups:
             group['lr'] = lr
-        common.seed_step(seed, step, rank_here)
         chosen = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
+        if step == total_iters - 1 and not compile:
+            if world > 1:
+                net.require_backward_grad_sync = False
+            meter.count_flops(loss_of(rows) for rows in chosen[:, rank_here])
+        common.seed_step(seed, step, rank_here)
         loss_sum = torch.zeros((), device=dev)
         middle = not profile and int(seen + 0.5) > int(epoch_of(step - 1) + 0.5)
-        with meter.step(step, in_middle=middle, count_flops=step == total_iters - 1 and not compile):
+        with meter.step(step, in_middle=middle):
             for i in range(accumulation):
-                x = batch([samples[j] for j in chosen[i, rank_here]])
-                y = torch.tensor([ids[j] for j in chosen[i, rank_here]], device=dev)
                 if world > 1:                       # DDP reads this flag in the forward pass
                     net.require_backward_grad_sync = i == accumulation - 1
-                with amp, meter.forward():
-                    loss = F.cross_entropy(net(**x).logits.float(), y)
+                loss = loss_of(chosen[i, rank_here])
                 loss_sum += loss.detach()
                 (loss * (loss_scale / accumulation)).backward()
             meter.backward_done()

@@ -224,7 +224,7 @@ def label_names(labels):
     if len(names) < 2:
         raise ValueError(f'all {len(labels)} labels are {_listed(sorted(names)) or "missing"}; two or more are needed')
     if len(names) == len(labels) > 20:
-        raise ValueError(f'each of the {len(labels)} labels is another one: {_listed(sorted(names))}; is that the right column?')
+        raise ValueError(f'all {len(labels)} labels differ: {_listed(sorted(names))}; type the column of the labels')
     is_integer = all(re.fullmatch(r'-?[0-9]+', name) for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if is_integer else sorted(names)
 

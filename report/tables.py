@@ -44,6 +44,15 @@ def flop_counter():
             lambda g, q, k, v, *args, **kwargs: flop_counters.sdpa_backward_flop_count(g, q, k, v)})
 
 
+@contextlib.contextmanager
+def unmeasured_if_it_fails(what):
+    """A block that only measures: if it raises an error, print a warning and go on."""
+    try:
+        yield
+    except Exception as e:                          # noqa: BLE001  torch's meters fail in many ways; none may cost a result
+        print(f'warning: {what} are not measured ({type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else ""})')
+
+
 class StepMeter:
     """Measures peak memory, gradient bytes, FLOPs, joules and seconds of training steps, on rank 0.
 
@@ -52,9 +61,9 @@ class StepMeter:
 
     def __init__(self, net, optimizer, device, rank, world):
         self.net, self.optimizer, self.device, self.rank, self.world = net, optimizer, device, rank, world
-        self.gradient_bytes, self.flops, self.counter, self.disturbed, self.refreshed = 0, None, None, False, set()
+        self.gradient_bytes, self.flops, self.disturbed, self.refreshed = 0, None, False, set()
         self.epoch_peak, self.seconds, self.joules_before, self.first_step = 0, 0.0, 0.0, None
-        self.stepped, self.used = False, ()         # used: joules at the end of training
+        self.counted, self.stepped, self.used = False, False, ()        # used: joules at the end of training
 
     def state(self):
         return {'peak': self.peak(), 'gradient_bytes': self.gradient_bytes, 'joules': self.joules() or 0.0,
@@ -104,51 +113,53 @@ class StepMeter:
         return bool(due)
 
     @contextlib.contextmanager
-    def step(self, step, in_middle, count_flops):
-        """Wrap one step, from the batch to the update. forward() and backward_done() are called inside."""
+    def step(self, step, in_middle):
+        """Wrap one step, from the batch to the update. backward_done() is called inside."""
         first = step - self.first_step
         probe = self.device.type == 'cpu' and self.rank == 0 and (first in (0, 2) or self._first_refresh() or in_middle)
-        self.disturbed, self.stepped, self.forward_flops = probe or count_flops, True, collections.Counter()
+        self.disturbed, self.counted, self.stepped = probe or self.counted, False, True
         if probe:
             base = optim.optimizer_bytes(self.optimizer) + sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers()])
             if self.world > 1:                      # DistributedDataParallel keeps its gradient buckets between steps
                 base += sum(p.nbytes for p in self.net.parameters() if p.requires_grad)
-        with contextlib.ExitStack() as stack:
-            found = stack.enter_context(common.peak_meter(False)) if probe else None
-            self.counter = stack.enter_context(flop_counter()) if count_flops and self.rank == 0 else None
+        with common.peak_meter(False) if probe else contextlib.nullcontext() as found:
             yield
         if probe:
             self.epoch_peak = max(self.epoch_peak, base + found['bytes'])
 
-    def _counts(self):
-        return collections.Counter({name: sum(ops.values()) for name, ops in self.counter.get_flop_counts().items()})
-
-    @contextlib.contextmanager
-    def forward(self):
-        before = self._counts() if self.counter else None
-        yield
-        if self.counter:
-            self.forward_flops += self._counts() - before
-
     def backward_done(self):
         if self.disturbed or not self.gradient_bytes:
             self.gradient_bytes = optim.memory_report(self.net, self.optimizer, 0)['gradients']
-        if self.counter:
-            total = self._counts()
-            self.flops = {name: (self.forward_flops[name], n - self.forward_flops[name] if name == 'Global' else None)
-                          for name, n in total.items()}
+
+    def count_flops(self, losses):
+        """Count the FLOPs of one step, whose micro-batches give these losses. Nothing is updated, and the gradients are dropped:
+        torch's counter fails on some models, and a training step must not fail with it."""
+        counts = lambda: collections.Counter({name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
+        forward, done = collections.Counter(), collections.Counter()
+        with unmeasured_if_it_fails('FLOPs'), flop_counter() as counter:
+            for loss in losses:
+                forward += counts() - done
+                loss.backward()
+                done = counts()
+            self.flops = {name: (forward[name], n - forward[name] if name == 'Global' else None) for name, n in done.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        self.counted = True
 
 
 def forward_row(net, x, amp, cuda):
-    """The row of forward_pass.csv: one forward pass in eval mode on the batch x, {name: tensor}."""
+    """The row of forward_pass.csv: one forward pass in eval mode on the batch x, {name: tensor}. None: not measured."""
     net.eval()
+    (texts, length), flops, peak = x['input_ids'].shape, None, None
     with torch.no_grad(), amp:
-        with flop_counter() as counter:
-            net(**x)
-        peak, start = common.peak_above(lambda: net(**x), cuda), time.perf_counter()
+        with unmeasured_if_it_fails('FLOPs of a forward pass'):
+            with flop_counter() as counter:
+                net(**x)
+            flops = counter.get_total_flops()
+        with unmeasured_if_it_fails('peak bytes of a forward pass'):
+            peak = common.peak_above(lambda: net(**x), cuda)
+        start = time.perf_counter()
         net(**x).logits.cpu()
-    texts, length = x['input_ids'].shape
-    return {'texts': texts, 'tokens': length, 'forward_flops': counter.get_total_flops(), 'peak_bytes': peak,
+    return {'texts': texts, 'tokens': length, 'forward_flops': flops, 'peak_bytes': peak,
             'ms': (time.perf_counter() - start) * 1e3}
 
 
