@@ -39,6 +39,7 @@ init_from = 'pretrained'       # pretrained: weights of `model` | scratch: rando
 resume = ''                    # auto: continue the run in out_dir, or start if there is none | a checkpoint to continue from
 overwrite = False              # start over in an out_dir that holds a run; deletes its checkpoints and log
 eval_only = False              # only evaluate the run in out_dir, or `model` if there is no run
+predict = ''                   # only classify the texts of this table, which needs no labels: writes predictions.csv
 ranks = ()                     # e.g. (4, 8, 16, 64, 128): one run per rank, one after the other, in out_dir/r4, ...
 folds = 0                      # cross-validation: parts of the training set; one run per part, in out_dir/fold0, ...
 fold = -1                      # the part that this run evaluates on; -1: `folds` starts a run for each part
@@ -63,6 +64,7 @@ n_layer = 4                    # size of the DistilBERT that init_from='scratch'
 n_head = 4
 n_embd = 128
 dropout = 0.1                  # dropout of that DistilBERT
+resize = False                 # add rows to the embedding of `model` if its tokenizer has more tokens than rows
 vocab_size = 8192              # size of its WordPiece vocabulary, trained on the training texts
 gradient_checkpointing = False   # recompute activations in the backward pass: less memory, slower
 # method
@@ -108,11 +110,13 @@ dtype = 'float32'              # autocast to float32 | bfloat16 | float16 (with 
 compile = False                # torch.compile; set pad_to_max too, or it recompiles for each text length
 profile = False                # profile steps 5 to 7 with torch.profiler; prints a table and writes trace.json to out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
+eval_only = eval_only or bool(predict)
 
 METHODS = ('full', 'lora', 'qlora', 'lora_topr', 'rsvd', 'rsvd_svt', 'weight_reduction', 'weight_reduction_svt')
 ADAPTERS = ('lora', 'qlora', 'lora_topr')
 # Names of the query, key and value projections in transformers.
-ATTENTION = ('q_lin', 'k_lin', 'v_lin', 'q_proj', 'k_proj', 'v_proj', 'query', 'key', 'value', 'query_key_value', 'qkv_proj')
+ATTENTION = ('q_lin', 'k_lin', 'v_lin', 'q_proj', 'k_proj', 'v_proj', 'query', 'key', 'value', 'query_key_value', 'qkv_proj',
+             'c_attn', 'Wqkv', 'query_proj', 'key_proj', 'value_proj', 'in_proj', 'q', 'k', 'v')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,14 +188,25 @@ def kept_state(net):
 
 
 def read_data(names=None):
-    """(training texts, their label ids, {language or '': (texts, label names, row numbers)} to evaluate on, label names)."""
+    """(training texts, their label ids, {language or '': (texts, label names, row numbers)} to evaluate on, label names).
+    names: the label names of a trained model, or None. With `predict` there are no label names to evaluate on."""
+    read = lambda path: texts.read_table(path, text_columns, label_column)
+    if predict and not (names or model):
+        raise ValueError(f'{out_dir} has no run; type its --out_dir=..., or --model=FOLDER of a trained classifier')
+    if predict and model:
+        sentences, _ = texts.read_table(predict, text_columns)
+        names = names or hf.labels_of(model)
+        return sentences, [0] * len(sentences), {'': (sentences, None, range(len(sentences)))}, names
     if task == 'csv':
-        read = lambda path: texts.read_table(path, text_columns, label_column)
         path = train_file or eval_file              # eval_only needs it too: a model from scratch trains its tokenizer on it
         sentences, labels = read(path)
+        trained = hf.labels_of(model) if eval_only and model and not names else []
+        known = {label.lower(): label for label in labels}
+        if known.keys() <= {name.lower() for name in trained}:         # a file may have few of the classes, even one
+            names = [known.get(name.lower(), name) for name in trained]
         names = names or texts.label_names(labels)
         ids = texts.label_ids(labels, names, path)
-        found = {'': read(eval_file)} if not folds else {}
+        found = {'': read(eval_file)} if not (folds or predict) else {}
         for _, labels in found.values():            # reports an unknown label now, not after training
             texts.label_ids(labels, names, eval_file)
     else:
@@ -206,7 +221,9 @@ def read_data(names=None):
     if folds:
         held, rows = rows[fold::folds], np.delete(rows, np.s_[fold::folds])
         found = {'': ([sentences[i] for i in held], [names[ids[i]] for i in held])}
-    sets = {key: (*both, held if folds else range(len(both[0]))) for key, both in found.items()}
+    if predict:
+        found = {'': texts.read_table(predict, text_columns)}
+    sets = {key: (*both, held if folds and not predict else range(len(both[0]))) for key, both in found.items()}
     rows = rows[:train_samples or None]
     return [sentences[i] for i in rows], [ids[i] for i in rows], sets, names
 
@@ -246,8 +263,9 @@ def main():
              'a model of your own is --model=FOLDER, a checkpoint --resume=auto or --resume=PATH'),
             (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base; type --method=lora, not {method!r}'),
             (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt only'),
-            (task == 'csv' and not ((train_file or eval_only) and (eval_file or folds)), 'task=csv needs --train_file=... and '
-             '--eval_file=... (or --folds=5)'),
+            (task == 'csv' and not (predict or (train_file or eval_only) and (eval_file or folds)), 'task=csv needs '
+             '--train_file=... and --eval_file=... (or --folds=5)'),
+            (task == 'csv' and not label_column and not predict, 'label_column is empty; type --label_column= and a name'),
             (not {'head', 'embeddings'}.issuperset(adam_for), f'adam_for={adam_for} may contain only head and embeddings'),
             (folds and not 0 <= fold < folds, f'fold={fold} must be 0 or more and below folds={folds}'),
             (task == 'xnli' and not languages, 'languages=() leaves nothing to evaluate; type --languages=en'),
@@ -280,13 +298,17 @@ def main():
             frozen = method not in ('full', 'rsvd', 'rsvd_svt')
             net, tokenizer, order, fresh = hf.load(model or default_model(), names,
                                                    amp_dtype if frozen and amp_dtype else torch.float32, init_from != 'scratch')
-        if getattr(net.config, 'max_position_embeddings', max_len) < max_len:
-            raise ValueError(f'this model has {net.config.max_position_embeddings} positions, max_len={max_len} needs more')
+        resized = resize and hf.resize(net, tokenizer)
+        hf.check_fits(net, tokenizer, max_len, pairs=len(sentences[0]) > 1)
+        if method not in ('full', 'rsvd', 'rsvd_svt'):
+            hf.plain_linears(net)
         ids = [order.index(names[i]) for i in ids]                     # by name: the model may order its labels differently
         names, names_of_data = order, names
         head = hf.head_parameters(net)
         adam_bytes = sum(8 * p.numel() + 4 for p in net.parameters())  # state of torch's AdamW for all weights
-        whole = copy.deepcopy(net) if init_from == 'scratch' and method in ADAPTERS and not resume_path else None
+        # No other folder holds the weights under these adapters.
+        own_base = method in ADAPTERS and (init_from == 'scratch' or resized or hasattr(net, 'merged'))
+        whole = copy.deepcopy(net) if own_base and not resume_path else None
         adapt(net, head)
         net.to(dev)
         for p in filter(lambda p: p.requires_grad, net.parameters()):
@@ -383,11 +405,14 @@ def main():
 
     @torch.no_grad()
     def evaluate(key):
-        """(mean loss, label ids (n,), seconds per text) on the evaluation set `key`, divided among ranks; None if stopped."""
-        encoded, labels = eval_rows[key], torch.tensor([names.index(label) for label in eval_sets[key][1]])
+        """(mean loss, label ids (n,), seconds per text, probabilities (n, labels)) on the evaluation set `key`, divided among
+        ranks; None if stopped. The loss of texts without labels means nothing."""
+        encoded, labels = eval_rows[key], torch.tensor([names.index(label) for label in eval_sets[key][1] or names[:1] * len(
+            eval_rows[key])])
         by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]['input_ids']))    # for little padding
         chunks = [by_length[i:i + eval_batch_size] for i in range(0, len(by_length), eval_batch_size)]
         predictions, total, times = torch.full((len(encoded),), -1), 0.0, []
+        shares = torch.zeros(len(encoded), len(names) if predict else 0)
         raw_net.eval()
         for i in range(rank_here, -(-len(chunks) // world) * world, world):
             if common.any_rank(stopped()):
@@ -399,16 +424,19 @@ def main():
                 times.append((time.perf_counter() - start, len(chosen)))
                 total += F.cross_entropy(logits, labels[chosen], reduction='sum').item()
                 predictions[chosen] = logits.argmax(1)
+                if predict:
+                    shares[chosen] = logits.softmax(1)
         raw_net.train()
         meter.reset_cuda()                          # the reported peak is that of training
         if common.any_rank(stopped()):
             return None
         loss = common.mean_over_ranks(total, (predictions >= 0).sum().item())
         if world > 1:
-            predictions = predictions.to(dev)
+            predictions, shares = predictions.to(dev), shares.to(dev)
             dist.all_reduce(predictions, dist.ReduceOp.MAX)
+            dist.all_reduce(shares, dist.ReduceOp.MAX)
         seconds, n = (sum(x) for x in zip(*(times[1:] or times or [(0, 1)]), strict=True))      # without the first: warm-up
-        return loss, predictions.tolist(), seconds / n
+        return loss, predictions.tolist(), seconds / n, shares.tolist()
 
     def log(record):
         if rank_here == 0:
@@ -549,7 +577,13 @@ def main():
             if stop:
                 break
             evaluated[key] = labels, [names[i] for i in found[1]], rows, found[0], found[2]
-    if rank_here == 0 and evaluated and not stop:
+    if predict and rank_here == 0 and evaluated and not stop:
+        folder = os.path.join(out_dir, os.path.basename(predict).partition('.')[0] or 'predict')
+        try:
+            say(tables.write_predictions(folder, names, evaluated[''][1], found[3]))
+        except OSError as e:
+            failure = f'{e}; make room and type the same command'
+    elif rank_here == 0 and evaluated and not stop:
         about = {'model': model or ('scratch' if init_from == 'scratch' else default_model()), 'task': task, 'method': method,
                  'rank': rank if method != 'full' else None, 'seed': seed, 'epochs': epoch_of(step), 'steps': step,
                  'parameters': n_params, 'trained_parameters': n_trained,
@@ -561,10 +595,9 @@ def main():
                 # {model}-{task}-{method}-r{rank}, as the reference names its folders; full has no rank
                 folder = os.path.join(out_dir, f'{base_name()}-{task}-{method}' + (f'-r{rank}' if method != 'full' else ''))
                 if method in ADAPTERS:
-                    heads = sorted({name.rpartition('.')[0] for name in head})
-                    base = model or default_model() if init_from != 'scratch' else os.path.join(
-                        os.path.dirname(resume_path) if elsewhere else out_dir, 'base')
-                    adapters.save_adapters(raw_net, folder, base, heads, 'SEQ_CLS')
+                    base = os.path.join(os.path.dirname(resume_path) if elsewhere else out_dir, 'base')
+                    adapters.save_adapters(raw_net, folder, base if own_base else model or default_model(),
+                                           hf.head_modules(raw_net), 'SEQ_CLS', names)
                     hf.save_tokenizer(tokenizer, folder)
                 else:
                     hf.save(raw_net, tokenizer, folder)

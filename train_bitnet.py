@@ -320,8 +320,8 @@ def main():
             state = common.read_checkpoint(init_from, 'train_bitnet')
             common.check_tokens(state, init_from, tokenizer, dataset)
             function = ('n_head', 'n_kv_head', 'act', 'rope_theta', 'norm_eps')         # the shapes do not show these
-            common.check_same(init_from, state['model_config'], {k: v for k, v in asdict(model_config).items() if k in function},
-                              'type --KEY=VALUE')
+            wanted = {key: getattr(model_config, key) for key in function}
+            common.check_same(init_from, state['model_config'], wanted, 'type --KEY=VALUE')
             if state['model_config']['quant'] != quant:
                 say(f'{init_from} has quant={state["model_config"]["quant"]}; its latent weights become those of quant={quant}')
             common.load_model_state(model, state['model'], init_from, HEAD)

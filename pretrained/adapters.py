@@ -69,11 +69,41 @@ def merge_adapters(model, *inputs, requantize=False):
     return {name: damage for name, (_, damage) in merged.items()}
 
 
-def save_adapters(model, folder, base_model='', heads=(), task_type=None):
+def is_adapters(folder):
+    """Whether `folder` holds adapters of save_adapters() or peft, and no whole model."""
+    there = lambda name: os.path.isfile(os.path.join(folder, name))
+    return there('adapter_config.json') and not there('config.json')
+
+
+def base_of(folder):
+    """(base model of the adapters in `folder`, a path or an id; names of their classes or []; names of the tensors that replace
+    those of the base). Raises ValueError."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with open(os.path.join(folder, 'adapter_config.json')) as f:
+            base = json.load(f)['base_model_name_or_path']
+        with safe_open(os.path.join(folder, 'adapter_model.safetensors'), 'pt') as f:
+            labels = json.loads((f.metadata() or {}).get('labels', '[]'))
+            whole = {key.removeprefix(PEFT) for key in f.keys() if '.lora_' not in key}         # noqa: SIM118  not a dict
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise ValueError(f'{folder} has no LoRA adapters ({type(e).__name__}: {e})') from None
+    moved = os.path.join(os.path.dirname(os.path.abspath(folder)), os.path.basename(str(base)))     # the run folder was moved
+    return moved if not os.path.exists(base) and os.path.isdir(moved) else base, labels, whole
+
+
+def merge_all(model):
+    """Merge every adapter into its base layer, in place, where the bases are full-precision. Returns the model."""
+    for name, m in adapters(model).items():
+        set_module(model, name, m.merge(torch.zeros(1, m.in_features))[0])
+    return model
+
+
+def save_adapters(model, folder, base_model='', heads=(), task_type=None, labels=()):
     """Save the adapters alone in peft's layout: adapter_model.safetensors and adapter_config.json in `folder`.
 
     base_model: name or path of their Hugging Face model, for peft. heads: names of fully trained modules that are saved too,
-    e.g. a classifier (peft's modules_to_save). task_type: peft's task_type, e.g. SEQ_CLS. Raises OSError if writing fails."""
+    e.g. a classifier (peft's modules_to_save). task_type: peft's task_type, e.g. SEQ_CLS. labels: names of the classes, which
+    peft has no place for; they are in the header of the tensors. Raises OSError if writing fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     loras = adapters(model)
@@ -94,7 +124,8 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None):
             tensors[f'{PEFT}{head}.{key}'] = t.detach().cpu().contiguous()
     os.makedirs(folder, exist_ok=True)
     try:
-        atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(tensors, tmp, {'format': 'pt'}))
+        atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(
+            tensors, tmp, {'format': 'pt', 'labels': json.dumps(list(labels))}))
     except SafetensorError as e:                    # safetensors raises this for a full disk
         raise OSError(f'could not write {folder}: {e}') from None
 
@@ -119,13 +150,13 @@ def load_adapters(model, folder):
         raise ValueError(f'{folder} has no LoRA adapters ({type(e).__name__}: {e})') from e
     if not isinstance(config, dict) or not isinstance(config.get('lora_alpha'), int | float):
         raise ValueError(f'{folder}/adapter_config.json has no lora_alpha')
-    if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora', 'fan_in_fan_out')):
+    if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora')):
         raise ValueError(f'{folder}: only plain LoRA adapters can be loaded')
     present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    heads = {}                                      # peft matches the end of names, and lists names that no module has
-    for head in config.get('modules_to_save') or ():
-        matches = [n for n, _ in model.named_modules() if f'.{n}'.endswith(f'.{head}')]
-        heads |= {f'{PEFT}{n}.': n for n in matches or [head]}
+    # peft matches the ends of names, inside a word too ('classifier' is also DistilBERT's pre_classifier), and lists names that
+    # no module has.
+    heads = {f'{PEFT}{n}.': n for n, _ in model.named_modules() if n.endswith(tuple(config.get('modules_to_save') or ()))}
+    heads = {key: n for key, n in heads.items() if not any(n.startswith(f'{other}.') for other in heads.values())}
     saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith(tuple(heads)) and '.lora_' not in k}
     names = list(dict.fromkeys([*present, *(k.removeprefix(PEFT).rsplit('.lora_', 1)[0] for k in tensors)]))
     wanted = {f'{PEFT}{name}.lora_{ab}.weight' for name in names for ab in 'AB'}

@@ -19,6 +19,7 @@ import torch.nn as nn
 
 import layers
 from common import atomic_write
+from pretrained import adapters
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # otherwise each fork after its threads start prints a warning
 HEAD = 'last_token_head.safetensors'
@@ -57,6 +58,9 @@ class LastTokenClassifier(nn.Module):
         logits = self.score(hidden if weight is None else hidden.to(weight.dtype))     # None: quantized by ptq.py
         return SequenceClassifierOutput(logits=logits)
 
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
     def gradient_checkpointing_enable(self, **options):
         self.backbone.gradient_checkpointing_enable(**options)
 
@@ -71,18 +75,36 @@ def function(config):
 
 
 def head_parameters(net):
-    """{name: parameter} of the classification head, that is, of everything outside of the backbone."""
-    return {n: p for n, p in net.named_parameters() if not n.startswith(f'{net.base_model_prefix}.')}
+    """{name: parameter} of the classification head: of everything outside of the backbone, and of a new pooler inside it."""
+    new = getattr(net, 'new_modules', ())
+    return {n: p for n, p in net.named_parameters() if not n.startswith(f'{net.base_model_prefix}.') or n.startswith(new)}
+
+
+def head_modules(net):
+    """Names of the modules that hold the head_parameters(), the outermost ones, as peft's modules_to_save needs them."""
+    new = getattr(net, 'new_modules', ())
+    return sorted({next((m.rstrip('.') for m in new if n.startswith(m)), n.partition('.')[0]) for n in head_parameters(net)})
+
+
+def _whole(auto, name, **options):
+    """auto.from_pretrained(), which gives random values to weights that the files lack; here this is a ValueError."""
+    net, info = auto.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(info['missing_keys']):
+        raise ValueError(f'the weights there lack {missing[0]}')
+    return net
 
 
 def load(name, names, dtype=torch.float32, weights=True):
     """Load a sequence classifier from a Hub id or a folder. Returns (net, tokenizer, names, fresh).
 
     names: list of str, the labels in the order of their ids. A model trained for the same names, in any order and case, keeps
-    its head and its order, in which the names are returned. Any other model gets a new head, and fresh is True.
+    its head and its order, in which the names are returned. Any other model gets a new head, and fresh is True. A folder of
+    LoRA adapters is its base model with the adapters merged.
     weights=False: random weights from torch's generator. Raises a one-line ValueError if the model cannot be used.
     """
     t = _transformers()
+    if adapters.is_adapters(name):
+        return _load_adapted(name, names, dtype, weights)
     try:
         config, tokenizer = t.AutoConfig.from_pretrained(name), t.AutoTokenizer.from_pretrained(name)
         config.use_cache = False
@@ -116,6 +138,9 @@ def load(name, names, dtype=torch.float32, weights=True):
             head = head_parameters(net)
             lost = {key if isinstance(key, str) else key[0] for kind in ('missing_keys', 'mismatched_keys')
                     for key in info.get(kind, ())}
+            # A masked language model has no pooler: it becomes a new one, and part of the head.
+            net.new_modules = tuple({n[:n.index('pooler') + 7] for n in lost - head.keys() if '.pooler.' in n})
+            head = head_parameters(net)
             if lost - head.keys():
                 raise ValueError(f'the weights there lack {sorted(lost - head.keys())[0]}')
             fresh = not weights or bool(lost) or not same
@@ -125,8 +150,8 @@ def load(name, names, dtype=torch.float32, weights=True):
                 for module in dict.fromkeys(n.rpartition('.')[0] for n in head):
                     net._init_weights(net.get_submodule(module))
         else:
-            net = t.AutoModel.from_pretrained(name, config=config, dtype=dtype) if weights \
-                else t.AutoModel.from_config(config).to(dtype)
+            net = (_whole(t.AutoModel, name, config=config, dtype=dtype) if weights else
+                   t.AutoModel.from_config(config).to(dtype))
             net, path = LastTokenClassifier(net, len(names)), os.path.join(name, HEAD)
             fresh = not (weights and same and os.path.isfile(path))
             if not fresh:
@@ -138,6 +163,77 @@ def load(name, names, dtype=torch.float32, weights=True):
     if config.model_type == 'bitnet':               # ternary weights and int8 activations, rounded in each pass
         layers.convert(net, {'*layers.*_proj': ('tern', dict(norm=False))}, verbose=False)
     return net, tokenizer, names, fresh
+
+
+def check_fits(net, tokenizer, max_len, pairs=False):
+    """Raises ValueError unless `net` can read every text that `tokenizer` cuts to max_len tokens. It is tried: position tables
+    of RoBERTa and its relatives hold fewer tokens than max_position_embeddings says."""
+    rows, ids = net.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if ids > rows:
+        raise ValueError(f'the tokenizer has {ids:,} tokens, the embedding of this model {rows:,} rows; type --resize=True')
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_len <= special:
+        raise ValueError(f'max_len={max_len} leaves no room for text: {special} tokens are special; type a higher --max_len')
+    known = getattr(net.config, 'max_position_embeddings', None) or max_len       # None or -1: no table of positions
+    if 0 < known < max_len:
+        raise ValueError(f'this model has {known} positions, max_len={max_len} needs more')
+    text, mode = 'a b c d e f g ' * max_len, net.training
+
+    @torch.no_grad()
+    def reads(length):
+        try:
+            net.eval()(**collate(tokenizer, encode(tokenizer, [(text,) * (1 + pairs)], length), length))
+            return True
+        except (IndexError, RuntimeError, ValueError):
+            return False
+        finally:
+            net.train(mode)
+    if not reads(max_len):
+        few, many = special, max_len                # it can read `few` tokens, and not `many`
+        while many - few > 1:
+            middle = (few + many) // 2
+            few, many = (middle, many) if reads(middle) else (few, middle)
+        raise ValueError(f'this model reads {few} tokens at most, max_len={max_len} needs more')
+
+
+def resize(net, tokenizer):
+    """Add rows to the embedding for tokens that have none, as transformers does. Returns whether there were any."""
+    bare, wanted = getattr(net, 'backbone', net), max(tokenizer.get_vocab().values()) + 1
+    more = wanted > bare.get_input_embeddings().num_embeddings
+    if more:
+        bare.resize_token_embeddings(wanted)
+    return more
+
+
+def _load_adapted(folder, names, dtype, weights):
+    """load() of a folder of LoRA adapters. peft does not save the names of the classes; then they are those of the base model,
+    or `names` in their order."""
+    base, labels, whole = adapters.base_of(folder)
+    own = labels_of(base)
+    kept = len(own) == len(labels or names)         # then a head that the adapters lack is that of the base
+    net, tokenizer, order, fresh = load(base, own if kept else names, dtype, weights)
+    known = {n.lower(): n for n in names}
+    labels = labels or (order if {n.lower() for n in order} == known.keys() else names)
+    if len(known) < len(names):
+        known = {n: n for n in names}
+    if {n.lower() for n in labels} != {n.lower() for n in names}:
+        raise ValueError(f'{folder} was trained for the labels {", ".join(labels)}, not {", ".join(names)}')
+    adapters.load_adapters(plain_linears(net), folder)
+    net.merged = adapters.merge_all(net) is net
+    names = [known.get(n.lower(), n) for n in labels]
+    net.config.id2label, net.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    return net, tokenizer, names, fresh and not head_parameters(net).keys() <= whole
+
+
+def labels_of(name):
+    """Names of the classes of a classifier, a Hub id or a folder; of adapters too. Raises ValueError."""
+    if adapters.is_adapters(name):
+        return adapters.base_of(name)[1]
+    try:
+        config = _transformers().AutoConfig.from_pretrained(name)
+    except Exception as e:                          # noqa: BLE001  see load()
+        raise ValueError(f'cannot load model {name!r}: {_why(e)}') from None
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
 def kind_of(name):
@@ -157,7 +253,7 @@ def load_causal(name, weights=True):
     t = _transformers()
     try:
         tokenizer = t.AutoTokenizer.from_pretrained(name)
-        net = (t.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) if weights else
+        net = (_whole(t.AutoModelForCausalLM, name, dtype=torch.float32) if weights else
                t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(name)).float())
     except Exception as e:                          # noqa: BLE001  see load()
         raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a Hub id or a folder with config.json, tokenizer and '
@@ -166,7 +262,10 @@ def load_causal(name, weights=True):
 
 
 def plain_linears(net):
-    """Replace GPT-2's Conv1D and Falcon's FalconLinear by nn.Linear, in place, so that they can be quantized. Returns net."""
+    """Replace GPT-2's Conv1D and Falcon's FalconLinear by nn.Linear, in place, so that they can be quantized and get adapters.
+    Returns net. save() writes the weights of a Conv1D as the class expects them."""
+    net.transposed = getattr(net, 'transposed', ()) + tuple(
+        f'{n}.weight' for n, m in net.named_modules() if type(m).__name__ == 'Conv1D')
     for path, module in list(net.named_modules()):
         name = type(module).__name__
         if name in ('Conv1D', 'FalconLinear'):
@@ -247,7 +346,7 @@ def save(net, tokenizer, folder):
         if isinstance(layer, layers.LowRankLinear) and leaf != 'bias':
             factors[key] = tensor.cpu().contiguous()
             key, tensor = f'{module}.weight', ((layer.A * layer.c) @ layer.B).detach()
-        state[key] = tensor.cpu().contiguous()
+        state[key] = (tensor.T if key in getattr(net, 'transposed', ()) else tensor).cpu().contiguous()
     os.makedirs(folder, exist_ok=True)
     write = lambda name, it: atomic_write(os.path.join(folder, name), lambda tmp: save_file(it, tmp, {'format': 'pt'}))
     bare = net.backbone if isinstance(net, LastTokenClassifier) else net

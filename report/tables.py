@@ -132,7 +132,7 @@ class StepMeter:
             self.gradient_bytes = optim.memory_report(self.net, self.optimizer, 0)['gradients']
 
     def count_flops(self, losses):
-        """Count the FLOPs of one step, whose micro-batches give these losses. Nothing is updated, and the gradients are dropped:
+        """Count the FLOPs of one step whose micro-batches give these losses. Nothing is updated, and the gradients are dropped.
         torch's counter fails on some models, and a training step must not fail with it."""
         counts = lambda: collections.Counter({name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
         forward, done = collections.Counter(), collections.Counter()
@@ -217,6 +217,16 @@ def write_run(out_dir, about, names, evaluated, meter, forward, adam_bytes):
                 **common.versions()})
     write_yaml(os.path.join(out_dir, 'results.yaml'), results)          # last: if it exists, all other files exist
     return results
+
+
+def write_predictions(folder, names, predictions, shares):
+    """Write folder/predictions.csv: for each text its index, the predicted name and the probability of each name. Returns what
+    to print. Raises OSError."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, 'predictions.csv')
+    rows = [(i, name, *(round(x, 6) for x in row)) for i, (name, row) in enumerate(zip(predictions, shares, strict=True))]
+    n = texts.write_table(path, ('index', 'prediction', *names), rows)
+    return f'{n:,} texts classified; wrote {path}'
 
 
 def in_words(results):
