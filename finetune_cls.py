@@ -327,7 +327,8 @@ def main():
     total_iters = max_iters or math.ceil(epochs * len(samples) / batch_size)
     say(f'{type(net).__name__}: {n_params:,} parameters, {n_trained:,} trained ({n_head_params:,} in the head'
         f'{", new" if fresh else ""}); {len(names)} labels: {", ".join(names[:9])}{" ..." * (len(names) > 9)}')
-    say(f'{len(samples):,} texts to train on, {", ".join(f"{len(r):,} {key}" for key, r in eval_rows.items())} to evaluate; '
+    say(f'{len(samples):,} texts to classify' if predict else
+        f'{len(samples):,} texts to train on, {", ".join(f"{len(r):,} {key}" for key, r in eval_rows.items())} to evaluate; '
         f'{batch_size} a step = {micro} x {accumulation} micro-steps x {world} processes; {total_iters} steps')
 
     # ---------------------------------------------------------------------------------------------------- optimizer
