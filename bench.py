@@ -136,7 +136,7 @@ def main():
     p.add_argument('--variants', default=','.join(convolutions.CONVS), help='default: all')
     p.add_argument('--dtypes', default='float32,bfloat16')
     command('bundle', bundle).add_argument('path', help='the zip to write')
-    a = parser.parse_args()
+    a = parser.parse_args(configurator.at_home(sys.argv[1:]))
     if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():
         configurator.fail('there is no CUDA device here; type --device=cpu')
     for key in ('batch', 'batch_size', 'steps', 'rounds', 'rank', 'dim', 'layers', 'tokens', 'threads'):

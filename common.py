@@ -290,6 +290,9 @@ def read_checkpoint(path, trainer=None, mmap=False):
     state. Raises ValueError with one line that names the file if it is missing, damaged, not a checkpoint, of another version,
     or (if `trainer` is given) of another trainer.
     """
+    if os.path.isdir(path):
+        inside = sorted(glob.glob(os.path.join(glob.escape(path), '*.pt')))
+        raise ValueError(f'{path} is a folder; type {" or ".join(inside) or "the path of a checkpoint in a run folder"}')
     try:
         with zipfile.ZipFile(path) as z:
             # torch treats a record with the DOS folder bit as empty and leaves its tensor uninitialised
@@ -516,6 +519,8 @@ def find_run(out_dir, resume, overwrite):
     last_path, best_path = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
     has_run = os.path.exists(last_path) or os.path.exists(previous_path(last_path))
     resume_path = (last_path if has_run else '') if resume == 'auto' else resume
+    if os.path.isdir(resume_path):                  # the folder of a run
+        resume_path = os.path.join(resume_path, 'last.pt')
     elsewhere = bool(resume_path) and os.path.realpath(os.path.dirname(resume_path)) != os.path.realpath(out_dir)
     if has_run and (elsewhere or not resume_path) and not overwrite:
         fail(f'{out_dir} holds a run; type --resume=auto to continue it, --out_dir=... for another folder, or '

@@ -28,6 +28,10 @@ import tokenize
 import traceback
 import types
 
+for stream in (sys.stdout, sys.stderr):             # a name that the terminal cannot show is printed with escapes
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors='backslashreplace')
+
 
 def fail(message, rank0_only=False):
     """Report a user's mistake in one line on stderr and exit.
@@ -39,6 +43,12 @@ def fail(message, rank0_only=False):
         label = 'error' if _rank() == '0' else f'error (rank {_rank()})'
         print(f'{label}: {" ".join(str(message).splitlines())}', file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def at_home(words):
+    """Words of a command line with ~ expanded in --key=~/path, which a shell leaves as it is. Other values stay."""
+    return [f'{key}={os.path.expanduser(value)}' if value[:2] == '~/' and key not in ('--prompt', '--stop') else word
+            for word in words for key, _, value in (word.partition('='),)]
 
 
 def override(namespace, argv=None, quiet=False):
@@ -54,7 +64,7 @@ def override(namespace, argv=None, quiet=False):
     defaults = {key: namespace[key] for key in nodes}
     if namespace['__name__'] != '__main__':
         return defaults
-    argv = sys.argv[1:] if argv is None else argv
+    argv = at_home(sys.argv[1:] if argv is None else argv)
     if '--help' in argv or '-h' in argv:
         if _rank() == '0':
             print(_help(os.path.basename(namespace['__file__']), source, nodes, defaults))

@@ -216,6 +216,18 @@ class RSVDAdam(torch.optim.Optimizer):
         self._index = {p: i for i, p in enumerate(every)}               # equal on every rank and after a resume
         self._order = {p: i for i, p in enumerate(p for g in self.param_groups for p in g['params'] if self.low_rank(p, g))}
 
+    @property
+    def _step_supports_amp_scaling(self):
+        """torch's GradScaler.step() reads this. Its unscale_() sees p.grad alone, so R would stay scaled without a word."""
+        if self.slots:
+            raise RuntimeError('RSVDAdam: GradScaler does not reach the projected gradients of attach(); multiply the loss and '
+                               'divide optimizer.gradients() yourself, or leave attach() out')
+        return False
+
+    def __getstate__(self):
+        """What copy.deepcopy() and pickle take; torch's version leaves out all attributes of a subclass."""
+        return super().__getstate__() | {k: getattr(self, k) for k in ('slots', 'projected', 'failed', '_index', '_order')}
+
     def load_state_dict(self, state_dict):
         """Load the state, keeping the dtype of each tensor. torch's version casts it to the parameter's dtype."""
         super().load_state_dict(state_dict)
@@ -626,6 +638,9 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon = torch.optim.Muon([{'params': []}], lr, weight_decay, momentum, adjust_lr_fn='match_rms_adamw')
         self._adamw = torch.optim.AdamW([{'params': []}], lr, betas, weight_decay=weight_decay, fused=fused)
         super().__init__(groups, {'muon': False})
+
+    def __getstate__(self):
+        return super().__getstate__() | {'_muon': self._muon, '_adamw': self._adamw}         # see RSVDAdam
 
     def add_param_group(self, group):
         muon = group.setdefault('muon', False)

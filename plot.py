@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 
-from configurator import fail
+from configurator import at_home, fail
 from report import plot_cls
 from report.figure import load_config, load_log, load_logs, measured, save
 from report.plot_runs import diagnosed, draw_bars, draw_diagnostics, draw_loss
@@ -191,7 +191,7 @@ def main():
                        ('optimizer', 'bytes of optimizer state against rank'), ('pareto', 'accuracy against memory')):
         command(name, draw_runs, f'{text}, as a picture', 'runs', 'RUN', f'{name}.png in the first folder typed', nargs='+',
                 help='folder of a run of finetune_cls.py, or a folder above several')
-    args = parser.parse_args()
+    args = parser.parse_args(at_home(sys.argv[1:]))
     args.run_command(args)
 
 

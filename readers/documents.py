@@ -71,7 +71,7 @@ def json_lines(path):
 def json_text(path, number, line):
     try:
         text = json.loads(line)['text']
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
         fail(f'{path}, line {number}: not a JSON object with a string in its field "text"; '
@@ -114,7 +114,7 @@ def texts(spans, span=0, number=0):
         read, start, stop = spans[index]
         first = max(start, number) if index == span else start
         for offset, text in enumerate(itertools.islice(read(), first, stop)):
-            yield index, first + offset, text
+            yield index, first + offset, tokens.valid(text)
 
 
 # -------------------------------------------------------------------------------------------------------- writing

@@ -134,7 +134,7 @@ def _read_json(path, wanted):
             raise ValueError(str(e).replace(': has no column', ' has no column')) from None
         places.append(number)
         for column, name in zip(columns, wanted, strict=True):
-            column.append(row[name])
+            column.append(tokens.valid(row[name]) if isinstance(row[name], str) else row[name])
     return places, columns
 
 

@@ -39,7 +39,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import fail
+from configurator import at_home, fail
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
@@ -425,8 +425,18 @@ def finish(folder, record):
     print(f'wrote {shown(folder)}')
 
 
+def valid(text):
+    """The text with U+FFFD for each half of a surrogate pair, which JSON may hold and UTF-8 may not; as tiktoken does."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
 def run(main):
     """Run the main() of a prepare.py. A full disk, an unreadable file or Ctrl-C prints one line, not a traceback."""
+    sys.argv[1:] = at_home(sys.argv[1:])
     try:
         main()
     except KeyboardInterrupt:
