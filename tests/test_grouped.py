@@ -49,15 +49,16 @@ def test_packing_changes_no_output_and_counts_every_byte(levels, width, groups):
     assert torch.allclose(copy.deepcopy(layer).unpack_()(x), before, atol=tolerance)
 
 
-@pytest.mark.parametrize('kind, autocast', [('int4', True), ('int8', False), ('group', True)])
-def test_a_large_matrix_is_packed_in_parts(kind, autocast, monkeypatch):
+@pytest.mark.parametrize('kind, options, autocast', [
+    ('int4', {}, True), ('nf4', {'scales': '8bit'}, False), ('int8', {}, False), ('group', KINDS['group'], True)], ids=str)
+def test_a_large_matrix_is_packed_in_parts(kind, options, autocast, monkeypatch):
     """The codes and scales are those of the whole matrix, under autocast too."""
     linear = nn.Linear(1024, 2100)                  # three parts
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        parts = layers.as_kind(copy.deepcopy(linear), kind, KINDS[kind], True).state_dict()
+        parts = layers.as_kind(copy.deepcopy(linear), kind, options, True).state_dict()
     for module in (layers, formats):
         monkeypatch.setattr(module, 'in_blocks', lambda encode, rows: encode(rows))
-    whole = layers.as_kind(linear, kind, KINDS[kind], True).state_dict()
+    whole = layers.as_kind(linear, kind, options, True).state_dict()
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[k], whole[k]) and parts[k].dtype == whole[k].dtype for k in parts)
 
@@ -84,17 +85,17 @@ def test_levels_and_groups_that_do_not_fit_are_refused(options, message):
         GroupLinear(64, 8, **options)
 
 
-@pytest.mark.parametrize('share', [0.0, 0.5, 1.0])
-def test_sparse_weights_are_the_same_weights(share):
+def test_sparse_weights_are_the_same_weights():
     """A sparse layer has the weights and outputs of nn.Linear; a bit for each weight and the numbers that are not 0."""
-    linear = nn.Linear(20, 12)
-    with torch.no_grad():
-        linear.weight *= torch.rand(12, 20) >= share
-    model, x = nn.Sequential(linear), torch.randn(7, 20)
-    before, zeros = model(x), (linear.weight == 0).sum().item()
-    layers.convert(model, {'0': 'sparse'}, verbose=False, packed=True)
-    assert isinstance(model[0], SparseLinear) and torch.equal(model(x), before)
-    assert torch.equal(model[0].decode()[0], linear.weight) and model[0].packed_bytes() == 12 * 3 + 4 * (240 - zeros) + 48
+    for share in (0.0, 0.5, 1.0):
+        linear, x = nn.Linear(20, 12), torch.randn(7, 20)
+        with torch.no_grad():
+            linear.weight *= torch.rand(12, 20) >= share
+        model, expected = nn.Sequential(linear), linear(x)
+        layers.convert(model, {'0': 'sparse'}, verbose=False, packed=True)
+        assert isinstance(model[0], SparseLinear) and torch.equal(model(x), expected)
+        assert torch.equal(model[0].decode()[0], linear.weight)
+        assert model[0].packed_bytes() == 12 * 3 + 4 * linear.weight.count_nonzero() + 48
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,12 +156,9 @@ def test_skip_takes_words_names_and_globs():
 
 def test_subclasses_and_layers_tied_to_them_are_left_alone():
     """An embedding of another class may compute something else, so it and its tied head are not replaced."""
-    class Scaled(nn.Embedding):
-        def forward(self, ids):
-            return super().forward(ids) * 8
-    model = nn.Module()
-    model.embed, model.body, model.head = Scaled(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
-    model.head.weight = model.embed.weight
+    model = nn.ModuleDict({'embed': type('Scaled', (nn.Embedding,), {})(10, 4), 'body': nn.Linear(4, 4),
+                           'head': nn.Linear(4, 10, bias=False)})
+    model['head'].weight = model['embed'].weight
     assert list(replace.layers_of(model, '')) == ['body']
 
 

