@@ -78,16 +78,9 @@ def test_folds_and_their_spread(here, capsys):
     assert [r['fold'] for r in table('out/sweep.csv')] == ['0', '1', '2']
 
 
-def test_a_failed_run_ends_the_sweep(here, capsys):
-    """No further run is started and no table is written."""
-    (here / 'fail').touch()
-    with pytest.raises(SystemExit) as e:
-        tables.sweep(CONFIG, 'trainer.py')
-    assert e.value.code == 2 and len(calls()) == 1 and not (here / 'out' / 'sweep.csv').exists()
-
-
-def test_impossible_sweeps_are_one_line(here, capsys, monkeypatch):
-    """A method without a rank, a rank of 0, one fold, several processes: an error before anything is written."""
+def test_failed_and_impossible_sweeps(here, capsys, monkeypatch):
+    """A method without a rank, a rank of 0, one fold, several processes: one line before anything is written. A run that
+    fails ends the sweep: no further run and no table."""
     for change in ({'method': 'full'}, {'ranks': (4, 0)}, {'folds': 1}, {'folds': -2}, {}):
         if not change:
             monkeypatch.setenv('RANK', '0')
@@ -95,6 +88,11 @@ def test_impossible_sweeps_are_one_line(here, capsys, monkeypatch):
             tables.sweep(CONFIG | change, 'trainer.py')
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.count('\n') == 1 and ('torchrun' in err or change) and not (here / 'out').exists()
+    monkeypatch.delenv('RANK')
+    (here / 'fail').touch()
+    with pytest.raises(SystemExit) as e:
+        tables.sweep(CONFIG, 'trainer.py')
+    assert e.value.code == 2 and len(calls()) == 1 and not (here / 'out' / 'sweep.csv').exists()
 
 
 @pytest.mark.parametrize('number, everyone', [(signal.SIGTERM, False), (signal.SIGINT, True)])
@@ -153,14 +151,13 @@ def write(folder, records=(), flops=None, evaluated=None, names=('n', 'y'), stat
 
 
 def test_files_of_a_run(tmp_path):
-    """Medians over steps, peaks, optimizer bytes, FLOPs, parts of memory and predictions are those of the log."""
+    """Means over steps, peaks, optimizer bytes, FLOPs, parts of memory and predictions are those of the log."""
     epoch = {'step': 2, 'epoch': 1.0, 'train_loss': 0.7, 'val_loss': 0.6, 'val_accuracy': 0.5, 'peak_bytes': 70,
              'resident_bytes': 900, 'gradient_bytes': 7, 'optimizer_bytes': 250}
-    result = write(tmp_path, [{'step': 1, 'loss': 1.0, 'ms': None}, {'step': 2, 'loss': 1.0, 'ms': 4.0},
-                             {'step': 2, 'loss': 1.0, 'ms': 8.0}, epoch], {'a': (5, None), 'Global': (5, 6)})
-    assert result['ms_per_step'] == 6.0 and result['accuracy'] == 0.5
-    assert (result['ms_per_sample'], result['samples_per_s']) == (2.0, 500.0)
-    assert result['peak_bytes'] == 70 and result['optimizer_bytes'] == 250 and result['train_loss'] == 0.7
+    steps = [{'step': step, 'loss': 1.0, 'ms': ms} for step, ms in ((1, None), (2, 4.0), (2, 8.0))]
+    result = write(tmp_path, [*steps, epoch], {'a': (5, None), 'Global': (5, 6)})
+    assert result.items() >= {'ms_per_step': 6.0, 'accuracy': 0.5, 'ms_per_sample': 2.0, 'samples_per_s': 500.0,
+                              'peak_bytes': 70, 'optimizer_bytes': 250, 'train_loss': 0.7}.items()
     assert yaml.safe_load((tmp_path / 'results.yaml').read_text()) == result
     assert table(tmp_path / 'optimizer_memory.csv') == [{'optimizer': 'AdamW', 'method': 'lora', 'rank': '4', 'bytes': '250',
                                                          'adam_bytes': '1000', 'saved': '0.75'}]
@@ -170,8 +167,7 @@ def test_files_of_a_run(tmp_path):
     assert table(tmp_path / 'epoch_loss.csv')[0]['eval_accuracy'] == '0.5'
     assert table(tmp_path / 'predictions.csv')[1] == {'index': '1', 'label': 'n', 'prediction': 'y'}
     usage = yaml.safe_load((tmp_path / 'resource_usage.yaml').read_text())
-    assert usage['energy_j'] is None and usage['training_s'] == 1.0
-    assert (usage['device'], usage['processes'], usage['ms_per_sample']) == ('cpu', 1, 2.0)
+    assert usage.items() >= {'energy_j': None, 'training_s': 1.0, 'device': 'cpu', 'processes': 1, 'ms_per_sample': 2.0}.items()
 
 
 def test_a_run_without_training_claims_nothing_of_it(tmp_path):
@@ -223,11 +219,11 @@ def test_time_and_energy_add_up_over_a_resume(monkeypatch):
 def test_some_steps_are_measured_in_full():
     """The first and third step and one in each epoch: peak memory, gradients, FLOPs of all micro-batches. With several
     processes DistributedDataParallel's buckets, as large as the weights, are added."""
-    peaks = {}
+    peaks, weights = [], 4 * (64 + 1) * 32
     for world in (1, 2):
         net = torch.nn.Linear(64, 32)
         optimizer = torch.optim.SGD(net.parameters())
-        meter, found = tables.StepMeter(net, optimizer, torch.device('cpu'), 0, world), []
+        meter, seen = tables.StepMeter(net, optimizer, torch.device('cpu'), 0, world), []
         meter.begin(4)
         for step, middle in ((4, False), (5, False), (6, False), (7, True), (8, False)):
             meter.reset()
@@ -239,13 +235,12 @@ def test_some_steps_are_measured_in_full():
                 meter.backward_done()
                 optimizer.zero_grad()
             del y                                   # freed in the next step it would be taken off there, by chance or not
-            found.append((bool(meter.peak()), meter.disturbed))
-            peaks.setdefault(world, meter.peak())
-        assert found == [(True, True), (False, False), (True, True), (True, True), (False, True)]
-        assert meter.gradient_bytes == 4 * (64 + 1) * 32
-        assert meter.flops['Global'] == (2 * 2 * 10 * 64 * 32,) * 2        # no gradient of the input is made
-    weights = 4 * (64 + 1) * 32
-    assert 2 * weights < peaks[1] < 2 * weights + 40_000 and peaks[2] == peaks[1] + weights
+            seen.append((meter.peak(), meter.disturbed))
+        assert [(peak > 0, is_slow) for peak, is_slow in seen] == [
+            (True, True), (False, False), (True, True), (True, True), (False, True)]
+        assert meter.gradient_bytes == weights and meter.flops['Global'] == (2 * 2 * 10 * 64 * 32,) * 2     # none of the input
+        peaks.append(seen[0][0])
+    assert 2 * weights < peaks[0] < 2 * weights + 40_000 and peaks[1] == peaks[0] + weights
 
 
 def test_flops_of_attention_count_on_a_cpu():
