@@ -86,23 +86,6 @@ def test_dropout_is_for_training_and_a_new_adapter_adds_nothing():
     assert not fresh.lora_B.any() and 0.95 < fresh.lora_A.abs().max() * 4000 ** 0.5 <= 1 and fresh.lora_A.shape == (8, 4000)
 
 
-@pytest.mark.parametrize('name', ['nf4 act', 'tern', 'lowrank'])
-def test_training_moves_only_the_adapters(name):
-    """Forty steps towards another linear map: the loss falls, and everything but the adapters stays the same to the bit."""
-    model = only_adapters(nn.Sequential(lora(name, rank=8, alpha=8.0), nn.LayerNorm(9)))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = lambda: {n: t.clone() for n, t in model.state_dict().items() if 'lora_' not in n}
-    before, x = frozen(), torch.randn(32, 14)
-    y, optimizer, losses = x @ torch.randn(14, 9) / 4, torch.optim.Adam(trained, 0.02), []
-    for _ in range(40):
-        loss = (model(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert len(trained) == 2 and losses[-1] < losses[0] * 0.75 and same(frozen(), before), losses[::13]
-
-
 # ------------------------------------------------------------------------------------------------------------- merging
 
 # relative distance of the merged output allowed: (in full precision, requantized)
@@ -225,15 +208,14 @@ def test_merge_adapters_of_a_model():
             function(model)
 
 
-@pytest.mark.parametrize('rules, inputs, requantize, says', [
-    (RULES, (torch.ones(2, 16), False), False, 'reach fc'),
-    ({'blocks.0.fc': ('lora', {}), 'fc': ('lora', dict(base='bin'))}, (torch.ones(2, 16),), False, 'requantize=True')])
-def test_merge_adapters_changes_nothing_on_an_error(rules, inputs, requantize, says):
+@pytest.mark.parametrize('rules, head, why', [
+    (RULES, False, 'reach fc'), ({'blocks.0.fc': ('lora', {}), 'fc': ('lora', dict(base='bin'))}, True, 'requantize=True')])
+def test_merge_adapters_changes_nothing_on_an_error(rules, head, why):
     """An adapter that no input reaches, or one that cannot be merged: one line, and every adapter is where it was."""
     model = net(rules)
     before, text = copy.deepcopy(model.state_dict()), str(model)
-    with pytest.raises(ValueError, match=says) as error:
-        merge_adapters(model, *inputs, requantize=requantize)
+    with pytest.raises(ValueError, match=why) as error:
+        merge_adapters(model, torch.ones(2, 16), head)
     assert '\n' not in str(error.value) and str(model) == text and same(model.state_dict(), before)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -261,11 +243,12 @@ def one_process():
 
 @pytest.mark.parametrize('wrapper, ran', [('compile', False), ('compile and ddp', True)])
 def test_adapters_of_a_wrapped_model(one_process, tmp_path, wrapper, ran):
-    """Names, files, loading and merging are those of the model inside torch.compile and DDP, before it ran and after."""
+    """Trained parameters, names, files, loading and merging are those of the model inside, before it ran and after."""
     wrapped = lambda m: torch.compile(DistributedDataParallel(m) if 'ddp' in wrapper else m, backend='eager')
     model, x = net(), torch.randn(5, 16)
     inside = copy.deepcopy(model).eval()
     outside = only_adapters(wrapped(inside))
+    assert {n.rpartition('.')[2] for n, p in inside.named_parameters() if p.requires_grad} == {'lora_A', 'lora_B'}
     with torch.no_grad():
         y = (outside if ran else model.eval())(x)
     assert list(adapters(outside)) == list(adapters(model))

@@ -145,20 +145,14 @@ def test_a_hub_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------------------- imdb
 
 
-@pytest.fixture
-def acl(tmp_path):
-    """An aclImdb folder: 120 reviews of a label to train on, 12 to validate, their names not in the order of numbers."""
+def test_imdb_shuffles_the_training_rows_only(tmp_path, written):
+    """Each review is there once under its label: training in a fixed mixed order, validation neg, then pos, by number."""
+    acl = tmp_path / 'aclImdb'
     for split, count in (('train', 120), ('test', 12)):
         for label in ('neg', 'pos', 'unsup'):
-            folder = tmp_path / 'aclImdb' / split / label
-            folder.mkdir(parents=True)
+            (acl / split / label).mkdir(parents=True)
             for i in range(count):
-                (folder / f'{i}_{i % 5 + 1}.txt').write_text(f'{split} {label} {i}, "so"<br /><br />été')
-    return tmp_path / 'aclImdb'
-
-
-def test_imdb_shuffles_the_training_rows_only(tmp_path, written, acl):
-    """Each review is there once under its label: training in a fixed mixed order, validation neg, then pos, by number."""
+                (acl / split / label / f'{i}_{i % 5 + 1}.txt').write_text(f'{split} {label} {i}, "so"<br /><br />été')
     assert 'train: got 240 rows: 120 neg, 120 pos' in written(imdb, '--dir', acl)
     rows, ids, names = texts.load(tmp_path / 'out', 'train')
     made = [f'train {label} {i}, "so"<br /><br />été' for label in ('neg', 'pos') for i in range(120)]

@@ -58,23 +58,20 @@ def calls():
         return [dict(eval(line)) for line in f]
 
 
-def test_a_sweep_runs_every_rank_and_passes_every_option(here, capsys):
-    """Each run has its own folder and continues where it stopped; sweep.csv has a row for each."""
+def test_a_sweep_runs_every_rank_or_fold_and_passes_every_option(here, capsys):
+    """Each run has its own folder and continues where it stopped, or begins anew with overwrite; sweep.csv has a row for
+    each; the accuracy over folds is a mean with its deviation."""
     tables.sweep(CONFIG, 'trainer.py')
-    assert [c['rank'] for c in calls()] == ['4', '8'] and [c['out_dir'] for c in calls()] == ['out/r4', 'out/r8']
+    assert [(c['rank'], c['out_dir']) for c in calls()] == [('4', 'out/r4'), ('8', 'out/r8')]
     assert {(c['ranks'], c['resume'], c['fold'], c['texts'], c['rate'], c['overwrite']) for c in calls()} == {
         ('()', 'auto', '-1', "('a', 'b')", '2e-05', 'False')} and 'empty' not in calls()[0]
     rows = table('out/sweep.csv')
     assert [(r['rank'], float(r['accuracy']), r['peak_bytes']) for r in rows] == [('4', 0.039, ''), ('8', 0.079, '')]
-    assert 'accuracy 3.90%' in capsys.readouterr().out
-
-
-def test_folds_and_their_spread(here, capsys):
-    """Each fold is a run, begun anew with overwrite; the accuracy is a mean with its deviation."""
     tables.sweep({**CONFIG, 'ranks': (), 'folds': 3, 'overwrite': True}, 'trainer.py')
-    assert [(c['out_dir'], c['fold'], c['rank']) for c in calls()] == [(f'out/fold{i}', str(i), '16') for i in range(3)]
-    assert all(c['overwrite'] == 'True' and 'resume' not in c for c in calls())         # anew, as asked
-    assert 'accuracy 16.10% ± 0.10% over 3 folds' in capsys.readouterr().out
+    assert [(c['out_dir'], c['fold'], c['rank']) for c in calls()[2:]] == [(f'out/fold{i}', str(i), '16') for i in range(3)]
+    assert all(c['overwrite'] == 'True' and 'resume' not in c for c in calls()[2:])
+    out = capsys.readouterr().out
+    assert 'accuracy 3.90%' in out and 'accuracy 16.10% ± 0.10% over 3 folds' in out
     assert [r['fold'] for r in table('out/sweep.csv')] == ['0', '1', '2']
 
 
@@ -170,27 +167,22 @@ def test_files_of_a_run(tmp_path):
     assert usage.items() >= {'energy_j': None, 'training_s': 1.0, 'device': 'cpu', 'processes': 1, 'ms_per_sample': 2.0}.items()
 
 
-def test_a_run_without_training_claims_nothing_of_it(tmp_path):
-    """Without a log there are no optimizer bytes and no saving; languages are scored one by one; ms is per text."""
-    result = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5, 1.0),
-                                       'de': (['y'] * 3, ['n'] * 3, range(3), 0.9, 3.0)})
-    german = result['languages']['de']
-    assert result['accuracy'] == 1 and german['accuracy'] == 0 and german['eval_loss'] == 0.9
-    assert result['optimizer_bytes'] is result['peak_bytes'] is result['ms_per_step'] is result['basis_ranks'] is None
-    assert result['ms_per_sample'] == 2500
-    assert table(tmp_path / 'optimizer_memory.csv')[0]['saved'] == ''
-    assert [r['language'] for r in table(tmp_path / 'predictions.csv')] == ['en', 'de', 'de', 'de']
-    assert not (tmp_path / 'memory_breakdown.csv').exists()
-
-
-def test_f1_is_of_the_second_label_and_ranks_are_those_of_the_bases(tmp_path):
-    """One of one y is found in two predictions: 2/3; of n it is 0; of three labels it is macro."""
+def test_f1_ranks_of_bases_and_a_run_without_training(tmp_path):
+    """F1 is of the second label: one y is found in two predictions, 2/3; of n 0; of three labels it is macro. Languages are
+    scored one by one, ms are per text. Without a log nothing is claimed of the training."""
     result = write(tmp_path, state=[{'basis': torch.zeros(9, 3)}, {'basis': torch.zeros(5, 4)}, {'exp_avg': torch.zeros(2)}])
     assert result['f1'] == pytest.approx(2 / 3) and result['f1_label'] == 'y' and result['basis_ranks'] == [3, 4]
     result = write(tmp_path, names=('y', 'n'))
-    assert result['f1'] == 0 and result['f1_label'] == 'n'
-    assert 'f1_label' not in write(tmp_path, names=('n', 'y', 'z'))
+    assert result['f1'] == 0 and result['f1_label'] == 'n' and 'f1_label' not in write(tmp_path, names=('n', 'y', 'z'))
     assert tables.in_words(result).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in tables.in_words(result)
+    result = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5, 1.0),
+                                        'de': (['y'] * 3, ['n'] * 3, range(3), 0.9, 3.0)})
+    german = result['languages']['de']
+    assert result['accuracy'] == 1 and german['accuracy'] == 0 and german['eval_loss'] == 0.9
+    assert result['ms_per_sample'] == 2500
+    assert [r['language'] for r in table(tmp_path / 'predictions.csv')] == ['en', 'de', 'de', 'de']
+    assert result['optimizer_bytes'] is result['peak_bytes'] is result['ms_per_step'] is result['basis_ranks'] is None
+    assert table(tmp_path / 'optimizer_memory.csv')[0]['saved'] == '' and not (tmp_path / 'memory_breakdown.csv').exists()
 
 
 def test_time_and_energy_add_up_over_a_resume(monkeypatch):
