@@ -309,7 +309,7 @@ def test_documents_continue_after_a_crash_at_any_point(tmp_path, local, monkeypa
     module.main([*args, str(tmp_path / 'whole')])
     train_bpe, trained = tokens.train_bpe, []
     monkeypatch.setattr(tokens, 'train_bpe', lambda *options: trained.append(1) or train_bpe(*options))
-    crash_and_continue(module.main, args, tmp_path / 'broken', monkeypatch, capsys, (1, 2, 3, 4, 5, 6, 7, 12, 2, 10))
+    crash_and_continue(module.main, args, tmp_path / 'broken', monkeypatch, capsys, (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 2, 10))
     assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
     for split, part in (('train', STORIES[:57]), ('val', STORIES[57:])):
         assert all_bytes(tmp_path / 'broken', split).decode() == ended(part)
