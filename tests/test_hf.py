@@ -3,8 +3,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,14 +21,11 @@ TINY = dict(n_layer=1, n_head=2, n_embd=32, dropout=0.0, vocab_size=120, max_len
 @pytest.fixture(scope='module', autouse=True)
 def offline():
     """transformers has read it when it was imported; here it is imported now."""
-    before, threads = os.environ.get('HF_HUB_OFFLINE'), torch.get_num_threads()
-    os.environ['HF_HUB_OFFLINE'] = '1'
-    import huggingface_hub.constants as constants
-    was, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    yield
-    constants.HF_HUB_OFFLINE = was
-    torch.set_num_threads(threads)
-    os.environ.pop('HF_HUB_OFFLINE') if before is None else os.environ.update(HF_HUB_OFFLINE=before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('HF_HUB_OFFLINE', '1')
+        import huggingface_hub.constants as constants
+        patch.setattr(constants, 'HF_HUB_OFFLINE', True)
+        yield
 
 
 def small(seed=0, names=('no', 'yes')):
@@ -50,27 +45,19 @@ def logits(net, tokenizer, texts=TEXTS, max_len=12, pad=False):
         return net.eval()(**hf.collate(tokenizer, hf.encode(tokenizer, texts, max_len), max_len, pad)).logits
 
 
-@pytest.fixture(scope='module')
-def elsewhere(saved):
-    """(vocabulary of small(), checksum of a new head) in another process, whose hashes are others."""
-    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); import common, torch; from pretrained import hf\n'
-            f't = hf.small({TEXTS!r}, ["no", "yes"], **{TINY!r})[1]; torch.manual_seed(0)\n'
-            f'head = hf.head_parameters(hf.load({str(saved)!r}, ["a", "b"])[0])\n'
-            'print((t.get_vocab(), common.checksum(head.values())))')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '7'})
-    assert done.returncode == 0, done.stderr
-    return eval(done.stdout)
-
-
-def test_the_same_texts_give_the_same_vocabulary(saved, elsewhere):
+def test_the_same_texts_give_the_same_vocabulary(saved, start, tmp_path):
     """Also in another process, whose hashes are others, and so are new heads; a saved tokenizer comes back."""
-    one, two = small()[1].get_vocab(), small(1)[1].get_vocab()
-    assert one == two == elsewhere[0]
-    assert len(one) <= 120 and {'[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'film'} <= one.keys()
-    assert hf.load(str(saved), ['no', 'yes'])[1].get_vocab() == one
+    (tmp_path / 's.py').write_text(
+        f'import common, torch; from pretrained import hf; t = hf.small({TEXTS!r}, ["no", "yes"], **{TINY!r})[1]\n'
+        f'torch.manual_seed(0); head = hf.head_parameters(hf.load({str(saved)!r}, ["a", "b"])[0])\n'
+        'print((t.get_vocab(), common.checksum(head.values())))')
+    elsewhere = start('s.py', cwd=tmp_path, real=True, PYTHONHASHSEED='7').wait()
+    vocabulary = small()[1].get_vocab()
+    assert len(vocabulary) <= 120 and {'[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'film'} <= vocabulary.keys()
+    assert vocabulary == small(1)[1].get_vocab() == hf.load(str(saved), ['no', 'yes'])[1].get_vocab()
     torch.manual_seed(0)
-    assert common.checksum(hf.head_parameters(hf.load(str(saved), ['a', 'b'])[0]).values()) == elsewhere[1]
+    head = hf.head_parameters(hf.load(str(saved), ['a', 'b'])[0])
+    assert eval(elsewhere.out) == (vocabulary, common.checksum(head.values())), elsewhere.err
 
 
 def test_encode_pairs_long_and_empty_texts():
@@ -106,31 +93,27 @@ def test_batches_are_padded_to_a_multiple_of_8():
     assert torch.isfinite(logits(*small(), texts=[('film ' * 50,)])).all()
 
 
-def test_a_head_is_kept_for_the_same_labels_only(saved):
+def test_a_head_is_kept_for_the_same_labels_only(saved, tmp_path):
     """The same names in another order or case keep head and order; other names give a new head, the same for a seed."""
     net = small()[0]
-    for asked, got in ((['no', 'yes'], ['no', 'yes']), (['yes', 'no'], ['no', 'yes']), (['YES', 'No'], ['No', 'YES'])):
-        found, tokenizer, names, fresh = hf.load(str(saved), asked)
-        assert (names, fresh) == (got, False) and found.config.id2label == dict(enumerate(got))
-        assert torch.equal(found.classifier.weight, net.classifier.weight)
-    for names in (['a', 'b'], ['a', 'b', 'c'], ['no', 'No'], ['no']):
+    before = dict(net.named_parameters())
+    for asked, order in ((['no', 'yes'], ['no', 'yes']), (['yes', 'no'], ['no', 'yes']), (['YES', 'No'], ['No', 'YES'])):
+        loaded, _, names, fresh = hf.load(str(saved), asked)
+        assert (names, fresh) == (order, False) and loaded.config.id2label == dict(enumerate(order))
+        assert torch.equal(loaded.classifier.weight, net.classifier.weight)
+    for asked in (['a', 'b'], ['a', 'b', 'c'], ['no', 'No'], ['no']):
         torch.manual_seed(3)
-        found, _, order, fresh = hf.load(str(saved), names)
-        assert fresh and order == names and found.classifier.weight.shape == (len(names), 32)
-        assert not any(torch.equal(p, dict(net.named_parameters())[n]) for n, p in hf.head_parameters(found).items()
-                       if p.dim() > 1 and p.shape == dict(net.named_parameters())[n].shape)
-        assert 0.01 < found.pre_classifier.weight.std() < 0.03
-        assert torch.equal(found.distilbert.embeddings.word_embeddings.weight, net.distilbert.embeddings.word_embeddings.weight)
+        loaded, _, names, fresh = hf.load(str(saved), asked)
+        assert fresh and names == asked and loaded.classifier.weight.shape == (len(asked), 32)
+        assert not any(torch.equal(p, before[n]) for n, p in hf.head_parameters(loaded).items() if p.dim() > 1)
+        assert 0.01 < loaded.pre_classifier.weight.std() < 0.03
+        assert torch.equal(loaded.distilbert.embeddings.word_embeddings.weight, net.distilbert.embeddings.word_embeddings.weight)
         torch.manual_seed(3)
-        again = hf.load(str(saved), names)[0]
-        assert all(torch.equal(p, q) for p, q in zip(found.parameters(), again.parameters(), strict=True))
-    random = hf.load(str(saved), ['no', 'yes'], weights=False)
-    assert random[3] and not torch.equal(random[0].classifier.weight, net.classifier.weight)
-
-
-def test_names_that_differ_in_case_only_are_two_labels(tmp_path):
-    """A saved head for a and A is found again, in its order."""
-    hf.save(*small(names=('a', 'A')), tmp_path)
+        again = hf.load(str(saved), asked)[0]
+        assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), again.parameters(), strict=True))
+    random, _, _, fresh = hf.load(str(saved), ['no', 'yes'], weights=False)
+    assert fresh and not torch.equal(random.classifier.weight, net.classifier.weight)
+    hf.save(*small(names=('a', 'A')), tmp_path)     # names that differ in case only are two labels
     assert hf.load(str(tmp_path), ['A', 'a'])[2:] == (['a', 'A'], False)
 
 
@@ -159,7 +142,7 @@ def test_a_damaged_folder_is_one_line(saved, tmp_path):
     assert 'header' in line(change=lambda path: path.write_bytes(path.read_bytes()[:5000]))
     assert 'quantized already' in line(quantization_config={'quant_method': 'bitnet', 'quantization_mode': 'offline'})
     less = {k: v for k, v in load_file(saved / 'model.safetensors').items() if 'q_lin.weight' not in k}
-    assert 'the weights there lack distilbert.transformer.layer.0.attention.q_lin.weight' in line(
+    assert 'lack distilbert.transformer.layer.0.attention.q_lin.weight' in line(
         change=lambda path: save_file(less, path, {'format': 'pt'}))
     for name in ('nosuch/model', 'nosuch'):
         with pytest.raises(ValueError, match=f"cannot load model '{name}'") as error:
@@ -199,6 +182,9 @@ def test_low_rank_layers_are_saved_dense(saved, tmp_path):
 # --------------------------------------------------------------------------------------------------------- decoders
 
 
+TERNARY = {'quant_method': 'bitnet', 'linear_class': 'autobitlinear', 'quantization_mode': 'online'}
+
+
 def decoder(folder, kind):
     import transformers as t
     tokenizer = small()[1]
@@ -213,10 +199,8 @@ def decoder(folder, kind):
     t.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if kind == 'bitnet':                            # as in microsoft/bitnet-b1.58-2B-4T-bf16
-        said = json.loads((folder / 'config.json').read_text())
-        said['quantization_config'] = {'quant_method': 'bitnet', 'linear_class': 'autobitlinear',
-                                       'quantization_mode': 'online'}
-        (folder / 'config.json').write_text(json.dumps(said))
+        about = json.loads((folder / 'config.json').read_text()) | {'quantization_config': TERNARY}
+        (folder / 'config.json').write_text(json.dumps(about))
     return hf.load(str(folder), ['no', 'yes'])
 
 
@@ -229,10 +213,14 @@ def test_decoders_do_not_see_padding_and_come_back(tmp_path, kind):
     assert plain.shape == (3, 2) and plain.std() > 0
     assert_close(logits(net, tokenizer, TEXTS[:3], 16, True), plain, rtol=0, atol=1e-6)
     assert_close(torch.cat([logits(net, tokenizer, [text]) for text in TEXTS[:3]]), plain, rtol=0, atol=1e-6)
-    hf.save(net, tokenizer, tmp_path / 'b')
+    for _ in range(2):                              # saving leaves nothing behind that the next one would trip over
+        hf.save(net, tokenizer, tmp_path / 'b')
+        assert getattr(net.config, 'quantization_config', None) is None
     again, words, names, fresh = hf.load(str(tmp_path / 'b'), ['yes', 'no'])
     assert not fresh and names == ['no', 'yes'] and torch.equal(logits(again, words, TEXTS[:3]), plain)
     assert hf.load(str(tmp_path / 'b'), ['x', 'y'])[3]
+    about = json.loads((tmp_path / 'b' / 'config.json').read_text())    # makes transformers round the weights of a BitNet
+    assert about.get('quantization_config') == (TERNARY if kind == 'bitnet' else None)
 
 
 @pytest.fixture
@@ -250,8 +238,7 @@ def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path, uncompiled):
     ternary = {n for n, m in net.named_modules() if isinstance(m, layers.TernaryLinear)}
     assert ternary == {n for n, m in net.named_modules() if n.endswith('_proj')} and len(ternary) == 14
     from transformers.integrations.bitnet import AutoBitLinear
-    for name in sorted(ternary):
-        ours = net.get_submodule(name)
+    for ours in {m.weight.shape: m for m in map(net.get_submodule, ternary)}.values():
         theirs = AutoBitLinear(ours.in_features, ours.out_features, bias=False, online_quant=True)
         theirs.weight.data = ours.weight.data.clone()
         x = torch.randn(7, 5, ours.in_features) * 3
@@ -264,8 +251,7 @@ def test_bitnet_layers_are_ternary_and_as_in_transformers(tmp_path, uncompiled):
         assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('act', ['relu2', 'silu'])
-@pytest.mark.parametrize('quant', ['tern', 'fp'])
+@pytest.mark.parametrize('quant, act', [('tern', 'relu2'), ('fp', 'silu')])
 def test_our_bitnet_is_that_of_transformers(uncompiled, quant, act):
     """BitNetForCausalLM with our weights has the same logits, loss and gradients, ternary or in full precision."""
     import transformers as t
@@ -307,27 +293,11 @@ def test_our_bitnet_is_that_of_transformers(uncompiled, quant, act):
     assert sum(t.numel() for t in got.values()) - got['lm_head.weight'].numel() == sum(p.numel() for p in ours.values())
 
 
-def test_a_saved_bitnet_is_ternary_for_other_readers(tmp_path):
-    """config.json has the quantization_config that makes transformers round the weights; other models have none."""
-    net, tokenizer, names, _ = decoder(tmp_path / 'a', 'bitnet')
-    plain = logits(net, tokenizer, TEXTS[:3])
-    for _ in range(2):                              # saving leaves nothing behind that the next one would trip over
-        hf.save(net, tokenizer, tmp_path / 'b')
-        assert getattr(net.config, 'quantization_config', None) is None
-    said = json.loads((tmp_path / 'b' / 'config.json').read_text())['quantization_config']
-    assert said == {'quant_method': 'bitnet', 'linear_class': 'autobitlinear', 'quantization_mode': 'online'}
-    again, words, _, fresh = hf.load(str(tmp_path / 'b'), names)
-    assert not fresh and sum(isinstance(m, layers.TernaryLinear) for m in again.modules()) == 14
-    assert torch.equal(logits(again, words, TEXTS[:3]), plain)
-    hf.save(*small(), tmp_path / 'c')
-    assert 'quantization_config' not in json.loads((tmp_path / 'c' / 'config.json').read_text())
-
-
 # ------------------------------------------------------------------------------------------------ GPT-2 in train_gpt.py
 
 
 def test_gpt2_weights_give_gpt2_logits(tmp_path, tiny_data, start):
-    """A GPT-2 folder that transformers wrote has the same logits here; --init_from refuses it for other tokens."""
+    """A GPT-2 folder of transformers has the same logits here; --init_from refuses other tokens, names a missing package."""
     import transformers
     torch.manual_seed(0)
     source = transformers.GPT2LMHeadModel(transformers.GPT2Config(      # its GELU is the tanh one, ours the exact one
@@ -348,10 +318,6 @@ def test_gpt2_weights_give_gpt2_logits(tmp_path, tiny_data, start):
     shape = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--bias=True', '--device=cpu')
     done = start(ROOT / 'train_gpt.py', '--init_from=gpt2-tiny', f'--dataset={tiny_data}', *shape, cwd=tmp_path).wait()
     assert done.code == 2 and 'error: gpt2-tiny needs GPT-2 tokens' in done.err          # below transformers' progress bar
-
-
-def test_gpt2_without_transformers_is_one_line(tmp_path, tiny_data, start):
-    """A fresh process that has no transformers says what to install."""
     assert 'pip install transformers' in one_error(start(
         ROOT / 'train_gpt.py', '--init_from=gpt2', f'--dataset={tiny_data}', '--device=cpu', cwd=tmp_path,
         patch='import sys; sys.modules["transformers"] = None').wait())
