@@ -2,16 +2,18 @@
 import json
 import os
 import resource
+import shutil
 import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import common
 import layers
 import train_gpt
-from conftest import ROOT, one_error
+from conftest import ROOT, all_logits, one_error, random_ids, tiny_bitnet, tiny_gpt
 from pretrained import hf
 
 TEXTS = [('the good film',), ('a bad, sad story',), ('the film was nice & good',), ('',)] * 5
@@ -86,10 +88,9 @@ def test_batches_are_padded_to_a_multiple_of_8():
     assert batch['input_ids'].shape == (2, 8) and batch['input_ids'].dtype == torch.int64
     assert batch['attention_mask'].tolist() == [[1] * 3 + [0] * 5, [1] * 5 + [0] * 3]
     assert (batch['input_ids'][0, 3:] == tokenizer.pad_token_id).all()
-    assert hf.collate(tokenizer, rows, 6)['input_ids'].shape == (2, 6)
-    assert hf.collate(tokenizer, rows, 20, True)['input_ids'].shape == (2, 20)
-    long = hf.encode(tokenizer, [('film ' * 50,)], 12)
-    assert hf.collate(tokenizer, long, 12)['input_ids'].shape == (1, 12)
+    for more, wide in (((6,), 6), ((20, True), 20)):
+        assert hf.collate(tokenizer, rows, *more)['input_ids'].shape == (2, wide)
+    assert hf.collate(tokenizer, hf.encode(tokenizer, [('film ' * 50,)], 12), 12)['input_ids'].shape == (1, 12)
     assert torch.isfinite(logits(*small(), texts=[('film ' * 50,)])).all()
 
 
@@ -107,7 +108,7 @@ def test_a_head_is_kept_for_the_same_labels_only(saved, tmp_path):
         assert fresh and names == asked and loaded.classifier.weight.shape == (len(asked), 32)
         assert not any(torch.equal(p, before[n]) for n, p in hf.head_parameters(loaded).items() if p.dim() > 1)
         assert 0.01 < loaded.pre_classifier.weight.std() < 0.03
-        assert torch.equal(loaded.distilbert.embeddings.word_embeddings.weight, net.distilbert.embeddings.word_embeddings.weight)
+        assert torch.equal(loaded.get_input_embeddings().weight, net.get_input_embeddings().weight)
         torch.manual_seed(3)
         again = hf.load(str(saved), asked)[0]
         assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), again.parameters(), strict=True))
@@ -119,31 +120,23 @@ def test_a_head_is_kept_for_the_same_labels_only(saved, tmp_path):
 
 def test_a_damaged_folder_is_one_line(saved, tmp_path):
     """Missing or cut weights, no tokenizer, no config, quantized weights, no such model: an error that names the folder."""
-    from safetensors.torch import load_file, save_file
-
-    def line(*without, change=None, **config):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        for path in saved.iterdir():
-            if path.name not in without:
-                (folder / path.name).write_bytes(path.read_bytes())
-        if config:
-            (folder / 'config.json').write_text(json.dumps(json.loads((saved / 'config.json').read_text()) | config))
-        if change:
-            change(folder / 'model.safetensors')
+    about = json.loads((saved / 'config.json').read_text())
+    about['quantization_config'] = {'quant_method': 'bitnet', 'quantization_mode': 'offline'}
+    less = {k: v for k, v in load_file(saved / 'model.safetensors').items() if 'q_lin.weight' not in k}
+    cases = [('no file named model.safetensors', lambda folder: (folder / 'model.safetensors').unlink()),
+             ('there is no tokenizer', lambda folder: [path.unlink() for path in folder.glob('tokenizer*')]),
+             ('tokenizer', lambda folder: (folder / 'tokenizer.json').unlink()),
+             ('model_type', lambda folder: (folder / 'config.json').unlink()),
+             ('header', lambda folder: os.truncate(folder / 'model.safetensors', 5000)),
+             ('quantized already', lambda folder: (folder / 'config.json').write_text(json.dumps(about))),
+             ('lack distilbert.transformer.layer.0.attention.q_lin.weight',
+              lambda folder: save_file(less, folder / 'model.safetensors', {'format': 'pt'}))]
+    for i, (words, damage) in enumerate(cases):
+        damage(folder := shutil.copytree(saved, tmp_path / str(i)))
         with pytest.raises(ValueError) as error:
             hf.load(str(folder), ['no', 'yes'])
-        assert str(folder) in str(error.value) and '\n' not in str(error.value) and len(str(error.value)) < 500
-        return str(error.value)
-    assert 'no file named model.safetensors' in line('model.safetensors')
-    assert 'there is no tokenizer' in line('tokenizer.json', 'tokenizer_config.json')
-    assert 'tokenizer' in line('tokenizer.json')
-    assert 'model_type' in line('config.json')
-    assert 'header' in line(change=lambda path: path.write_bytes(path.read_bytes()[:5000]))
-    assert 'quantized already' in line(quantization_config={'quant_method': 'bitnet', 'quantization_mode': 'offline'})
-    less = {k: v for k, v in load_file(saved / 'model.safetensors').items() if 'q_lin.weight' not in k}
-    assert 'lack distilbert.transformer.layer.0.attention.q_lin.weight' in line(
-        change=lambda path: save_file(less, path, {'format': 'pt'}))
+        text = str(error.value)
+        assert words in text and str(folder) in text and '\n' not in text and len(text) < 500
     for name in ('nosuch/model', 'nosuch'):
         with pytest.raises(ValueError, match=f"cannot load model '{name}'") as error:
             hf.load(name, ['no', 'yes'])
@@ -174,7 +167,6 @@ def test_low_rank_layers_are_saved_dense(saved, tmp_path):
     again, words, names, fresh = hf.load(str(tmp_path), ['no', 'yes'])
     assert not fresh and not any(isinstance(m, layers.LowRankLinear) for m in again.modules())
     assert_close(logits(again, words), logits(net, tokenizer), rtol=0, atol=1e-6)
-    from safetensors.torch import load_file
     factors = load_file(tmp_path / 'low_rank.safetensors')
     assert len(factors) == 9 and all(torch.equal(t, net.state_dict()[k]) for k, t in factors.items())
 
@@ -256,31 +248,25 @@ def test_our_bitnet_is_that_of_transformers(uncompiled, quant, act):
     """BitNetForCausalLM with our weights has the same logits, loss and gradients, ternary or in full precision."""
     import transformers as t
     from transformers.integrations import bitnet
-
-    from train_bitnet import BitNet, BitNetConfig
-    torch.manual_seed(0)
-    model = BitNet(BitNetConfig(96, 16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_ff=48, act=act, quant=quant)).eval()
+    model = tiny_bitnet(quant, n_layer=3, n_ff=48, act=act)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.rand_like(p) + 0.5) if name.endswith('gain') else p.mul_(3 if name == 'wte.weight' else 1)
     theirs = t.BitNetForCausalLM(t.BitNetConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         hidden_act=act, max_position_embeddings=16, rms_norm_eps=1e-5, rope_theta=10_000.0, tie_word_embeddings=True,
         attn_implementation='eager')).eval()
-    if quant == 'tern':
-        for name, module in list(theirs.named_modules()):
-            if isinstance(module, torch.nn.Linear) and name != 'lm_head':
-                shape = module.in_features, module.out_features
-                theirs.set_submodule(name, bitnet.AutoBitLinear(*shape, bias=False, online_quant=True))
+    for name, module in list(theirs.named_modules()) if quant == 'tern' else ():
+        if isinstance(module, torch.nn.Linear) and name != 'lm_head':
+            shape = module.in_features, module.out_features
+            theirs.set_submodule(name, bitnet.AutoBitLinear(*shape, bias=False, online_quant=True))
     ours, tol = dict(model.named_parameters()), 1e-4 if quant == 'fp' else 1e-2     # somewhere a code may be rounded otherwise
     theirs.load_state_dict(hf.bitnet_state(model.state_dict(), model.config))
-    ids = torch.randint(96, (2, 17))
-    with torch.no_grad():
-        for T in (1, 7, 16):
-            want = theirs(ids[:, :T]).logits[:, -1]
-            assert_close(model(ids[:, :T])[:, 0], want, rtol=0, atol=tol * want.abs().max().item())
+    ids = random_ids(2, 17)
+    want = theirs(ids[:, :-1]).logits
+    assert_close(all_logits(model, ids[:, :-1]), want.detach(), rtol=0, atol=tol * want.abs().max().item())
     loss = model(ids[:, :-1], ids[:, 1:])
-    same = torch.nn.functional.cross_entropy(theirs(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    same = torch.nn.functional.cross_entropy(want.flatten(0, 1), ids[:, 1:].flatten())
     assert_close(loss, same, rtol=tol, atol=0)
     loss.backward()
     same.backward()
@@ -307,14 +293,12 @@ def test_gpt2_weights_give_gpt2_logits(tmp_path, tiny_data, start):
         for p in source.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     source.save_pretrained(tmp_path / 'gpt2-tiny')
-    model = train_gpt.GPT(train_gpt.GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True)).eval()
+    model = tiny_gpt(vocab_size=256, bias=True)
     train_gpt.load_gpt2(model, str(tmp_path / 'gpt2-tiny'))
-    ids = torch.randint(250, (2, 16))
-    with torch.no_grad():
-        for T in (1, 7, 16):
-            ours, theirs = model(ids[:, :T])[:, -1], source(ids[:, :T]).logits[:, -1]
-            assert_close(ours[:, :250], theirs, rtol=0, atol=1e-4)
-            assert not ours[:, 250:].any()
+    ids = random_ids(2, 16)
+    ours, theirs = all_logits(model, ids), source(ids).logits.detach()
+    assert_close(ours[..., :250], theirs, rtol=0, atol=1e-4)
+    assert not ours[..., 250:].any()
     shape = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--bias=True', '--device=cpu')
     done = start(ROOT / 'train_gpt.py', '--init_from=gpt2-tiny', f'--dataset={tiny_data}', *shape, cwd=tmp_path).wait()
     assert done.code == 2 and 'error: gpt2-tiny needs GPT-2 tokens' in done.err          # below transformers' progress bar
