@@ -126,17 +126,6 @@ def packed(n, out, bias=True, kind=None, **options):
     return layer if kind == 'half' else layer.pack_()
 
 
-@pytest.mark.parametrize('format, scales', [('fit4', 'log8'), ('uniform', 'fp16'), ('nf4', 'fp32'), ('nf4', '8bit')])
-def test_packing_once_more_changes_nothing(format, scales):
-    """pack_(), unpack_(), pack_(), unpack_(): the same weights after each, also of rows that differ in size."""
-    for group, size in [(16, (64, 40)), (64, (13, 128)), (0, (5, 7))]:
-        layer = Linear4bit(*size, format=format, group=group, scales=scales)
-        layer.weight.data *= torch.logspace(0, -1, size[1])[:, None]
-        want = layer.pack_().decode()[0]
-        for _ in range(2):
-            assert torch.equal(layer.unpack_().weight, want) and torch.equal(layer.pack_().decode()[0], want)
-
-
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_packed_layer_works_in_another_dtype_and_under_another_default_device(kind):
     """.double() and .bfloat16() compute the same weights. Under `with torch.device('meta')` a CPU layer works too."""
