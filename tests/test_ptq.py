@@ -475,11 +475,11 @@ def test_damaged_or_missing_data_is_one_line(calls, home, tiny_data, tmp_path):
     for name, content in {'b.pt': damaged, 'p.safetensors': packed[:-100] + bytes(100), 'w.safetensors': packed}.items():
         (tmp_path / name).write_bytes(content)
     words = [f'--ckpt={home / "out/gpt"}', '--group=32', '--out=o']
-    errors = [([*words, '--windows=8', '--schemes=gptq4', '--dataset=train'], 'no train tokens in'),
-              ([*words, '--schemes=rtn4', '--dataset=val'], 'no tokens in'),
-              ([*words, '--schemes=rtn4', '--dataset=other'], 'other tokens'), (['--ckpt=b.pt', *QUICK], 'b.pt'),
+    errors = [([*words, '--windows=8', '--schemes=gptq4', '--dataset=./train'], 'no train tokens in'),
+              ([*words, '--schemes=rtn4', '--dataset=./val'], 'no tokens in'),
+              ([*words, '--schemes=rtn4', '--dataset=./other'], 'other tokens'), (['--ckpt=b.pt', *QUICK], 'b.pt'),
               (['--ckpt=p.safetensors', *QUICK], 'p.safetensors is damaged'), (['--ckpt=w.safetensors', *QUICK], '--dataset=')]
-    looks_at_no_inputs = [*words, '--time_rounds=0', '--schemes=rtn4', '--dataset=train'], tmp_path, 0
+    looks_at_no_inputs = [*words, '--time_rounds=0', '--schemes=rtn4', '--dataset=./train'], tmp_path, 0
     results = calls(looks_at_no_inputs, *((words, tmp_path, 2) for words, _ in errors))
     for (words, error), done in zip(errors, results[1:], strict=True):
         assert error in one_error(done), words
