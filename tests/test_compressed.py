@@ -53,6 +53,7 @@ def compare(layer, x, reference, latent, exact, tol=1e-5):
     x, v = x.requires_grad_(), torch.randn(*x.shape[:-1], layer.out_features)
     got, want = ([y := function(x), *torch.autograd.grad(y, [x, *wanted], v)]
                  for function, wanted in ((layer, latent), (reference, exact)))
+    assert got[0].dtype == got[1].dtype == x.dtype
     for g, w in zip(got, want, strict=True):
         assert_close(g, w.to(g.dtype), rtol=0, atol=tol * max(1, w.abs().max().item() if w.numel() else 1))
 
