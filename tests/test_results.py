@@ -1,8 +1,6 @@
 """results/: how runs are stored, and that tables, headlines and pictures are made from the stored runs."""
-import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -15,22 +13,29 @@ sys.path.append(str(ROOT / 'results'))
 import keep  # noqa: E402
 
 
-def test_tables_are_what_the_runs_give(tmp_path):
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty folder with a folder results/, in which keep.py works."""
+    (tmp_path / 'results').mkdir()
+    monkeypatch.setattr(keep, 'ROOT', tmp_path)
+    return tmp_path
+
+
+def test_tables_are_what_the_runs_give(in_turn, tmp_path):
     """In a copy without tables and pictures, the stored runs alone give the same tables, index and pages, and every picture.
     Each headline names its rows."""
-    for source in (*ROOT.glob('*.py'), *ROOT.glob('report/*.py'), *ROOT.glob('results/*.py'), *ROOT.glob('results/*.jsonl')):
-        (tmp_path / source.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        shutil.copy(source, tmp_path / source.relative_to(ROOT))
+    for folder in ('results', 'docs'):
+        (tmp_path / folder).mkdir()
+    for source in (*ROOT.glob('results/*.py'), *ROOT.glob('results/*.jsonl')):
+        shutil.copy(source, tmp_path / 'results')
     pages = {p.relative_to(ROOT): p.read_text(encoding='utf-8') for p in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
-    (tmp_path / 'docs').mkdir()
     for page, text in pages.items():
         emptied = re.sub(r'(<!-- (?!end)\w+ -->\n).*?(?=<!-- end -->)', r'\1', text, flags=re.S)
         assert ('<!-- end -->' in text) == (len(emptied) < len(text))
         (tmp_path / page).write_text(emptied, encoding='utf-8')
-    for script in ('runs.py', 'ptq.py'):
-        done = subprocess.run([sys.executable, f'results/{script}', '--table'], cwd=tmp_path, text=True, capture_output=True,
-                              env=dict(os.environ, OMP_NUM_THREADS='1'))
-        assert done.returncode == 0, done.stderr
+    commands = [(tmp_path / 'results' / script, tmp_path, ['--table']) for script in ('runs.py', 'ptq.py')]
+    for done in in_turn(commands, patch=f'import sys; sys.path.insert(0, {str(tmp_path / "results")!r})'):
+        assert done.code == 0, done.err
     made = {p.name: p.read_text(encoding='utf-8') for p in tmp_path.glob('results/*.md')}
     assert made == {p.name: p.read_text(encoding='utf-8') for p in ROOT.glob('results/*.md') if p.name != 'negatives.md'}
     assert pages == {page: (tmp_path / page).read_text(encoding='utf-8') for page in pages}
@@ -55,22 +60,18 @@ def test_condensed_by_hand():
         'ms': 4.0, 'peak_mem_bytes': 9, 'packed_file_bytes': 10, 'best_step': 4, 'evaluations': evaluations}
 
 
-def test_put_replaces_the_run_of_the_same_variant_and_seed(tmp_path, monkeypatch):
+def test_put_replaces_the_run_of_the_same_variant_and_seed(root):
     """put() replaces the line of the same variant and seed in place, appends any other, and changes no other line."""
-    (tmp_path / 'results').mkdir()
-    monkeypatch.setattr(keep, 'ROOT', tmp_path)
     for variant, seed, loss in (('fp', 1, 1.5), ('bin', 1, 2.5), ('fp', 2, 3.5), ('fp', 1, 4.5)):
         keep.put('x', {'variant': variant, 'seed': seed, 'loss': loss})
     assert [(r['variant'], r['seed'], r['loss']) for r in keep.read('x')] == [('fp', 1, 4.5), ('bin', 1, 2.5), ('fp', 2, 3.5)]
-    assert [p.name for p in tmp_path.glob('results/*')] == ['x.jsonl']
+    assert [p.name for p in root.glob('results/*')] == ['x.jsonl']
 
 
-def test_keep_run_stores_a_run_folder(tmp_path, monkeypatch):
+def test_keep_run_stores_a_run_folder(root):
     """keep_run() stores the folder of a run as one line with the versions of its checkpoint and the name of this machine."""
-    out = tmp_path / 'out'
-    (tmp_path / 'results').mkdir()
+    out = root / 'out'
     out.mkdir()
-    monkeypatch.setattr(keep, 'ROOT', tmp_path)
     common.save_checkpoint(str(out / 'last.pt'), {'trainer': 'train_gpt'})
     (out / 'config.py').write_text("device = 'cpu'\n")
     for record in ({'step': 1, 'loss': 1.0, 'ms': 5.0, 'peak_mem_bytes': 6}, {'step': 1, 'val_loss': 2.0}):
@@ -81,28 +82,22 @@ def test_keep_run_stores_a_run_folder(tmp_path, monkeypatch):
                                'evaluations': [{'step': 1, 'val_loss': 2.0}]}]
     (out / 'results.yaml').write_text('accuracy: 0.5\n')
     keep.keep_run('x', out, variant='fp', seed=1)
-    line, = keep.read('x')
-    assert line['results'] == {'accuracy': 0.5}
+    assert [line['results'] for line in keep.read('x')] == [{'accuracy': 0.5}]
 
 
-def test_the_table_of_the_readme_leaves_out_what_was_not_run(tmp_path, monkeypatch):
-    """With the stored runs of one experiment alone, README.md gets its rows, without memory and times of missing benches."""
+def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):
+    """With the stored runs of one experiment alone, README.md gets its rows, without memory and times of missing benches. A
+    page without <!-- end --> is refused and stays as it is."""
     import runs
-    (tmp_path / 'results').mkdir()
-    monkeypatch.setattr(keep, 'ROOT', tmp_path)
     lines = (ROOT / 'results/quality.jsonl').read_text(encoding='utf-8').splitlines()
-    (tmp_path / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"bin6"' not in x), encoding='utf-8')
-    (tmp_path / 'README.md').write_text('<!-- summary -->\n<!-- end -->\n', encoding='utf-8')
+    (root / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"bin6"' not in x), encoding='utf-8')
+    page = root / 'README.md'
+    page.write_text('<!-- summary -->\n<!-- end -->\n', encoding='utf-8')
     runs.write_summary()
-    rows = (tmp_path / 'README.md').read_text(encoding='utf-8').splitlines()[3:-1]
+    rows = page.read_text(encoding='utf-8').splitlines()[3:-1]
     assert len(rows) == 2 and 'ternary' in rows[0] and 'int4' in rows[1] and all(' | - | ' in row for row in rows)
     assert rows[0].startswith('| [GPT 1.2M') and rows[1].startswith('|  |')
-
-
-def test_a_lost_end_mark_costs_no_text(tmp_path, monkeypatch):
-    """Without <!-- end --> a page is refused and stays as it is."""
-    (tmp_path / 'README.md').write_text('<!-- summary -->\n## The rest of the page\n', encoding='utf-8')
-    monkeypatch.setattr(keep, 'ROOT', tmp_path)
+    page.write_text('<!-- summary -->\n## The rest of the page\n', encoding='utf-8')
     with pytest.raises(SystemExit, match='has no <!-- end -->'):
         keep.fill('summary', 'a table')
-    assert 'The rest' in (tmp_path / 'README.md').read_text(encoding='utf-8')
+    assert 'The rest' in page.read_text(encoding='utf-8')
