@@ -295,10 +295,7 @@ def test_flips_of_zero(more, heights, scale):
         assert -1e-6 < low < 0 and decades[0] - foot == pytest.approx(decades[2] - decades[1], rel=0.2)
     else:
         assert 0 < low < 0.0015
-
-
-def test_nothing_flips_or_dies():
-    """Lines at 0, in whole rows. A matrix of zeros has scale 0, not an error."""
+    # All flips and dead rows 0: lines at 0, in whole rows. A matrix of zeros has scale 0, not an error.
     log = [diagnosis(s, flips=(0, 0), dead=(0, 0), ratios=(0.0, 4.0)) for s in (1, 2)]
     fig, _ = plot_runs.draw_diagnostics({'a': [log]})
     assert [curves(ax)['q'][1] for ax in fig.axes[1:]] == [[0, 0], [0, 0], [0, 0]]
@@ -470,25 +467,21 @@ def test_pareto_by_hand(sweep):
 
 # ---- ptq.py ----
 
-SCHEMES = [dict(scheme=name, file_bytes=size * 1e6, delta=delta, loss=3.8) for name, size, delta in (
-    ('fp', 24, None), ('half', 14, -1e-7), ('gptq4', 7.14, 0.0015), ('fit4', 7.14, 0.0015), ('nf4', 7.14, 0.0015),
-    ('nf4dq', 7.12, 0.0023), ('rtn4', 7.14, 0.0033), ('uniform32', 7.3, 0.003), ('rtn2', 6, 0.14))]
-PRUNED = [dict(method=method, zeros=zeros, loss=3.8 + zeros / 9, pruned_loss=3.9 + zeros / 8, retrain_iters=200)
-          for method, zeros in (('none', 0.0), ('wanda', 0.25), ('global', 0.25), ('global', 0.5))]
-CELLS = {('b.0', 'q'): 0.1, ('b.1', 'q'): 0.3, ('b.0', 'all'): 0.1, ('b.1', 'all'): 0.3, ('all', 'q'): 0.5, ('all', 'all'): 0.5}
-
 
 def test_schemes_in_one_place_are_told_apart(tmp_path, shown):
     """Schemes of one size and loss have hollow markers of their own shape, and each scheme has its name, in one panel.
 
     Many of nearly one size have a second panel. A rise below 0.0001 is drawn there, with a tick that says so."""
-    for rows in (SCHEMES, SCHEMES[:4], SCHEMES[:1]):
+    schemes = [dict(scheme=name, file_bytes=size * 1e6, delta=delta, loss=3.8) for name, size, delta in (
+        ('fp', 24, None), ('half', 14, -1e-7), ('gptq4', 7.14, 0.0015), ('fit4', 7.14, 0.0015), ('nf4', 7.14, 0.0015),
+        ('nf4dq', 7.12, 0.0023), ('rtn4', 7.14, 0.0033), ('uniform32', 7.3, 0.003), ('rtn2', 6, 0.14))]
+    for rows in (schemes, schemes[:4], schemes[:1]):
         plot_ptq.sizes(tmp_path / 'a.png', rows, 'a.pt', 'nats per token')
     fig = shown[0][0]
     assert [len(fig.axes) for fig, _ in shown] == [2, 1, 1] and '3.8000' in fig.get_suptitle()
     three = [line for line in fig.axes[1].lines if line.get_xydata().tolist() == [[7.14, 0.0015]]]
     assert len({line.get_marker() for line in three}) == 3 and {line.get_markerfacecolor() for line in three} == {'none'}
-    assert sorted(texts([*fig.axes[0].texts, *fig.axes[1].texts])) == sorted(r['scheme'] for r in SCHEMES[1:])
+    assert sorted(texts([*fig.axes[0].texts, *fig.axes[1].texts])) == sorted(r['scheme'] for r in schemes[1:])
     ticks = fig.axes[0].yaxis.get_major_formatter()
     assert ([14], [1e-4]) in curves(fig.axes[0]).values() and (ticks(1e-4, 0), ticks(0.01, 0)) == ('≤ 0.0001', '0.01')
     check_layout(fig)
@@ -496,8 +489,10 @@ def test_schemes_in_one_place_are_told_apart(tmp_path, shown):
 
 def test_pruning_by_hand(tmp_path, shown):
     """The rise over the model without zeros, before and after retraining, if there was any. Equal points differ in shape."""
-    plot_ptq.shares(tmp_path / 'a.png', PRUNED, 'a.pt')
-    plot_ptq.shares(tmp_path / 'b.png', [r | dict(retrain_iters=0) for r in PRUNED], 'a.pt')
+    for updates in (200, 0):
+        plot_ptq.shares(tmp_path / 'a.png', [
+            dict(method=method, zeros=zeros, loss=3.8 + zeros / 9, pruned_loss=3.9 + zeros / 8, retrain_iters=updates)
+            for method, zeros in (('none', 0.0), ('wanda', 0.25), ('global', 0.25), ('global', 0.5))], 'a.pt')
     both, alone = (fig.axes for fig, _ in shown)
     assert [curves(ax)['global'] for ax in both] == [([0.25, 0.5], pytest.approx([1 / (2 * n), 1 / n])) for n in (16, 18)]
     assert len(alone) == 1 and '200' in both[1].get_title() and len({line.get_marker() for line in both[1].lines}) == 2
@@ -506,7 +501,8 @@ def test_pruning_by_hand(tmp_path, shown):
 
 def test_heat_map_by_hand(tmp_path, shown):
     """A cell for each block and kind, with its number; the scale ends at the largest single cell, which sums exceed."""
-    plot_ptq.heat(tmp_path / 'a.png', ['b.0', 'b.1'], ['q'], CELLS, 'a.pt')
+    cells = {(block, kind): rise for block, rise in (('b.0', 0.1), ('b.1', 0.3), ('all', 0.5)) for kind in ('q', 'all')}
+    plot_ptq.heat(tmp_path / 'a.png', ['b.0', 'b.1'], ['q'], cells, 'a.pt')
     ax = shown[0][0].axes[0]
     assert ax.images[0].get_array().tolist() == [[0.1, 0.1], [0.3, 0.3], [0.5, 0.5]] and ax.images[0].get_clim() == (0, 0.3)
     assert texts(ax.texts) == ['+0.100'] * 2 + ['+0.300'] * 2 + ['+0.500'] * 2
@@ -574,24 +570,22 @@ def test_mistakes_are_one_line(tmp_path, typed):
         mistake(typed(words), text)
 
 
-EPOCHS, PARTS = 'epoch,train_loss,eval_loss\n', 'part,bytes\nparameters,4\n'
-
-
 def test_mistakes_in_runs_are_one_line(tmp_path, typed):
     """Two runs, the second wrong or not comparable with the first."""
     tuned(tmp_path / 'z', rank=4)
-    parts = f'{PARTS}buffers,0\ngradients,4\noptimizer,8\npeak,10\nrest,'
+    epochs, parameters = 'epoch,train_loss,eval_loss\n', 'part,bytes\nparameters,4\n'
+    parts = f'{parameters}buffers,0\ngradients,4\noptimizer,8\npeak,10\nrest,'
     for i, (name, other, text) in enumerate([
             ('ranks', dict(task='cola'), 'two tasks in one picture, cola ('),
             ('ranks', dict(), 'one method, rank, seed and fold'),
             ('pareto', dict(model='bert'), 'two models in one picture, bert ('), ('optimizer', dict(seed=None), 'has no seed'),
             ('optimizer', dict(rank=2.5), 'rank is 2.5'), ('pareto', dict(rank=8, peak_bytes=None), 'peak_bytes is None'),
-            ('ranks', {'epoch_loss.csv': EPOCHS}, 'no row'),
-            ('ranks', {'epoch_loss.csv': EPOCHS + '1,0.5,1.2.3\n'}, "eval_loss is '1.2.3'"),
-            ('ranks', {'epoch_loss.csv': EPOCHS + '1,nan,1.2\n'}, "train_loss is 'nan'"),
+            ('ranks', {'epoch_loss.csv': epochs}, 'no row'),
+            ('ranks', {'epoch_loss.csv': epochs + '1,0.5,1.2.3\n'}, "eval_loss is '1.2.3'"),
+            ('ranks', {'epoch_loss.csv': epochs + '1,nan,1.2\n'}, "train_loss is 'nan'"),
             ('memory', {'memory_breakdown.csv': parts + '-6\n'}, 'add up'),
             ('memory', {'memory_breakdown.csv': parts + '6\n'}, 'add up'),
-            ('memory', {'memory_breakdown.csv': PARTS}, 'buffers is None'),
+            ('memory', {'memory_breakdown.csv': parameters}, 'buffers is None'),
             ('optimizer', {'optimizer_memory.csv': 'bytes,adam_bytes\n0,8\n'}, '/optimizer_memory.csv has 0'),
             ('optimizer', {'results.yaml': '- 1\n'}, 'no row or mapping'),
             ('pareto', {'results.yaml': 'a: [\n'}, 'cannot read')]):

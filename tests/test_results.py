@@ -46,20 +46,6 @@ def test_tables_are_what_the_runs_give(in_turn, tmp_path):
         assert f'[md]({name}.md)' in line and not [label for label in labels if label not in line]
 
 
-def test_condensed_by_hand():
-    """A stored run has the median of its step times, its highest peak, its evaluations and its last record."""
-    measured = ((1, 2.0, 7), (2, 30.0, 9), (3, 4.0, 8))
-    steps = [{'step': step, 'loss': 1.0, 'ms': ms, 'peak_mem_bytes': peak} for step, ms, peak in measured]
-    unmeasured = {'step': 4, 'loss': 1.0, 'ms': None, 'peak_mem_bytes': 99}
-    diagnosis = {'step': 3, 'zero': 0.5, 'matrices': {'0.q': {}}}
-    evaluations = [{'step': 0, 'val_loss': 3.0}, {'step': 4, 'val_loss': 2.0, 'top1': 0.5}]
-    records = [evaluations[0], *steps, diagnosis, unmeasured, evaluations[1]]
-    assert keep.condensed(records) == {'ms': 4.0, 'peak_mem_bytes': 9, 'evaluations': evaluations}
-    end = {'step': 4, 'packed_file_bytes': 10, 'best_step': 4}
-    assert keep.condensed([*records, end]) == {
-        'ms': 4.0, 'peak_mem_bytes': 9, 'packed_file_bytes': 10, 'best_step': 4, 'evaluations': evaluations}
-
-
 def test_put_replaces_the_run_of_the_same_variant_and_seed(root):
     """put() replaces the line of the same variant and seed in place, appends any other, and changes no other line."""
     for variant, seed, loss in (('fp', 1, 1.5), ('bin', 1, 2.5), ('fp', 2, 3.5), ('fp', 1, 4.5)):
@@ -69,20 +55,26 @@ def test_put_replaces_the_run_of_the_same_variant_and_seed(root):
 
 
 def test_keep_run_stores_a_run_folder(root):
-    """keep_run() stores the folder of a run as one line with the versions of its checkpoint and the name of this machine."""
+    """keep_run() stores the folder of a run as one line with the versions of its checkpoint and the name of this machine, the
+    median of its step times, its highest peak, its evaluations, its last record and the results of finetune_cls.py."""
     out = root / 'out'
     out.mkdir()
     common.save_checkpoint(str(out / 'last.pt'), {'trainer': 'train_gpt'})
     (out / 'config.py').write_text("device = 'cpu'\n")
-    for record in ({'step': 1, 'loss': 1.0, 'ms': 5.0, 'peak_mem_bytes': 6}, {'step': 1, 'val_loss': 2.0}):
+    steps = [{'step': step, 'loss': 1.0, 'ms': ms, 'peak_mem_bytes': peak}
+             for step, ms, peak in ((1, 2.0, 7), (2, 30.0, 9), (3, 4.0, 8), (4, None, 99))]
+    diagnosis = {'step': 3, 'zero': 0.5, 'matrices': {'0.q': {}}}
+    evaluations = [{'step': 0, 'val_loss': 3.0}, {'step': 4, 'val_loss': 2.0, 'top1': 0.5}]
+    for record in (evaluations[0], *steps, diagnosis, evaluations[1]):
         common.append_log(str(out), record)
     keep.keep_run('x', out, variant='fp', seed=1, threads=2)
-    assert keep.read('x') == [{'variant': 'fp', 'seed': 1, 'threads': 2, 'versions': common.versions(), 'ms': 5.0,
-                               'machine': common.device_name(torch.device('cpu')), 'peak_mem_bytes': 6,
-                               'evaluations': [{'step': 1, 'val_loss': 2.0}]}]
+    expected = {'variant': 'fp', 'seed': 1, 'threads': 2, 'versions': common.versions(), 'ms': 4.0, 'peak_mem_bytes': 9,
+                'machine': common.device_name(torch.device('cpu')), 'evaluations': evaluations}
+    assert keep.read('x') == [expected]
+    common.append_log(str(out), {'step': 4, 'packed_file_bytes': 10, 'best_step': 4})
     (out / 'results.yaml').write_text('accuracy: 0.5\n')
-    keep.keep_run('x', out, variant='fp', seed=1)
-    assert [line['results'] for line in keep.read('x')] == [{'accuracy': 0.5}]
+    keep.keep_run('x', out, variant='fp', seed=1, threads=2)
+    assert keep.read('x') == [expected | {'packed_file_bytes': 10, 'best_step': 4, 'results': {'accuracy': 0.5}}]
 
 
 def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):
