@@ -158,14 +158,14 @@ def test_rates_that_are_not_given_are_the_published_ones(in_turn, folder):
 
 def matrices(state):
     """{'0.q': (codes, scale), ...} of the weights of a checkpoint, literally."""
-    found, kv = {}, 16
+    result, kv = {}, 16
     for i in range(state['model_config']['n_layer']):
         for layer, rows in (('attn.qkv_proj', {'q': 32, 'k': kv, 'v': kv}), ('attn.o_proj', {'o': 32}),
                             ('mlp.gate_up_proj', {'gate': 64, 'up': 64}), ('mlp.down_proj', {'down': 32})):
             parts = state['model'][f'blocks.{i}.{layer}.weight'].split([*rows.values()])
-            found |= {f'{i}.{name}': ((w / w.abs().mean()).round().clamp(-1, 1), w.abs().mean().item())
+            result |= {f'{i}.{name}': ((w / w.abs().mean()).round().clamp(-1, 1), w.abs().mean().item())
                       for name, w in zip(rows, parts, strict=True)}
-    return found
+    return result
 
 
 def test_counts_of_codes_by_hand(train, folder, unbroken):
@@ -185,14 +185,14 @@ def test_counts_of_codes_by_hand(train, folder, unbroken):
     assert records[1]['matrices'].keys() == after.keys() and len(after) == 14
     sums = dict.fromkeys(('minus', 'zero', 'plus', 'flips', 'n', 'dead'), 0)
     for name, (codes, scale) in after.items():
-        found, n = records[1]['matrices'][name], codes.numel()
+        logged, n = records[1]['matrices'][name], codes.numel()
         here = {'minus': (codes == -1).sum().item(), 'zero': (codes == 0).sum().item(), 'plus': (codes == 1).sum().item(),
                 'flips': (codes != before[name][0]).sum().item()}
-        assert {k: found[k] for k in here} == {k: count / n for k, count in here.items()}
-        assert found['dead_rows'] == {'1.gate': 2, '0.k': 1}.get(name, 0) == (codes.abs().amax(1) == 0).sum()
-        assert found['scale'] == pytest.approx(scale, rel=1e-6)
-        assert found['scale_ratio'] == pytest.approx(scale / first[name][1], rel=1e-5)
-        for key, count in (here | {'n': n, 'dead': found['dead_rows']}).items():
+        assert {k: logged[k] for k in here} == {k: count / n for k, count in here.items()}
+        assert logged['dead_rows'] == {'1.gate': 2, '0.k': 1}.get(name, 0) == (codes.abs().amax(1) == 0).sum()
+        assert logged['scale'] == pytest.approx(scale, rel=1e-6)
+        assert logged['scale_ratio'] == pytest.approx(scale / first[name][1], rel=1e-5)
+        for key, count in (here | {'n': n, 'dead': logged['dead_rows']}).items():
             sums[key] += count
     assert sums['n'] == 18432 and sums['flips'] > 10
     assert {k: records[1][k] for k in here} == pytest.approx({k: sums[k] / sums['n'] for k in here}, rel=1e-12)
@@ -361,11 +361,11 @@ def test_twins_start_from_each_other(train, folder, unbroken, sums, first, then)
 
 def estimated(done):
     """{'parameters': [26976.0], ...}: the numbers of each line by what stands before or, for memory, behind them."""
-    number, found = r'\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?', {}
+    number, result = r'\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?', {}
     for line in re.findall(r'^(?:(?:parameters|packed|a token|tokens|compute|speed|time) |\s).*', done.out, re.MULTILINE):
         name = line.split(' MB  ')[1] if ' MB  ' in line else re.match(r'[a-z ]+?(?=  |$)', line)[0]
-        found[name] = [float(n.replace(',', '')) for n in re.findall(number, line.split(' MB  ')[0])]
-    return found
+        result[name] = [float(n.replace(',', '')) for n in re.findall(number, line.split(' MB  ')[0])]
+    return result
 
 
 def test_estimate_by_hand(train, folder, unbroken):
@@ -373,24 +373,24 @@ def test_estimate_by_hand(train, folder, unbroken):
     a run, and that run stays as it is."""
     cwd = folder()
     options = ('--estimate=True', '--max_iters=1_000_000', '--tokens_per_s=100')
-    found = estimated(train(*options, cwd=cwd))
+    result = estimated(train(*options, cwd=cwd))
     assert [p.name for p in cwd.iterdir()] == ['tiny.py']
     matrices = 2 * (32 * 64 + 32 * 32 + 32 * 128 + 64 * 32)                 # qkv, o, gate and up, down
     n_params = matrices + 256 * 32 + 2 * (3 * 32 + 64) + 32
     packed = matrices // 4 + 14 * 4 + (256 * 32 + 2 * (3 * 32 + 64) + 32) * 4
     flops = 6 * (matrices + 256 * 32) + 12 * 2 * 32 * 16
-    assert found['parameters'] == [n_params]
-    assert found['packed'] == [packed, pytest.approx(100 * packed / (4 * n_params), abs=0.05), 32]    # bytes, %, of fp32
-    assert found['a token'] == [flops]
+    assert result['parameters'] == [n_params]
+    assert result['packed'] == [packed, pytest.approx(100 * packed / (4 * n_params), abs=0.05), 32]    # bytes, %, of fp32
+    assert result['a token'] == [flops]
     train_tokens = len(tokens.load(checkpoint(unbroken())['config']['dataset'], 'train'))
-    assert found['tokens'] == [64e6, 1e6, pytest.approx(64e6 / train_tokens, abs=0.01)]
-    assert found['compute'] == [pytest.approx(64e6 * flops, rel=5e-3)]
-    assert found['speed'] == [100, pytest.approx(flops * 100 / 1e12, abs=0.01)]
-    assert found['time'] == [177.8, 7.4]                                    # hours, days
-    assert found['weights, fp32'] == found['gradients'] == [0.1] and found['AdamW moments'] == [0.2]
+    assert result['tokens'] == [64e6, 1e6, pytest.approx(64e6 / train_tokens, abs=0.01)]
+    assert result['compute'] == [pytest.approx(64e6 * flops, rel=5e-3)]
+    assert result['speed'] == [100, pytest.approx(flops * 100 / 1e12, abs=0.01)]
+    assert result['time'] == [177.8, 7.4]                                    # hours, days
+    assert result['weights, fp32'] == result['gradients'] == [0.1] and result['AdamW moments'] == [0.2]
     shutil.copytree(unbroken() / 'out', cwd / 'out')
     before = {p.name: p.read_bytes() for p in (cwd / 'out').iterdir()}
-    assert estimated(train(*options, '--resume=auto', cwd=cwd)) == found
+    assert estimated(train(*options, '--resume=auto', cwd=cwd)) == result
     assert {p.name: p.read_bytes() for p in (cwd / 'out').iterdir()} == before
 
 
@@ -401,14 +401,14 @@ def test_estimate_of_memory(train, folder):
     for quant, batch, micro, dtype in (('tern', 2048, 1024, 'float32'), ('fp', 1024, 0, 'float32'),
                                        ('tern', 1024, 0, 'bfloat16')):
         options = (f'--quant={quant}', f'--batch_size={batch}', f'--micro_batch_size={micro}', f'--dtype={dtype}')
-        found = estimated(train(*options, '--estimate=True', '--tokens_per_s=1', cwd=folder()))
+        result = estimated(train(*options, '--estimate=True', '--tokens_per_s=1', cwd=folder()))
         model = tiny_bitnet(quant, vocab_size=256)
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
             saved = costs.saved_bytes(lambda model=model: model(ids[:, :-1], ids[:, 1:]), model)
-        activations = found['saved tensors, 1024 x 16 tokens'][0]
+        activations = result['saved tensors, 1024 x 16 tokens'][0]
         assert activations == pytest.approx(saved / 1e6, rel=2e-3) and activations > 50
-        parts = [v[0] for name, v in found.items() if name in ('weights, fp32', 'gradients', 'AdamW moments')]
-        total = found['in all, without the temporaries of single operations'][0]
+        parts = [v[0] for name, v in result.items() if name in ('weights, fp32', 'gradients', 'AdamW moments')]
+        total = result['in all, without the temporaries of single operations'][0]
         assert total == pytest.approx(sum(parts) + activations, abs=0.3) and len(parts) == 3
 
 
@@ -416,8 +416,8 @@ def test_estimate_needs_no_data_where_the_vocabulary_is_known(train, refused, fo
     """The head is rounded up to a multiple of 64; without vocab_size, or with another than the data have, one line."""
     cwd, nosuch = folder(), '--dataset=./nosuch'
     options = ('--estimate=True', '--tokens_per_s=1000')
-    found = estimated(train(*options, nosuch, '--vocab_size=1000', cwd=cwd))
-    assert found['parameters'] == [26976 + (1024 - 256) * 32] and found['tokens'] == [1280, 20]
+    result = estimated(train(*options, nosuch, '--vocab_size=1000', cwd=cwd))
+    assert result['parameters'] == [26976 + (1024 - 256) * 32] and result['tokens'] == [1280, 20]
     refused('train_bitnet', [((*options, nosuch), 'no tokens in'), ((nosuch, '--vocab_size=1000'), 'no tokens in'),
                              ((*options, '--vocab_size=1000'), 'has a vocabulary of 256, not of vocab_size=1000')], cwd)
     assert [p.name for p in cwd.iterdir()] == ['tiny.py']
@@ -505,7 +505,7 @@ MISTAKES = [
 def test_mistakes_are_one_line(refused, folder, tiny_data, games, pairs):
     """Each ends with exit status 2 and one line that says what is wrong, no traceback, and no out_dir."""
     names = {'tiny_data': tiny_data, 'games': games, 'pairs': pairs}
-    refused('train_bitnet', [([o.format(**names) for o in options], said) for options, said in MISTAKES], folder())
+    refused('train_bitnet', [([o.format(**names) for o in options], words) for options, words in MISTAKES], folder())
 
 
 def test_other_checkpoints_are_refused_in_one_line(refused, folder, unbroken, pairs):
@@ -517,7 +517,7 @@ def test_other_checkpoints_are_refused_in_one_line(refused, folder, unbroken, pa
     cases = [((f'--{mode}=other.pt',), 'other.pt was trained on other tokens') for mode in ('init_from', 'resume')]
     cases += [(('--init_from=good.pt', f'--{option}'), f'has {option.split("=")[0]}={has}; type') for option, has in (
         ('n_kv_head=4', 2), ('act=silu', 'relu2'), ('rope_theta=5e5', 10000.0))]                        # no tensor tells
-    cases += [(('--resume=good.pt', option), said) for option, said in (
+    cases += [(('--resume=good.pt', option), words) for option, words in (
         ('--quant=fp', 'another quant (tern, not fp)'), ('--n_head=8', 'another n_head (4, not 8)'),
         ('--act=silu', 'another act (relu2, not silu)'), ('--rope_theta=5e5', 'another rope_theta'))]
     refused('train_bitnet', cases, cwd)

@@ -36,21 +36,21 @@ def kinds(*names):
 MIXED = (kinds('real', 'int4', 'binary', 'ternary', 'binary', 'binary'), '--dropout=0.2')
 NO_BATCHNORM = (kinds('binary'), '--residual=False')
 
-# What the trainer says it found at its end, kept as numbers, not drawn.
+# What the trainer reports at its end, as numbers, not drawn.
 REPORT = PATCH = """
 import numpy
 from report import pictures
 pictures.report = lambda out_dir, data, guesses, surety: numpy.savez(out_dir + '/report.npz', guesses=guesses, surety=surety)
 """
-# The trainer's own variables in a step, found from the function that it calls there.
+# The trainer's own variables in a step, taken from the function that it calls there.
 RATES = """
 import common, json, sys
 def seed_step(seed, step, rank, plain=common.seed_step):
     main = sys._getframe(1).f_locals
     names = {id(p): name for name, p in main['raw_model'].named_parameters()}
-    found = [(names[id(p)], g['lr'], g['weight_decay']) for g in main['opt'].param_groups for p in g['params']]
+    groups = [(names[id(p)], g['lr'], g['weight_decay']) for g in main['opt'].param_groups for p in g['params']]
     with open('rates', 'a') as f:
-        print(json.dumps(found), file=f)
+        print(json.dumps(groups), file=f)
     plain(seed, step, rank)
 common.seed_step = seed_step
 """
@@ -81,7 +81,7 @@ def ten_images(out, val_labels):
 
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
-    """A data folder of noisy pictures of 30 x 24 pixels, one class after the other, kept as squares of 20."""
+    """A data folder of noisy pictures of 30 x 24 pixels, one class after the other, stored as squares of 20."""
     draw = np.random.default_rng(1)
     some = lambda n: [(noisy(i % 6, draw), i % 6) for i in range(n)]
     return build(tmp_path_factory.mktemp('data'), [f'c{i}' for i in range(6)], 20, train=some(N_TRAIN), val=some(N_VAL))
@@ -204,9 +204,9 @@ def test_steps_by_hand(train, folder, other_data):
     train(f'--dataset={other_data}', f'--model_config={FOUR}', f'--lr_scale={SCALES}', '--optimizer=SGD', '--beta1=0.8',
           '--weight_decay=0.1', '--grad_clip=0.5', '--max_iters=4', '--warmup_iters=1', '--learning_rate=0.05',
           '--min_lr=0.001', f'--seed={seed}', '--crop_scale=0.2,0.9', '--crop_ratio=1.5', '--flip=True', cwd=cwd, patch=RATES)
-    split, found = images.load(other_data, 'train'), checkpoint(cwd)
+    split, saved = images.load(other_data, 'train'), checkpoint(cwd)
     torch.manual_seed(seed)
-    model = train_cnn.CNN(train_cnn.CNNConfig(**found['model_config'])).to(memory_format=torch.channels_last).train()
+    model = train_cnn.CNN(train_cnn.CNNConfig(**saved['model_config'])).to(memory_format=torch.channels_last).train()
     parameters, running = dict(model.named_parameters()), {n: b for n, b in model.named_buffers() if 'running' in n}
     start = {name: t.clone() for name, t in model.state_dict().items()}
     velocity = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -237,7 +237,7 @@ def test_steps_by_hand(train, folder, other_data):
                 p -= lr_of[name] * (g + 0.8 * velocity[name])
                 p.grad = None
     for name, wanted in (*parameters.items(), *running.items()):
-        moved, off = ((t - wanted.detach()).abs().max().item() for t in (start[name], found['model'][name]))
+        moved, off = ((t - wanted.detach()).abs().max().item() for t in (start[name], saved['model'][name]))
         assert moved > 1e-6 and off < 1e-2 * moved, (name, moved, off)
 
 
@@ -288,8 +288,8 @@ def test_parameter_counts_of_the_paper(channels, fc, size, count):
     """Weights and biases of the 13 layers, 101 classes; of both widths: as the reference code has them, and as the paper."""
     with torch.device('meta'):
         model = cnn(channels=channels, fc=fc, filter_dimension=size, residual=False)
-    found = [m for m in model.modules() if isinstance(m, layers.LowBit)]
-    assert len(found) == 13 and sum(p.numel() for m in found for p in (m.weight, m.bias)) == count
+    low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
+    assert len(low_bit) == 13 and sum(p.numel() for m in low_bit for p in (m.weight, m.bias)) == count
     rest = sum(p.numel() for p in model.parameters()) - count
     assert rest == sum(2 * c for c in channels) + 3         # scales: one a channel, and one a linear layer
 
@@ -327,7 +327,7 @@ def test_a_real_network_is_the_one_written_down():
 
 def test_training_memory_of_binary_and_real():
     """Peak of a forward and backward pass of images of 32 pixels, default widths: all binary is below all real, without skips
-    only from some images on, as there binary weights are held twice."""
+    only from some images on, as there binary weights exist twice."""
     for residual, n in ((True, 16), (False, 64)):
         peaks = {}
         for kind in ('real', 'binary'):
@@ -355,7 +355,7 @@ def test_every_kind_in_every_place_learns_and_packs_exactly(unbroken, data, shif
     options = (kinds(*NAMES[shift:], *NAMES[:shift]), *VARIANTS[shift], '--max_iters=64', '--learning_rate=0.02',
                '--batch_size=16', '--micro_batch_size=16', '--log_interval=5', '--eval_interval=25')
     where = unbroken(*options)
-    losses, said, best = log(where, 'loss'), (where / 'said').read_text(), checkpoint(where, 'best.pt')
+    losses, printed, best = log(where, 'loss'), (where / 'said').read_text(), checkpoint(where, 'best.pt')
     assert np.mean(losses[-3:]) < 0.8 * losses[0], losses
     model = model_of(best)
     low = {kind: sum(p.numel() for m in model.modules() if isinstance(m, layers.LowBit) and m.kind == kind
@@ -363,7 +363,7 @@ def test_every_kind_in_every_place_learns_and_packs_exactly(unbroken, data, shif
     assert [type(m).__name__ for m in model.modules() if isinstance(m, layers.LowBit)].count('BinaryConv2d') in (2, 3)
     n, (packed_bytes, fp32_bytes) = sum(p.numel() for p in model.parameters()), layers.model_bytes(model)
     shares = ', '.join(f'{low[kind] / n:.1%} {name}' for kind, name in zip(low, ('binary', 'ternary', '4-bit'), strict=True))
-    assert f'{n:,} parameters, {shares}; packed {packed_bytes:,} bytes, fp32 {fp32_bytes:,}' in said
+    assert f'{n:,} parameters, {shares}; packed {packed_bytes:,} bytes, fp32 {fp32_bytes:,}' in printed
     last, path = log(where)[-1], where / 'out' / 'packed.safetensors'
     assert last['packed_file_bytes'] == path.stat().st_size > packed_bytes and last['fp32_bytes'] == fp32_bytes == 4 * n
     assert last['binary_share'] == pytest.approx(low['bin'] / n)
@@ -372,10 +372,10 @@ def test_every_kind_in_every_place_learns_and_packs_exactly(unbroken, data, shif
     crop = meta['images']['eval_crop']
     assert sum(t.numel() * t.element_size() for n, t in tensors.items()
                if not n.endswith(('running_mean', 'running_var', 'num_batches_tracked'))) == packed_bytes
-    found, report = logits(packed, data, crop), np.load(where / 'out' / 'report.npz')
-    assert torch.equal(found, logits(model, data, crop))
-    assert (report['guesses'] == found.topk(5).indices[:, 0].numpy()).all()
-    assert report['surety'] == pytest.approx(found.softmax(1).amax(1).numpy(), abs=1e-5)
+    packed_logits, report = logits(packed, data, crop), np.load(where / 'out' / 'report.npz')
+    assert torch.equal(packed_logits, logits(model, data, crop))
+    assert (report['guesses'] == packed_logits.topk(5).indices[:, 0].numpy()).all()
+    assert report['surety'] == pytest.approx(packed_logits.softmax(1).amax(1).numpy(), abs=1e-5)
     top1 = (report['guesses'] == images.load(data, 'val').labels).mean()
     assert last['packed_top1'] == meta['top1'] == last['best_top1'] == best['best'][0] == max(log(where, 'top1'))
     assert last['packed_top1'] == pytest.approx(top1) and last['best_step'] == meta['step'] == best['step'] == best['best'][1]
@@ -471,7 +471,7 @@ layers.pack = pack
 
 
 def test_epochs_means_the_total(train, folder, unbroken):
-    """One epoch, then --epochs=2 on top of it: two in all, those of the run that was started with two. With the paper's Adam."""
+    """One epoch, then --epochs=2 on top of it: two in all, those of a run of two. With the paper's Adam."""
     options = ('--max_iters=0', '--eval_interval=0', '--schedule=constant', '--optimizer=Adam', *MIXED)
     whole, cwd = unbroken(*options, '--epochs=2'), folder()
     assert 'step 0 of 7' in train(*options, '--epochs=1', cwd=cwd).out
@@ -486,8 +486,8 @@ def test_epochs_means_the_total(train, folder, unbroken):
 
 def predicted(out):
     """(classes, percentages) of the last five lines."""
-    found = [re.fullmatch(r' *([\d.]+)%  (.+)', line) for line in out.split('\n')[-6:-1]]
-    return [line[2] for line in found], [float(line[1]) for line in found]
+    lines = [re.fullmatch(r' *([\d.]+)%  (.+)', line) for line in out.split('\n')[-6:-1]]
+    return [line[2] for line in lines], [float(line[1]) for line in lines]
 
 
 def test_predict(in_turn, unbroken, tmp_path):
@@ -542,7 +542,7 @@ def test_mistakes_of_predict_are_one_line(refused, unbroken, tmp_path):
 
 
 def test_init_from_another_run(train_in_turn, folder, unbroken, other_data, data, tmp_path):
-    """Other classes: all is kept but the head, which is said to be new, also where there are as many. The same classes: all."""
+    """Other classes: all stays but the head, which is said to be new, also where there are as many. The same classes: all."""
     source, cwd = unbroken(*MIXED), folder()
     options = (*MIXED, f'--init_from={source}/out/best.pt', '--max_iters=1', '--learning_rate=0', '--seed=2')
     renamed = shutil.copytree(data, tmp_path / 'renamed')
@@ -553,8 +553,8 @@ def test_init_from_another_run(train_in_turn, folder, unbroken, other_data, data
     cases = ((other_data, 'a', head), (renamed, 'b', head), (data, 'c', []))
     done = train_in_turn([(cwd, (*options, f'--dataset={dataset}', f'--out_dir={out}')) for dataset, out, _ in cases])
     for (_, out, new), result in zip(cases, done, strict=True):
-        kept = f'{len(old) - len(new)} of {len(old)} tensors from {source}/out/best.pt; new: {", ".join(new) or "none"}\n'
-        assert kept in result.out
+        line = f'{len(old) - len(new)} of {len(old)} tensors from {source}/out/best.pt; new: {", ".join(new) or "none"}\n'
+        assert line in result.out
         last = common.read_checkpoint(str(cwd / out / 'last.pt'))['model']
         changed = {name for name in old if not torch.equal(last[name], old[name])}
         assert last.keys() == old.keys() and set(new) <= changed

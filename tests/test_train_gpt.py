@@ -92,8 +92,8 @@ def test_two_stage_resumes_exactly(train, folder, unbroken):
 def test_ctrl_c_ends_in_a_checkpoint_and_a_command_that_works(start, folder, unbroken):
     """A real command line: exit status 0 in the middle of training, and the printed command ends as the unbroken run."""
     cwd = folder()
-    (cwd / 'held.py').write_text(HOLD.format(step=2) + DRIVER)
-    job = start('held.py', SCRIPT, 'tiny.py', cwd=cwd, real=True, PYTHONUNBUFFERED='1')
+    (cwd / 'holds.py').write_text(HOLD.format(step=2) + DRIVER)
+    job = start('holds.py', SCRIPT, 'tiny.py', cwd=cwd, real=True, PYTHONUNBUFFERED='1')
     job.wait_for('holding')
     job.signal(signal.SIGINT)
     done = job.wait()
@@ -110,8 +110,8 @@ def test_a_signal_under_torchrun(start, folder, unbroken):
     from which one process ends like two unbroken ones."""
     cwd = folder()
     still = 'import time, types; common.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: 0.0})\n'
-    (cwd / 'held.py').write_text('import os; open(f"pid{os.getpid()}", "w")\n' + HOLD.format(step=7) + still + DRIVER)
-    job = start(*torchrun('held.py', SCRIPT, 'tiny.py'), cwd=cwd, PYTHONUNBUFFERED='1')
+    (cwd / 'holds.py').write_text('import os; open(f"pid{os.getpid()}", "w")\n' + HOLD.format(step=7) + still + DRIVER)
+    job = start(*torchrun('holds.py', SCRIPT, 'tiny.py'), cwd=cwd, PYTHONUNBUFFERED='1')
     job.wait_for('holding', times=2)
     workers = [int(path.name[3:]) for path in cwd.glob('pid*')]
     for pid in (*workers, job.pid):
