@@ -418,20 +418,21 @@ def test_folds_are_repeats(tmp_path):
     assert labels == ['rsvd, rank 4, seed 42, fold 0', 'rsvd, rank 4, seed 42, fold 1']
 
 
-def test_memory_by_hand(sweep):
+def test_memory_by_hand(sweep, monkeypatch):
     """The parts end to end, the peak as text. Labels of equal runs get the seed, then the fold, then the folder."""
     tuned(sweep / 'again', 'full')
-    fig, what = draw('memory', sweep)
+    monkeypatch.chdir(sweep)                        # the labels have the folder, as it was typed
+    fig, what = draw('memory', '.')
     ax = fig.axes[0]
     again, full, *labels = texts(ax.get_yticklabels())
-    assert {again, full} == {f"full, seed 42, fold -1, {sweep / name}" for name in ('again', 'full')}
+    assert {again, full} == {f"full, seed 42, fold -1, ./{name}" for name in ('again', 'full')}
     assert labels == ['lora, rank 4', 'rsvd, rank 4, seed 42', 'rsvd, rank 4, seed 43', 'rsvd, rank 16']
     assert legend(fig) == ['parameters', 'gradients', 'optimizer state', 'activations and temporaries']
     assert [(bars[-1].get_x(), bars[-1].get_width()) for bars in ax.containers] == [(0, 40), (40, 30), (70, 24), (94, 22)]
     assert texts(ax.texts) == ['100', '100', '104', '104', '104', '116'] and what.endswith('6 runs of sst2, tiny')
     breakdown = 'part,bytes\nparameters,4\nbuffers,1\ngradients,4\noptimizer,8\nrest,3\npeak,20\n'
     tuned(sweep / 'buffered', rank=64, files={'memory_breakdown.csv': breakdown})
-    fig, _ = draw('memory', sweep)
+    fig, _ = draw('memory', '.')
     assert 'buffers' in legend(fig)
     check_layout(fig)
 
