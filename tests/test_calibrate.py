@@ -1,15 +1,16 @@
 """calibrate.py: GPTQ against a direct solve, activation-aware scaling against its definition, the walk through the blocks."""
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
 from formulas import fixed  # noqa: F401
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration
 
+from conftest import random_ids, tiny_gpt
 from pretrained import calibrate
 from quant import group_grid, to_grid
-from train_gpt import GPT, GPTConfig
 
 
 def moments(x):
@@ -46,18 +47,20 @@ def nearest(w, levels, group):
     return to_grid(groups, scale, zero, levels).flatten(1), scale[..., 0], zero[..., 0]
 
 
-def direct(w, H, levels, group, damp, order=None):
+def direct(w, H, levels, group, damp, order):
     """GPTQ as it is defined, in fp64 and without any of its algebra: round a column, then give the columns that are left the
-    values that minimise tr((W' - W) H (W' - W)^T) with those before held fixed, from the normal equations."""
+    values that minimise tr((W' - W) H (W' - W)^T) with those before held fixed, from the normal equations. Without an order,
+    from left to right: the scales of a group are those of its weights after the earlier columns' errors came to them."""
     n, scale, zero = w.shape[1], *nearest(w, levels, group)[1:]
     H = H.double() + damp * H.double().diagonal().mean() * torch.eye(n, dtype=torch.float64)
-    order = list(range(n)) if order is None else order
-    now, codes = w.double().clone(), torch.zeros_like(w)
-    for i, j in enumerate(order):
+    now, codes, columns = w.double().clone(), torch.zeros_like(w), order or list(range(n))
+    for i, j in enumerate(columns):
         g = j // (group or n)
+        if not order and group and j % group == 0:
+            scale[:, g:g + 1], zero[:, g:g + 1] = group_grid(now[:, j:j + group].float(), levels)
         codes[:, j] = to_grid(now[:, j].float(), scale[:, g], zero[:, g], levels)
         now[:, j] = ((codes[:, j] - zero[:, g]) * scale[:, g]).double()
-        done, left = order[:i + 1], order[i + 1:]
+        done, left = columns[:i + 1], columns[i + 1:]
         if left:
             off = (now - w.double())[:, done]
             now[:, left] = w.double()[:, left] - torch.linalg.solve(H[left][:, left], H[left][:, done] @ off.T).T
@@ -65,46 +68,34 @@ def direct(w, H, levels, group, damp, order=None):
 
 
 @pytest.mark.parametrize('levels, group, act_order', [
-    ('int4', 0, False), ('int4', 8, True), ('int3', 0, True), ('int3', 8, True), ('int2', 0, False), ('int2', 0, True),
-    ('tern', 8, True), ('tern', 0, False), ('bin', 0, True)])                # (8, False): test_scales_follow_the_weights
+    ('int4', 8, True), ('int3', 8, False), ('int2', 0, True), ('int2', 0, False), ('tern', 8, True), ('bin', 0, True)])
 def test_gptq_is_the_direct_solve(levels, group, act_order):
     """Codes are those of rounding a column and solving for the columns that are left, in fp64, without GPTQ's algebra."""
     w, m = weight(6, 24), moments(correlated(24, 200))
-    found = calibrate.gptq(w, m, levels, group, act_order=act_order, clip=False, damp=0.01)
+    result = calibrate.gptq(w, m, levels, group, act_order=act_order, clip=False, damp=0.01)
     H = m.H / m.n
-    order = torch.argsort(H.diagonal(), descending=True).tolist() if act_order else None
-    codes, scale, zero = direct(w, H, levels, group, 0.01, order)
-    assert torch.equal(found[1], scale) and torch.equal(found[2], zero)
+    expected = direct(w, H, levels, group, 0.01, torch.argsort(H.diagonal(), descending=True).tolist() if act_order else None)
+    follows = bool(group) and not act_order         # then the scales depend on rounding, too
+    assert torch.allclose(result[1], expected[1], rtol=2e-3 * follows, atol=0) and torch.equal(result[2], expected[2])
     # A weight that lies on the middle between two levels may go either way in fp32 and fp64.
-    assert (found[0] != codes).float().mean() <= 0.02
-    error = lambda c, s, z: output_error(w, decoded(c, s, z), m)
-    assert error(*found) == pytest.approx(error(codes, scale, zero), rel=0.1)
+    assert (result[0] != expected[0]).float().mean() <= 0.02
+    error = lambda codes: output_error(w, decoded(*codes), m)
+    assert error(result) == pytest.approx(error(expected), rel=0.1)
 
 
-@pytest.mark.parametrize('block', [8, 7])
-def test_blocks_of_columns_change_nothing(block, monkeypatch):
-    """Errors that are passed on block by block give the codes and scales of one block, for groups inside and across them."""
-    w, m = weight(6, 24), moments(correlated(24, 200))
-    whole = calibrate.gptq(w, m, 'int3', 8, act_order=False)
-    monkeypatch.setattr(calibrate, 'BLOCK', block)
-    parts = calibrate.gptq(w, m, 'int3', 8, act_order=False)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
+@pytest.mark.parametrize('constant, size, rows', [('BLOCK', 8, 6), ('BLOCK', 7, 6), ('PART', 1, 300)])
+def test_parts_are_the_whole(constant, size, rows, monkeypatch):
+    """Errors passed on block by block, groups inside and across blocks, and 256 rows at a time give the codes of the whole."""
+    w, m = weight(rows, 24), moments(correlated(24, 200))
+    every = lambda: [t for ordered in (True, False) for t in calibrate.gptq(w, m, 'int3', 8, act_order=ordered, clip=ordered)]
+    whole = [*every(), *calibrate.awq(w, m, 'int3', 8)]
+    monkeypatch.setattr(calibrate, constant, size)
+    for a, b in zip(whole, [*every(), *calibrate.awq(w, m, 'int3', 8)], strict=True):
+        assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), atol=1e-6)
+    assert whole[0].dtype == torch.uint8
 
 
-def test_scales_follow_the_weights():
-    """From left to right, the second group's scale is that of its weights after the first group's errors came to them."""
-    w, m = weight(6, 16), moments(correlated(16, 200))
-    codes, scale, zero = calibrate.gptq(w, m, 'int3', 8, act_order=False, clip=False)
-    first = decoded(codes[:, :8], scale[:, :1], zero[:, :1])
-    H = m.H.double() / m.n
-    H += 0.01 * H.diagonal().mean() * torch.eye(16, dtype=torch.float64)
-    moved = w.double()[:, 8:] - torch.linalg.solve(H[8:, 8:], H[8:, :8] @ (first.double() - w[:, :8].double()).T).T
-    expected = group_grid(moved.float(), 'int3')
-    assert torch.allclose(scale[:, 1:], expected[0], rtol=2e-3)
-    assert not torch.allclose(scale[:, 1:], group_grid(w[:, 8:], 'int3')[0])
-
-
-@pytest.mark.parametrize('levels, least, group', [('int4', 2, 0), ('int3', 2, 32), ('int2', 1.8, 128), ('int4', 2, 128)])
+@pytest.mark.parametrize('levels, least, group', [('int4', 2, 0), ('int3', 2, 32), ('int2', 1.8, 128)])
 def test_gptq_beats_rounding_to_the_nearest(levels, least, group):
     """On correlated inputs the squared error of the output is about half of that of rounding, or less."""
     w, m = weight(64, 256), moments(correlated(256, 2000))
@@ -113,42 +104,28 @@ def test_gptq_beats_rounding_to_the_nearest(levels, least, group):
         assert output_error(w, decoded(*calibrate.gptq(w, m, levels, group, **options)), m) < plain / least
 
 
-@pytest.mark.parametrize('what', ['fewer tokens than inputs', 'one input many times', 'huge and tiny', 'always zero',
-                                  'one token'])
-def test_an_ill_conditioned_hessian(what):
+@pytest.mark.parametrize('change', [lambda x: x[:1], lambda x: torch.cat([x[:, :1].expand(-1, 9), x[:, 9:]], 1),
+                                    lambda x: x * torch.logspace(6, -12, 32), lambda x: x * (torch.arange(32) % 20 > 3)],
+                         ids=['one token', 'one input many times', 'huge and tiny', 'always zero'])
+def test_an_ill_conditioned_hessian(change):
     """Finite codes, no worse than rounding to the nearest, and columns that never had an input rounded to the nearest."""
-    x = correlated(32, 500)
-    if what == 'fewer tokens than inputs':
-        x = x[:5]
-    elif what == 'one input many times':
-        x[:, 1:9] = x[:, :1]
-    elif what == 'huge and tiny':
-        x = x * torch.logspace(6, -12, 32)
-    elif what == 'always zero':
-        x[:, 3], x[:, 20:] = 0, 0
-    else:
-        x = x[:1]
+    x = change(correlated(32, 500))
     w, m = weight(8, 32), moments(x)
     codes, scale, zero = calibrate.gptq(w, m, 'int4', 16, damp=1e-12)
     assert codes.isfinite().all() and codes.min() >= 0 and codes.max() <= 15
-    error = lambda *found: output_error(w, decoded(*found), m)
-    assert error(codes, scale, zero) <= error(*nearest(w, 'int4', 16))
-    if what == 'always zero':
-        dead = [3, *range(20, 32)]
-        expected = to_grid(w, scale.repeat_interleave(16, 1), zero.repeat_interleave(16, 1), 'int4')
-        assert torch.equal(codes[:, dead], expected[:, dead])
+    assert output_error(w, decoded(codes, scale, zero), m) <= output_error(w, decoded(*nearest(w, 'int4', 16)), m)
+    dead = ~x.any(0)
+    rounded = to_grid(w, scale.repeat_interleave(16, 1), zero.repeat_interleave(16, 1), 'int4')
+    assert torch.equal(codes[:, dead], rounded[:, dead])
 
 
 def test_inverse_root():
     """U is upper triangular with U^T U the inverse of the damped H; no inverse and numbers that are not finite raise."""
     H = moments(correlated(20, 300)).H.double()
-    singular = torch.ones(20, 20)                   # damped ten times more, until it has an inverse
-    U = calibrate.inverse_root(singular, 1e-20).double()
-    damped = singular.double() + 1e-3 * torch.eye(20)
-    assert torch.allclose(U.T @ U @ damped, torch.eye(20, dtype=torch.float64), atol=1e-3)
-    U = calibrate.inverse_root(H, 0.01).double()
-    damped = H + 0.01 * H.diagonal().mean() * torch.eye(20, dtype=torch.float64)
-    assert torch.equal(U, U.triu()) and torch.allclose(U.T @ U @ damped, torch.eye(20, dtype=torch.float64), atol=1e-4)
+    for h, damp, damped_by, tolerance in ((H, 0.01, 0.01 * H.diagonal().mean(), 1e-4),
+                                          (torch.ones(20, 20), 1e-20, 1e-3, 1e-3)):         # tenfold until it has an inverse
+        U, eye = calibrate.inverse_root(h, damp).double(), torch.eye(20, dtype=torch.float64)
+        assert torch.equal(U, U.triu()) and torch.allclose(U.T @ U @ (h + damped_by * eye), eye, atol=tolerance)
     with pytest.raises(ValueError, match='no inverse'):
         calibrate.inverse_root(-H, 0.01)
     with pytest.raises(ValueError, match='not finite'):
@@ -159,10 +136,9 @@ def test_inverse_root():
 def test_inputs_that_say_nothing_leave_rounding_to_the_nearest(x):
     """No inputs, zeros, or independent inputs of one size: gptq gives the nearest codes, and awq too where it saw nothing."""
     w, m = weight(8, 32), moments(x)
-    found = calibrate.gptq(w, m, 'int4', 16, clip=False)
-    assert all(torch.equal(a, b) for a, b in zip(found, nearest(w, 'int4', 16), strict=True))
-    if not len(x):
-        assert torch.equal(calibrate.awq(w, m, 'int4', 16)[0], nearest(w, 'int4', 16)[0])
+    expected = nearest(w, 'int4', 16)
+    assert all(torch.equal(*pair) for pair in zip(calibrate.gptq(w, m, 'int4', 16, clip=False), expected, strict=True))
+    assert len(x) or torch.equal(calibrate.awq(w, m, 'int4', 16)[0], expected[0])
 
 
 def test_clipping_takes_the_range_with_the_least_error():
@@ -170,25 +146,10 @@ def test_clipping_takes_the_range_with_the_least_error():
     w, x = weight(1, 16), torch.randn(500, 16, generator=torch.Generator().manual_seed(3))
     w[0, 3], x[:, 3] = 4.0, x[:, 3] * 1e-3
     m = moments(x)
-    scale, zero = (t[..., 0] for t in calibrate.shrunk(w[:, None], m.H[None], 'int3'))
-    plain = group_grid(w[:, None], 'int3')[0][..., 0]
-    assert scale < 0.6 * plain
-    error = lambda s, z: output_error(w, (to_grid(w, s, z, 'int3') - z) * s, m)
-    assert error(scale, zero) < error(*(t[..., 0] for t in group_grid(w[:, None], 'int3'))) / 2
-    for shrink in calibrate.SHRINKS:
-        assert error(scale, zero) <= error(*(t[..., 0] for t in group_grid(w[:, None], 'int3', shrink))) + 1e-9
-
-
-@pytest.mark.parametrize('act_order, clip', [(True, True), (False, False)])
-def test_rows_in_parts_are_rows_in_one(act_order, clip, monkeypatch):
-    """Taking 256 rows at a time changes no code and no scale, of gptq and of awq."""
-    w, m = weight(300, 64), moments(correlated(64, 500))
-    every = lambda: [*calibrate.gptq(w, m, 'int3', 32, act_order=act_order, clip=clip), *calibrate.awq(w, m, 'int3', 32)]
-    whole = every()
-    monkeypatch.setattr(calibrate, 'PART', 1)       # 256 rows, 44
-    for a, b in zip(whole, every(), strict=True):
-        assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=1e-6)
-    assert whole[0].dtype == torch.uint8
+    error = lambda s, z: output_error(w, (to_grid(w, s[..., 0], z[..., 0], 'int3') - z[..., 0]) * s[..., 0], m)
+    clipped, plain = calibrate.shrunk(w[:, None], m.H[None], 'int3'), group_grid(w[:, None], 'int3')
+    assert clipped[0] < 0.6 * plain[0] and error(*clipped) < error(*plain) / 2
+    assert all(error(*clipped) <= error(*group_grid(w[:, None], 'int3', s)) + 1e-9 for s in calibrate.SHRINKS)
 
 
 def test_awq_takes_the_best_power_and_keeps_large_inputs_exact():
@@ -196,12 +157,11 @@ def test_awq_takes_the_best_power_and_keeps_large_inputs_exact():
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(2))
     x[:, :2] *= 100
     w, m = weight(32, 64), moments(x)
-    codes, scale, zero, inverse = calibrate.awq(w, m, 'int3', 32)
-    found = decoded(codes, scale, zero) * inverse
-    plain = decoded(*nearest(w, 'int3', 32))
-    assert output_error(w, found, m) < output_error(w, plain, m) / 3
+    *codes, inverse = calibrate.awq(w, m, 'int3', 32)
+    result, plain = decoded(*codes) * inverse, decoded(*nearest(w, 'int3', 32))
+    assert output_error(w, result, m) < output_error(w, plain, m) / 3
     assert inverse[:2].max() < inverse[2:].min() / 5 and torch.equal(inverse, inverse.half().float())
-    assert (found - w)[:, :2].square().mean() < (plain - w)[:, :2].square().mean() / 3
+    assert (result - w)[:, :2].square().mean() < (plain - w)[:, :2].square().mean() / 3
 
 
 def test_moments_are_sums_over_all_tokens():
@@ -217,44 +177,35 @@ def test_moments_are_sums_over_all_tokens():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gpt():
-    torch.manual_seed(0)
-    return GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=3, n_head=2, n_embd=32)).eval()
+gpt = partial(tiny_gpt, n_layer=3)
 
 
-def neo():
-    torch.manual_seed(0)
-    return GPTNeoForCausalLM(GPTNeoConfig(
-        vocab_size=64, bos_token_id=0, eos_token_id=0, max_position_embeddings=16, hidden_size=32, num_layers=3, num_heads=2,
-        attention_types=[[['global', 'local', 'global'], 1]], window_size=4)).eval()
+def plain_moments(model, batches, run, names):
+    with calibrate.Observed(model, names) as moments_of, torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    return moments_of
 
 
-@pytest.mark.parametrize('make', [gpt, neo])
-def test_each_block_sees_the_outputs_of_the_changed_blocks_before_it(make):
+def test_each_block_sees_the_outputs_of_the_changed_blocks_before_it():
     """The walk gives each block the moments of a plain pass through a model whose earlier blocks were changed likewise."""
-    model, run = make(), lambda net, ids: net(ids) if make is gpt else net(input_ids=ids, use_cache=False)
-    batches = [torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    model, batches = gpt(), [random_ids(2, 16, seed=i) for i in range(3)]
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    blocks = [n for row in calibrate.find_blocks(model) for n, _ in row]
-    assert len(blocks) == 3 and len(names) > 10
     plain, seen, logits = copy.deepcopy(model), [], []
     model.lm_head.register_forward_hook(lambda *_: logits.append(1))
 
-    def visit(name, found):
-        block = next((b for b in blocks if name.startswith(f'{b}.')), '')
-        if not any(n.startswith(f'{block}.') for n in seen) or not block:      # the first of its block
-            with calibrate.Observed(plain, [name]) as expected, torch.no_grad():
-                for ids in batches:
-                    run(plain, ids)
-            assert torch.allclose(found.H, expected[name].H, rtol=1e-4, atol=1e-4), name
-            assert found.n == (6 * 16 if make is neo or block else 6)                  # GPT's head sees the last position
+    def visit(name, result):
+        block = name.split('.')[1] if name.startswith('blocks.') else ''
+        if not any(n.startswith(f'blocks.{block}.') for n in seen):            # the first of its block
+            expected = plain_moments(plain, batches, nn.Module.__call__, [name])[name]
+            assert torch.allclose(result.H, expected.H, rtol=1e-4, atol=1e-4), name
+            assert result.n == (6 * 16 if block else 6)                        # the head sees the last position
         seen.append(name)
-        if block:
-            model.get_submodule(name).weight.data.mul_(0.5)
-            plain.get_submodule(name).weight.data.mul_(0.5)
+        for net in (model, plain) if block else ():
+            net.get_submodule(name).weight.data.mul_(0.5)
 
-    calibrate.for_each_layer(model, batches, run, names, visit)
-    assert sorted(seen) == sorted(names) and seen[-1] == 'lm_head'
+    calibrate.for_each_layer(model, batches, nn.Module.__call__, names, visit)
+    assert sorted(seen) == sorted(names) and len(seen) > 10 and seen[-1] == 'lm_head'
     assert not logits                               # the largest tensors of all are never made
 
 
@@ -267,7 +218,7 @@ def test_a_pass_ends_when_each_layer_was_called():
         for word in words:
             net[word](torch.ones(1, 4))
         done.append(words)
-    calibrate.for_each_layer(model, ['a', 'ba', 'ab'], run, ['a', 'b'], lambda n, found: seen.update({n: found.n}))
+    calibrate.for_each_layer(model, ['a', 'ba', 'ab'], run, ['a', 'b'], lambda n, m: seen.update({n: m.n}))
     assert seen == {'a': 3, 'b': 2} and done == ['a']
 
 
@@ -280,27 +231,20 @@ def test_blocks_are_the_outermost_lists_of_modules_with_linear_layers():
     assert names(nn.Sequential(nn.Linear(4, 4))) == [] and names(gpt()) == [['blocks.0', 'blocks.1', 'blocks.2']]
 
 
-def test_an_encoder_and_a_decoder():
-    """BART: every layer of both is visited once, each with the moments of a plain pass."""
-    from transformers import BartConfig, BartForConditionalGeneration
-    torch.manual_seed(0)
-    model = BartForConditionalGeneration(BartConfig(
-        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32)).eval()
-    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != 'lm_head']
-    batches, seen = [torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(2)], {}
-    run = lambda net, ids: net(input_ids=ids, use_cache=False)
-    with calibrate.Observed(model, names) as expected, torch.no_grad():
-        for ids in batches:
-            run(model, ids)
-    calibrate.for_each_layer(model, batches, run, names, lambda n, m: seen.update({n: m}))
-    assert list(seen) and sorted(seen) == sorted(names)
-    assert all(torch.allclose(seen[n].H, expected[n].H, rtol=1e-4, atol=1e-4) for n in names)
+@pytest.mark.parametrize('blocks', [True, False], ids=['an encoder and a decoder', 'no blocks'])
+def test_every_layer_gets_the_moments_of_a_plain_pass(blocks):
+    """Each layer of both stacks of BART, or of a model without lists of blocks, is visited once, with its own moments."""
+    model, batches, run = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), [torch.randn(5, 4)], nn.Module.__call__
+    if blocks:
+        model = BartForConditionalGeneration(BartConfig(
+            vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32)).eval()
+        batches, run = [random_ids(2, 16, seed=i) for i in range(2)], lambda net, ids: net(input_ids=ids, use_cache=False)
+    names, seen = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != 'lm_head'], []
 
-
-def test_a_model_without_blocks_is_observed_as_a_whole():
-    """Each layer of a model without lists of blocks gets its own moments."""
-    model, seen = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), {}
-    x = torch.randn(5, 4)
-    calibrate.for_each_layer(model, [x], lambda net, b: net(b), ['0', '2'], lambda n, m: seen.update({n: m}))
-    assert torch.allclose(seen['0'].H, x.T @ x, atol=1e-5) and seen['2'].n == 5
+    def visit(name, result):
+        seen.append(name)
+        assert torch.allclose(result.H, expected[name].H, rtol=1e-4, atol=1e-4) and result.n == expected[name].n, name
+    expected = plain_moments(model, batches, run, names)
+    calibrate.for_each_layer(model, batches, run, names, visit)
+    assert sorted(seen) == sorted(names)

@@ -11,8 +11,6 @@ from test_optim import distance, make, train
 from layers import BinaryConv2d, BinaryLinear, Conv4bit, Linear4bit, TernaryConv2d, TernaryLinear, convert
 from quant import kernels
 
-needs_compiler = pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
-
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -22,37 +20,35 @@ def fresh():
     torch.compiler.reset()
 
 
-def linears():
-    return nn.Sequential(TernaryLinear(12, 48, True, chunks=(20, 28)), TernaryLinear(24, 24, act='relu2_glu'),
-                         BinaryLinear(24, 24, act='gelu', chunks=3), Linear4bit(24, 8), TernaryLinear(8, 1))
-
-
-def convolutions():
-    return nn.Sequential(BinaryConv2d(12, 4, 3, act='relu'), TernaryConv2d(4, 4, 2, padding='same', act='relu'),
-                         Conv4bit(4, 5, 1, act='gelu'))
-
-
 def packed():
-    others = ['int8', 'half', 'int4', 'fit4', ('nf4', dict(scales='8bit')), 'tern', 'bin']
-    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(8)))
-    rules = {'0': ('lora', dict(rank=2, base='nf4'))} | {str(i): rule for i, rule in enumerate(others, 1)}
-    convert(model, rules, verbose=False, packed=True)
+    kinds = [('lora', dict(rank=2, base='nf4')), 'int8', 'half', 'int4', 'fit4', ('nf4', dict(scales='8bit')), 'tern', 'bin']
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in kinds))
+    convert(model, {str(i): kind for i, kind in enumerate(kinds)}, verbose=False, packed=True)
     nn.init.normal_(model[0].lora_B)
     return model
 
 
-@pytest.mark.parametrize('make, backend', [
-    (linears, 'aot_eager'), (convolutions, 'aot_eager'), (packed, 'aot_eager'),
-    pytest.param(lambda: nn.Sequential(BinaryLinear(12, 12, act='gelu'), TernaryLinear(12, 8), Linear4bit(8, 4)), 'inductor',
-                 marks=pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='needs C++'))],
-    ids=['linear', 'conv', 'packed', 'inductor'])
-def test_compiled_equals_eager(make, backend):
+# name: (backend, shape of the input, model)
+MODELS = {
+    'linear': ('aot_eager', (5, 12), lambda: nn.Sequential(
+        TernaryLinear(12, 48, True, chunks=(20, 28)), TernaryLinear(24, 24, act='relu2_glu'),
+        BinaryLinear(24, 24, act='gelu', chunks=3), Linear4bit(24, 8), TernaryLinear(8, 1))),
+    'conv': ('aot_eager', (2, 12, 7, 6), lambda: nn.Sequential(
+        BinaryConv2d(12, 4, 3, act='relu'), TernaryConv2d(4, 4, 2, padding='same', act='relu'), Conv4bit(4, 5, 1, act='gelu'))),
+    'packed': ('aot_eager', (5, 12), packed),
+    'inductor': ('inductor', (5, 12), lambda: nn.Sequential(
+        BinaryLinear(12, 12, act='gelu'), TernaryLinear(12, 8), Linear4bit(8, 4)))}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_compiled_equals_eager(name):
     """torch.compile takes the layers as one graph; output and gradients are those of eager mode to 1e-5."""
-    model = make()
-    x = torch.randn(2, 12, 7, 6) if make is convolutions else torch.randn(5, 12)
-    v = torch.randn_like(model(x))
-    got, want = (gradients(model, f, x, v) for f in (torch.compile(model, fullgraph=True, backend=backend), model))
-    same(got, want, 1e-5)
+    backend, shape, build = MODELS[name]
+    if backend == 'inductor' and not (shutil.which('g++') or shutil.which('clang++')):
+        pytest.skip('needs C++')
+    model, x = build(), torch.randn(shape)
+    v, compiled = torch.randn_like(model(x)), torch.compile(model, fullgraph=True, backend=backend)
+    same(gradients(model, compiled, x, v), gradients(model, model, x, v), 1e-5)
 
 
 def test_torch_compile_of_an_attached_model_computes_the_same():
@@ -80,18 +76,17 @@ with warnings.catch_warnings(record=True) as said:
     if 'SOURCELESS' in os.environ:
         quant.__file__ = '/nowhere/quant.py'
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: quant.kernels(), range(8)))
-    assert all(f is found[0] is quant.kernels() for f in found)
+        libraries = list(pool.map(lambda _: quant.kernels(), range(8)))
+    assert all(x is libraries[0] is quant.kernels() for x in libraries)
 said = [str(w.message) for w in said if 'kernels.c' in str(w.message)]
 torch.manual_seed(0)
 code = torch.randint(0, 256, (32768,), dtype=torch.uint8)
 log8 = {'absmax': torch.randint(-127, 128, (2048,), dtype=torch.int8), 'absmax_top': torch.tensor([9], dtype=torch.int32)}
-sums = [zlib.crc32(quant.decode4(code, held, f, dtype=d).float().numpy().tobytes()) for f in quant.FORMATS4
-        for d in (torch.float32, torch.bfloat16) for held in ({'absmax': torch.randn(2048)}, log8)]
+sums = [zlib.crc32(quant.decode4(code, scales, f, dtype=d).float().numpy().tobytes()) for f in quant.FORMATS4
+        for d in (torch.float32, torch.bfloat16) for scales in ({'absmax': torch.randn(2048)}, log8)]
 print(quant.kernels() is not None, sums, *said, sep='|')
 """
 
-# A compiler without OpenMP, and one that writes down its arguments and takes the library that is there
 NO_OPENMP = """#!/bin/sh
 for a; do [ "$a" = -fopenmp ] && exit 1; done
 exec cc "$@" -O0
@@ -99,53 +94,37 @@ exec cc "$@" -O0
 COPY = """#!/bin/sh
 for a; do [ "$last" = -o ] && out=$a && echo half > "$a"; last=$a; done
 echo "$@" >> "$0.log"
-sleep {seconds}
+sleep 0.7
 exec cp '{library}' "$out"
 """
 
 
-def compiler(path, text, **words):
-    path.write_text(text.format(library=kernels()._name, **words) if words else text)
-    path.chmod(0o755)
-    return str(path)
-
-
-@needs_compiler
+@pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
 def test_kernels_are_compiled_wherever_they_can_be(start, tmp_path):
-    """No OpenMP, no home, no writable cache: compiled once, by one of 4 threads. Where that fails, one warning; all alike."""
-    (tmp_path / 's.py').write_text(DECODE)
-    (tmp_path / 'file').touch()
+    """No OpenMP, no home, no writable cache: compiled once, by one of 4 threads. Where that fails, one warning; all alike.
+    A process that starts while another one writes the library does not load the half of it."""
+    copy = COPY.format(library=kernels()._name)     # a compiler that notes its arguments and takes the library that is there
+    for name, text in {'s.py': DECODE, 'nocc': NO_OPENMP, 'copycc': copy, 'slowcc': copy}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
     (tmp_path / 'T').mkdir()
-    copy = compiler(tmp_path / 'copycc', COPY, seconds=0.2)
-    cases = {'with': {'CC': copy}, 'openmp': {'CC': compiler(tmp_path / 'nocc', NO_OPENMP)},
-             'homeless': {'CC': copy, 'HOMELESS': '1', 'TMPDIR': str(tmp_path / 'T')},
-             'unwritable': {'CC': copy, 'XDG_CACHE_HOME': str(tmp_path / 'file' / 'x'), 'TMPDIR': str(tmp_path / 'T')},
-             'off': {'NANOBIT_KERNELS': '0'}, 'broken': {'CC': '/bin/false'}, 'missing': {'CC': '/no/such/cc'},
-             'sourceless': {'SOURCELESS': '1'}}
-    jobs = {k: start('s.py', cwd=tmp_path, **{'XDG_CACHE_HOME': str(tmp_path / k)} | v) for k, v in cases.items()}
-    results = {k: job.wait(300) for k, job in jobs.items()}
-    assert all(r.code == 0 for r in results.values()), results
-    there, sums, said = zip(*((a, b, c) for a, b, *c in (r.out.strip().split('|') for r in results.values())), strict=True)
-    assert there == ('True',) * 4 + ('False',) * 4 and len(set(sums)) == 1
-    assert [len(words) for words in said] == [0, 0, 0, 0, 0, 1, 1, 1], said
-    assert '/bin/false' in said[5][0] and '/no/such/cc' in said[6][0] and 'nowhere' in said[7][0]
-    for k in ('with', 'openmp'):
-        assert [p.suffix for p in (tmp_path / k / 'nanobit').iterdir()] == ['.so']
+    slow, copies, elsewhere = {'CC': f'{tmp_path}/slowcc'}, {'CC': f'{tmp_path}/copycc'}, {'TMPDIR': f'{tmp_path}/T'}
+    cases = {'slow': slow, 'with': copies, 'openmp': {'CC': f'{tmp_path}/nocc'},
+             'homeless': {'HOMELESS': '1'} | copies | elsewhere,
+             'unwritable': {'XDG_CACHE_HOME': f'{tmp_path}/s.py/x'} | copies | elsewhere, 'off': {'NANOBIT_KERNELS': '0'},
+             'broken': {'CC': '/bin/false'}, 'missing': {'CC': '/no/such/cc'}, 'sourceless': {'SOURCELESS': '1'}}
+    begin = lambda name: start('s.py', cwd=tmp_path, **{'XDG_CACHE_HOME': f'{tmp_path}/{name}'} | cases[name])
+    jobs = {name: begin(name) for name in cases}
+    while not list(tmp_path.glob('slow/nanobit/*')) and jobs['slow'].runs():
+        time.sleep(0.01)
+    results = [job.wait(300) for job in [begin('slow'), *jobs.values()]]
+    assert all(r.code == 0 for r in results), results
+    there, sums, warned = zip(*((a, b, c) for a, b, *c in (r.out.strip().split('|') for r in results)), strict=True)
+    assert there == ('True',) * 6 + ('False',) * 4 and len(set(sums)) == 1
+    assert [len(messages) for messages in warned] == [0] * 7 + [1] * 3, warned
+    assert '/bin/false' in warned[7][0] and '/no/such/cc' in warned[8][0] and 'nowhere' in warned[9][0]
+    for name in ('slow', 'with', 'openmp'):
+        assert [p.suffix for p in (tmp_path / name / 'nanobit').iterdir()] == ['.so']
     assert not (tmp_path / 'off').exists() and len((tmp_path / 'copycc.log').read_text().splitlines()) == 3
     assert [p.suffix for p in tmp_path.glob('T/nanobit-*/*')] == ['.so'] * 2
     assert [list(p.iterdir()) for p in tmp_path.glob('[bm]*/nanobit')] == [[], []]          # no half of a library is left
-
-
-@needs_compiler
-def test_two_processes_compile_at_once(start, tmp_path):
-    """While one process writes its library another one does not load the half of it: both work, one file is left."""
-    (tmp_path / 's.py').write_text(DECODE)
-    environment = {'XDG_CACHE_HOME': str(tmp_path / 'cache'), 'CC': compiler(tmp_path / 'slowcc', COPY, seconds=0.7)}
-    jobs = [start('s.py', cwd=tmp_path, **environment)]
-    while not list(tmp_path.glob('cache/nanobit/*')) and jobs[0].process.is_alive():
-        time.sleep(0.01)
-    jobs.append(start('s.py', cwd=tmp_path, **environment))
-    results = [job.wait(300) for job in jobs]
-    assert [(r.code, r.out[:5]) for r in results] == [(0, 'True|')] * 2, results
-    assert results[0].out == results[1].out and results[0].out.count('|') == 1
-    assert [p.suffix for p in tmp_path.glob('cache/nanobit/*')] == ['.so']

@@ -1,14 +1,16 @@
 """The data/*/prepare.py scripts: command lines, exact counts, interruptions, one-line errors. No network."""
+import contextlib
 import gzip
 import hashlib
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from conftest import one_error
+from conftest import Result, one_error
 from data.arithmetic import prepare as arithmetic
 from data.c4 import prepare as c4
 from data.fineweb95m import prepare as fineweb95m
@@ -27,14 +29,19 @@ BAD_LINE = '{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n' + '{"text": "d"}\n' 
 
 
 @pytest.fixture
-def command(start, tmp_path):
-    """Runs data/<script>/prepare.py in tmp_path; -> stdout, or the single line on stderr where it must fail."""
-    def run(script, *args, ok=True, **environment):
-        done = start(tokens.ROOT / 'data' / script / 'prepare.py', *args, cwd=tmp_path, **environment).wait()
-        if ok:
-            assert done.code == 0, done.err
-            return done.out
-        return one_error(done)
+def command(tmp_path, monkeypatch, capsys):
+    """Runs data/<name>/prepare.py in tmp_path, in this process; -> stdout, or the single line on stderr where it must fail."""
+    def run(name, *args, ok=True):
+        path, code = str(tokens.ROOT / 'data' / name / 'prepare.py'), 0
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', [path, *map(str, args)])
+        try:
+            runpy.run_path(path, run_name='__main__')
+        except SystemExit as e:
+            code = e.code
+        result = Result(code, *capsys.readouterr())
+        assert not ok or code == 0, result.err
+        return result.out if ok else one_error(result)
     return run
 
 
@@ -42,7 +49,7 @@ def all_bytes(folder, split):
     """The text of a split, decoded from its tokens."""
     data = tokens.load(folder, split)
     ids = data.windows([0], len(data))[0]
-    return bytes(ids.to(torch.uint8).numpy()) if data.vocab_size == 256 else data.tokenizer.decode_bytes(ids.tolist())
+    return data.tokenizer.decode_bytes(ids.tolist())
 
 
 def shards(folder):
@@ -53,57 +60,42 @@ def ended(texts):
     return ''.join(text + tokens.EOT for text in texts)
 
 
-class Crash(Exception):
-    pass
-
-
 def crash_and_continue(main, args, folder, monkeypatch, capsys, limits, between=lambda: None):
     """Runs `main` into a crash at the limit-th renaming of any file, for each limit where the one before stopped; then on."""
-    replace, renames = os.replace, [0]
+    class Crash(Exception):
+        pass
 
-    def crash_at(limit):
-        def replace_or_crash(*paths):
-            renames[0] += 1
-            if renames[0] >= limit:
-                raise Crash
-            replace(*paths)
-        renames[0] = 0
-        return replace_or_crash
-    for limit in limits:
-        monkeypatch.setattr(os, 'replace', crash_at(limit))
-        try:
-            main([*args, str(folder)])
-        except Crash:
-            if (folder / 'progress.json').exists():
-                with pytest.raises(SystemExit):
-                    tokens.load(folder, 'train')
-                assert 'is unfinished' in capsys.readouterr().err
-        monkeypatch.setattr(os, 'replace', replace)
+    def replace_or_crash(*paths, replace=os.replace):
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise Crash
+        replace(*paths)
+    for left in limits:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', replace_or_crash)
+            with contextlib.suppress(Crash):
+                main([*args, str(folder)])
+        if left <= 0 and (folder / 'progress.json').exists():
+            with pytest.raises(SystemExit):
+                tokens.load(folder, 'train')
+            assert 'is unfinished' in capsys.readouterr().err
         between()
     main([*args, str(folder)])
 
 
-@pytest.fixture(scope='module')
-def gpt2_folder():
-    folder = SHARED / 'gpt2_bpe'
-    if not all((folder / name).is_file() for name in tokens.GPT2_FILES):
-        pytest.skip('needs vocab.bpe and encoder.json of GPT-2')
-    return folder
-
-
 @pytest.fixture
-def gpt2_files(gpt2_folder, monkeypatch):
-    monkeypatch.setattr(tokens, 'GPT2_BPE', gpt2_folder)
-
-
-@pytest.fixture
-def gpt2_cache(tmp_path, gpt2_folder):
-    """TIKTOKEN_CACHE_DIR for a process: tiktoken names a cached file by the SHA-1 of its address."""
-    folder = tmp_path / 'tiktoken_cache'
-    folder.mkdir()
+def gpt2_files(tmp_path, monkeypatch):
+    """GPT-2's files in the cache of tiktoken, which names a file by the SHA-1 of its address."""
+    cache = tmp_path / 'tiktoken_cache'
+    cache.mkdir()
     for name in tokens.GPT2_FILES:
-        (folder / hashlib.sha1((tokens.GPT2_URL + name).encode()).hexdigest()).symlink_to(gpt2_folder / name)
-    return {'TIKTOKEN_CACHE_DIR': str(folder)}
+        if not (SHARED / 'gpt2_bpe' / name).is_file():
+            pytest.skip('needs vocab.bpe and encoder.json of GPT-2')
+        (cache / hashlib.sha1((tokens.GPT2_URL + name).encode()).hexdigest()).symlink_to(SHARED / 'gpt2_bpe' / name)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
+    gpt2 = tokens.gpt2()
+    monkeypatch.setattr(tokens, 'gpt2', lambda *_: gpt2)
 
 
 @pytest.fixture
@@ -118,35 +110,33 @@ def local(tmp_path):
 # ------------------------------------------------------------------------------------------------- pycode, text
 
 
-def test_pycode_writes_each_source_file_once(tmp_path, command):
-    """The two splits together hold every source file exactly, a NUL after each; a second run keeps them."""
-    out = command('pycode', '--out_dir', tmp_path / 'py')
-    root = Path(pycode.sysconfig.get_path('stdlib'))
-    found = pycode.find(root)
-    expected = {path: (root / path).read_bytes() for path in found}
-    expected = {path: source for path, source in expected.items() if source and b'\0' not in source}
+def test_pycode_writes_each_source_file_once(tmp_path, command, monkeypatch):
+    """The two splits together hold every source file exactly, a NUL after each; a second run keeps them. No links, no tests."""
+    lib = tmp_path / 'lib'
+    sources = {f'a/{i:02d}.py': f'# {i}\n'.encode() for i in range(60)} | {'b.py': b'caf\xe9'}
+    others = ['test/t.py', 'a/tests/t.py', 'site-packages/s.py', 'n.txt', '../outside/o.py', 'config-3.11-here/c.py',
+              '_sysconfigdata_here.py']
+    for path, source in {**sources, **dict.fromkeys(others, b'pass\n'), 'empty.py': b'', 'nul.py': b'a\0b'}.items():
+        (lib / path).parent.mkdir(parents=True, exist_ok=True)
+        (lib / path).write_bytes(source)
+    (lib / 'linked').symlink_to(tmp_path / 'outside')
+    (lib / 'o.py').symlink_to(tmp_path / 'outside' / 'o.py')
+    assert pycode.find(lib) == [*sources, 'empty.py', 'nul.py']
+    with monkeypatch.context() as patch:
+        patch.setattr(pycode.sysconfig, 'get_path', {'stdlib': str(lib)}.get)
+        out = command('pycode', '--out_dir', 'py')
+        assert 'left as it is' in command('pycode', '--out_dir', 'py')
     for split in tokens.SPLITS:
-        sources = [source for path, source in expected.items() if pycode.is_val(path) == (split == 'val')]
-        assert all_bytes(tmp_path / 'py', split) == b''.join(source + b'\0' for source in sources)
-        assert f'{split}: {len(sources)} files, {sum(map(len, sources)):,} bytes' in out
-        assert tokens.load(tmp_path / 'py', split).n_bytes == sum(map(len, sources))
-    assert 'os.py' in found and not any('/test/' in p or 'site-packages' in p or 'idlelib' in p for p in found)
-    assert 0.02 < sum(map(pycode.is_val, found)) / len(found) < 0.09
-    assert 'left as it is' in command('pycode', '--out_dir', tmp_path / 'py')
+        expected = [source for path, source in sources.items() if pycode.is_val(path) == (split == 'val')]
+        assert all_bytes(tmp_path / 'py', split) == b''.join(source + b'\0' for source in expected)
+        assert f'{split}: {len(expected)} files, {sum(map(len, expected)):,} bytes' in out
+        assert tokens.load(tmp_path / 'py', split).n_bytes == sum(map(len, expected))
+    library = pycode.find(Path(pycode.sysconfig.get_path('stdlib')))
+    assert 'os.py' in library and not any('/test/' in path or 'site-packages' in path for path in library)
+    assert 0.02 < sum(map(pycode.is_val, library)) / len(library) < 0.09
 
 
-def test_pycode_follows_no_links_and_skips_tests(tmp_path):
-    """Of a small tree only its own sources are found, in the order of their paths."""
-    for path in ('lib/b.py', 'lib/a/x.py', 'lib/test/t.py', 'lib/a/tests/t.py', 'lib/site-packages/s.py', 'lib/n.txt',
-                 'outside/o.py', 'lib/config-3.11-here/c.py', 'lib/_sysconfigdata_here.py'):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text('pass\n')
-    (tmp_path / 'lib' / 'linked').symlink_to(tmp_path / 'outside')
-    (tmp_path / 'lib' / 'o.py').symlink_to(tmp_path / 'outside' / 'o.py')
-    assert pycode.find(tmp_path / 'lib') == ['a/x.py', 'b.py']
-
-
-@pytest.mark.parametrize('raw, cut', [('0123456789\n' * 100, 95 * 11), ('a\n' + 'x' * 998, 2), ('x' * 1000, 950),
+@pytest.mark.parametrize('raw, cut', [('0123456789\n' * 100, 95 * 11), ('a\n' + 'x' * 998, 2),
                                       ('é' * 101, 190), ('é' * 33 + '\n' + '語' * 40, 67)])
 def test_text_is_cut_between_lines_or_characters(tmp_path, monkeypatch, raw, cut):
     """Neither side is empty, and both decode exactly, though the file is read in blocks of 10 bytes."""
@@ -200,17 +190,16 @@ MISTAKES = {
            ('--file cut.json.gz', 'cut.json.gz is a damaged'), ('--file no.jsonl', 'cannot read no.jsonl'),
            ('--file one.jsonl', '1 documents'), ('--tokens=1.5', 'type for example'), ('--tokens=inf', 'type for example'),
            ('--val_docs=3', '--file')),
-    'tinystories': (('--file no.txt', 'cannot read no.txt: No such file'), ('--file a.txt --val_file no.txt', 'cannot read no'),
-                    ('--file .', 'cannot read .: Is a directory'), ('--file a.txt empty', 'empty is empty'),
-                    ('--file plain.txt', 'no <|endoftext|>'), ('--file plain.txt', 'data/text/prepare.py --file plain.txt'),
+    'tinystories': (('--file a.txt --val_file no.txt', 'cannot read no'), ('--file .', 'cannot read .: Is a directory'),
+                    ('--file a.txt empty', 'empty is empty'), ('--file plain.txt', 'no <|endoftext|>'),
+                    ('--file plain.txt', 'data/text/prepare.py --file plain.txt'),
                     ('--file one.txt', '1 documents'), ('--file none.txt', 'none.txt: no documents'),
                     ('--file latins.txt --vocab=257', 'latins.txt, story 3: not UTF-8'),
                     ('--file a.txt --vocab=256', '--vocab=257'), ('--file a.txt --vocab=big', 'type for example'),
                     ('--file a.txt', 'yields only'), ('--val_file a.txt', '--file'),       # 2,048 tokens are too many for it
                     ('--file a.txt --val_file a.txt --val_docs=3', 'leave one out')),
-    'fineweb95m': (('--file bad.jsonl', 'bad.jsonl, line 3'), ('--file no.jsonl', 'cannot read no.jsonl'),
-                   ('--file empty', 'empty: no documents'), ('--file a.jsonl --val_docs=60', '60 documents'),
-                   ('--file a.jsonl', 'yields only')),
+    'fineweb95m': (('--file bad.jsonl', 'bad.jsonl, line 3'), ('--file empty', 'empty: no documents'),
+                   ('--file a.jsonl --val_docs=60', '60 documents'), ('--file a.jsonl', 'yields only')),
     'arithmetic': (*((f'--operations={o}', f'--operations={o} ') for o in ('/', '+/', '', 'plus')),
                    *((o, o) for o in ('--digits=0', '--digits=4', '--lines=0', '--lines=-5', '--digit=2')),
                    ('--lines=many', 'many'), ('--out_dir a.txt/x', 'Not a directory')),
@@ -231,9 +220,10 @@ def test_mistakes_are_one_line(tmp_path, local, command, request, script):
         files['one.txt'] = b'one' + tokens.EOT.encode()
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    environment = request.getfixturevalue('gpt2_cache') if script == 'c4' else {}
+    if script == 'c4':
+        request.getfixturevalue('gpt2_files')
     for args, says in MISTAKES[script]:
-        assert says in command(script, '--out_dir', 'out', *args.split(' '), ok=False, **environment)
+        assert says in command(script, '--out_dir', 'out', *args.split(' '), ok=False)
         assert not list(tmp_path.glob('out/*.bin'))
 
 
@@ -281,11 +271,12 @@ def test_tinystories_are_cut_at_each_mark(tmp_path, command):
 
 def test_fineweb95m_stops_at_the_tokens_asked_for(tmp_path, local, capsys):
     """--tokens=5e2 and --val_tokens=4_0 are exact, and --tokens leaves the vocabulary what it is."""
-    args = [*local['fineweb95m'], '--val_docs=20', '--shard_tokens=150', '--out_dir']
-    fineweb95m.main([*args, str(tmp_path / 'a'), '--tokens=5e2', '--val_tokens=4_0'])
+    build = lambda name, *limits: fineweb95m.main([*local['fineweb95m'], '--val_docs=20', '--shard_tokens=150', *limits,
+                                                   f'--out_dir={tmp_path / name}'])
+    build('a', '--tokens=5e2', '--val_tokens=4_0')
     assert len(tokens.load(tmp_path / 'a', 'train')) == 500 and len(tokens.load(tmp_path / 'a', 'val')) == 40
     assert len(list((tmp_path / 'a').glob('train_*.bin'))) == 4
-    fineweb95m.main([*args, str(tmp_path / 'b')])
+    build('b')
     assert 'which is all there is' in capsys.readouterr().out
     for split, part in (('train', STORIES[:40]), ('val', STORIES[40:])):
         assert all_bytes(tmp_path / 'b', split).decode() == ended(part)
@@ -297,12 +288,12 @@ def test_fineweb95m_stops_at_the_tokens_asked_for(tmp_path, local, capsys):
 def test_a_vocabulary_is_made_from_the_first_characters(tmp_path, local, monkeypatch, module):
     """VOCAB_CHARS cuts within a document; the rest and the validation split do not count; another number is another folder."""
     train = STORIES[:57]
-    ends = [len(''.join(train[:number])) for number in range(58)]
+    starts = [len(''.join(train[:number])) for number in range(57)]
     for chars in (1, 1000, 10 ** 6):
         monkeypatch.setattr(module, 'VOCAB_CHARS', chars)
         vocab = 257 if chars == 1 else 290
         module.main([*local[module.__name__.split('.')[1]], f'--vocab={vocab}', '--out_dir', str(tmp_path / 'out')])
-        cut = [story[:max(0, chars - end)] for story, end in zip(train, ends, strict=False)]
+        cut = [story[:max(0, chars - start)] for story, start in zip(train, starts, strict=True)]
         assert (tmp_path / 'out' / 'tokenizer.json').read_text() == tokens.train_bpe(cut, vocab).text
         assert all_bytes(tmp_path / 'out', 'train').decode() == ended(train)
 
@@ -313,8 +304,6 @@ def test_documents_continue_after_a_crash_at_any_point(tmp_path, local, monkeypa
     """Crashed at the k-th renaming and continued, the shards are those of an unbroken run, whose tokenizer is trained once."""
     if module is c4:
         request.getfixturevalue('gpt2_files')
-        gpt2 = tokens.gpt2()
-        monkeypatch.setattr(tokens, 'gpt2', lambda *_: gpt2)
     args = [*local[module.__name__.split('.')[1]], f'--shard_tokens={shard_tokens}', '--out_dir']
     monkeypatch.setattr(documents, 'BATCH', 5)
     module.main([*args, str(tmp_path / 'whole')])
@@ -330,11 +319,11 @@ def test_documents_continue_after_a_crash_at_any_point(tmp_path, local, monkeypa
     assert 'left as it is' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('lost', ['nothing', 'removed', 'changed'])
+@pytest.mark.parametrize('lost', ['removed', 'changed'])
 def test_a_folder_never_mixes_two_tokenizers(tmp_path, local, monkeypatch, capsys, lost):
     """If no two trainings agree and the tokenizer gets lost between crashes, a single one has made all shards."""
     train_bpe, trained, folder = tokens.train_bpe, [], tmp_path / 'out'
-    path, shown = folder / 'tokenizer.json', []
+    path, counts = folder / 'tokenizer.json', []
 
     def train(texts, vocab):
         trained.append(1)
@@ -342,17 +331,16 @@ def test_a_folder_never_mixes_two_tokenizers(tmp_path, local, monkeypatch, capsy
         return train_bpe(texts if len(trained) == 8 else junk, vocab)
 
     def lose():
-        shown.append(len(shards(folder)) if folder.exists() else 0)
+        counts.append(len(shards(folder)) if folder.exists() else 0)
         if lost == 'removed':
             path.unlink(missing_ok=True)
-        if lost == 'changed' and path.exists():
+        elif path.exists():
             path.write_text(path.read_text().replace('"x', '"z', 1) + ' ')
     monkeypatch.setattr(tokens, 'train_bpe', train)
     monkeypatch.setattr(documents, 'BATCH', 5)
     args = [*local['tinystories'], '--vocab=280', '--shard_tokens=100', '--out_dir']
     crash_and_continue(tinystories.main, args, folder, monkeypatch, capsys, (3, 4, 5, 9, 14, 2, 70), lose)
-    assert lost == 'nothing' or shown[-1] > len(shards(folder)) > 5
-    assert len(trained) == (2 if lost == 'nothing' else 8)
+    assert counts[-1] > len(shards(folder)) > 5 and len(trained) == 8
     for split, part in (('train', STORIES[:57]), ('val', STORIES[57:])):
         assert all_bytes(folder, split).decode() == ended(part)     # load() refuses shards of two tokenizers
 
@@ -366,16 +354,16 @@ def test_streaming_from_the_hub(tmp_path, monkeypatch, capsys, request, module, 
     for number in range(3):
         (tmp_path / f'{number}.jsonl').write_text(''.join(
             json.dumps({'id': i, 'text': STORIES[i]}) + '\n' for i in range(20 * number, 20 * number + 20)))
-    load_dataset, asked, failing = datasets.load_dataset, [], [True]
+    load_dataset, asked, failing = datasets.load_dataset, set(), [True]
     one_split = module is fineweb95m
 
     def stand_in(name, config, split, revision, streaming):
-        asked.append((name, config, split, revision, streaming))
+        asked.add((name, config, split, revision, streaming))
         numbers = (0, 1, 2) if one_split else (2,) if split == 'validation' else (0, 1)
         files = [str(tmp_path / f'{number}.jsonl') for number in numbers]
         loaded = load_dataset('json', data_files=files, split='train', streaming=streaming)
         assert loaded.num_shards == len(files)
-        return Failing(loaded) if failing[0] else loaded
+        return Failing(loaded) if failing else loaded
 
     class Failing:
         """A data set whose second file breaks off after three documents."""
@@ -400,15 +388,14 @@ def test_streaming_from_the_hub(tmp_path, monkeypatch, capsys, request, module, 
         module.main(args)
     assert stop.value.code == 2 and 'the same command again to continue' in capsys.readouterr().err
     first = shards(tmp_path / 'out')
-    failing[0] = False
+    failing.clear()
     module.main(args)
     assert 'train: continuing after' in capsys.readouterr().out and len(first) > 3
-    assert {name: shards(tmp_path / 'out')[name] for name in first} == first
+    assert first.items() <= shards(tmp_path / 'out').items()
     val, train = (STORIES[:5], STORIES[5:]) if one_split else (STORIES[40:], STORIES[:40])
-    assert all_bytes(tmp_path / 'out', 'train').decode() == ended(train)
-    assert all_bytes(tmp_path / 'out', 'val').decode() == ended(val)
-    splits = {'train'} if one_split else {'train', 'validation'}
-    assert set(asked) == {(*hub, split, module.REVISION, True) for split in splits}
+    for split, part in (('train', train), ('val', val)):
+        assert all_bytes(tmp_path / 'out', split).decode() == ended(part)
+    assert asked == {(*hub, split, module.REVISION, True) for split in ['train'] + ['validation'] * (not one_split)}
     monkeypatch.setattr(datasets, 'load_dataset', None)
     module.main(args)  # a finished folder needs no network
     assert 'left as it is' in capsys.readouterr().out
@@ -418,14 +405,14 @@ def test_streaming_from_the_hub(tmp_path, monkeypatch, capsys, request, module, 
 
 
 def lines_of(folder, split):
-    found = all_bytes(folder, split)
-    assert found.endswith(b'\n') and b'\n\n' not in found and b' ' not in found
-    return found.decode().split('\n')[:-1]
+    raw = all_bytes(folder, split)
+    assert raw.endswith(b'\n') and b'\n\n' not in raw and b' ' not in raw
+    return raw.decode().split('\n')[:-1]
 
 
 def test_arithmetic_holds_problems_out_with_their_twins(tmp_path, command):
     """Of all 10,000 sums below 100, 889 are held out, with their numbers exchanged too; the others repeat in random orders."""
-    out = command('arithmetic', '--lines=30000', '--out_dir', tmp_path / 'a')
+    out = command('arithmetic', '--lines=30000', '--out_dir', 'a')
     train, val = (lines_of(tmp_path / 'a', split) for split in tokens.SPLITS)
     assert '9,111 problems to train on, 889 held out' in out and len(train) == 30000 and len(val) == len(set(val)) == 889
     assert set(train) | set(val) == {f'{a}+{b}={a + b}' for a in range(100) for b in range(100)} and not set(train) & set(val)
@@ -439,7 +426,7 @@ def test_arithmetic_holds_problems_out_with_their_twins(tmp_path, command):
 
 def test_tictactoe_games(tmp_path, command):
     """All games are complete, perfect sides play best moves only; a third each are mr and rm, a sixth mm and rr."""
-    out = command('tictactoe', '--games=1500', '--val_games=90', '--out_dir', tmp_path / 'a')
+    out = command('tictactoe', '--games=1500', '--val_games=90', '--out_dir', 'a')
     train, val = (lines_of(tmp_path / 'a', split) for split in tokens.SPLITS)
     assert '1,500 games to train on, 90 held out: 30 mr, 30 rm, 15 mm, 15 rr' in out
     assert len(train) == 1500 and len(val) == len(set(val)) == 90

@@ -26,14 +26,13 @@ def shared(*names):
 
 
 @pytest.fixture
-def command(start, tmp_path):
-    """Runs data/<name>/prepare.py in tmp_path; -> stdout, or the one line on stderr where it must fail."""
-    def run(name, *args, ok=True):
-        done = start(tokens.ROOT / 'data' / name / 'prepare.py', *args, cwd=tmp_path).wait()
-        if ok:
-            assert done.code == 0, done.err
-            return done.out
-        return one_error(done)
+def written(tmp_path, capsys, monkeypatch):
+    """written(module, *args) -> what the main() of a prepare.py prints, run in tmp_path with --out_dir out."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *args):
+        module.main([*map(str, args), '--out_dir', 'out'])
+        return capsys.readouterr().out
     return run
 
 
@@ -42,7 +41,7 @@ def small(tmp_path):
     """Arguments for a little SST-2 in tables of two kinds, columns in another order and labels by name and by id."""
     (tmp_path / 'a.tsv').write_text('label\tsentence\n1\tgood "one\n0\tbad one \n1\tfine\n')
     (tmp_path / 'b.csv').write_text('sentence,label\n"well, no",negative\nyes,positive\n')
-    return ['--file', str(tmp_path / 'a.tsv'), '--val_file', str(tmp_path / 'b.csv'), '--out_dir', str(tmp_path / 'out')]
+    return '--file', 'a.tsv', '--val_file', 'b.csv'
 
 
 def hub(monkeypatch, tmp_path, contents):
@@ -63,82 +62,73 @@ def hub(monkeypatch, tmp_path, contents):
 # ----------------------------------------------------------------------------------------------------------- sst2
 
 
-def test_sst2_from_glue_files(tmp_path, command):
+def test_sst2_from_glue_files(tmp_path, written):
     """Each of 67,349 and 872 rows has the sentence and label of its line."""
     train, dev = shared('sst2/train.tsv', 'sst2/dev.tsv')
-    out = command('sst2', '--file', train, '--val_file', dev, '--out_dir', tmp_path / 'sst2')
+    out = written(sst2, '--file', train, '--val_file', dev)
     assert 'train: got 67,349 rows: 29,780 negative, 37,569 positive' in out and 'val: got 872 rows: 428 negative' in out
     for split, path in (('train', train), ('val', dev)):
-        found, ids, names = texts.load(tmp_path / 'sst2', split)
+        rows, ids, names = texts.load(tmp_path / 'out', split)
         lines = [line.split('\t') for line in path.read_text(encoding='utf-8').splitlines()[1:]]
-        assert [(int(label), text.strip()) for label, text in lines] == list(zip(ids, [text for text, in found], strict=True))
+        assert [(int(label), text.strip()) for label, text in lines] == list(zip(ids, [text for text, in rows], strict=True))
         assert names == ['negative', 'positive']
-    assert {path.name for path in (tmp_path / 'sst2').iterdir()} == {'train.csv', 'val.csv', 'task.json'}
 
 
-def test_sst2_takes_names_and_ids_and_notices_a_changed_file(tmp_path, small, capsys):
+def test_sst2_takes_names_and_ids_and_notices_a_changed_file(tmp_path, small, written):
     """csv and tsv; label 1 and positive are the same; other contents under the same name rebuild the folder."""
-    sst2.main(small)
+    written(sst2, *small)
     assert texts.load(tmp_path / 'out', 'train')[:2] == ([('good "one',), ('bad one',), ('fine',)], [1, 0, 1])
     assert texts.load(tmp_path / 'out', 'val')[:2] == ([('well, no',), ('yes',)], [0, 1])
     (tmp_path / 'b.csv').write_text('sentence,label\nyes,positive\n')
-    sst2.main(small)
-    assert 'has other settings' in capsys.readouterr().out
+    assert 'has other settings' in written(sst2, *small)
     assert texts.load(tmp_path / 'out', 'val')[:2] == ([('yes',)], [1])
 
 
-def test_sst2_interrupted_at_any_point(tmp_path, small, monkeypatch, capsys):
+def test_sst2_interrupted_at_any_point(tmp_path, small, written, monkeypatch):
     """Crashed at the k-th renaming of a file: never loadable before the last one, whole after one more run."""
     class Crash(Exception):
         pass
-    replace, limit, done = os.replace, 1, False
 
-    def replace_or_crash(*paths):
-        nonlocal count
-        count += 1
-        if count == limit:
+    def replace_or_crash(*paths, plain=os.replace):
+        renamed.append(paths)
+        if len(renamed) == limit:
             raise Crash
-        replace(*paths)
-    while not done:
-        monkeypatch.setattr(os, 'replace', replace_or_crash)
-        count = 0
-        try:
-            sst2.main(small)
-            done = True
-        except Crash:
-            with pytest.raises(ValueError, match='is unfinished|holds no task.json'):
-                texts.load(tmp_path / 'out', 'train')
-            (tmp_path / 'out' / 'train.csv.tmp999').write_text('"sentence","label"\n"ha')   # what a kill leaves
-            assert not [path for path in (tmp_path / 'out').glob('*.csv') if not list(csv.reader(path.open()))[1:]]
-        monkeypatch.setattr(os, 'replace', replace)
-        sst2.main(small)
-        assert texts.load(tmp_path / 'out', 'val')[1] == [0, 1]
-        assert {path.name for path in (tmp_path / 'out').iterdir()} == {'train.csv', 'val.csv', 'task.json'}
-        for path in (tmp_path / 'out').iterdir():
+        plain(*paths)
+    folder = tmp_path / 'out'
+    for limit in range(1, 5):                       # task, train, val, task
+        renamed = []
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(os, 'replace', replace_or_crash)
+            written(sst2, *small)
+        with pytest.raises(ValueError, match='is unfinished|holds no task.json'):
+            texts.load(folder, 'train')
+        (folder / 'train.csv.tmp999').write_text('"sentence","label"\n"ha')     # what a kill leaves
+        assert not [path for path in folder.glob('*.csv') if not list(csv.reader(path.open()))[1:]]
+        assert ('was not finished' in written(sst2, *small)) == (limit > 1) and len(renamed) == limit
+        assert texts.load(folder, 'val')[1] == [0, 1]
+        assert {path.name for path in folder.iterdir()} == {'train.csv', 'val.csv', 'task.json'}
+        for path in folder.iterdir():
             path.unlink()
-        limit += 1
-    assert limit == 6 and 'was not finished' in capsys.readouterr().out    # task, train, val, task: 4 renamings
 
 
 @pytest.mark.parametrize('module, field, config, val', [(sst2, 'sentence', None, 'validation'),
                                                         (imdb, 'text', 'plain_text', 'test')])
-def test_streaming_from_the_hub(tmp_path, monkeypatch, module, field, config, val):
+def test_streaming_from_the_hub(tmp_path, written, monkeypatch, module, field, config, val):
     """Texts and labels come from the pinned revision; another count than the published one is refused."""
     rows = [{'idx': i, field: f'text {i}', 'label': i % 2} for i in range(9)]
     asked = hub(monkeypatch, tmp_path, {(module.HUB_ID, config, 'train'): rows, (module.HUB_ID, config, val): rows[1:3]})
-    args = ['--out_dir', str(tmp_path / 'out')]
     with pytest.raises(ValueError, match=f'train of {module.HUB_ID} has 9 rows, expected {module.EXPECTED["train"]}'):
-        module.main(args)
+        written(module)
     monkeypatch.setattr(module, 'EXPECTED', {'train': 9, 'val': 2})
     asked.clear()
-    module.main(args)
+    written(module)
     assert asked == [(module.HUB_ID, config, split, module.REVISION, True) for split in ('train', val)]
-    found, ids, _ = texts.load(tmp_path / 'out', 'train')
-    assert sorted(zip(found, ids, strict=True)) == [((f'text {i}',), i % 2) for i in range(9)]
+    rows, ids, _ = texts.load(tmp_path / 'out', 'train')
+    assert sorted(zip(rows, ids, strict=True)) == [((f'text {i}',), i % 2) for i in range(9)]
     assert texts.load(tmp_path / 'out', 'val')[:2] == ([('text 1',), ('text 2',)], [1, 0])
     record = json.loads((tmp_path / 'out' / 'task.json').read_text())
     assert (record['source'], record['revision']) == (module.HUB_ID, module.REVISION)
-    module.main(args)                               # nothing is asked for again
+    written(module)                                 # nothing is asked for again
     assert len(asked) == 2 and (sst2.HUB_ID, imdb.HUB_ID) == ('stanfordnlp/sst2', 'stanfordnlp/imdb')
 
 
@@ -155,57 +145,49 @@ def test_a_hub_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------------------- imdb
 
 
-@pytest.fixture
-def acl(tmp_path):
-    """An aclImdb folder: 120 reviews of a label to train on, 12 to validate, their names not in the order of numbers."""
+def test_imdb_shuffles_the_training_rows_only(tmp_path, written):
+    """Each review is there once under its label: training in a fixed mixed order, validation neg, then pos, by number."""
+    acl = tmp_path / 'aclImdb'
     for split, count in (('train', 120), ('test', 12)):
         for label in ('neg', 'pos', 'unsup'):
-            folder = tmp_path / 'aclImdb' / split / label
-            folder.mkdir(parents=True)
+            (acl / split / label).mkdir(parents=True)
             for i in range(count):
-                (folder / f'{i}_{i % 5 + 1}.txt').write_text(f'{split} {label} {i}, "so"<br /><br />été')
-    return tmp_path / 'aclImdb'
-
-
-def test_imdb_shuffles_the_training_rows_only(tmp_path, command, acl):
-    """Each review is there once under its label: training in a fixed mixed order, validation neg, then pos, by number."""
-    out = command('imdb', '--dir', acl, '--out_dir', tmp_path / 'out')
-    assert 'train: got 240 rows: 120 neg, 120 pos' in out
-    found, ids, names = texts.load(tmp_path / 'out', 'train')
+                (acl / split / label / f'{i}_{i % 5 + 1}.txt').write_text(f'{split} {label} {i}, "so"<br /><br />été')
+    assert 'train: got 240 rows: 120 neg, 120 pos' in written(imdb, '--dir', acl)
+    rows, ids, names = texts.load(tmp_path / 'out', 'train')
     made = [f'train {label} {i}, "so"<br /><br />été' for label in ('neg', 'pos') for i in range(120)]
-    assert sorted(text for text, in found) == sorted(made) and [text for text, in found] != made and names == ['neg', 'pos']
-    assert all(text.startswith(f'train {names[i]} ') for (text,), i in zip(found, ids, strict=True))
+    assert sorted(text for text, in rows) == sorted(made) and [text for text, in rows] != made and names == ['neg', 'pos']
+    assert all(text.startswith(f'train {names[i]} ') for (text,), i in zip(rows, ids, strict=True))
     assert 35 < sum(ids[:100]) < 65                 # sorted by label it would be 0
-    found, ids, _ = texts.load(tmp_path / 'out', 'val')
-    assert [text.split(',')[0] for text, in found] == [f'test {label} {i}' for label in ('neg', 'pos') for i in range(12)]
+    rows, ids, _ = texts.load(tmp_path / 'out', 'val')
+    assert [text.split(',')[0] for text, in rows] == [f'test {label} {i}' for label in ('neg', 'pos') for i in range(12)]
     assert ids == [0] * 12 + [1] * 12
-    command('imdb', '--dir', acl, '--out_dir', tmp_path / 'again')
-    assert (tmp_path / 'out' / 'train.csv').read_bytes() == (tmp_path / 'again' / 'train.csv').read_bytes()
+    os.rename(tmp_path / 'out', tmp_path / 'before')
+    written(imdb, '--dir', acl)
+    assert (tmp_path / 'out' / 'train.csv').read_bytes() == (tmp_path / 'before' / 'train.csv').read_bytes()
     (acl / 'test' / 'pos' / '3_4.txt').write_bytes(b'caf\xe9')
-    assert '3_4.txt is not UTF-8 at byte 3' in command('imdb', '--dir', acl, '--out_dir', tmp_path / 'out', ok=False)
-    line = command('imdb', '--dir', acl / 'train', '--out_dir', tmp_path / 'out', ok=False)
-    assert 'has no train/neg/*.txt' in line
+    for folder, why in ((acl, '3_4.txt is not UTF-8 at byte 3'), (acl / 'train', r'has no train/neg/\*.txt')):
+        with pytest.raises(ValueError, match=why):
+            written(imdb, '--dir', folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- xnli
 
 
-def test_xnli_from_local_files(tmp_path, command):
+def test_xnli_from_local_files(tmp_path, written):
     """MultiNLI's slice and four languages: counts, both texts in order, ids 0 1 2 for entailment neutral contradiction."""
     train, dev, folder = shared('mnli/train.tsv', 'mnli/dev.tsv', 'xnli')
-    args = ('--file', train, '--val_file', dev, '--xnli_dir', folder, '--out_dir', tmp_path / 'out')
-    out = command('xnli', *args)
-    assert 'train: got 8,999 rows: 3,061 entailment, 2,980 neutral, 2,958 contradiction' in out
+    args, order = ('--file', train, '--val_file', dev, '--xnli_dir', folder), ['entailment', 'neutral', 'contradiction']
+    assert 'train: got 8,999 rows: 3,061 entailment, 2,980 neutral, 2,958 contradiction' in written(xnli, *args)
     for split, path, skip in (('train', train, 1), ('val', dev, 1), *((f'val-{x}', folder / f'dev-{x}.tsv', 0)
                                                                      for x in ('de', 'en', 'es', 'zh'))):
-        found, ids, names = texts.load(tmp_path / 'out', split)
+        rows, ids, names = texts.load(tmp_path / 'out', split)
         lines = [tuple(line.split('\t')) for line in path.read_text(encoding='utf-8').split('\n')[skip:] if line]
-        order = ['entailment', 'neutral', 'contradiction']
-        assert names == order and [(*text, order[i]) for text, i in zip(found, ids, strict=True)] == [
+        assert names == order and [(*text, order[i]) for text, i in zip(rows, ids, strict=True)] == [
             (premise.strip(), hypothesis.strip(), label) for premise, hypothesis, label in lines]
-    assert 'left as it is' in command('xnli', *args)
-    assert 'has other settings' in command('xnli', *args, '--languages', 'de,en')
-    assert {path.stem for path in (tmp_path / 'out').glob('*.csv')} == {'train', 'val', 'val-de', 'val-en'}
+
+
+PAIRS = '--file a.tsv --val_file a.tsv --xnli_dir XNLI'
 
 
 @pytest.fixture
@@ -215,48 +197,54 @@ def pairs(tmp_path):
     (tmp_path / 'a.tsv').write_text('hypothesis\tpremise\tlabel\nh\tp\tentailment\nx\ty\t-\nx\ty\t-1\nhh\tpp\t2\n')
     for name, label in (('dev-de', 'neutral'), ('dev-ur', 'contradiction'), ('test-de', 'entailment')):
         (tmp_path / 'XNLI' / f'{name}.tsv').write_text(f'{name} p\t{name} h\t{label}\n')
-    return ['--file', 'a.tsv', '--val_file', 'a.tsv', '--xnli_dir', 'XNLI', '--out_dir', 'out']
+    return PAIRS.split()
 
 
-def test_xnli_leaves_out_pairs_without_a_label(tmp_path, pairs, command):
+def test_xnli_leaves_out_pairs_without_a_label(tmp_path, pairs, written):
     """Rows labelled - and -1 are counted and left out; columns go by name; a test file is taken where there is one."""
-    out = command('xnli', *pairs)
+    out = written(xnli, *pairs)
     assert 'train: left out 2 pairs without a label' in out and 'train: got 2 rows: 1 entailment, 0 neutral, 1 contra' in out
     assert texts.load(tmp_path / 'out', 'train')[:2] == ([('p', 'h'), ('pp', 'hh')], [0, 2])
     assert texts.load(tmp_path / 'out', 'val-ur')[:2] == ([('dev-ur p', 'dev-ur h')], [2])
     assert texts.load(tmp_path / 'out', 'test-de')[:2] == ([('test-de p', 'test-de h')], [0])
-    assert sorted(path.stem for path in (tmp_path / 'out').glob('*.csv')) == ['test-de', 'train', 'val', 'val-de', 'val-ur']
+    splits = lambda: sorted(path.stem for path in (tmp_path / 'out').glob('*.csv'))
+    assert splits() == ['test-de', 'train', 'val', 'val-de', 'val-ur'] and 'left as it is' in written(xnli, *pairs)
+    assert 'has other settings' in written(xnli, *pairs, '--languages', 'ur') and splits() == ['train', 'val', 'val-ur']
 
 
-PAIRS = '--file a.tsv --val_file a.tsv --xnli_dir XNLI'
-
-
-@pytest.mark.parametrize('name, args, says', [
+MISTAKES = [
     ('sst2', '--file empty.tsv --val_file b.csv', 'empty.tsv is empty'), ('sst2', '--file no.tsv --val_file b.csv', 'no.tsv'),
-    ('sst2', '--file column.tsv --val_file b.csv', "'label', 'sentense'; did you mean 'sentense'"),
     ('sst2', '--file label.tsv --val_file b.csv', "label.tsv, row 2: label '2' is none of 0, 1, negative, positive"),
     ('sst2', '--file a.tsv', 'go together'), ('sst2', '--fil a.tsv', '--fil'),
     ('sst2', '--file train.csv --val_file b.csv --out_dir .', 'train.csv'),
-    ('xnli', '--languages en,it', "XNLI has no 'it'; it has ar, bg, de"), ('xnli', f'{PAIRS} --languages it', "no 'it'"),
-    ('xnli', '--languages en,en', 'once'), ('xnli', f'{PAIRS} --languages de,fr', 'XNLI/dev-fr.tsv'),
-    ('xnli', '--file a.tsv --val_file a.tsv', 'go together'), ('xnli', f'{PAIRS} --xnli_dir none', 'no folder none'),
-    ('xnli', f'{PAIRS} --xnli_dir .', 'dev-<language>.tsv'),
+    ('xnli', '--languages en,it', "XNLI has no 'it'; it has ar, bg, de"), ('xnli', f'{PAIRS} --languages en,en', 'once'),
+    ('xnli', f'{PAIRS} --languages de,fr', 'XNLI/dev-fr.tsv'), ('xnli', '--file a.tsv --val_file a.tsv', 'go together'),
+    ('xnli', f'{PAIRS} --xnli_dir none', 'no folder none'), ('xnli', f'{PAIRS} --xnli_dir .', 'dev-<language>.tsv'),
     ('xnli', f'{PAIRS} --xnli_dir bad', 'dev-ur.tsv, line 1: 2 fields where there are 3 columns'),
-    *((name, '--outdir=x', '--outdir') for name in ('sst2', 'imdb', 'xnli', 'pycls'))])
-def test_mistakes_are_one_line(tmp_path, command, pairs, name, args, says):
-    """A wrong column, label, file, folder, language or option: one line that names it; the user's own files stay."""
-    files = {'empty.tsv': '', 'column.tsv': 'label\tsentense\n1\ta\n', 'label.tsv': 'label\tsentence\n1\ta\n2\tb\n',
-             'b.csv': 'sentence,label\nyes,positive\n', 'train.csv': 'sentence,label\nmine,1\n',
-             'bad/dev-ur.tsv': 'only\ttwo\n'}
+    *((name, '--outdir=x', '--outdir') for name in ('sst2', 'imdb', 'xnli', 'pycls'))]
+
+
+def test_mistakes_are_one_line(tmp_path, in_turn, pairs):
+    """A wrong label, file, folder, language or option: one line that names it; the user's own files stay; --help works."""
+    files = {'empty.tsv': '', 'label.tsv': 'label\tsentence\n1\ta\n2\tb\n', 'b.csv': 'sentence,label\nyes,positive\n',
+             'train.csv': 'sentence,label\nmine,1\n', 'bad/dev-ur.tsv': 'only\ttwo\n'}
     (tmp_path / 'bad').mkdir()
     for file, content in files.items():
         (tmp_path / file).write_text(content)
-    assert says in command(name, '--out_dir', 'x', *args.split(), ok=False)
+    commands = [(name, ['--out_dir', 'x', *args.split()]) for name, args, _ in MISTAKES]
+    commands += [(name, ['--help']) for name in ('sst2', 'imdb', 'xnli', 'pycls')]
+    done = in_turn([(f'data/{name}/prepare.py', tmp_path, words) for name, words in commands])
+    for (name, args, why), result in zip(MISTAKES, done, strict=False):
+        assert why in one_error(result), (name, args)
+    for (name, _), result in zip(commands[-4:], done[-4:], strict=True):
+        assert result.code == 0 and f'python data/{name}/prepare.py' in result.out
     assert (tmp_path / 'train.csv').read_text() == files['train.csv']
 
 
-def test_xnli_from_the_hub(tmp_path, monkeypatch):
-    """MultiNLI's train and validation_matched, XNLI's validation and test of each language asked for, each pinned."""
+def test_xnli_from_the_hub(tmp_path, written, monkeypatch):
+    """MultiNLI's train and validation_matched, XNLI's validation and test of each language asked for, each pinned; the counts
+    that are expected are 392,702 and 9,815 English pairs, and 15 times 2,490 and 5,010."""
+    assert sum(xnli.EXPECTED.values()) == 392_702 + 9_815 + 15 * (2_490 + 5_010) and len(xnli.EXPECTED) == 32
     row = lambda name, label: {'premise': f'{name} p', 'hypothesis': f'{name} h', 'label': label, 'genre': 'x'}
     contents = {(xnli.MNLI_ID, None, 'train'): [row('a', 2), row('b', -1), row('c', 1)],
                 (xnli.MNLI_ID, None, 'validation_matched'): [row('d', 0)]}
@@ -265,19 +253,13 @@ def test_xnli_from_the_hub(tmp_path, monkeypatch):
     asked = hub(monkeypatch, tmp_path, contents)
     names = ['train', 'val', 'val-en', 'val-de', 'test-en', 'test-de']
     monkeypatch.setattr(xnli, 'EXPECTED', dict.fromkeys(names, 1) | {'train': 2})
-    xnli.main(['--languages', 'en,de', '--out_dir', str(tmp_path / 'out')])
+    written(xnli, '--languages', 'en,de')
     mnli = [('nyu-mll/multi_nli', None, split, xnli.MNLI_REVISION, True) for split in ('train', 'validation_matched')]
     assert asked == mnli + [('facebook/xnli', language, split, xnli.XNLI_REVISION, True)
                             for split in ('validation', 'test') for language in ('en', 'de')]
     assert texts.load(tmp_path / 'out', 'train')[:2] == ([('a p', 'a h'), ('c p', 'c h')], [2, 1])
     assert texts.load(tmp_path / 'out', 'test-de') == ([('de test p', 'de test h')], [1], list(xnli.LABELS))
     assert list(json.loads((tmp_path / 'out' / 'task.json').read_text())['rows']) == names
-
-
-def test_the_published_counts_are_those_of_15_languages():
-    """392,702 and 9,815 English pairs, and 15 times 2,490 and 5,010."""
-    assert sum(xnli.EXPECTED.values()) == 392_702 + 9_815 + 15 * (2_490 + 5_010) and len(xnli.EXPECTED) == 32
-    assert sst2.EXPECTED == {'train': 67_349, 'val': 872} and imdb.EXPECTED == {'train': 25_000, 'val': 25_000}
 
 
 # ---------------------------------------------------------------------------------------------------------- pycls
@@ -323,18 +305,17 @@ FILL = """def fill(self):
 
 def test_pycls_texts_do_not_name_their_package():
     """By hand: no docstring, comment, import or package name; methods and functions, but none from inside another."""
-    found = dict(pycls.functions(ast.parse(SOURCE)))
-    assert list(found) == ['Pool.fill', 'Pool.short', 'Pool.only_doc', 'Pool.outer', 'fallback']
-    texts = {name: pycls.text(node) for name, node in found.items()}
+    texts = {name: pycls.text(node) for name, node in pycls.functions(ast.parse(SOURCE))}
+    assert list(texts) == ['Pool.fill', 'Pool.short', 'Pool.only_doc', 'Pool.outer', 'fallback']
     assert texts['Pool.fill'] == FILL and texts['Pool.only_doc'] == 'def only_doc(self):\n    pass'
     assert texts['Pool.outer'] == ('@property\ndef outer(self):\n\n    def inner():\n        a = 1\n        return a\n'
                                    '    return inner')
     assert texts['fallback'] == 'async def fallback():\n    a = 1\n    return a'
 
 
-def test_pycls_of_this_python(tmp_path, command):
+def test_pycls_of_this_python(tmp_path, written):
     """Thousands of functions, about 10% for validation, none twice, and none with the name of a package."""
-    out = command('pycls', '--out_dir', tmp_path / 'out')
+    assert 'expected: 2,650' in written(pycls)
     parts = {split: texts.load(tmp_path / 'out', split) for split in ('train', 'val')}
     written = [text for part in parts.values() for text, in part[0]]
     names, total = parts['train'][2], len(written)
@@ -347,10 +328,9 @@ def test_pycls_of_this_python(tmp_path, command):
     for text in written:
         assert not word.search(text) and text.count('\n') >= 2, text
         assert '\nimport ' not in text and ast.parse(text)
-    assert 'expected: 2,650' in out
 
 
-def test_pycls_with_packages_missing(tmp_path, monkeypatch, capsys):
+def test_pycls_with_packages_missing(tmp_path, written, monkeypatch, capsys):
     """Each missing package is a label less, duplicates count once, and three packages are too few."""
     monkeypatch.setattr(pycls, 'MIN_FUNCTIONS', 2)
     monkeypatch.setattr(pycls, 'MAX_FUNCTIONS', 30)
@@ -360,23 +340,15 @@ def test_pycls_with_packages_missing(tmp_path, monkeypatch, capsys):
         (tmp_path / 'lib' / package / 'a.py').write_text(body + body)
         (tmp_path / 'lib' / package / 'test' / 'b.py').write_text(body.replace('f', 'g'))
         (tmp_path / 'lib' / package / 'broken.py').write_text('def f(:')
-    found = pycls.collect(tmp_path / 'lib')
-    assert {package: len(functions) for package, functions in found.items()} == dict(
-        zip(pycls.PACKAGES[:5], (40, 39, 39, 39, 39), strict=True))
-    rows = pycls.split_rows(found)
+    functions = pycls.collect(tmp_path / 'lib')
+    assert list(functions) == list(pycls.PACKAGES[:5]) and list(map(len, functions.values())) == [40, 39, 39, 39, 39]
+    rows = pycls.split_rows(functions)
     assert collections.Counter(row[1] for part in rows.values() for row in part) == dict.fromkeys(pycls.PACKAGES[:5], 30)
     monkeypatch.setattr(pycls.sysconfig, 'get_path', lambda name: str(tmp_path / 'lib'))
-    pycls.main(['--out_dir', str(tmp_path / 'out')])
-    assert 'not there: multiprocessing' in capsys.readouterr().out
+    assert 'not there: multiprocessing' in written(pycls)
     assert texts.load(tmp_path / 'out', 'train')[2] == list(pycls.PACKAGES[:5])
     for package in pycls.PACKAGES[3:5]:
         (tmp_path / 'lib' / package / 'a.py').unlink()
     with pytest.raises(SystemExit):
-        pycls.main(['--out_dir', str(tmp_path / 'out')])
+        written(pycls)
     assert 'has no sources of importlib, logging, multi' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('name', ['sst2', 'imdb', 'xnli', 'pycls'])
-def test_help_shows_the_command(command, name):
-    """--help of each script begins with its docstring."""
-    assert f'python data/{name}/prepare.py' in command(name, '--help')

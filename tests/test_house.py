@@ -1,7 +1,7 @@
 """The layout: the list of files, and the rule which file may import which. A new file needs a line in ROOT_FILES or ROOMS."""
 import ast
 import subprocess
-import sys
+from graphlib import TopologicalSorter
 from pathlib import PurePosixPath
 
 import pytest
@@ -23,7 +23,7 @@ FLOORS = (('quant', 'configurator', 'optim'), ('layers',), ('common',), ('reader
           TRAINERS, ('measure',), ('tools', 'results'), ('tests',))
 NEIGHBOURS = {*ROOMS, 'data', 'tools', 'results', 'tests'}
 # Stricter than the floors: the only modules that a module may import, and the only users of a room or a trainer.
-IMPORTS_ONLY = {'layers': {'quant'}}
+IMPORTS_ONLY = {'layers': {'quant'}, 'optim': set()}
 IMPORTED_ONLY_BY = {'measure': {'measure', 'bench', 'ptq', 'results', 'tests'},
                     **{trainer: {'sample', 'measure', 'results', 'tests'} for trainer in TRAINERS}}
 
@@ -37,45 +37,48 @@ def tracked():
     return [PurePosixPath(p) for p in paths if p and (ROOT / p).is_file()]
 
 
-MODULES = {'.'.join(p.with_suffix('').parts).removesuffix('.__init__'): p for p in tracked() if p.suffix == '.py'}
-
-
 def group(module):
     """readers.tokens -> readers, bench -> tools, layers -> layers."""
     top = module.split('.')[0]
     return 'tools' if top in TOOLS else top
 
 
-def imports(module):
-    """Yields (line, module) for each import of a module of the repository, wherever it is in the file."""
-    path = MODULES[module]
-    beside = '.'.join(path.parts[:-1])              # a script also finds the files of its own folder
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding='utf-8'))):
-        if isinstance(node, ast.Import):
-            names = [(alias.name,) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            where = '.'.join([*path.parts[:-node.level], *filter(None, [node.module])]) if node.level else node.module
-            names = [(f'{where}.{alias.name}', where) for alias in node.names]
-        else:
-            continue
-        for choices in names:
-            known = [m for name in choices for m in (name, f'{beside}.{name}') if m in MODULES]
-            if known:
-                yield node.lineno, known[0]
+@pytest.fixture(scope='module')
+def modules():
+    """{module: (its path, all nodes of its syntax tree)}."""
+    return {'.'.join(p.with_suffix('').parts).removesuffix('.__init__'):
+            (p, list(ast.walk(ast.parse((ROOT / p).read_text(encoding='utf-8')))))
+            for p in tracked() if p.suffix == '.py'}
 
 
-ARROWS = {module: list(imports(module)) for module in MODULES if group(module) != 'config'}
+@pytest.fixture(scope='module')
+def arrows(modules):
+    """{module: [(line, module that it imports)]} of the modules of the repository, wherever the import is in the file."""
+    def imports(path, nodes):
+        beside = '.'.join(path.parts[:-1])              # a script also finds the files of its own folder
+        for node in nodes:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [(alias.name,) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                where = '.'.join([*path.parts[:-node.level], *filter(None, [node.module])]) if node.level else node.module
+                names = [(f'{where}.{alias.name}', where) for alias in node.names]
+            for choices in names:
+                known = [m for name in choices for m in (name, f'{beside}.{name}') if m in modules]
+                if known:
+                    yield node.lineno, known[0]
+    return {module: list(imports(*parsed)) for module, parsed in modules.items() if group(module) != 'config'}
 
 
-def names_in(tree):
-    """Names that a module defines or imports, at any depth."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            yield from ((alias.asname or alias.name).split('.')[0] for alias in node.names)
+def names_in(node):
+    """Names that a node of a syntax tree defines or imports."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [(alias.asname or alias.name).split('.')[0] for alias in node.names]
+    return []
 
 
 def floor(module):
@@ -85,75 +88,57 @@ def floor(module):
 def test_the_root_and_each_room_hold_the_files_of_the_layout():
     """The root and the rooms hold exactly the files listed here. Each __init__.py holds one sentence about its room."""
     paths = [p for p in tracked() if not p.parts[0].startswith('.')]
-    found = {p.name for p in paths if len(p.parts) == 1}
-    assert found == ROOT_FILES, f'files of the root that ROOT_FILES lacks, or the other way round: {sorted(found ^ ROOT_FILES)}'
+    there = {p.name for p in paths if len(p.parts) == 1}
+    assert there == ROOT_FILES, f'files of the root that ROOT_FILES lacks, or the other way round: {sorted(there ^ ROOT_FILES)}'
     assert {p.parts[0] for p in paths if len(p.parts) > 1} == FOLDERS
     for room, names in ROOMS.items():
-        found, wanted = {'/'.join(p.parts[1:]) for p in paths if p.parts[0] == room}, {'__init__.py'}
-        wanted |= {f'{name}.py' for name in names.split()}
-        assert found == wanted, f'files of {room}/ that ROOMS lacks, or the other way round: {sorted(found ^ wanted)}'
+        there = {'/'.join(p.parts[1:]) for p in paths if p.parts[0] == room}
+        wrong = there ^ {'__init__.py', *(f'{name}.py' for name in names.split())}
+        assert not wrong, f'files of {room}/ that ROOMS lacks, or the other way round: {sorted(wrong)}'
         tree = ast.parse((ROOT / room / '__init__.py').read_text(encoding='utf-8'))
         assert len(tree.body) == 1 and ast.get_docstring(tree).count('.') == 1, f'{room}/__init__.py is not one sentence'
 
 
-@pytest.mark.parametrize('module', ARROWS)
-def test_imports_go_down(module):
-    """tools -> measure -> trainers -> pretrained, report -> readers -> common -> layers -> quant."""
-    path, own = MODULES[module], floor(module)
-    assert own is not None, f'{path} is on no floor; name its group in FLOORS'
-    for line, other in ARROWS[module]:
-        arrow = f'{path}:{line} imports {other}'
+def test_imports_go_down(arrows):
+    """tools -> measure -> trainers -> pretrained, report -> readers -> common -> layers -> quant; optim stands alone."""
+    homeless = [module for module in arrows if floor(module) is None]
+    assert not homeless, f'{homeless} are on no floor; name their groups in FLOORS'
+    for module, line, other in ((module, *arrow) for module, several in arrows.items() for arrow in several):
+        arrow = f'{module}:{line} imports {other}'
         if group(other) == group(module):
             assert group(module) in NEIGHBOURS, f'{arrow}, itself'
         else:
-            assert floor(other) is not None and floor(other) < own, (
+            assert floor(other) is not None and floor(other) < floor(module), (
                 f'{arrow}, which is not on a lower floor ({group(module)} -> {group(other)}); '
                 'move what it needs down, or let the caller hand it in')
-        assert group(other) in IMPORTS_ONLY.get(module, {group(other)}), (
-            f'{arrow}, but {module} may import only {", ".join(IMPORTS_ONLY[module])}')
+        assert group(other) in IMPORTS_ONLY.get(module, {group(other)}), f'{arrow}; see IMPORTS_ONLY'
         users = IMPORTED_ONLY_BY.get(group(other))
         assert not users or {module, group(module)} & users, (
             f'{arrow}, which only {", ".join(sorted(users))} may import; '
             + ('take the model from sample.MODELS' if other in TRAINERS else 'move what it needs to a lower floor'))
 
 
-def test_no_import_leads_back():
+def test_no_import_leads_back(arrows):
     """No module imports itself through other modules; imports inside functions count too."""
-    done = set()
-
-    def visit(module, path):
-        assert module not in path, f'{" -> ".join([*path[path.index(module):], module])} is a circle; move the common part down'
-        if module not in done:
-            for _, other in ARROWS.get(module, ()):
-                visit(other, [*path, module])
-            done.add(module)
-    for module in ARROWS:
-        visit(module, [])
+    TopologicalSorter({module: [other for _, other in several] for module, several in arrows.items()}).prepare()
 
 
-def test_optim_works_alone(tmp_path):
-    """optim.py works in a folder of its own; test_convert.py says the same of layers.py, quant.py and kernels.c."""
-    (tmp_path / 'optim.py').write_bytes((ROOT / 'optim.py').read_bytes())
-    work = 'import optim, torch; optim.RSVDAdam(torch.nn.Linear(8, 8).parameters(), rank=2)'
-    done = subprocess.run([sys.executable, '-E', '-c', work], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_names_of_other_modules_exist():
+def test_names_of_other_modules_exist(modules):
     """Each `module.name` in the source exists in that module, also in branches that no test runs."""
-    trees = {m: ast.parse((ROOT / path).read_text(encoding='utf-8')) for m, path in MODULES.items() if group(m) != 'config'}
-    defined, missing = {m: set(names_in(tree)) for m, tree in trees.items()}, []
-    for module, tree in trees.items():
-        known = {}                                  # name in this file: module of ours
-        for node in ast.walk(tree):
+    defined = {module: {name for node in nodes for name in names_in(node)} for module, (_, nodes) in modules.items()}
+    missing = []
+    for module, (_, nodes) in modules.items():
+        known, used = {}, []                        # {name in this file: module of ours}, [(line, module, name)]
+        for node in nodes:
             if isinstance(node, ast.Import):
-                known |= {a.asname or a.name: a.name for a in node.names if a.name in trees}
+                known |= {a.asname or a.name: a.name for a in node.names if a.name in modules}
             elif isinstance(node, ast.ImportFrom):
                 inside = {a.name: f'{node.module}.{a.name}' for a in node.names}
-                known |= {a.asname or a.name: inside[a.name] for a in node.names if inside[a.name] in trees}
-                missing += [f'{module}:{node.lineno} {name}' for short, name in inside.items() if node.module in trees
-                            and short not in defined[node.module] and name not in trees]
-        missing += [f'{module}:{node.lineno} {node.value.id}.{node.attr}' for node in ast.walk(tree)
-                    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known
-                    and not node.attr.startswith('__') and node.attr not in defined[known[node.value.id]]]
+                known |= {a.asname or a.name: inside[a.name] for a in node.names if inside[a.name] in modules}
+                used += [(node.lineno, node.module, short) for short, name in inside.items()
+                         if node.module in modules and name not in modules]
+        used += [(node.lineno, known[node.value.id], node.attr) for node in nodes
+                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known
+                 and not node.attr.startswith('__')]
+        missing += [f'{module}:{line} {other}.{name}' for line, other, name in used if name not in defined[other]]
     assert not missing

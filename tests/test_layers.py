@@ -18,43 +18,30 @@ from quant import binarize
 # ------------------------------------------------------------------------------------------- values and every gradient
 
 # (class, shape of x, out, options); a gated x is twice as wide as the layer
-LINEAR = [(BinaryLinear, *case) for case in [
-    ((5, 13), 6, {}), ((2, 3, 7), 9, dict(chunks=3, act='gelu')), ((4, 1), 2, dict(bias=False)), ((17,), 5, dict(act='relu')),
-    ((2, 2, 2, 33), 31, dict(act='gelu')), ((3, 8), 6, dict(chunks=3, bias=False, eps=1e-3))]]
-LINEAR += [(TernaryLinear, *case) for case in [
-    ((5, 13), 6, dict(bias=True, act='relu')), ((2, 3, 7), 9, dict(chunks=3, act='gelu')), ((4, 1), 2, {}), ((4, 2), 1, {}),
-    ((17,), 5, dict(norm=False)), ((2, 2, 33), 31, dict(act='gelu', eps=1e-3)),
-    ((3, 8), 6, dict(norm=False, act='gelu', chunks=3, bias=True)), ((5, 13), 12, dict(chunks=(6, 2, 4), bias=True)),
-    ((3, 8), 9, dict(chunks=[1, 7, 1], norm=False)), ((5, 26), 6, dict(act='relu2_glu')),
-    ((2, 3, 14), 12, dict(act='silu_glu', chunks=(6, 2, 4), bias=True)), ((34,), 5, dict(act='silu_glu', norm=False))]]
-LINEAR += [(Linear4bit, *case) for case in [
-    ((5, 13), 6, {}), ((2, 3, 7), 9, dict(act='gelu')), ((4, 1), 2, dict(bias=False)), ((17,), 5, dict(group=2, act='relu')),
-    ((3, 16), 4, dict(group=64, act='gelu', bias=False))]]
-LINEAR += [(Int8Linear, (5, 13), 6, {}), (Int8Linear, (2, 3, 7), 9, dict(act='gelu', bias=False))]
-# More rows than are taken at a time: a block of rows and a rest
-LINEAR += [(BinaryLinear, (2800, 100), 8, dict(chunks=2, act='gelu')), (Int8Linear, (2800, 100), 3, dict(act='relu')),
-           (TernaryLinear, (2800, 100), 8, dict(act='gelu', bias=True)), (TernaryLinear, (1400, 400), 4, dict(act='silu_glu'))]
+LINEAR = [
+    *((BinaryLinear, *case) for case in [
+        ((5, 13), 6, {}), ((2, 3, 7), 9, dict(chunks=3, act='gelu')), ((4, 1), 2, dict(bias=False)),
+        ((17,), 5, dict(act='relu')), ((3, 8), 6, dict(chunks=3, bias=False, eps=1e-3)),
+        ((2800, 100), 8, dict(chunks=2, act='gelu'))]),         # more rows than are taken at a time: a block and a rest
+    *((TernaryLinear, *case) for case in [
+        ((5, 13), 6, dict(bias=True, act='relu')), ((2, 3, 7), 9, dict(chunks=3, act='gelu', eps=1e-3)), ((4, 1), 2, {}),
+        ((4, 2), 1, {}), ((17,), 5, dict(norm=False)), ((3, 8), 6, dict(norm=False, act='gelu', chunks=3, bias=True)),
+        ((3, 8), 9, dict(chunks=[1, 7, 1], norm=False)), ((5, 26), 6, dict(act='relu2_glu')),
+        ((2, 3, 14), 12, dict(act='silu_glu', chunks=(6, 2, 4), bias=True)), ((34,), 5, dict(act='silu_glu', norm=False)),
+        ((2800, 100), 8, dict(act='gelu', bias=True)), ((1400, 400), 4, dict(act='silu_glu'))]),
+    (Linear4bit, (5, 13), 6, {}), (Linear4bit, (2, 3, 7), 9, dict(act='gelu')), (Linear4bit, (4, 1), 2, dict(bias=False)),
+    (Linear4bit, (17,), 5, dict(group=2, act='relu')), (Int8Linear, (5, 13), 6, {}),
+    (Int8Linear, (2, 3, 7), 9, dict(act='gelu', bias=False)), (Int8Linear, (2800, 100), 3, dict(act='relu'))]
 # The geometry of a convolution, as F.conv2d takes it
 GEOMETRY = [dict(kernel_size=3), dict(kernel_size=1), dict(kernel_size=3, stride=2, padding=1),
             dict(kernel_size=(1, 3), padding=(0, 2), dilation=(1, 2)), dict(kernel_size=(2, 4), stride=(2, 1), padding='valid'),
             dict(kernel_size=(3, 5), padding='same'), dict(kernel_size=(2, 3), padding='same'),
             dict(kernel_size=(3, 4), padding='same', dilation=(2, 3)), dict(kernel_size=2, padding='same', groups=2),
             dict(kernel_size=3, padding=1, groups=4)]
-CONVS = {'bin': BinaryConv2d, 'tern': TernaryConv2d, 'int4': Conv4bit}
-CONV = [(CONVS[kind], geometry | dict(act=(None, 'relu', 'gelu')[(i + j) % 3], bias=(i + j) % 2 == 0))
-        for i, kind in enumerate(CONVS) for j, geometry in enumerate(GEOMETRY)]
+CONV = [((BinaryConv2d, TernaryConv2d, Conv4bit)[i % 3],
+         geometry | dict(act=(None, 'relu', 'gelu')[i // 3 % 3], bias=i % 2 == 0)) for i, geometry in enumerate(GEOMETRY)]
 CONV += [(BinaryConv2d, dict(kernel_size=3, norm=norm, **options)) for norm in ('spatial', 'sample') for options in (
     {}, dict(stride=2, padding=1, bias=False, act='relu'), dict(groups=2, act='gelu', eps=1e-3))]
-
-
-def given(options):
-    """Of a convolution's options those of F.conv2d."""
-    return {n: v for n, v in options.items() if n in ('stride', 'padding', 'dilation', 'groups')}
-
-
-def images(n=2, dtype=torch.float64):
-    """Mostly positive, so that a ReLU leaves something under every kernel."""
-    return (torch.randn(n, 4, 7, 6) + 1).to(dtype)
 
 
 @pytest.mark.parametrize('cls, shape, out, options', LINEAR)
@@ -67,7 +54,9 @@ def test_linear_layer_is_its_formula(cls, shape, out, options):
 @pytest.mark.parametrize('cls, options', CONV, ids=str)
 def test_convolution_is_its_formula(cls, options):
     """The output and every gradient are those of the formula, with the padding of F.conv2d, 'same' of even kernels included."""
-    check(filled(cls(4, 8, **options)), images(), 1e-6 if cls is Conv4bit else 1e-11, given(options))
+    given = {n: v for n, v in options.items() if n in ('stride', 'padding', 'dilation', 'groups')}
+    x = (torch.randn(2, 4, 7, 6) + 1).double()      # mostly positive, so that a ReLU leaves something under every kernel
+    check(filled(cls(4, 8, **options)), x, 1e-6 if cls is Conv4bit else 1e-11, given)
 
 
 @pytest.mark.parametrize('ids, bias', [([[0, 3, 3, 10]], True), ([[1, 2], [2, 9]], False), (4, True), ([[5] * 600] * 4, True)],
@@ -77,23 +66,39 @@ def test_binary_embedding_is_its_formula(ids, bias):
     check(filled(BinaryEmbedding(11, 130, bias)), torch.tensor(ids), 1e-11)
 
 
-FORMS = {'binary': (lambda: BinaryLinear(33, 12), (7, 33)), 'ternary': (lambda: TernaryLinear(33, 12, True), (7, 33)),
-         'binary gelu': (lambda: BinaryLinear(33, 12, chunks=3, act='gelu'), (7, 33)),
-         'gated': (lambda: TernaryLinear(33, 12, True, chunks=(7, 5), act='relu2_glu'), (7, 66)),
-         'int4': (lambda: Linear4bit(33, 12), (7, 33)), 'int8': (lambda: Int8Linear(33, 12), (7, 33)),
-         'embedding': (lambda: BinaryEmbedding(11, 12), None),
-         'conv channel': (lambda: BinaryConv2d(4, 8, 3, act='relu'), (3, 4, 7, 6)),
-         'conv spatial': (lambda: BinaryConv2d(4, 8, 3, norm='spatial', act='gelu'), (3, 4, 7, 6)),
-         'conv sample': (lambda: BinaryConv2d(4, 8, 3, norm='sample', stride=2), (3, 4, 7, 6)),
-         'conv tern': (lambda: TernaryConv2d(4, 8, 3, act='relu', bias=True), (3, 4, 7, 6)),
-         'conv int4': (lambda: Conv4bit(4, 8, 2, padding=1, act='gelu'), (3, 4, 7, 6))}
+# Of each form: (layer, shape of x or None for ids, bytes when packed: codes, then bias, alpha, scales, gain)
+FORMS = {'binary': (lambda: BinaryLinear(33, 12), (7, 33), 12 * 5 + 2 + 4), 'binary gelu': (
+             lambda: BinaryLinear(33, 12, chunks=3, act='gelu'), (7, 33), 12 * 5 + 2 + 12),
+         'ternary': (lambda: TernaryLinear(33, 12, True), (7, 33), 12 * 9 + 48 + 4 + 132),
+         'gated': (lambda: TernaryLinear(33, 12, True, chunks=(7, 5), act='relu2_glu'), (7, 66), 12 * 9 + 48 + 8 + 132),
+         'int4': (lambda: Linear4bit(33, 12), (7, 33), 25 * (8 + 2) + 48),   # 396 weights: 25 groups of 8 bytes and fp16
+         'int8': (lambda: Int8Linear(33, 12), (7, 33), 396 + 48 + 48),
+         'embedding': (lambda: BinaryEmbedding(11, 12), None, 11 * 2 + 2 + 4),
+         'conv channel': (lambda: BinaryConv2d(4, 8, 3, act='relu'), (3, 4, 7, 6), 8 * 5 + 1 + 32),
+         'conv spatial': (lambda: BinaryConv2d(4, 8, 3, norm='spatial', act='gelu'), (3, 4, 7, 6), 8 * 5 + 1 + 32),
+         'conv sample': (lambda: BinaryConv2d(4, 8, 3, norm='sample', stride=2), (3, 4, 7, 6), 8 * 5 + 1 + 32),
+         'conv tern': (lambda: TernaryConv2d(4, 8, 3, act='relu', bias=True), (3, 4, 7, 6), 8 * 9 + 32 + 4),
+         'conv int4': (lambda: Conv4bit(4, 8, 2, padding=1, act='gelu'), (3, 4, 7, 6), 8 * (8 + 2) + 32)}
+PACKABLE = FORMS | {
+    'binary bare': (lambda: BinaryLinear(13, 9, False, chunks=3), (2, 3, 13), 18 + 12),
+    'conv groups': (lambda: BinaryConv2d(4, 6, (1, 3), bias=False, groups=2), (2, 4, 5, 9), 6 + 24),
+    'embedding bare': (lambda: BinaryEmbedding(11, 9, False), None, 22 + 4),
+    'ternary bare': (lambda: TernaryLinear(13, 6, norm=False, act='gelu'), (5, 13), 24 + 4),
+    'ternary gated': (lambda: TernaryLinear(13, 6, chunks=(1, 5), act='silu_glu'), (5, 26), 24 + 8 + 52),
+    'int4 wide': (lambda: Linear4bit(13, 6, False, group=32, act='gelu'), (2, 3, 13), 48 + 6),
+    'nf4': (lambda: Linear4bit(37, 11, format='nf4', scales='8bit', act='gelu'), (5, 37), 7 * (32 + 1) + 4 + 44),
+    'fit4': (lambda: Linear4bit(37, 11, format='fit4'), (5, 37), 13 * (16 + 1) + 4 + 44),
+    'conv fit4': (lambda: Conv4bit(3, 5, 3, format='fit4', dilation=2), (2, 3, 7, 9), 5 * (16 + 1) + 4 + 20),
+    'int8 row': (lambda: Int8Linear(13, 6), (13,), 78 + 24 + 24),
+    'int8 act': (lambda: Int8Linear(13, 6, activations='int8', act='gelu'), (5, 13), 78 + 24 + 24)}
 every_form = pytest.mark.parametrize('form', FORMS)
+every_packable = pytest.mark.parametrize('name', PACKABLE)
 normalized = pytest.mark.parametrize('form', ['binary', 'conv channel', 'conv spatial', 'conv sample', 'embedding'])
 
 
 def made(form, dtype=torch.float32):
-    """(layer, input) of FORMS."""
-    make, shape = FORMS[form]
+    """(layer, input) of PACKABLE; images are mostly positive, so that a ReLU leaves something under every kernel."""
+    make, shape, _ = PACKABLE[form]
     x = torch.tensor([[0, 3, 10], [3, 5, 1]]) if shape is None else (torch.randn(shape) + (len(shape) == 4)).to(dtype)
     return filled(make(), dtype), x
 
@@ -107,57 +112,45 @@ def test_lower_precision_is_near_float64(form, how):
     exact, leaves = copy.deepcopy(layer).double(), dict(layer.named_parameters(), input=x)
     with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
         v = torch.randn_like(layer(x))
-        got = gradients(layer, layer, x, v)
-        assert torch.equal(copy.deepcopy(layer).pack_()(x), got['value'])
-    want = gradients(exact, lambda x: reference(exact, x), x.double() if x.is_floating_point() else x, v.double())
+        result = gradients(layer, layer, x, v)
+        assert torch.equal(copy.deepcopy(layer).pack_()(x), result['value'])
+    expected = gradients(exact, lambda x: reference(exact, x), x.double() if x.is_floating_point() else x, v.double())
     rounds = how == 'bfloat16' or how == 'autocast' and form != 'embedding'                 # a look-up is no product
-    assert got['value'].dtype == (torch.bfloat16 if rounds else torch.float32)
-    for name in want:
-        assert name == 'value' or got[name].dtype == leaves[name].dtype, name
-        assert off(got[name], want[name], 1) < (1e-5 if how == 'float32' else 0.03), (name, off(got[name], want[name], 1))
+    assert result['value'].dtype == (torch.bfloat16 if rounds else torch.float32)
+    for name, t in result.items():
+        assert name == 'value' or t.dtype == leaves[name].dtype, name
+        assert off(t, expected[name], 1) < (1e-5 if how == 'float32' else 0.03), (name, off(t, expected[name], 1))
 
 
-@pytest.mark.parametrize('make, x', [
-    (lambda act: BinaryLinear(7, 6, act=act), (3, 7)), (lambda act: TernaryLinear(7, 6, True, act=act), (3, 7)),
-    (lambda act: Linear4bit(7, 6, act=act), (3, 7)), (lambda act: BinaryConv2d(4, 6, 3, act=act), (2, 4, 7, 6)),
-    (lambda act: TernaryConv2d(4, 6, 3, bias=True, act=act), (2, 4, 7, 6)),
-    (lambda act: Conv4bit(4, 6, 3, act=act), (2, 4, 7, 6))], ids=['bin', 'tern', 'int4', 'conv bin', 'conv tern', 'conv int4'])
-def test_only_what_needs_a_gradient_gets_one(make, x):
+@every_form
+def test_only_what_needs_a_gradient_gets_one(form):
     """With any of x, weight, bias, alpha and gain frozen, the others get the same gradients as before."""
-    for act in (None, 'relu'):
-        layer = filled(make(act), torch.float32)
-        leaves = dict(layer.named_parameters(), input=torch.randn(x).add(1).requires_grad_())
-        loss = lambda layer=layer, leaves=leaves: layer(leaves['input']).square().sum()
-        full = dict(zip(leaves, torch.autograd.grad(loss(), leaves.values()), strict=True))
-        for chosen in range(1, 2 ** len(leaves)):
-            wanted = {n: p.requires_grad_(bool(chosen >> i & 1)) for i, (n, p) in enumerate(leaves.items())}
-            wanted = {n: p for n, p in wanted.items() if p.requires_grad}
-            got = dict(zip(wanted, torch.autograd.grad(loss(), wanted.values()), strict=True))
-            same(got, {n: full[n] for n in wanted}, 1e-5)
+    layer, x = made(form)
+    leaves = dict(layer.named_parameters()) | ({'input': x.requires_grad_()} if x.is_floating_point() else {})
+    loss = lambda: layer(x).square().sum()
+    full = dict(zip(leaves, torch.autograd.grad(loss(), leaves.values()), strict=True))
+    for chosen in range(1, 2 ** len(leaves)):
+        wanted = {n: p.requires_grad_(bool(chosen >> i & 1)) for i, (n, p) in enumerate(leaves.items())}
+        wanted = {n: p for n, p in wanted.items() if p.requires_grad}
+        result = dict(zip(wanted, torch.autograd.grad(loss(), wanted.values()), strict=True))
+        same(result, {n: full[n] for n in wanted}, 1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- equivalences
 
 
-def plus_minus(p):
-    return torch.where(p > p.mean(), 1.0, -1.0).to(p)
-
-
-@pytest.mark.parametrize('form, equal', [('linear', True), ('conv channel', True), ('conv channel groups', False),
-                                         ('conv spatial', False), ('conv sample', False)])
-def test_zero_one_and_plus_minus_one_are_the_same_network(form, equal):
+@pytest.mark.parametrize('norm, groups, equal', [('channel', 1, True), ('channel', 2, False), ('spatial', 1, False),
+                                                 ('sample', 1, False)])
+def test_zero_one_and_plus_minus_one_are_the_same_network(norm, groups, equal):
     """{0,1} weights compute what {-1,+1} weights do with twice the eps, where all outputs of a pixel share a mean."""
-    if form == 'linear':
-        layer, x = filled(BinaryLinear(13, 6, eps=1e-2)), torch.randn(5, 13).double()
-        z = F.linear(x, plus_minus(layer.weight), plus_minus(layer.bias))
-        want = normalize(z, layer.alpha, -1, 2e-2)
-        assert off(layer(x), normalize(z, layer.alpha, -1, 1e-2)) > 1e-4
-    else:
-        norm, groups = form.split()[1], 2 if 'groups' in form else 1
-        layer, x = filled(BinaryConv2d(4, 6, 3, padding=1, norm=norm, groups=groups)), torch.rand(2, 4, 8, 7).double()
-        z = F.conv2d(x, plus_minus(layer.weight), plus_minus(layer.bias), padding=1, groups=groups)
-        want = normalize(z, layer.alpha.view(-1, 1, 1), {'channel': 1, 'spatial': (2, 3), 'sample': (1, 2, 3)}[norm], 2e-5)
-    assert off(layer(x), want) < 1e-13 if equal else off(layer(x), want) > 0.1
+    plus_minus = lambda p: torch.where(p > p.mean(), 1.0, -1.0).to(p)
+    layer, x = filled(BinaryConv2d(4, 6, 3, padding=1, norm=norm, groups=groups)), torch.rand(2, 4, 8, 7).double()
+    z = F.conv2d(x, plus_minus(layer.weight), plus_minus(layer.bias), padding=1, groups=groups)
+    expected = normalize(z, layer.alpha.view(-1, 1, 1), {'channel': 1, 'spatial': (2, 3), 'sample': (1, 2, 3)}[norm], 2e-5)
+    assert off(layer(x), expected) < 1e-13 if equal else off(layer(x), expected) > 0.1
+    layer, x = filled(BinaryLinear(13, 6, eps=1e-2)), torch.randn(5, 13).double()
+    z = F.linear(x, plus_minus(layer.weight), plus_minus(layer.bias))
+    assert off(layer(x), normalize(z, layer.alpha, -1, 2e-2)) < 1e-13
 
 
 @pytest.mark.parametrize('cls, rows, options', [(BinaryLinear, (4, 4, 4), {}), (TernaryLinear, (4, 4, 4), dict(act='silu_glu')),
@@ -183,22 +176,19 @@ def test_chunks_are_so_many_layers(cls, rows, options):
         assert torch.equal(three(x), fused(x))
 
 
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('chunks', [1, 3])
+@pytest.mark.parametrize('chunks, bias', [(1, True), (3, False)])
 def test_ternary_product_in_int8_equals_the_float_product(monkeypatch, chunks, bias):
     """The int8 product and the fp32 one give the same fp32 outputs to the bit, also for sums as large as 127 * in."""
     layer = filled(TernaryLinear(1031, 6, bias, chunks=chunks), torch.float32)
     with torch.no_grad():
         layer.weight[0] = layer.weight.abs().max()                         # all +1; with x = 1 the largest sum there is
         layer.gain.fill_(1)
-    x = torch.cat([torch.ones(1, 1031), torch.randn(4, 1031)])
-    ys = []
+    x, ys = torch.cat([torch.ones(1, 1031), torch.randn(4, 1031)]), []
     for fast in (True, False):
         monkeypatch.setattr(layers, 'has_fast_int8', lambda device, fast=fast: fast)
         ys.append((layer(x), layer.double()(x.double()), layer.float()(x.bfloat16()).float()))
-    assert torch.equal(ys[0][0], ys[1][0])
+    assert torch.equal(ys[0][0], ys[1][0]) and off(ys[0][2], ys[1][2]) < 0.01
     assert_close(ys[0][1], ys[1][1], rtol=1e-12, atol=1e-12)
-    assert off(ys[0][2], ys[1][2]) < 0.01
 
 
 def test_ternary_product_does_not_overflow_in_fp16(monkeypatch):
@@ -268,18 +258,17 @@ def test_degenerate_tensors_give_finite_values_and_gradients(form, dtype):
             assert t.isfinite().all(), name
 
 
-@pytest.mark.parametrize('kind', CONVS)
-@pytest.mark.parametrize('make, shape', [(linear, (4,)), (conv2d, (4, 7, 6))], ids=['linear', 'conv2d'])
-def test_an_empty_batch_gives_zero_gradients(kind, make, shape):
+@every_form
+def test_an_empty_batch_gives_zero_gradients(form):
     """A batch of 0 passes, and its gradients are zeros."""
-    layer, x = filled(make(kind, 4, 8, 3, bias=True, act='relu') if make is conv2d else make(kind, 4, 8, act='relu'),
-                      torch.float32), torch.zeros(0, *shape)
-    got = gradients(layer, layer, x, layer(x).detach())
-    assert len(got['value']) == 0 and got['input'].shape == x.shape and not any(t.any() for t in got.values())
+    layer, x = made(form)
+    result = gradients(layer, layer, x[:0], layer(x[:0]).detach())
+    assert len(result['value']) == 0 and not any(t.any() for t in result.values())
+    assert not x.is_floating_point() or result['input'].shape == x[:0].shape
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('value', [0, 0.1, -7.3, 1000.7])
+@pytest.mark.parametrize('value', [0, 0.1, 1000.7])
 def test_gradient_of_constant_features_is_at_most_one_over_eps(dtype, value):
     """(z - mean) / (std + eps) has slopes of at most 1 / eps, and on constant z it is 0: no blow-up where std is 0."""
     z = torch.full((5, 1, 101), value, dtype=dtype, requires_grad=True)
@@ -289,16 +278,16 @@ def test_gradient_of_constant_features_is_at_most_one_over_eps(dtype, value):
     assert torch.autograd.grad(y, z, g)[0].float().norm() < 1.01 * 0.25e5 * g.float().norm()
 
 
-@pytest.mark.parametrize('alpha', [0.0, 1e-9, -1e-9])
+@pytest.mark.parametrize('alpha', [0.0, -1e-9])
 @normalized
 def test_alpha_crosses_zero(form, alpha):
     """With alpha at 0 the output is about 0, everything is finite, and alpha still gets its full gradient."""
     layer, x = made(form)
     nn.init.constant_(layer.alpha, alpha)
     v = torch.randn_like(layer(x))
-    got, want = (gradients(layer, f, x, v) for f in (layer, lambda x: reference(layer, x)))
-    assert all(t.isfinite().all() for t in got.values()) and got['value'].abs().max() < 1e-4
-    assert want['alpha'].abs().max() > 0.1 and off(got['alpha'], want['alpha']) < 1e-5
+    result, expected = (gradients(layer, f, x, v) for f in (layer, lambda x: reference(layer, x)))
+    assert all(t.isfinite().all() for t in result.values()) and result['value'].abs().max() < 1e-4
+    assert expected['alpha'].abs().max() > 0.1 and off(result['alpha'], expected['alpha']) < 1e-5
 
 
 def test_a_bright_image_loses_nothing_in_bfloat16():
@@ -309,49 +298,53 @@ def test_a_bright_image_loses_nothing_in_bfloat16():
     assert off(layer(x), want) < 0.01 < 0.05 < off(normalize(z.double(), layer.alpha.double().view(-1, 1, 1), 1), want)
 
 
-@pytest.mark.parametrize('kind, options', [('bin', dict(norm='channel')), ('bin', dict(norm='spatial', act='relu')),
-                                           ('bin', dict(norm='sample')), ('tern', {}), ('int4', {})], ids=str)
-def test_channels_last_changes_no_value(kind, options):
+@pytest.mark.parametrize('form', [name for name in FORMS if name.startswith('conv')])
+def test_channels_last_changes_no_value(form):
     """Values and gradients are those of a contiguous input. Normalized over the channels, outputs are channels_last always."""
-    layer, x = filled(conv2d(kind, 4, 8, 3, padding=1, **options), torch.float32), images(dtype=torch.float32)
+    layer, x = made(form)
     v = torch.randn_like(layer(x))
-    got = gradients(layer, layer, x.contiguous(memory_format=torch.channels_last), v)
-    want = gradients(layer, layer, x, v)
-    same(got, want, 1e-5)
-    if options.get('norm') == 'channel':            # so a chain of such layers copies nothing
-        for t in (got['value'], want['value'], got['input']):
+    result, expected = (gradients(layer, layer, t, v) for t in (x.contiguous(memory_format=torch.channels_last), x))
+    same(result, expected, 1e-5)
+    if form == 'conv channel':                      # so a chain of such layers copies nothing
+        for t in (result['value'], expected['value'], result['input']):
             assert t.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize('offset', [0, 1000])
-@pytest.mark.parametrize('width', [(1,), (3,), (33,), (1000,), (5, 7), (64, 3000)], ids=str)
+@pytest.mark.parametrize('width', [(1,), (33,), (5, 7), (64, 3000)], ids=str)
 def test_normalize_is_a_layer_norm(width, offset):
     """In fp32 it is F.layer_norm in float64 with eps added to the std, within 1e-6, also a thousand deviations from 0."""
     z, alpha, eps = torch.randn(6, *width) + offset, torch.randn(width[0] if len(width) == 1 else (width[0], 1)), 1e-3
     exact, dims = z.double(), tuple(range(-len(width), 0))
     std = exact.std(dims, keepdim=True, unbiased=False)
-    want = alpha * F.layer_norm(exact, width, eps=1e-30) * std / (std + eps)
-    got, rstd = layers._normalize(z, alpha, len(width), eps)
-    assert got.dtype == torch.float32
-    assert_close(got.double(), want, rtol=0, atol=1e-6 * max(1, want.abs().max().item()))
-    if math.prod(width) > 1:
+    expected = alpha * F.layer_norm(exact, width, eps=1e-30) * std / (std + eps)
+    result, rstd = layers._normalize(z, alpha, len(width), eps)
+    assert result.dtype == torch.float32
+    assert_close(result.double(), expected, rtol=0, atol=1e-6 * max(1, expected.abs().max().item()))
+    if width != (1,):
         assert_close(rstd.double(), 1 / std, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize('norm', ['channel', 'spatial', 'sample'])
-def test_large_images_are_normalized_in_blocks_by_the_same_formula(norm):
-    """More numbers than are taken at a time: value and every gradient are those of the formula."""
-    layer = filled(BinaryConv2d(4, 8, 3, padding=1, norm=norm))
-    x = torch.randn(7, 4, 60, 90).double()
-    assert layer(x).numel() > 2 ** 18
-    check(layer, x, 1e-9)
+@pytest.mark.parametrize('norm, forward, both', [('channel', 2.9, 6.2), ('spatial', 2.1, 5.5), ('sample', 2.1, 5.5)])
+def test_large_images_are_normalized_in_blocks_by_the_same_formula(norm, forward, both):
+    """More numbers than are taken at a time: value and every gradient are those of the formula, and temporaries stay below an
+    activation (peak bytes of a pass, x the output's)."""
+    layer, x = BinaryConv2d(4, 16, 3, padding=1, norm=norm), torch.randn(7, 4, 60, 90)
+    with torch.no_grad(), common.peak_meter(False) as peak:
+        y = layer(x)
+    assert y.numel() > 2 ** 18 and peak['bytes'] < forward * y.nbytes
+    with common.peak_meter(False) as peak:
+        layer(x.requires_grad_()).square().sum().backward()
+    assert peak['bytes'] < both * y.nbytes
+    check(filled(layer), x.detach().double(), 1e-9)
 
 
 # -------------------------------------------------------------------------------------------------------- saved tensors
 
 
 def test_saved_tensors_of_each_layer():
-    """Ternary: int8 codes and a number per token, x for the RMSNorm. Binary: x, y, a number per token. Int4: x. No weights."""
+    """Ternary: int8 codes and a number per token, x for the RMSNorm. Binary: x, y, a number per token. Int4: x. No weights. A
+    convolution without normalization: x, nothing without a weight gradient."""
     x = torch.randn(24, 16)
     total, tensors = saved(TernaryLinear(16, 40, True, norm=False), x)
     assert total == 24 * 16 + 24 * 4 and (torch.int8, 24 * 16) in tensors
@@ -359,108 +352,62 @@ def test_saved_tensors_of_each_layer():
         assert saved(TernaryLinear(16, 40, **options), x)[0] == 24 * 16 * (4 + 1) + 24 * 4 * 2
     assert saved(BinaryLinear(16, 40), x)[0] == 4 * (24 * 16 + 24 * 40 + 24 + 1)            # 1: alpha
     assert saved(Linear4bit(16, 40), x)[0] == 4 * 24 * 16
+    for cls in (TernaryConv2d, Conv4bit):
+        x, plain = torch.randn(2, 4, 7, 6, requires_grad=True), cls(4, 8, 3)
+        plain.weight.requires_grad_(False)
+        assert saved(cls(4, 8, 3, act='relu'), x)[0] == x.nbytes and saved(plain, x)[0] == 0
 
 
-@pytest.mark.parametrize('act', ['gelu', 'relu2_glu', 'silu_glu'])
-def test_an_activation_inside_the_layer_saves_no_tensor_of_its_own(act):
+def test_an_activation_inside_the_layer_saves_no_tensor_of_its_own():
     """Only the input of the activation is saved, and of a ternary layer the codes; outside, its output is saved too."""
     n, c = 24, 16
-    if act == 'gelu':
-        for cls in (BinaryLinear, TernaryLinear, Linear4bit):
-            outside = nn.Sequential(cls(c, 4 * c), nn.GELU(), cls(4 * c, c))
-            inside = nn.Sequential(cls(c, 4 * c), cls(4 * c, c, act='gelu'))
-            assert saved(outside, torch.randn(n, c))[0] - saved(inside, torch.randn(n, c))[0] == n * 4 * c * 4
-    else:
-        inside, x = TernaryLinear(c, 40, act=act), torch.randn(n, 2 * c)
+    for cls in (BinaryLinear, TernaryLinear, Linear4bit):
+        outside = nn.Sequential(cls(c, 4 * c), nn.GELU(), cls(4 * c, c))
+        inside = nn.Sequential(cls(c, 4 * c), cls(4 * c, c, act='gelu'))
+        assert saved(outside, torch.randn(n, c))[0] - saved(inside, torch.randn(n, c))[0] == n * 4 * c * 4
+    for act in ('relu2_glu', 'silu_glu'):
+        inside, x = TernaryLinear(c, 40, act=act), torch.randn(n, 2 * c, requires_grad=True)
         assert saved(inside, x)[0] == n * 2 * c * 4 + n * c + n * 4 * 2
-        outside = saved(nn.Sequential(Activation(act), TernaryLinear(c, 40)), x.requires_grad_())[0]
-        assert outside >= saved(inside, x)[0] + n * c * 4
+        outside = nn.Sequential(Activation(act), TernaryLinear(c, 40))
+        assert saved(outside, x)[0] >= saved(inside, x)[0] + n * c * 4
 
 
 def test_a_chain_of_binary_convolutions_saves_one_activation_a_layer():
     """Convolution, BatchNorm and in-place ReLU save two. Outside of the layers an F.threshold saves one more."""
-    class Thresholds(nn.Sequential):
-        def forward(self, x):
-            for layer in self:
-                x = F.threshold(layer(x), 0, 0)
-            return x
     n, pixels, depth = 2, 7 * 6, 4
     x, full = torch.randn(n, 8, 7, 6), n * 8 * pixels * 4                   # bytes of one activation
     binary = nn.Sequential(*(BinaryConv2d(8, 8, 3, padding=1, act='relu') for _ in range(depth)))
-    found = saved(binary, x)[0]
-    assert found == full * (depth + 1) + depth * (n * pixels + 8) * 4       # 1 / std of each pixel; alphas kept away from 0
+    inside = saved(binary, x)[0]
+    assert inside == full * (depth + 1) + depth * (n * pixels + 8) * 4      # 1 / std of each pixel; alphas kept away from 0
     real = nn.Sequential(*(m for _ in range(depth) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8),
                                                             nn.ReLU(inplace=True))))
     assert full * (2 * depth + 1) <= saved(real, x)[0] < full * (2 * depth + 1.5)
-    outside = Thresholds(*(BinaryConv2d(8, 8, 3, padding=1) for _ in range(depth)))
-    assert saved(outside, x)[0] - found == 3 * full
-
-
-@pytest.mark.parametrize('cls', [TernaryConv2d, Conv4bit])
-def test_other_convolutions_save_their_input_alone(cls):
-    """No rounded weight or input is saved, and without a weight gradient nothing."""
-    x = images(dtype=torch.float32).requires_grad_()
-    assert saved(cls(4, 8, 3, act='relu'), x)[0] == x.nbytes
-    plain = cls(4, 8, 3)
-    plain.weight.requires_grad_(False)
-    assert saved(plain, x)[0] == 0
+    outside = nn.Sequential(*(m for _ in range(depth) for m in (BinaryConv2d(8, 8, 3, padding=1), nn.Threshold(0, 0))))
+    assert saved(outside, x)[0] - inside == 3 * full
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
-
-X, IMAGES = (5, 13), (2, 3, 7, 9)
-PACKABLE = {'binary': (lambda: BinaryLinear(13, 6), X, 12 + 1 + 4),         # rows of ceil(13/8) bytes, bias bits, alpha
-            'binary chunks': (lambda: BinaryLinear(13, 9, False, chunks=3), X, 18 + 12),
-            'binary act': (lambda: BinaryLinear(13, 9, chunks=3, act='gelu'), X, 18 + 2 + 12),
-            'conv': (lambda: BinaryConv2d(3, 5, 3, 2, 1), IMAGES, 5 * 4 + 1 + 20),
-            'conv sample': (lambda: BinaryConv2d(4, 6, (1, 3), bias=False, norm='sample'), (2, 4, 5, 9), 6 * 2 + 24),
-            'conv groups': (lambda: BinaryConv2d(4, 6, 3, groups=2), (2, 4, 5, 9), 6 * 3 + 1 + 24),
-            'conv spatial': (lambda: BinaryConv2d(3, 5, 3, norm='spatial', act='gelu'), IMAGES, 5 * 4 + 1 + 20),
-            'embedding': (lambda: BinaryEmbedding(11, 7), None, 11 + 1 + 4),
-            'embedding bare': (lambda: BinaryEmbedding(11, 9, False), None, 22 + 4),
-            'ternary': (lambda: TernaryLinear(13, 6, True), X, 6 * 4 + 4 + 24 + 52),    # codes, scale, bias, gain
-            'ternary bare': (lambda: TernaryLinear(13, 6, norm=False, act='gelu'), X, 24 + 4),
-            'ternary rows': (lambda: TernaryLinear(13, 12, True, chunks=(6, 2, 4)), X, 12 * 4 + 12 + 48 + 52),
-            'ternary gated': (lambda: TernaryLinear(13, 6, chunks=(1, 5), act='silu_glu'), (5, 26), 24 + 8 + 52),
-            'conv tern': (lambda: TernaryConv2d(3, 5, 3, padding='same', act='relu', bias=True), IMAGES, 5 * 7 + 4 + 20),
-            'int4': (lambda: Linear4bit(13, 6), X, 40 + 10 + 24),           # 78 weights: 5 groups of 8 bytes and fp16
-            'int4 wide': (lambda: Linear4bit(13, 6, False, group=32, act='gelu'), (2, 3, 13), 48 + 6),
-            'nf4': (lambda: Linear4bit(37, 11, format='nf4', scales='8bit', act='gelu'), (5, 37), 7 * (32 + 1) + 4 + 44),
-            'fit4': (lambda: Linear4bit(37, 11, format='fit4'), (5, 37), 13 * (16 + 1) + 4 + 44),
-            'conv int4': (lambda: Conv4bit(3, 5, 3, act='relu'), IMAGES, 9 * (8 + 2) + 20),
-            'conv wide': (lambda: Conv4bit(3, 5, 3, group=64, bias=False, padding=(0, 1)), IMAGES, 3 * (32 + 2)),
-            'conv nf4': (lambda: Conv4bit(3, 5, 3, format='nf4', scales='8bit'), IMAGES, 3 * (32 + 1) + 4 + 20),
-            'conv fit4': (lambda: Conv4bit(3, 5, 3, format='fit4', dilation=2), IMAGES, 5 * (16 + 1) + 4 + 20),
-            'int8': (lambda: Int8Linear(13, 6), (13,), 78 + 24 + 24), 'int8 act': (
-                lambda: Int8Linear(13, 6, activations='int8', act='gelu'), X, 78 + 24 + 24)}
-every_packable = pytest.mark.parametrize('name', PACKABLE)
-
-
-def packable(name):
-    """(layer, input, bytes when packed) of PACKABLE."""
-    make, shape, n_bytes = PACKABLE[name]
-    x = torch.tensor([[0, 3, 10], [3, 5, 1]]) if shape is None else torch.randn(shape)
-    return filled(make(), torch.float32), x, n_bytes
 
 
 @every_packable
 def test_packing_changes_no_output_and_counts_every_byte(name):
     """pack_() keeps the output to the bit, in bf16 too, and the gradient of x, in the bytes that packed_bytes() foretold."""
-    layer, x, n_bytes = packable(name)
-    outputs = [layer(x)] + ([layer(x.bfloat16())] if x.is_floating_point() else [])
-    assert [y.dtype for y in outputs][1:] == [torch.bfloat16][:len(outputs) - 1]
+    (layer, x), n_bytes = made(name), PACKABLE[name][2]
+    leaves = [x, x.bfloat16()] if x.is_floating_point() else [x]
+    outputs = [layer(leaf) for leaf in leaves]
     if x.is_floating_point():
-        assert off(outputs[1], outputs[0]) < 0.03
-        want = torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x)[0]
+        assert outputs[1].dtype == torch.bfloat16 and off(outputs[1], outputs[0]) < 0.03
+        gradient = lambda: gradients(layer, layer, x, outputs[0].detach())['input']
+        expected = gradient()
     assert layer.packed_bytes() == n_bytes
     assert layer.pack_() is layer and layer.pack_().packed                  # twice is once
-    if x.is_floating_point():
-        assert_close(torch.autograd.grad(layer(x).square().sum(), x)[0], want, rtol=1e-5, atol=1e-5)
-    for leaf, y in zip((x.detach(), x.detach().bfloat16()) if x.is_floating_point() else (x,), outputs, strict=True):
+    for leaf, y in zip(leaves, outputs, strict=True):
         if name == 'int8 act':                                              # may be an int8 product now
             assert off(layer(leaf), y) < (1e-6 if y.dtype == torch.float32 else 0.01)
         else:
             assert torch.equal(layer(leaf), y)
+    if x.is_floating_point():
+        assert_close(gradient(), expected, rtol=1e-5, atol=1e-5)
     assert layer.packed_bytes() == n_bytes == sum(t.nbytes for t in layer.state_dict().values())
     assert not any(p.requires_grad for p in layer.parameters()) and layer.weight is None
 
@@ -468,7 +415,7 @@ def test_packing_changes_no_output_and_counts_every_byte(name):
 @every_packable
 def test_unpacked_and_copied_layers_are_the_same_function(name):
     """unpack_(), state_dict and deepcopy, latent and packed, give the same outputs; unpacked it trains and packs again."""
-    layer, x, _ = packable(name)
+    layer, x = made(name)
     y, names = layer(x), sorted(n for n, _ in layer.named_parameters())
     for packed in (False, True):
         fresh = PACKABLE[name][0]()
@@ -487,10 +434,10 @@ def test_unpacked_and_copied_layers_are_the_same_function(name):
     assert weight is None or torch.allclose(layer.effective_weight(), weight, rtol=1e-6, atol=0)
 
 
-@every_packable
-def test_numbers_that_are_not_finite_are_refused(name):
+@every_form
+def test_numbers_that_are_not_finite_are_refused(form):
     """inf or nan in any parameter: pack_() raises ValueError with the class in it and leaves the layer as it was."""
-    whole, x, _ = packable(name)
+    whole, x = made(form)
     for parameter in dict(whole.named_parameters()):
         for bad in (math.inf, -math.inf, math.nan):
             layer = copy.deepcopy(whole)
@@ -506,64 +453,14 @@ def test_numbers_that_are_not_finite_are_refused(name):
 @pytest.mark.parametrize('cls, size', [(Linear4bit, (4, 4)), (Conv4bit, (2, 2, 3))])
 def test_4_bit_refuses_weights_beyond_fp16(cls, size):
     """A weight above 65504 has no fp16 scale: pack_() raises ValueError. fp32 scales have one."""
-    for scales in ('fp16', 'fp32'):
-        layer = cls(*size, scales=scales)
-        nn.init.constant_(layer.weight, 1e5)
-        if scales == 'fp32':
-            assert layer.pack_().packed
-        else:
-            with pytest.raises(ValueError, match=f'^{cls.__name__}: .*65504'):
-                layer.pack_()
-            assert not layer.packed and layer.weight is not None
+    layer, wide = cls(*size), cls(*size, scales='fp32')
+    nn.init.constant_(layer.weight, 1e5), nn.init.constant_(wide.weight, 1e5)
+    with pytest.raises(ValueError, match=f'^{cls.__name__}: .*65504'):
+        layer.pack_()
+    assert not layer.packed and layer.weight is not None and wide.pack_().packed
 
 
 # --------------------------------------------------------------------------------------------- frozen, low rank, LoRA
-
-
-@pytest.mark.parametrize('kind, options, n, out', [('int4', {}, 1024, 1100), ('nf4', dict(scales='8bit'), 1023, 1101),
-                                                   ('int8', {}, 1024, 1100), ('half', {}, 1024, 1100)], ids=str)
-def test_a_large_frozen_layer_is_the_product_with_its_weight(kind, options, n, out):
-    """A weight that is encoded in parts and decoded in blocks has the codes of the whole, the same output and gradients."""
-    full, x, v = nn.Linear(n, out), torch.randn(6, n).requires_grad_(), torch.randn(6, out)
-    layer = layers.as_kind(copy.deepcopy(full), kind, options, True)
-    weight = layer.weight.float() if kind == 'half' else layer.effective_weight()
-    want = {'int8': lambda w: (w / w.abs().amax(1, keepdim=True) * 127).round() * w.abs().amax(1, keepdim=True) / 127,
-            'half': lambda w: w.half().float()}.get(kind, lambda w: Linear4bit(n, out, **layers.FORMATS[kind].options,
-                                                                              **options).rounded(w))(full.weight.detach())
-    assert off(weight, want) < 1e-4                 # but for a few ties
-    bias = layer.bias.float().detach().requires_grad_()
-    exact = F.linear(x, weight, bias)
-    got, wanted = [x], [x]
-    if kind != 'half':                              # whose bias is fp16
-        got, wanted = [x, layer.bias.requires_grad_()], [x, bias]
-    y = layer(x)
-    assert_close(y, exact, rtol=1e-4, atol=1e-4)
-    for g, w in zip(torch.autograd.grad(y, got, v), torch.autograd.grad(exact, wanted, v), strict=True):
-        assert_close(g, w, rtol=1e-4, atol=1e-4)
-    assert saved(layer.requires_grad_(False), x)[0] == 0
-
-
-@pytest.mark.parametrize('base', ['nf4', 'tern', 'half', 'fp'])
-def test_lora_is_its_formula_and_merges(base):
-    """y = base(x) + alpha / r B A x, behind the RMSNorm of a ternary base; only x, A and B get gradients; merge() adds it."""
-    model = nn.Sequential(linear('tern', 14, 9, True) if base == 'tern' else nn.Linear(14, 9))
-    below = {} if base in ('fp', 'tern') else dict(base=base)
-    layers.convert(model, {'0': ('lora', dict(rank=3, alpha=6.0, **below))}, verbose=False)
-    layer, x, v = model[0], torch.randn(5, 14).requires_grad_(), torch.randn(5, 9)
-    nn.init.normal_(layer.lora_B)
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == ['0.lora_A', '0.lora_B']
-    a = x
-    if base == 'tern':
-        nn.init.uniform_(layer.base.gain, 0.5, 1.5)
-        a = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.base.gain
-    y, want = layer(x), layer.base(x) + 2 * a @ layer.lora_A.T @ layer.lora_B.T
-    grads = (torch.autograd.grad(t, [x, layer.lora_A, layer.lora_B], v) for t in (y, want))
-    for g, w in zip((y, *next(grads)), (want, *next(grads)), strict=True):
-        assert_close(g, w, rtol=1e-5, atol=1e-4)
-    new, damage = layer.merge(x.detach())
-    difference = (new(x) - want).abs()
-    assert off(new(x), want) < (0.02 if base == 'tern' else 1e-5)           # its input is not rounded then
-    assert list(damage.values()) == pytest.approx([difference.max().item(), difference.mean().item()], abs=1e-5)
 
 
 @pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-12), (torch.bfloat16, 0.03)])
@@ -581,25 +478,22 @@ def factors(layer):
     return (layer.A * layer.c @ layer.B).detach()
 
 
-@pytest.mark.parametrize('shape', [(24, 40), (40, 24), (16, 16)])
+@pytest.mark.parametrize('shape', [(24, 40), (40, 24)])
 def test_low_rank_is_near_the_best_of_its_rank(shape):
     """from_linear: at full rank the weight itself, at rank r within 5 % of the error of the exact SVD, bias copied."""
     full = nn.Linear(*shape)
-    assert_close(factors(LowRankLinear.from_linear(full, rank=min(shape))), full.weight.detach(), rtol=0, atol=1e-5)
     s = torch.linalg.svdvals(full.weight.detach())
-    for rank in (1, 5, 12):
+    for rank in (1, 5, 12, 24):
         layer = LowRankLinear.from_linear(full, rank=rank)
-        assert (factors(layer) - full.weight).norm() <= s[rank:].square().sum().sqrt() * 1.05
+        assert (factors(layer) - full.weight).norm() <= s[rank:].square().sum().sqrt() * 1.05 + 1e-5
         assert layer.A.shape == (shape[1], rank) and layer.B.shape == (rank, shape[0]) and torch.equal(layer.bias, full.bias)
 
 
-@pytest.mark.parametrize('shrink', [False, True])
-@pytest.mark.parametrize('rank', [1, 4, 6])
+@pytest.mark.parametrize('rank, shrink', [(1, True), (4, False), (4, True), (6, False)])
 def test_truncation_is_the_svd_of_the_product(rank, shrink):
     """truncate(k) gives the best rank-k approximation of A diag(c) B, returns its share of the squares, and still trains."""
     layer = LowRankLinear(10, 9, rank=6)
     nn.init.normal_(layer.c)
-    layer(torch.randn(2, 10)).sum().backward()
     U, s, Vh = torch.linalg.svd(factors(layer))
     share = layer.truncate(rank, shrink=True) if shrink else layer.truncate(rank)
     assert_close(factors(layer), U[:, :rank] * s[:rank] @ Vh[:rank], rtol=0, atol=1e-5)
@@ -607,42 +501,26 @@ def test_truncation_is_the_svd_of_the_product(rank, shrink):
     left = rank if shrink else 6
     assert layer.rank == left and [*layer.A.shape, *layer.c.shape, *layer.B.shape] == [9, left, left, left, 10]
     assert not layer.c[rank:].any() and not layer.A[:, rank:].any() and not layer.B[rank:].any()
-    layer.zero_grad()
     layer(torch.randn(2, 10)).sum().backward()
     assert all(p.grad.shape == p.shape for p in layer.parameters())
 
 
-@pytest.mark.parametrize('norm, forward, both', [('channel', 2.9, 6.2), ('spatial', 2.1, 5.5), ('sample', 2.1, 5.5)])
-def test_normalization_works_on_blocks_of_rows(norm, forward, both):
-    """Temporaries of a large binary convolution stay below an activation: peak bytes of a pass, x the output's."""
-    layer, x = BinaryConv2d(4, 16, 3, padding=1, norm=norm), torch.randn(7, 4, 60, 90)
-    with torch.no_grad(), common.peak_meter(False) as found:
-        y = layer(x)
-    assert found['bytes'] < forward * y.nbytes
-    with common.peak_meter(False) as found:
-        layer(x.requires_grad_()).square().sum().backward()
-    assert found['bytes'] < both * y.nbytes
-
-
-@pytest.mark.parametrize('make, says', [
-    *((lambda cls=cls, act=act: cls(8, 6, act=act), f"act='{act}'") for act in ('tanh', 'relu2') for cls in (
-        BinaryLinear, TernaryLinear, Linear4bit, Int8Linear)),
-    *((lambda cls=cls, act=act: cls(8, 6, 3, act=act), f"act='{act}'") for act in ('relu2_glu', 'silu_glu') for cls in (
-        BinaryLinear, Linear4bit, Int8Linear, BinaryConv2d, TernaryConv2d, Conv4bit)),      # 3: kernel_size, or a bias
-    *((lambda cls=cls, option=option: cls(4, 8, 3, **option), f'{cls.__name__}: .*{says}') for cls in CONVS.values() for
-      option, says in ((dict(act='tanh'), "act='tanh'"), (dict(groups=3), 'groups=3'), (dict(groups=0), 'groups=0'),
-                       (dict(groups=-1), 'groups=-1'), (dict(padding='full'), "padding='full'"),
-                       (dict(padding='same', stride=2), r'\(2, 2\)'), (dict(padding='same', stride=(1, 2)), r'\(1, 2\)'))),
-    *((lambda alpha=alpha: BinaryLinear(8, 6, alpha=alpha), 'alpha') for alpha in (0, -1.0, math.nan)),
+@pytest.mark.parametrize('make, message', [
+    *((lambda cls=cls: cls(8, 6, act='tanh'), "act='tanh'") for cls in (BinaryLinear, TernaryLinear, Linear4bit, Int8Linear)),
+    *((lambda cls=cls: cls(8, 6, 3, act='silu_glu'), "act='silu_glu'") for cls in (      # 3: kernel_size, or a bias
+        BinaryLinear, Linear4bit, Int8Linear, BinaryConv2d, TernaryConv2d, Conv4bit)),
+    *((lambda option=option: TernaryConv2d(4, 8, 3, **option), f'TernaryConv2d: .*{message}') for option, message in (
+        (dict(act='tanh'), "act='tanh'"), (dict(groups=3), 'groups=3'), (dict(groups=0), 'groups=0'),
+        (dict(padding='full'), "padding='full'"), (dict(padding='same', stride=(1, 2)), r'\(1, 2\)'))),
+    (lambda: BinaryConv2d(6, 4, 3, groups=3), 'groups=3'), (lambda: BinaryConv2d(4, 6, 3, norm='batch'), "norm='batch'"),
+    *((lambda alpha=alpha: BinaryLinear(8, 6, alpha=alpha), 'alpha') for alpha in (0, math.nan)),
     (lambda: BinaryConv2d(4, 6, 3, alpha=0), 'alpha'), (lambda: BinaryEmbedding(4, 6, alpha=0), 'alpha'),
-    (lambda: BinaryConv2d(4, 6, 3, norm='batch'), "norm='batch'"), (lambda: BinaryConv2d(6, 4, 3, groups=3), 'groups=3'),
-    (lambda: BinaryLinear(8, 7, chunks=3), 'chunks=3'), (lambda: TernaryLinear(8, 7, chunks=3), 'chunks=3'),
-    *((lambda chunks=chunks: TernaryLinear(8, 6, chunks=chunks), 'chunks=') for chunks in (
-        (3, 2), (6, 0), (7, -1), (), (3, 3, 3), [5])),
-    *((lambda cls=cls, option=option: cls(4, 6, 3, **option), says) for cls in (Linear4bit, Conv4bit) for option, says in (
+    (lambda: BinaryLinear(8, 7, chunks=3), 'chunks=3'), *((
+        lambda chunks=chunks: TernaryLinear(8, 7, chunks=chunks), 'chunks=') for chunks in (3, (3, 2), (7, 0), (8, -1), ())),
+    *((lambda option=option: Linear4bit(4, 6, **option), message) for option, message in (
         (dict(format='nf3'), "format='nf3'"), (dict(group=5), 'group=5'), (dict(group=-2), 'group=-2'),
-        (dict(scales='fp8'), "scales='fp8'"), (dict(format='nf4', scales='log8'), "scales='log8'"),
-        (dict(format='fit4', scales='fp16'), "scales='fp16'"))),
+        (dict(scales='fp8'), "scales='fp8'"), (dict(format='nf4', scales='log8'), "scales='log8'"))),
+    (lambda: Conv4bit(4, 6, 3, format='fit4', scales='fp16'), "Conv4bit: scales='fp16'"),
     (lambda: TernaryLinear(131072, 1), '131072'), (lambda: Int8Linear(131072, 1), '131072'),
     (lambda: Int8Linear(8, 6, activations='int4'), "activations='int4'"),
     (lambda: HalfLinear(8, 6, dtype=torch.float32), 'float32'), (lambda: linear('binary', 8, 6), "kind='binary'"),
@@ -652,9 +530,9 @@ def test_normalization_works_on_blocks_of_rows(norm, forward, both):
     (lambda: LowRankLinear(8, 6, rank=0), 'rank=0'), (lambda: LowRankLinear(8, 6, rank=3).truncate(4), 'rank 3 to 4'),
     (lambda: LowRankLinear(8, 6, rank=3).truncate(0), 'to 0'), (lambda: LoRALinear(nn.Linear(4, 4), rank=0), 'rank=0'),
     (lambda: LoRALinear(nn.Linear(4, 4), dropout=1.0), 'dropout=1.0'), (lambda: LoRALinear(nn.Embedding(4, 4)), 'Embedding'),
-    (lambda: LoRALinear(nn.Bilinear(4, 4, 4)), 'Bilinear'), (lambda: LoRALinear(LoRALinear(nn.Linear(4, 4))), 'LoRALinear')])
-def test_bad_arguments_are_refused_at_construction(make, says):
-    """Each argument a layer cannot honour raises ValueError with its value in it."""
-    with pytest.raises(ValueError, match=says):
+    (lambda: LoRALinear(LoRALinear(nn.Linear(4, 4))), 'LoRALinear')])
+def test_bad_arguments_are_refused_at_construction(make, message):
+    """Each argument a layer cannot honor raises ValueError with its value in it."""
+    with pytest.raises(ValueError, match=message):
         make()
     assert TernaryLinear(131071, 1).in_features == 131071

@@ -34,28 +34,22 @@ def test_language_models_of_old_files(name):
     assert (about['trainer'], about['step']) == (said['trainer'], said['step'])
 
 
-@pytest.mark.parametrize('name', LANGUAGE)
-def test_old_files_generate_the_same_text(start, name):
+def test_old_files_generate_the_same_text(in_turn):
     options = ('--prompt=def ', '--temperature=0', '--max_new_tokens=60', '--device=cpu')
-    done = start(ROOT / 'sample.py', f'--ckpt={name}', *options, cwd=OLD).wait()
-    assert done.code == 0, done.err
-    assert done.out == SAID[name]['text']
+    results = in_turn([('sample.py', OLD, (f'--ckpt={name}', *options)) for name in LANGUAGE])
+    assert [(result.code, result.out) for result in results] == [(0, SAID[name]['text']) for name in LANGUAGE], results
 
 
 @pytest.mark.parametrize('name', ['cnn_best.pt', 'cnn_packed.safetensors'])
 def test_convolutional_networks_of_old_files(name):
     """Binary, ternary, 4-bit and full-precision convolutions and linear layers: the same logits."""
-    path = str(OLD / name)
-    if name.endswith('.pt'):
-        meta = common.read_checkpoint(path, 'train_cnn')
-        tensors = meta['model']
-    else:
-        meta, tensors = common.read_packed(path)
+    path, packed = str(OLD / name), name.endswith('.safetensors')
+    meta, tensors = common.read_packed(path) if packed else (common.read_checkpoint(path, 'train_cnn'), None)
     model = train_cnn.CNN(train_cnn.CNNConfig(**meta['model_config']))
-    if name.endswith('.pt'):
-        common.load_model_state(model, tensors, path)
-    else:
+    if packed:
         common.load_packed(model, tensors)
+    else:
+        common.load_model_state(model, meta['model'], path)
     images = (torch.arange(2 * 3 * 16 * 16) * 0.37).sin().view(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images), torch.tensor(SAID[name]['logits']), rtol=1e-5, atol=1e-5)

@@ -3,7 +3,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from itertools import combinations
@@ -13,9 +12,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 import plot
+from conftest import ROOT
 from report import figure, plot_cls, plot_ptq, plot_runs
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MIB = 2 ** 20
 
 
@@ -75,8 +74,8 @@ def screen(run, age=0):
     return dict(re.match(r'(\S+(?: \S+)*)\s{2,}(.*)', line).groups() for line in lines)
 
 
-def texts(found):
-    return [text.get_text() for text in found]
+def texts(shown):
+    return [text.get_text() for text in shown]
 
 
 def legend(fig):
@@ -86,6 +85,23 @@ def legend(fig):
 def curves(ax):
     """{label: its points} of the lines of a panel."""
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines}
+
+
+UNITS = r'nats|percent|MiB|MB|milliseconds|share|rows|times|tokens|steps|bits|rank|scale|block|projection'
+
+
+def check_layout(fig):
+    """Legends are beside the axes, panels and texts do not cover each other, all is on the paper; each axis has its unit."""
+    fig.draw_without_rendering()
+    outer = [thing.get_tightbbox() for thing in (*fig.axes, *fig.legends, *fig.texts)]
+    assert all(min(*box.min, *(fig.bbox.max - box.max)) >= 0 for box in outer)
+    for ax in fig.axes:
+        key, labels = ax.get_legend(), [label for label in (ax.get_xlabel(), ax.get_ylabel()) if label]
+        assert key is None or not key.get_tightbbox().overlaps(ax.bbox.padded(-1))
+        assert labels and all(re.search(UNITS, label) for label in labels)
+    notes = [(ax, text.get_bbox_patch().get_window_extent()) for ax in fig.axes for text in ax.texts if text.get_bbox_patch()]
+    assert all(min(*(box.min - ax.bbox.min), *(ax.bbox.max - box.max)) > -2 for ax, box in notes)
+    assert not [(a, b) for boxes in (outer, [box for _, box in notes]) for a, b in combinations(boxes, 2) if a.overlaps(b)]
 
 
 def bands(ax, at):
@@ -112,60 +128,53 @@ def test_status_figures_by_hand(tmp_path, typed):
         assert f' {text}' in out and code == 0
 
 
-@pytest.mark.parametrize('age, last, state', [
-    (90, 40, 'running, last record 1 min 30 s ago'), (600, 40, 'no new record for 10 min'),
-    (90_000, 100, 'finished, last record 1 d 01 h ago')])
-def test_status_reports_a_run_without_new_records(tmp_path, typed, age, last, state):
+def test_status_reports_a_run_without_new_records(tmp_path, typed):
     """Records 10 steps of 2 s apart are late after five times 20 s: not at 90 s, but at 10 minutes; never at max_iters."""
-    found = screen(make_run(tmp_path / 'a', records(last)), age)
-    assert found['state'].startswith(state) and ('time left' in found) == (last < 100)
-    assert last < 100 or typed('status a --watch --interval=60')[0] == 0    # ends at once
+    going, done = make_run(tmp_path / 'a', records(40)), make_run(tmp_path / 'b', records(100))
+    for run, age, state in ((going, 90, 'running, last record 1 min 30 s ago'), (going, 600, 'no new record for 10 min'),
+                            (done, 90_000, 'finished, last record 1 d 01 h ago')):
+        result = screen(run, age)
+        assert result['state'].startswith(state) and ('time left' in result) == (run is going)
+    assert typed('status b --watch --interval=60')[0] == 0    # ends at once
 
 
 def test_diagnostics_do_not_disturb_status(tmp_path):
     """Their records count as steps, but loss, speed, time left and delays are those of training records."""
     log = records()
     assert screen(make_run(tmp_path / 'a', [*log[:-2], diagnosis(39), *log[-2:]]), 90)['state'].startswith('running')
-    found = screen(make_run(tmp_path / 'b', [*log, *map(diagnosis, (41, 42, 43))]))
-    assert found['step'] == '43 of 100 (43%)' and found['loss'] == '2.0244 at step 40'
-    assert found['val loss'].startswith('last 2.5244 at step 40') and found['time left'].startswith('1 min 54 s')
-    found = screen(make_run(tmp_path / 'c', [diagnosis(1)]))
-    assert found['state'].startswith('running') and 'loss' not in found and found['speed'] == 'not measured yet'
+    result = screen(make_run(tmp_path / 'b', [*log, *map(diagnosis, (41, 42, 43))]))
+    assert result['step'] == '43 of 100 (43%)' and result['loss'] == '2.0244 at step 40'
+    assert result['val loss'].startswith('last 2.5244 at step 40') and result['time left'].startswith('1 min 54 s')
+    result = screen(make_run(tmp_path / 'c', [diagnosis(1)]))
+    assert result['state'].startswith('running') and 'loss' not in result and result['speed'] == 'not measured yet'
 
 
 @pytest.mark.parametrize('end', ['finished', 'ctrl-c'])
-def test_status_watch_ends(tmp_path, end):
-    """--watch redraws until the last record arrives, or until Ctrl-C: exit status 0 and no traceback either way."""
+def test_status_watch_ends(start, tmp_path, end):
+    """--watch redraws until the last record arrives, or until Ctrl-C: exit status 0 and no traceback either way. It loads
+    neither torch nor matplotlib, so it answers at once on a busy machine."""
     run = make_run(tmp_path / 'a', records())
-    words = [os.path.join(ROOT, 'plot.py'), 'status', run, '--watch', '--interval=0.1']
-    watch = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        head = watch.stdout.readline()
-        if end == 'finished':
-            with open(run / 'log.jsonl', 'a') as f:
-                f.write('{"step": 100, "tokens": 100000, "loss": 1.5}\n')
-        else:
-            watch.send_signal(signal.SIGINT)
-        out, err = watch.communicate(timeout=100)
-    finally:
-        watch.kill()
-    assert (watch.returncode, err) == (0, '') and head.startswith('run') and ('finished' in out) == (end != 'ctrl-c')
-
-
-def test_status_loads_neither_torch_nor_matplotlib(tmp_path):
-    """So it answers at once on a busy machine."""
-    run = make_run(tmp_path / 'a', records())
-    script = f"import sys, plot; sys.argv = ['plot.py', 'status', {str(run)!r}]; plot.main(); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert 'configurator' in loaded and not {'torch', 'matplotlib', 'numpy'} & set(loaded)
+    words = ['-X', 'importtime', ROOT / 'plot.py', 'status', run, '--watch', '--interval=0.1']
+    watch = start(*words, cwd=tmp_path, real=True)
+    watch.wait_for('state ', times=2)
+    if end == 'finished':
+        with open(run / 'log.jsonl', 'a') as f:
+            f.write('{"step": 100, "tokens": 100000, "loss": 1.5}\n')
+    else:
+        watch.signal(signal.SIGINT)
+    done = watch.wait()
+    loaded = {line.split()[-1] for line in done.err.splitlines()}
+    assert done.code == 0 and done.err.count('\n') == done.err.count('import time:')
+    assert done.out.startswith('run') and ('finished' in done.out) == (end == 'finished')
+    assert 'configurator' in loaded and not {'torch', 'matplotlib', 'numpy'} & loaded
 
 
 def test_half_written_line_is_no_damage(tmp_path, typed, shown):
     """The line being written is ignored without a word; broken lines in the middle are counted and reported."""
     assert 'log.jsonl' not in screen(make_run(tmp_path / 'a', records(), tail='{"step": 50, "lo'))
     tail = '{"step": 3\n\0\0\0\n[1, 2]\n{"loss": 1.0}\n{"step": 45, "loss": 1.75}\n'
-    found = screen(make_run(tmp_path / 'b', records(), tail=tail))
-    assert found['log.jsonl'] == '4 damaged line(s) skipped' and found['loss'] == '1.7500 at step 45'
+    result = screen(make_run(tmp_path / 'b', records(), tail=tail))
+    assert result['log.jsonl'] == '4 damaged line(s) skipped' and result['loss'] == '1.7500 at step 45'
     assert '4 damaged line(s) skipped' in typed('loss b')[1]
 
 
@@ -182,18 +191,12 @@ def test_config_is_read_not_run(tmp_path):
 # ---- loss ----
 
 
-def test_smoothing_by_hand():
-    """Mean of three: fewer values at the ends; of four: one before, two after."""
+def test_smoothing_and_means_by_hand():
+    """Mean of three: fewer values at the ends; of four: one before, two after. A seed at step 20 ends the mean there."""
     for n, means in ((1, [1, 2, 3, 7]), (3, [1.5, 2, 4, 5]), (4, [2, 3.25, 4, 5])):
         assert plot_runs.smoothed([(0, 1), (1, 2), (2, 3), (3, 7)], n) == list(enumerate(means))
-
-
-def test_legend_has_final_values():
-    """The last validation loss, its bits per byte, the best one where better, and the last smoothed training loss."""
-    log = records()
-    log[-1] |= dict(val_loss=3.0, val_bpb=1.5)
-    fig, _ = plot_runs.draw_loss({'a': [log]})
-    assert legend(fig) == ['a: val 3.000 = 1.500 bits/byte, best 2.532, train 2.024']  # 2 + 1/31 + 0.5 and 2 + 1/41
+    assert figure.across_seeds([[(0, 1.0), (20, 2.0), (40, 5.0)], [(0, 3.0), (20, 4.0)], []]) == (
+        [0, 20], [2.0, 3.0], [1.0, 2.0], [3.0, 4.0])
 
 
 def test_seeds_of_a_variant_are_one_line_and_a_band(tmp_path, typed, shown):
@@ -216,12 +219,6 @@ def test_seeds_of_a_variant_are_one_line_and_a_band(tmp_path, typed, shown):
     assert sum(line.get_alpha() == 0.25 for line in fig.axes[0].lines) == 4
 
 
-def test_seeds_are_averaged_where_all_have_a_record():
-    """A seed that has come to step 20 ends the line there."""
-    assert figure.across_seeds([[(0, 1.0), (20, 2.0), (40, 5.0)], [(0, 3.0), (20, 4.0)], []]) == (
-        [0, 20], [2.0, 3.0], [1.0, 2.0], [3.0, 4.0])
-
-
 def test_a_seed_that_ends_early_is_named(tmp_path, typed, shown):
     """The mean of two seeds ends where the shorter one does, and plot.py says so; a folder typed twice is one run."""
     for name, seed, last in (('s1', 1, 40), ('s2', 2, 20)):
@@ -230,25 +227,26 @@ def test_a_seed_that_ends_early_is_named(tmp_path, typed, shown):
     assert [text.partition(':')[0] for text in legend(shown[0][0])] == ['s1 … s2 (2 seeds)']
 
 
-@pytest.mark.parametrize('other, valid, why', [
-    (dict(), True, ''), (dict(bpb_per_nat=0.7), False, 'differ in tokenizer'),
-    (dict(leave_out=['val_bpb']), False, 'not every log')])
-def test_bits_per_byte_axis_needs_one_tokenizer(other, valid, why):
-    """2 nats at half a bit per nat read 1 on the right axis; there is none with two ratios, or an unknown one."""
-    fig, what = plot_runs.draw_loss({'a': [records()], 'b': [records(**other)]})
-    right = fig.axes[0].child_axes
+@pytest.mark.parametrize('other, valid, why, x', [
+    (dict(), True, '1 nat per token = 0.5000 bits per byte', 'tokens'), (dict(leave_out=['tokens']), True, '', 'step'),
+    (dict(bpb_per_nat=0.7), False, 'differ in tokenizer', 'tokens'),
+    (dict(leave_out=['val_bpb']), False, 'not every log', 'tokens')])
+def test_axes_of_the_loss(other, valid, why, x):
+    """2 nats at half a bit per nat read 1 on the right axis; there is none with two ratios, or an unknown one. Tokens are the
+    axis when every record of a loss has them, diagnostics aside: 40 steps are 40,000 tokens. The legend has the last values."""
+    log = records()
+    log[-1] |= dict(val_loss=3.0, val_bpb=1.5)
+    without_tokens = {k: v for k, v in diagnosis(5).items() if k != 'tokens'}
+    fig, what = plot_runs.draw_loss({'a': [[*log, diagnosis(100), without_tokens]], 'b': [records(**other)]})
+    ax, right = fig.axes[0], fig.axes[0].child_axes
     assert len(right) == valid and ('no bits-per-byte axis' in what) != valid and why in what
+    assert what.startswith(f'loss against {x},') and ax.dataLim.x1 == (40_000 if x == 'tokens' else 40)
+    assert ('per token' if x == 'tokens' else '(nats)') in ax.get_ylabel()
+    assert legend(fig)[0] == 'a: val 3.000 = 1.500 bits/byte, best 2.532, train 2.024'  # 2 + 1/31 + 0.5 and 2 + 1/41
     if valid:
         fig.draw_without_rendering()
-        assert right[0].get_ylabel().startswith('bits per byte') and '1 nat per token = 0.5000 bits per byte' in what
-        assert right[0].get_ylim() == pytest.approx([0.5 * y for y in fig.axes[0].get_ylim()])
-
-
-@pytest.mark.parametrize('leave_out, x, last, unit', [((), 'tokens', 40_000, 'per token'), (['tokens'], 'step', 40, '(nats)')])
-def test_tokens_or_steps(leave_out, x, last, unit):
-    """Tokens are the axis when every record has them (40 steps are 40,000 tokens), steps otherwise."""
-    fig, what = plot_runs.draw_loss({'a': [records(leave_out=leave_out)]})
-    assert fig.axes[0].dataLim.x1 == last and what.startswith(f'loss against {x},') and unit in fig.axes[0].get_ylabel()
+        assert right[0].get_ylabel().startswith('bits per byte')
+        assert right[0].get_ylim() == pytest.approx([0.5 * y for y in ax.get_ylim()])
 
 
 @pytest.mark.parametrize('spike_at, top', [(0, 2.1), (30, 11)])
@@ -260,22 +258,15 @@ def test_first_drop_does_not_flatten_the_rest(spike_at, top):
     assert plot_runs.draw_loss({'a': [log]}, 1)[0].axes[0].get_ylim() == pytest.approx((2.005 - pad, top + pad))
 
 
-def test_diagnostics_do_not_change_the_loss_picture():
-    """Records of diagnostics have no loss, and perhaps no tokens."""
-    fig, what = plot_runs.draw_loss({'a': [records()]})
-    other = {k: v for k, v in diagnosis(5).items() if k != 'tokens'}
-    with_them, same = plot_runs.draw_loss({'a': [[*records(), diagnosis(100), other]]})
-    assert same == what and curves(with_them.axes[0]) == curves(fig.axes[0])
-
-
 # ---- diagnostics ----
 
 
-def test_diagnostics_by_hand():
+def test_diagnostics_by_hand(tmp_path, typed, shown):
     """Flips of 0.002 and 0.004 are 0.003 in the mean, 1 and 2 dead rows 3; scales of 1 and 4 times their start are 2 times
     it, in a band from 1 to 4. down has half of the flips, no dead row, an eighth of the scales."""
     log = [*records(), diagnosis(100), diagnosis(200, flips=(0.01, 0.03), dead=(0, 5), ratios=(2.0, 8.0))]
-    fig, what = plot_runs.draw_diagnostics({'a': [log]})
+    make_run(tmp_path / 'a', log)
+    what, fig = typed('diagnostics a')[1], shown[0][0]
     at = [100_000, 200_000]
     shares, flips, dead, scale = map(curves, fig.axes)
     assert shares == {'−1': (at, pytest.approx([0.29, 0.28])), '0': (at, [0.4, 0.4]), '+1': (at, pytest.approx([0.31, 0.32]))}
@@ -284,7 +275,8 @@ def test_diagnostics_by_hand():
     assert scale == {'q': (at, pytest.approx([2, 4])), 'down': (at, pytest.approx([0.25, 0.5]))}
     assert bands(fig.axes[3], at) == [1, 4, 2, 8, 0.125, 0.5, 0.25, 1]
     assert legend(fig) == ['q', 'down'] and texts(fig.axes[0].get_legend().get_texts()) == ['−1', '0', '+1']
-    assert fig.get_suptitle() == '4 ternary matrices of a' and what.endswith('against tokens, 4 ternary matrices of a')
+    assert fig.get_suptitle() == '4 ternary matrices of a' and what.endswith('tokens, 4 ternary matrices of a\n')
+    check_layout(fig)
 
 
 @pytest.mark.parametrize('more, heights, scale', [
@@ -303,10 +295,7 @@ def test_flips_of_zero(more, heights, scale):
         assert -1e-6 < low < 0 and decades[0] - foot == pytest.approx(decades[2] - decades[1], rel=0.2)
     else:
         assert 0 < low < 0.0015
-
-
-def test_nothing_flips_or_dies():
-    """All flips and dead rows 0: lines at 0, in whole rows. A matrix of zeros has scale 0, not an error."""
+    # All flips and dead rows 0: lines at 0, in whole rows. A matrix of zeros has scale 0, not an error.
     log = [diagnosis(s, flips=(0, 0), dead=(0, 0), ratios=(0.0, 4.0)) for s in (1, 2)]
     fig, _ = plot_runs.draw_diagnostics({'a': [log]})
     assert [curves(ax)['q'][1] for ax in fig.axes[1:]] == [[0, 0], [0, 0], [0, 0]]
@@ -325,16 +314,16 @@ def test_diagnostics_of_several_runs():
     assert legend(fig) == ['a', 'b'] and what.endswith('against step, 3 runs')
 
 
-@pytest.mark.parametrize('steps', [20, 64])
-def test_equal_lines_are_told_apart_in_grey(steps):
+def test_equal_lines_are_told_apart_in_grey():
     """Lines of seven kinds of matrix that are equal have markers of their own shape; with room, each in its own place."""
-    log = [diagnosis(s) for s in range(steps)]
-    for record in log:
-        record['matrices'] = {f'0.{kind}': record['matrices']['0.q'] for kind in ('q', 'k', 'v', 'o', 'gate', 'up', 'down')}
-    lines = plot_runs.draw_diagnostics({'a': [log]})[0].axes[1].lines
-    places = [set(range(steps)[line.get_markevery()[0]::line.get_markevery()[1]]) for line in lines]
-    assert len({line.get_marker() for line in lines}) == 7 and not places[0] & places[1]
-    assert steps < 64 or not any(a & b for a, b in combinations(places, 2))
+    for steps in (20, 64):
+        log = [diagnosis(s) for s in range(steps)]
+        for record in log:
+            record['matrices'] = {f'0.{kind}': record['matrices']['0.q'] for kind in ('q', 'k', 'v', 'o', 'gate', 'up', 'down')}
+        lines = plot_runs.draw_diagnostics({'a': [log]})[0].axes[1].lines
+        places = [set(range(steps)[line.get_markevery()[0]::line.get_markevery()[1]]) for line in lines]
+        assert len({line.get_marker() for line in lines}) == 7 and not places[0] & places[1]
+    assert not any(a & b for a, b in combinations(places, 2))
 
 
 def test_bars_by_hand(tmp_path, typed, shown):
@@ -347,6 +336,7 @@ def test_bars_by_hand(tmp_path, typed, shown):
     assert (one.get_title(), eight.get_title()) == ('1 tokens × 4 → 4', '8 tokens × 4 → 4')
     assert [[bar.get_width() for bar in ax.patches] for ax in (one, eight)] == [[1, 2], [8, 16]]
     assert texts(one.get_yticklabels()) == ['a', 'bb'] and one.get_xlabel() == 'milliseconds'
+    check_layout(one.figure)
 
 
 # ---- ranks, memory, optimizer, pareto ----
@@ -410,6 +400,7 @@ def test_ranks_by_hand(sweep):
     assert levels == {0.5: '-', 0.25: '--'} and texts(ax.get_xticklabels()) == ['4', '16'] and ax.get_xscale() == 'log'
     assert legend(fig) == ['full', 'lora', 'rsvd', 'evaluation', 'training'] and ax.get_title() == 'sst2, tiny'
     assert what.endswith('5 runs of sst2, tiny; mean and sd across seeds in 1 of 4 points (rsvd)')
+    check_layout(fig)
     tuned(sweep / 'full2', 'full', seed=43, eval_loss=0.5 + 2 * sd)     # a method without rank: a band of one sd to either side
     ax = draw('ranks', sweep)[0].axes[0]
     band = ax.patches[0].get_extents().transformed(ax.transData.inverted())
@@ -427,20 +418,23 @@ def test_folds_are_repeats(tmp_path):
     assert labels == ['rsvd, rank 4, seed 42, fold 0', 'rsvd, rank 4, seed 42, fold 1']
 
 
-def test_memory_by_hand(sweep):
+def test_memory_by_hand(sweep, monkeypatch):
     """The parts end to end, the peak as text. Labels of equal runs get the seed, then the fold, then the folder."""
     tuned(sweep / 'again', 'full')
-    fig, what = draw('memory', sweep)
+    monkeypatch.chdir(sweep)                        # the labels have the folder, as it was typed
+    fig, what = draw('memory', '.')
     ax = fig.axes[0]
     again, full, *labels = texts(ax.get_yticklabels())
-    assert {again, full} == {f"full, seed 42, fold -1, {sweep / name}" for name in ('again', 'full')}
+    assert {again, full} == {f"full, seed 42, fold -1, ./{name}" for name in ('again', 'full')}
     assert labels == ['lora, rank 4', 'rsvd, rank 4, seed 42', 'rsvd, rank 4, seed 43', 'rsvd, rank 16']
     assert legend(fig) == ['parameters', 'gradients', 'optimizer state', 'activations and temporaries']
     assert [(bars[-1].get_x(), bars[-1].get_width()) for bars in ax.containers] == [(0, 40), (40, 30), (70, 24), (94, 22)]
     assert texts(ax.texts) == ['100', '100', '104', '104', '104', '116'] and what.endswith('6 runs of sst2, tiny')
     breakdown = 'part,bytes\nparameters,4\nbuffers,1\ngradients,4\noptimizer,8\nrest,3\npeak,20\n'
     tuned(sweep / 'buffered', rank=64, files={'memory_breakdown.csv': breakdown})
-    assert 'buffers' in legend(draw('memory', sweep)[0])
+    fig, _ = draw('memory', '.')
+    assert 'buffers' in legend(fig)
+    check_layout(fig)
 
 
 def test_optimizer_by_hand(sweep):
@@ -451,18 +445,20 @@ def test_optimizer_by_hand(sweep):
     assert [line.get_ydata()[0] for line in ax.lines if list(line.get_xdata()) == [0, 1]] == [8, 80]
     assert ax.get_yscale() == 'log' and legend(fig) == ['full', 'lora', 'rsvd', 'AdamW, all parameters:\n80 MiB']
     tuned(sweep / 'larger', 'lora', 64, files={'optimizer_memory.csv': f'bytes,adam_bytes\n{MIB},{100 * MIB}\n'})
-    assert legend(draw('optimizer', sweep)[0])[-1].endswith('80 to 100 MiB')
+    fig, _ = draw('optimizer', sweep)
+    assert legend(fig)[-1].endswith('80 to 100 MiB')
+    check_layout(fig)
 
 
 def test_pareto_by_hand(sweep):
     """95% intervals of single runs, mean and sd of seeds; on the front no smaller run is as accurate."""
     fig, what = draw('pareto', sweep)
     ax, sd = fig.axes[0], 0.04 / 2 ** 0.5
-    found = {(bars.get_label(), *drawn(bars)[0]): (drawn(bars)[1][0], *bars.lines[2][0].get_segments()[0][:, 1])
-             for bars in ax.containers}
-    assert list(found) == [('full', 100), ('lora', 104), ('rsvd', 104), ('_', 116)]
-    assert found['lora', 104] == pytest.approx((0.9, 0.88, 0.93))
-    assert found['rsvd', 104] == pytest.approx((0.91, 0.91 - sd, 0.91 + sd))
+    points = {(bars.get_label(), *drawn(bars)[0]): (drawn(bars)[1][0], *bars.lines[2][0].get_segments()[0][:, 1])
+              for bars in ax.containers}
+    assert list(points) == [('full', 100), ('lora', 104), ('rsvd', 104), ('_', 116)]
+    assert points['lora', 104] == pytest.approx((0.9, 0.88, 0.93))
+    assert points['rsvd', 104] == pytest.approx((0.91, 0.91 - sd, 0.91 + sd))
     assert texts(ax.texts) == ['', '4', '4 (n=2)', '16'] and legend(fig)[1:] == ['full', 'lora', 'rsvd']
     assert 'n runs: mean and sd' in fig.legends[0].get_title().get_text() and '1 of 4 points (rsvd)' in what
     tuned(sweep / 'as large', 'lora', rank=16, accuracy=0.915)  # more than full at 100 MiB, less than rsvd at the same 116
@@ -472,92 +468,67 @@ def test_pareto_by_hand(sweep):
 
 # ---- ptq.py ----
 
-SCHEMES = [dict(scheme=name, file_bytes=size * 1e6, delta=delta, loss=3.8) for name, size, delta in (
-    ('fp', 24, None), ('half', 14, -1e-7), ('gptq4', 7.14, 0.0015), ('fit4', 7.14, 0.0015), ('nf4', 7.14, 0.0015),
-    ('nf4dq', 7.12, 0.0023), ('rtn4', 7.14, 0.0033), ('uniform32', 7.3, 0.003), ('rtn2', 6, 0.14))]
-PRUNED = [dict(method=method, zeros=zeros, loss=3.8 + zeros / 9, pruned_loss=3.9 + zeros / 8, retrain_iters=200)
-          for method, zeros in (('none', 0.0), ('wanda', 0.25), ('global', 0.25), ('global', 0.5))]
-CELLS = {('b.0', 'q'): 0.1, ('b.1', 'q'): 0.3, ('b.0', 'all'): 0.1, ('b.1', 'all'): 0.3, ('all', 'q'): 0.5, ('all', 'all'): 0.5}
-
 
 def test_schemes_in_one_place_are_told_apart(tmp_path, shown):
     """Schemes of one size and loss have hollow markers of their own shape, and each scheme has its name, in one panel.
 
     Many of nearly one size have a second panel. A rise below 0.0001 is drawn there, with a tick that says so."""
-    for rows in (SCHEMES, SCHEMES[:4], SCHEMES[:1]):
+    schemes = [dict(scheme=name, file_bytes=size * 1e6, delta=delta, loss=3.8) for name, size, delta in (
+        ('fp', 24, None), ('half', 14, -1e-7), ('gptq4', 7.14, 0.0015), ('fit4', 7.14, 0.0015), ('nf4', 7.14, 0.0015),
+        ('nf4dq', 7.12, 0.0023), ('rtn4', 7.14, 0.0033), ('uniform32', 7.3, 0.003), ('rtn2', 6, 0.14))]
+    for rows in (schemes, schemes[:4], schemes[:1]):
         plot_ptq.sizes(tmp_path / 'a.png', rows, 'a.pt', 'nats per token')
     fig = shown[0][0]
     assert [len(fig.axes) for fig, _ in shown] == [2, 1, 1] and '3.8000' in fig.get_suptitle()
     three = [line for line in fig.axes[1].lines if line.get_xydata().tolist() == [[7.14, 0.0015]]]
     assert len({line.get_marker() for line in three}) == 3 and {line.get_markerfacecolor() for line in three} == {'none'}
-    assert sorted(texts([*fig.axes[0].texts, *fig.axes[1].texts])) == sorted(r['scheme'] for r in SCHEMES[1:])
+    assert sorted(texts([*fig.axes[0].texts, *fig.axes[1].texts])) == sorted(r['scheme'] for r in schemes[1:])
     ticks = fig.axes[0].yaxis.get_major_formatter()
     assert ([14], [1e-4]) in curves(fig.axes[0]).values() and (ticks(1e-4, 0), ticks(0.01, 0)) == ('≤ 0.0001', '0.01')
+    check_layout(fig)
 
 
 def test_pruning_by_hand(tmp_path, shown):
     """The rise over the model without zeros, before and after retraining, if there was any. Equal points differ in shape."""
-    plot_ptq.shares(tmp_path / 'a.png', PRUNED, 'a.pt')
-    plot_ptq.shares(tmp_path / 'b.png', [r | dict(retrain_iters=0) for r in PRUNED], 'a.pt')
+    for updates in (200, 0):
+        plot_ptq.shares(tmp_path / 'a.png', [
+            dict(method=method, zeros=zeros, loss=3.8 + zeros / 9, pruned_loss=3.9 + zeros / 8, retrain_iters=updates)
+            for method, zeros in (('none', 0.0), ('wanda', 0.25), ('global', 0.25), ('global', 0.5))], 'a.pt')
     both, alone = (fig.axes for fig, _ in shown)
     assert [curves(ax)['global'] for ax in both] == [([0.25, 0.5], pytest.approx([1 / (2 * n), 1 / n])) for n in (16, 18)]
     assert len(alone) == 1 and '200' in both[1].get_title() and len({line.get_marker() for line in both[1].lines}) == 2
+    check_layout(both[0].figure)
 
 
 def test_heat_map_by_hand(tmp_path, shown):
     """A cell for each block and kind, with its number; the scale ends at the largest single cell, which sums exceed."""
-    plot_ptq.heat(tmp_path / 'a.png', ['b.0', 'b.1'], ['q'], CELLS, 'a.pt')
+    cells = {(block, kind): rise for block, rise in (('b.0', 0.1), ('b.1', 0.3), ('all', 0.5)) for kind in ('q', 'all')}
+    plot_ptq.heat(tmp_path / 'a.png', ['b.0', 'b.1'], ['q'], cells, 'a.pt')
     ax = shown[0][0].axes[0]
     assert ax.images[0].get_array().tolist() == [[0.1, 0.1], [0.3, 0.3], [0.5, 0.5]] and ax.images[0].get_clim() == (0, 0.3)
     assert texts(ax.texts) == ['+0.100'] * 2 + ['+0.300'] * 2 + ['+0.500'] * 2
     assert texts(ax.get_yticklabels()) == ['0', '1', 'all']
+    check_layout(ax.figure)
 
 
 # ---- all pictures ----
 
 
-def heap(folder):
-    """Twelve runs, three each in the very same place."""
+def test_nothing_overlaps_in_crowded_pictures(tmp_path):
+    """Nine variants with long names; twelve runs of three methods, three each in the very same place."""
     for i in range(12):
-        tuned(folder / str(i), 'abc'[i % 3], 2 ** (i // 3), accuracy=0.9 + i // 3 * 0.002, peak_bytes=(100 + i // 3) * MIB)
-    return folder
+        tuned(tmp_path / str(i), 'abc'[i % 3], 2 ** (i // 3), accuracy=0.9 + i // 3 * 0.002, peak_bytes=(100 + i // 3) * MIB)
+    codes = [[diagnosis(step) for step in range(100, 1100, 100)]]
+    losses = {f'a long name of a run, number {i}': [records(loss=i), records(loss=i + 1)] for i in range(9)}
+    for fig, _ in (plot_runs.draw_loss(losses), plot_runs.draw_diagnostics({str(i) * 30: codes for i in range(9)}),
+                   draw('pareto', tmp_path)):
+        check_layout(fig)
 
 
-LOGS = {f'a long name of a run, number {i}': [records(loss=i), records(loss=i + 1)] for i in range(9)}
-CODES = [[diagnosis(step) for step in range(100, 1100, 100)]]
-BARS = [{'bench': 'x', 'name': f'layer {i}', 'tokens': t, 'in': 4, 'out': 4, 'ms': t * i} for t in (1, 8) for i in range(20)]
-PICTURES = {
-    'loss': lambda path: plot_runs.draw_loss(LOGS), 'one run': lambda path: plot_runs.draw_diagnostics({'a': CODES}),
-    'runs': lambda path: plot_runs.draw_diagnostics({str(i) * 30: CODES for i in range(9)}),
-    'bars': lambda path: plot_runs.draw_bars(BARS, 'ms'),
-    **{name: lambda path, name=name: draw(name, heap(path)) for name in ('ranks', 'memory', 'optimizer', 'pareto')},
-    'schemes': lambda path: plot_ptq.sizes(path / 'a', SCHEMES, 'a.pt'),
-    'prune': lambda path: plot_ptq.shares(path / 'a', PRUNED, 'a'),
-    'heat': lambda path: plot_ptq.heat(path / 'a', ['b.0', 'b.1'], ['q'], CELLS, 'a.pt')}
-UNITS = r'nats|percent|MiB|MB|milliseconds|share|rows|times|tokens|steps|bits|rank|scale|block|projection'
-
-
-@pytest.mark.parametrize('name', PICTURES)
-def test_nothing_overlaps_and_axes_have_units(tmp_path, shown, name):
-    """Legends are beside the axes, panels and texts do not cover each other, all is on the paper; each axis has its unit."""
-    fig = (PICTURES[name](tmp_path) or shown[0])[0]
-    fig.draw_without_rendering()
-    outer = [thing.get_tightbbox() for thing in (*fig.axes, *fig.legends, *fig.texts)]
-    assert all(min(*box.min, *(fig.bbox.max - box.max)) >= 0 for box in outer)
-    for ax in fig.axes:
-        key, labels = ax.get_legend(), [label for label in (ax.get_xlabel(), ax.get_ylabel()) if label]
-        assert key is None or not key.get_tightbbox().overlaps(ax.bbox.padded(-1))
-        assert labels and all(re.search(UNITS, label) for label in labels)
-    notes = [(ax, text.get_bbox_patch().get_window_extent()) for ax in fig.axes for text in ax.texts if text.get_bbox_patch()]
-    assert all(min(*(box.min - ax.bbox.min), *(ax.bbox.max - box.max)) > -2 for ax, box in notes)
-    assert not [(a, b) for boxes in (outer, [box for _, box in notes]) for a, b in combinations(boxes, 2) if a.overlaps(b)]
-
-
-@pytest.mark.parametrize('words, file', [
-    ('loss a', 'a/loss.png'), ('diagnostics a --out=x.pdf', 'x.pdf'), ('memory b c', 'b/memory.png')])
+@pytest.mark.parametrize('words, file', [('loss a --out=x.pdf', 'x.pdf'), ('memory b c', 'b/memory.png')])
 def test_pictures_are_written(tmp_path, typed, words, file):
     """Into the first folder typed or to --out, whose ending is the format; the printed line names the file."""
-    make_run(tmp_path / 'a', [*records(), diagnosis(100)])
+    make_run(tmp_path / 'a', records())
     tuned(tmp_path / 'b')
     tuned(tmp_path / 'c', 'full')
     assert typed(words)[1].startswith(f'{file}: ')
@@ -574,16 +545,7 @@ def mistake(result, text):
     assert text in err
 
 
-@pytest.mark.parametrize('words, text', [
-    ('status nowhere', 'nowhere is not a folder'), ('loss ok nowhere', 'nowhere is not a folder'),
-    ('status nolog', 'holds no log.jsonl'), ('loss empty', 'holds no record'), ('loss lossless', 'neither loss nor val_loss'),
-    ('status badconfig', 'is not Python'), ('loss ok --out=no/a.png', 'cannot write'), ('loss ok --out=a.doc', 'cannot write'),
-    ('loss ok --smooth=-1', '--smooth=-1'), ('status ok --watch --interval=0', '=0'), ('bars ok/log.jsonl', 'no rows'),
-    ('diagnostics bit fp', 'fp/log.jsonl has no figures of ternary matrices'), ('bars empty/log.jsonl', 'cannot read'),
-    ('bars rows.jsonl --value=x', 'loss'), ('bars rows.jsonl --value=ms', 'loss'), ('diagnostics', 'RUN'), ('', 'command'),
-    ('los ok', 'los'), ('memory sub', 'no results.yaml in or under sub'), ('ranks full', 'none of these runs has a rank'),
-    ('ranks bare', 'cannot read bare/epoch_loss.csv'), ('ranks nowhere', 'nowhere is not a folder')])
-def test_mistakes_are_one_line(tmp_path, typed, words, text):
+def test_mistakes_are_one_line(tmp_path, typed):
     """A folder, file, figure or argument that is missing or wrong."""
     make_run(tmp_path / 'ok', records())
     make_run(tmp_path / 'bit', [diagnosis(100)])
@@ -596,25 +558,37 @@ def test_mistakes_are_one_line(tmp_path, typed, words, text):
     tuned(tmp_path / 'full', 'full')
     (tuned(tmp_path / 'bare') / 'epoch_loss.csv').unlink()
     (tmp_path / 'sub' / 'deep').mkdir(parents=True)
-    mistake(typed(words), text)
+    for words, text in (
+            ('loss ok nowhere', 'nowhere is not a folder'), ('status nolog', 'holds no log.jsonl'),
+            ('loss empty', 'holds no record'), ('loss lossless', 'neither loss nor val_loss'),
+            ('status badconfig', 'is not Python'), ('loss ok --out=no/a.png', 'cannot write'),
+            ('loss ok --out=a.doc', 'cannot write'), ('loss ok --smooth=-1', '--smooth=-1'),
+            ('status ok --watch --interval=0', '=0'), ('bars ok/log.jsonl', 'no rows'), ('bars empty/log.jsonl', 'cannot read'),
+            ('diagnostics bit fp', 'fp/log.jsonl has no figures of ternary matrices'), ('bars rows.jsonl --value=x', 'loss'),
+            ('bars rows.jsonl --value=ms', 'loss'), ('diagnostics', 'RUN'), ('', 'command'),
+            ('memory sub', 'no results.yaml in or under sub'), ('ranks full', 'none of these runs has a rank'),
+            ('ranks bare', 'cannot read bare/epoch_loss.csv'), ('ranks nowhere', 'nowhere is not a folder')):
+        mistake(typed(words), text)
 
 
-EPOCHS, PARTS = 'epoch,train_loss,eval_loss\n', 'part,bytes\nparameters,4\n'
-
-
-@pytest.mark.parametrize('name, other, text', [
-    ('ranks', dict(task='cola'), 'two tasks in one picture, cola ('), ('ranks', dict(), 'one method, rank, seed and fold'),
-    ('pareto', dict(model='bert'), 'two models in one picture, bert ('), ('optimizer', dict(seed=None), 'has no seed'),
-    ('optimizer', dict(rank=2.5), 'rank is 2.5'), ('pareto', dict(rank=8, peak_bytes=None), 'peak_bytes is None'),
-    ('ranks', {'epoch_loss.csv': EPOCHS}, 'no row'),
-    ('ranks', {'epoch_loss.csv': EPOCHS + '1,0.5,1.2.3\n'}, "eval_loss is '1.2.3'"),
-    ('ranks', {'epoch_loss.csv': EPOCHS + '1,nan,1.2\n'}, "train_loss is 'nan'"),
-    *(('memory', {'memory_breakdown.csv': f'{PARTS}buffers,0\ngradients,4\noptimizer,8\nrest,{rest}\npeak,10\n'}, 'add up')
-      for rest in (-6, 6)), ('memory', {'memory_breakdown.csv': PARTS}, 'buffers is None'),
-    ('optimizer', {'optimizer_memory.csv': 'bytes,adam_bytes\n0,8\n'}, 'b/optimizer_memory.csv has 0'),
-    ('optimizer', {'results.yaml': '- 1\n'}, 'no row or mapping'), ('pareto', {'results.yaml': 'a: [\n'}, 'cannot read')])
-def test_mistakes_in_runs_are_one_line(tmp_path, typed, name, other, text):
+def test_mistakes_in_runs_are_one_line(tmp_path, typed):
     """Two runs, the second wrong or not comparable with the first."""
     tuned(tmp_path / 'z', rank=4)
-    tuned(tmp_path / 'b', **({'seed': 1, 'files': other} if any('.' in key for key in other) else other))
-    mistake(typed(f'{name} b z'), text)
+    epochs, parameters = 'epoch,train_loss,eval_loss\n', 'part,bytes\nparameters,4\n'
+    parts = f'{parameters}buffers,0\ngradients,4\noptimizer,8\npeak,10\nrest,'
+    for i, (name, other, text) in enumerate([
+            ('ranks', dict(task='cola'), 'two tasks in one picture, cola ('),
+            ('ranks', dict(), 'one method, rank, seed and fold'),
+            ('pareto', dict(model='bert'), 'two models in one picture, bert ('), ('optimizer', dict(seed=None), 'has no seed'),
+            ('optimizer', dict(rank=2.5), 'rank is 2.5'), ('pareto', dict(rank=8, peak_bytes=None), 'peak_bytes is None'),
+            ('ranks', {'epoch_loss.csv': epochs}, 'no row'),
+            ('ranks', {'epoch_loss.csv': epochs + '1,0.5,1.2.3\n'}, "eval_loss is '1.2.3'"),
+            ('ranks', {'epoch_loss.csv': epochs + '1,nan,1.2\n'}, "train_loss is 'nan'"),
+            ('memory', {'memory_breakdown.csv': parts + '-6\n'}, 'add up'),
+            ('memory', {'memory_breakdown.csv': parts + '6\n'}, 'add up'),
+            ('memory', {'memory_breakdown.csv': parameters}, 'buffers is None'),
+            ('optimizer', {'optimizer_memory.csv': 'bytes,adam_bytes\n0,8\n'}, '/optimizer_memory.csv has 0'),
+            ('optimizer', {'results.yaml': '- 1\n'}, 'no row or mapping'),
+            ('pareto', {'results.yaml': 'a: [\n'}, 'cannot read')]):
+        tuned(tmp_path / str(i), **({'seed': 1, 'files': other} if any('.' in key for key in other) else other))
+        mistake(typed(f'{name} {i} z'), text)

@@ -1,7 +1,11 @@
 """Two processes: projected gradients and frozen low-bit layers stay equal on both ranks."""
+import pytest
 import torch
+from test_optim import make, train
 
-from conftest import ROOT, ranks, wait_all
+from conftest import ranks, wait_all
+
+OPTIONS = dict(rank=2, side='right', interval=10)
 
 ADAPTERS = """
 import torch, torch.nn as nn, common
@@ -33,18 +37,14 @@ for _ in range(3):
 end = common.checksum(p for p in model.parameters() if p.requires_grad)
 print(common.ranks_agree(end), start != end, common.checksum(model.buffers()) == frozen, common.ranks_agree(frozen),
       losses[-1] < losses[0], apart, frozen == sent, len(list(model.buffers())), common.ranks_agree(losses[0]))
-common.close_processes()
 """
 
-OPTIMIZER = """
-import sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
-sys.path[:0] = [{root!r}, {root!r} + '/tests']
-import common, test_optim
-rank, _, world, _ = common.setup_processes('cpu')
+OPTIMIZER = f"""
+import test_optim, torch.distributed as dist, torch.nn.functional as F
 sent, plain = [], dist.all_reduce
 dist.all_reduce = lambda t, *a, **k: (sent.append(t.nbytes), plain(t, *a, **k))[1]
 for attached in (False, True):
-    model, optimizer = test_optim.make(attached, seed=1 + rank, **{options})    # DDP takes the weights of rank 0
+    model, optimizer = test_optim.make(attached, seed=1 + rank, **{OPTIONS})    # DDP takes the weights of rank 0
     ddp = nn.parallel.DistributedDataParallel(model)
     torch.manual_seed(100 + rank)                   # ranks that would draw other sketches from the global generator
     for step, (ids, labels) in enumerate(test_optim.batches(20)):
@@ -62,28 +62,29 @@ common.close_processes()
 """
 
 
-def run(start, folder, script):
-    """The results of the two processes that run the script."""
-    (folder / 'run.py').write_text(script)
-    results = wait_all([start('run.py', cwd=folder, **r) for r in ranks(2)], timeout=300)
-    assert all(done.code == 0 for done in results), [done.err[-2000:] for done in results]
-    return results
+@pytest.fixture(scope='module')
+def folder(start, tmp_path_factory):
+    """The folder in which two processes have run both scripts, with what each has printed in the file printed<rank>."""
+    folder = tmp_path_factory.mktemp('ranks')
+    (folder / 'run.py').write_text(ADAPTERS + OPTIMIZER)
+    for rank, done in enumerate(wait_all([start('run.py', cwd=folder, **environment) for environment in ranks(2)])):
+        assert done.code == 0, done.err[-2000:]
+        (folder / f'printed{rank}').write_text(done.out)
+    return folder
 
 
-def test_two_processes_train_the_same_adapters(start, tmp_path):
+@pytest.mark.parametrize('rank', [0, 1])
+def test_two_processes_train_the_same_adapters(folder, rank):
     """DDP, LoRA over packed nf4, other samples on each rank: after 3 steps equal adapters and rank 0's codes on both."""
-    for done in run(start, tmp_path, ADAPTERS):
-        assert done.out.split() == ['True'] * 7 + ['4', 'False'], done.out
+    printed = (folder / f'printed{rank}').read_text()
+    assert printed.split() == ['True'] * 7 + ['4', 'False'], printed
 
 
-def test_ranks_stay_bit_identical_with_a_low_rank_optimizer(start, tmp_path):
+@pytest.mark.parametrize('attached', [False, True])
+def test_ranks_stay_bit_identical_with_a_low_rank_optimizer(folder, attached):
     """Two ranks end near one process with the whole batch. Attached, they exchange R in one message a step, not G."""
-    from test_optim import make, train
-    options = dict(rank=2, side='right', interval=10)
-    run(start, tmp_path, OPTIMIZER.format(root=str(ROOT), options=options))
-    for attached in (False, True):
-        model, optimizer = make(attached, **options)
-        train(model, optimizer, 20, micro=2)
-        for rank in (0, 1):
-            state = torch.load(tmp_path / f'out{attached}{rank}', weights_only=True)
-            assert max((state[k] - t).abs().max().item() for k, t in model.state_dict().items()) < 1e-4
+    model, optimizer = make(attached, **OPTIONS)
+    train(model, optimizer, 20, micro=2)
+    for rank in (0, 1):
+        state = torch.load(folder / f'out{attached}{rank}', weights_only=True)
+        assert max((state[k] - t).abs().max().item() for k, t in model.state_dict().items()) < 1e-4

@@ -1,8 +1,6 @@
 """results/: how runs are stored, and that tables, headlines and pictures are made from the stored runs."""
-import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -15,22 +13,29 @@ sys.path.append(str(ROOT / 'results'))
 import keep  # noqa: E402
 
 
-def test_tables_are_what_the_runs_give(tmp_path):
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty folder with a folder results/, in which keep.py works."""
+    (tmp_path / 'results').mkdir()
+    monkeypatch.setattr(keep, 'ROOT', tmp_path)
+    return tmp_path
+
+
+def test_tables_are_what_the_runs_give(in_turn, tmp_path):
     """In a copy without tables and pictures, the stored runs alone give the same tables, index and pages, and every picture.
     Each headline names its rows."""
-    for source in (*ROOT.glob('*.py'), *ROOT.glob('report/*.py'), *ROOT.glob('results/*.py'), *ROOT.glob('results/*.jsonl')):
-        (tmp_path / source.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        shutil.copy(source, tmp_path / source.relative_to(ROOT))
+    for folder in ('results', 'docs'):
+        (tmp_path / folder).mkdir()
+    for source in (*ROOT.glob('results/*.py'), *ROOT.glob('results/*.jsonl')):
+        shutil.copy(source, tmp_path / 'results')
     pages = {p.relative_to(ROOT): p.read_text(encoding='utf-8') for p in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
-    (tmp_path / 'docs').mkdir()
     for page, text in pages.items():
         emptied = re.sub(r'(<!-- (?!end)\w+ -->\n).*?(?=<!-- end -->)', r'\1', text, flags=re.S)
         assert ('<!-- end -->' in text) == (len(emptied) < len(text))
         (tmp_path / page).write_text(emptied, encoding='utf-8')
-    for script in ('runs.py', 'ptq.py'):
-        done = subprocess.run([sys.executable, f'results/{script}', '--table'], cwd=tmp_path, text=True, capture_output=True,
-                              env=dict(os.environ, OMP_NUM_THREADS='1'))
-        assert done.returncode == 0, done.stderr
+    commands = [(tmp_path / 'results' / script, tmp_path, ['--table']) for script in ('runs.py', 'ptq.py')]
+    for done in in_turn(commands, patch=f'import sys; sys.path.insert(0, {str(tmp_path / "results")!r})'):
+        assert done.code == 0, done.err
     made = {p.name: p.read_text(encoding='utf-8') for p in tmp_path.glob('results/*.md')}
     assert made == {p.name: p.read_text(encoding='utf-8') for p in ROOT.glob('results/*.md') if p.name != 'negatives.md'}
     assert pages == {page: (tmp_path / page).read_text(encoding='utf-8') for page in pages}
@@ -41,68 +46,50 @@ def test_tables_are_what_the_runs_give(tmp_path):
         assert f'[md]({name}.md)' in line and not [label for label in labels if label not in line]
 
 
-def test_condensed_by_hand():
-    """A stored run has the median of its step times, its highest peak, its evaluations and its last record."""
-    measured = ((1, 2.0, 7), (2, 30.0, 9), (3, 4.0, 8))
-    steps = [{'step': step, 'loss': 1.0, 'ms': ms, 'peak_mem_bytes': peak} for step, ms, peak in measured]
-    unmeasured = {'step': 4, 'loss': 1.0, 'ms': None, 'peak_mem_bytes': 99}
-    diagnosis = {'step': 3, 'zero': 0.5, 'matrices': {'0.q': {}}}
-    evaluations = [{'step': 0, 'val_loss': 3.0}, {'step': 4, 'val_loss': 2.0, 'top1': 0.5}]
-    records = [evaluations[0], *steps, diagnosis, unmeasured, evaluations[1]]
-    assert keep.condensed(records) == {'ms': 4.0, 'peak_mem_bytes': 9, 'evaluations': evaluations}
-    end = {'step': 4, 'packed_file_bytes': 10, 'best_step': 4}
-    assert keep.condensed([*records, end]) == {
-        'ms': 4.0, 'peak_mem_bytes': 9, 'packed_file_bytes': 10, 'best_step': 4, 'evaluations': evaluations}
-
-
-def test_put_replaces_the_run_of_the_same_variant_and_seed(tmp_path, monkeypatch):
+def test_put_replaces_the_run_of_the_same_variant_and_seed(root):
     """put() replaces the line of the same variant and seed in place, appends any other, and changes no other line."""
-    (tmp_path / 'results').mkdir()
-    monkeypatch.setattr(keep, 'ROOT', tmp_path)
     for variant, seed, loss in (('fp', 1, 1.5), ('bin', 1, 2.5), ('fp', 2, 3.5), ('fp', 1, 4.5)):
         keep.put('x', {'variant': variant, 'seed': seed, 'loss': loss})
     assert [(r['variant'], r['seed'], r['loss']) for r in keep.read('x')] == [('fp', 1, 4.5), ('bin', 1, 2.5), ('fp', 2, 3.5)]
-    assert [p.name for p in tmp_path.glob('results/*')] == ['x.jsonl']
+    assert [p.name for p in root.glob('results/*')] == ['x.jsonl']
 
 
-def test_keep_run_stores_a_run_folder(tmp_path, monkeypatch):
-    """keep_run() stores the folder of a run as one line with the versions of its checkpoint and the name of this machine."""
-    out = tmp_path / 'out'
-    (tmp_path / 'results').mkdir()
+def test_keep_run_stores_a_run_folder(root):
+    """keep_run() stores the folder of a run as one line with the versions of its checkpoint and the name of this machine, the
+    median of its step times, its highest peak, its evaluations, its last record and the results of finetune_cls.py."""
+    out = root / 'out'
     out.mkdir()
-    monkeypatch.setattr(keep, 'ROOT', tmp_path)
     common.save_checkpoint(str(out / 'last.pt'), {'trainer': 'train_gpt'})
     (out / 'config.py').write_text("device = 'cpu'\n")
-    for record in ({'step': 1, 'loss': 1.0, 'ms': 5.0, 'peak_mem_bytes': 6}, {'step': 1, 'val_loss': 2.0}):
+    steps = [{'step': step, 'loss': 1.0, 'ms': ms, 'peak_mem_bytes': peak}
+             for step, ms, peak in ((1, 2.0, 7), (2, 30.0, 9), (3, 4.0, 8), (4, None, 99))]
+    diagnosis = {'step': 3, 'zero': 0.5, 'matrices': {'0.q': {}}}
+    evaluations = [{'step': 0, 'val_loss': 3.0}, {'step': 4, 'val_loss': 2.0, 'top1': 0.5}]
+    for record in (evaluations[0], *steps, diagnosis, evaluations[1]):
         common.append_log(str(out), record)
     keep.keep_run('x', out, variant='fp', seed=1, threads=2)
-    assert keep.read('x') == [{'variant': 'fp', 'seed': 1, 'threads': 2, 'versions': common.versions(), 'ms': 5.0,
-                               'machine': common.device_name(torch.device('cpu')), 'peak_mem_bytes': 6,
-                               'evaluations': [{'step': 1, 'val_loss': 2.0}]}]
+    expected = {'variant': 'fp', 'seed': 1, 'threads': 2, 'versions': common.versions(), 'ms': 4.0, 'peak_mem_bytes': 9,
+                'machine': common.device_name(torch.device('cpu')), 'evaluations': evaluations}
+    assert keep.read('x') == [expected]
+    common.append_log(str(out), {'step': 4, 'packed_file_bytes': 10, 'best_step': 4})
     (out / 'results.yaml').write_text('accuracy: 0.5\n')
-    keep.keep_run('x', out, variant='fp', seed=1)
-    line, = keep.read('x')
-    assert line['results'] == {'accuracy': 0.5}
+    keep.keep_run('x', out, variant='fp', seed=1, threads=2)
+    assert keep.read('x') == [expected | {'packed_file_bytes': 10, 'best_step': 4, 'results': {'accuracy': 0.5}}]
 
 
-def test_the_table_of_the_readme_leaves_out_what_was_not_run(tmp_path, monkeypatch):
-    """With the stored runs of one experiment alone, README.md gets its rows, without memory and times of missing benches."""
+def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):
+    """With the stored runs of one experiment alone, README.md gets its rows, without memory and times of missing benches. A
+    page without <!-- end --> is refused and stays as it is."""
     import runs
-    (tmp_path / 'results').mkdir()
-    monkeypatch.setattr(keep, 'ROOT', tmp_path)
     lines = (ROOT / 'results/quality.jsonl').read_text(encoding='utf-8').splitlines()
-    (tmp_path / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"bin6"' not in x), encoding='utf-8')
-    (tmp_path / 'README.md').write_text('<!-- summary -->\n<!-- end -->\n', encoding='utf-8')
+    (root / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"bin6"' not in x), encoding='utf-8')
+    page = root / 'README.md'
+    page.write_text('<!-- summary -->\n<!-- end -->\n', encoding='utf-8')
     runs.write_summary()
-    rows = (tmp_path / 'README.md').read_text(encoding='utf-8').splitlines()[3:-1]
+    rows = page.read_text(encoding='utf-8').splitlines()[3:-1]
     assert len(rows) == 2 and 'ternary' in rows[0] and 'int4' in rows[1] and all(' | - | ' in row for row in rows)
     assert rows[0].startswith('| [GPT 1.2M') and rows[1].startswith('|  |')
-
-
-def test_a_lost_end_mark_costs_no_text(tmp_path, monkeypatch):
-    """Without <!-- end --> a page is refused and stays as it is."""
-    (tmp_path / 'README.md').write_text('<!-- summary -->\n## The rest of the page\n', encoding='utf-8')
-    monkeypatch.setattr(keep, 'ROOT', tmp_path)
+    page.write_text('<!-- summary -->\n## The rest of the page\n', encoding='utf-8')
     with pytest.raises(SystemExit, match='has no <!-- end -->'):
         keep.fill('summary', 'a table')
-    assert 'The rest' in (tmp_path / 'README.md').read_text(encoding='utf-8')
+    assert 'The rest' in page.read_text(encoding='utf-8')

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import common
+from readers import texts
 from report import tables
 
 CONFIG = {'out_dir': 'out', 'method': 'lora', 'rank': 16, 'fold': -1, 'ranks': (4, 8), 'folds': 0, 'resume': '',
@@ -57,44 +58,38 @@ def calls():
         return [dict(eval(line)) for line in f]
 
 
-def test_a_sweep_runs_every_rank_and_passes_every_option(here, capsys):
-    """Each run has its own folder and continues where it stopped; sweep.csv has a row for each."""
+def test_a_sweep_runs_every_rank_or_fold_and_passes_every_option(here, capsys):
+    """Each run has its own folder and continues where it stopped, or begins anew with overwrite; sweep.csv has a row for
+    each; the accuracy over folds is a mean with its deviation."""
     tables.sweep(CONFIG, 'trainer.py')
-    assert [c['rank'] for c in calls()] == ['4', '8'] and [c['out_dir'] for c in calls()] == ['out/r4', 'out/r8']
+    assert [(c['rank'], c['out_dir']) for c in calls()] == [('4', 'out/r4'), ('8', 'out/r8')]
     assert {(c['ranks'], c['resume'], c['fold'], c['texts'], c['rate'], c['overwrite']) for c in calls()} == {
         ('()', 'auto', '-1', "('a', 'b')", '2e-05', 'False')} and 'empty' not in calls()[0]
     rows = table('out/sweep.csv')
     assert [(r['rank'], float(r['accuracy']), r['peak_bytes']) for r in rows] == [('4', 0.039, ''), ('8', 0.079, '')]
-    assert 'accuracy 3.90%' in capsys.readouterr().out
-
-
-def test_folds_and_their_spread(here, capsys):
-    """Each fold is a run, begun anew with overwrite; the accuracy is a mean with its deviation."""
     tables.sweep({**CONFIG, 'ranks': (), 'folds': 3, 'overwrite': True}, 'trainer.py')
-    assert [(c['out_dir'], c['fold'], c['rank']) for c in calls()] == [(f'out/fold{i}', str(i), '16') for i in range(3)]
-    assert all(c['overwrite'] == 'True' and 'resume' not in c for c in calls())         # anew, as asked
-    assert 'accuracy 16.10% ± 0.10% over 3 folds' in capsys.readouterr().out
+    assert [(c['out_dir'], c['fold'], c['rank']) for c in calls()[2:]] == [(f'out/fold{i}', str(i), '16') for i in range(3)]
+    assert all(c['overwrite'] == 'True' and 'resume' not in c for c in calls()[2:])
+    out = capsys.readouterr().out
+    assert 'accuracy 3.90%' in out and 'accuracy 16.10% ± 0.10% over 3 folds' in out
     assert [r['fold'] for r in table('out/sweep.csv')] == ['0', '1', '2']
 
 
-def test_a_failed_run_ends_the_sweep(here, capsys):
-    """No further run is started and no table is written."""
+def test_failed_and_impossible_sweeps(here, capsys, monkeypatch):
+    """A method without a rank, a rank of 0, one fold, several processes: one line before anything is written. A run that
+    fails ends the sweep: no further run and no table."""
+    for change in ({'method': 'full'}, {'ranks': (4, 0)}, {'folds': 1}, {'folds': -2}, {}):
+        if not change:
+            monkeypatch.setenv('RANK', '0')
+        with pytest.raises(SystemExit) as e:
+            tables.sweep(CONFIG | change, 'trainer.py')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count('\n') == 1 and ('torchrun' in err or change) and not (here / 'out').exists()
+    monkeypatch.delenv('RANK')
     (here / 'fail').touch()
     with pytest.raises(SystemExit) as e:
         tables.sweep(CONFIG, 'trainer.py')
     assert e.value.code == 2 and len(calls()) == 1 and not (here / 'out' / 'sweep.csv').exists()
-
-
-@pytest.mark.parametrize('change', [{'method': 'full'}, {'ranks': (4, 0)}, {'folds': 1}, {'folds': -2}, 'torchrun'])
-def test_impossible_sweeps_are_one_line(here, capsys, change, monkeypatch):
-    """A method without a rank, a rank of 0, one fold, several processes: an error before anything is written."""
-    if change == 'torchrun':
-        monkeypatch.setenv('RANK', '0')
-        change = {}
-    with pytest.raises(SystemExit) as e:
-        tables.sweep(CONFIG | change, 'trainer.py')
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count('\n') == 1 and ('torchrun' in err or change) and not (here / 'out').exists()
 
 
 @pytest.mark.parametrize('number, everyone', [(signal.SIGTERM, False), (signal.SIGINT, True)])
@@ -117,39 +112,23 @@ def test_a_stopped_sweep_lets_its_run_save_and_goes_on(here, number, everyone, s
 # -------------------------------------------------------------------------------------------------------- comparisons
 
 
-def predictions(folder, guesses, labels='yynnyynn', language=None):
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'predictions.csv'), 'w', newline='') as f:
-        out = csv.writer(f)
-        out.writerow(['index', 'label', 'prediction', *['language'] * bool(language)])
-        out.writerows([i, a, b, *([language[i]] if language else [])] for i, (a, b) in enumerate(zip(labels, guesses,
-                                                                                                      strict=True)))
-
-
 def test_runs_are_compared_by_folder_or_file_and_by_language(here, capsys):
     """Accuracies, their difference and the rows that only one has right, of all rows and of each language."""
-    predictions('a', 'yyyyyyyy', language=['en', 'de'] * 4)
-    predictions('b', 'yynnyynn', language=['en', 'de'] * 4)
+    for name, guesses in (('a', 'yyyyyyyy'), ('b', 'yynnyynn')):
+        (here / name).mkdir()
+        texts.write_table(here / name / 'predictions.csv', ('index', 'label', 'prediction', 'language'),
+                          zip(range(8), 'yynnyynn', guesses, ['en', 'de'] * 4, strict=True))
     tables.compare_runs(['a', 'b'])
     out = capsys.readouterr().out
     assert 'a 50.00%, b 100.00% of 8; difference +50.00 points' in out and 'right in one only: 0, 4' in out
     assert 'en: a 50.00%, b 100.00% of 4' in out and 'de: ' in out and 'too small to tell' in out
     tables.compare_runs(['a/predictions.csv', 'b/', 'a'])
     assert capsys.readouterr().out.count('of 8;') == 2
-
-
-@pytest.mark.parametrize('paths, says', [(['a'], 'one run cannot be compared'), (['a', 'c'], 'not the same test set'),
-                                         (['a', 'nosuch'], 'there is no file nosuch/predictions.csv'),
-                                         (['a', 'd'], 'index 7 is in a/predictions.csv but not in d/predictions.csv')])
-def test_impossible_comparisons_are_one_line(here, capsys, paths, says):
-    """One run, other labels, a run without predictions, a missing row: the line names it."""
-    predictions('a', 'yyyyyyyy')
-    predictions('c', 'yyyyyyyy', labels='nnnnyyyy')
-    predictions('d', 'yyyyyyy', labels='yynnyyn')
-    with pytest.raises(SystemExit) as e:
-        tables.compare_runs(paths)
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and says in err and err.count('\n') == 1
+    for paths, why in ((['a'], 'one run cannot be compared'), (['a', 'no'], 'there is no file no/predictions.csv')):
+        with pytest.raises(SystemExit) as e:
+            tables.compare_runs(paths)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and why in err and err.count('\n') == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -169,15 +148,14 @@ def write(folder, records=(), flops=None, evaluated=None, names=('n', 'y'), stat
 
 
 def test_files_of_a_run(tmp_path):
-    """Medians over steps, peaks, optimizer bytes, FLOPs, parts of memory and predictions are those of the log."""
+    """Means over steps, peaks, optimizer bytes, FLOPs, parts of memory and predictions are those of the log."""
     epoch = {'step': 2, 'epoch': 1.0, 'train_loss': 0.7, 'val_loss': 0.6, 'val_accuracy': 0.5, 'peak_bytes': 70,
              'resident_bytes': 900, 'gradient_bytes': 7, 'optimizer_bytes': 250}
-    found = write(tmp_path, [{'step': 1, 'loss': 1.0, 'ms': None}, {'step': 2, 'loss': 1.0, 'ms': 4.0},
-                             {'step': 2, 'loss': 1.0, 'ms': 8.0}, epoch], {'a': (5, None), 'Global': (5, 6)})
-    assert found['ms_per_step'] == 6.0 and found['accuracy'] == 0.5
-    assert (found['ms_per_sample'], found['samples_per_s']) == (2.0, 500.0)
-    assert found['peak_bytes'] == 70 and found['optimizer_bytes'] == 250 and found['train_loss'] == 0.7
-    assert yaml.safe_load((tmp_path / 'results.yaml').read_text()) == found
+    steps = [{'step': step, 'loss': 1.0, 'ms': ms} for step, ms in ((1, None), (2, 4.0), (2, 8.0))]
+    result = write(tmp_path, [*steps, epoch], {'a': (5, None), 'Global': (5, 6)})
+    assert result.items() >= {'ms_per_step': 6.0, 'accuracy': 0.5, 'ms_per_sample': 2.0, 'samples_per_s': 500.0,
+                              'peak_bytes': 70, 'optimizer_bytes': 250, 'train_loss': 0.7}.items()
+    assert yaml.safe_load((tmp_path / 'results.yaml').read_text()) == result
     assert table(tmp_path / 'optimizer_memory.csv') == [{'optimizer': 'AdamW', 'method': 'lora', 'rank': '4', 'bytes': '250',
                                                          'adam_bytes': '1000', 'saved': '0.75'}]
     assert [r['module'] for r in table(tmp_path / 'flops_profiler_stats.csv')] == ['Global', 'a']
@@ -186,30 +164,25 @@ def test_files_of_a_run(tmp_path):
     assert table(tmp_path / 'epoch_loss.csv')[0]['eval_accuracy'] == '0.5'
     assert table(tmp_path / 'predictions.csv')[1] == {'index': '1', 'label': 'n', 'prediction': 'y'}
     usage = yaml.safe_load((tmp_path / 'resource_usage.yaml').read_text())
-    assert usage['energy_j'] is None and usage['training_s'] == 1.0
-    assert (usage['device'], usage['processes'], usage['ms_per_sample']) == ('cpu', 1, 2.0)
+    assert usage.items() >= {'energy_j': None, 'training_s': 1.0, 'device': 'cpu', 'processes': 1, 'ms_per_sample': 2.0}.items()
 
 
-def test_a_run_without_training_claims_nothing_of_it(tmp_path):
-    """Without a log there are no optimizer bytes and no saving; languages are scored one by one; ms is per text."""
-    found = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5, 1.0),
-                                       'de': (['y'] * 3, ['n'] * 3, range(3), 0.9, 3.0)})
-    assert found['accuracy'] == 1 and found['languages']['de']['accuracy'] == 0 and found['languages']['de']['eval_loss'] == 0.9
-    assert found['optimizer_bytes'] is found['peak_bytes'] is found['ms_per_step'] is found['basis_ranks'] is None
-    assert found['ms_per_sample'] == 2500
-    assert table(tmp_path / 'optimizer_memory.csv')[0]['saved'] == ''
+def test_f1_ranks_of_bases_and_a_run_without_training(tmp_path):
+    """F1 is of the second label: one y is found in two predictions, 2/3; of n 0; of three labels it is macro. Languages are
+    scored one by one, ms are per text. Without a log nothing is claimed of the training."""
+    result = write(tmp_path, state=[{'basis': torch.zeros(9, 3)}, {'basis': torch.zeros(5, 4)}, {'exp_avg': torch.zeros(2)}])
+    assert result['f1'] == pytest.approx(2 / 3) and result['f1_label'] == 'y' and result['basis_ranks'] == [3, 4]
+    result = write(tmp_path, names=('y', 'n'))
+    assert result['f1'] == 0 and result['f1_label'] == 'n' and 'f1_label' not in write(tmp_path, names=('n', 'y', 'z'))
+    assert tables.in_words(result).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in tables.in_words(result)
+    result = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5, 1.0),
+                                        'de': (['y'] * 3, ['n'] * 3, range(3), 0.9, 3.0)})
+    german = result['languages']['de']
+    assert result['accuracy'] == 1 and german['accuracy'] == 0 and german['eval_loss'] == 0.9
+    assert result['ms_per_sample'] == 2500
     assert [r['language'] for r in table(tmp_path / 'predictions.csv')] == ['en', 'de', 'de', 'de']
-    assert not (tmp_path / 'memory_breakdown.csv').exists()
-
-
-def test_f1_is_of_the_second_label_and_ranks_are_those_of_the_bases(tmp_path):
-    """One of one y is found in two predictions: 2/3; of n it is 0; of three labels it is macro."""
-    found = write(tmp_path, state=[{'basis': torch.zeros(9, 3)}, {'basis': torch.zeros(5, 4)}, {'exp_avg': torch.zeros(2)}])
-    assert found['f1'] == pytest.approx(2 / 3) and found['f1_label'] == 'y' and found['basis_ranks'] == [3, 4]
-    found = write(tmp_path, names=('y', 'n'))
-    assert found['f1'] == 0 and found['f1_label'] == 'n'
-    assert 'f1_label' not in write(tmp_path, names=('n', 'y', 'z'))
-    assert tables.in_words(found).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in tables.in_words(found)
+    assert result['optimizer_bytes'] is result['peak_bytes'] is result['ms_per_step'] is result['basis_ranks'] is None
+    assert table(tmp_path / 'optimizer_memory.csv')[0]['saved'] == '' and not (tmp_path / 'memory_breakdown.csv').exists()
 
 
 def test_time_and_energy_add_up_over_a_resume(monkeypatch):
@@ -238,11 +211,11 @@ def test_time_and_energy_add_up_over_a_resume(monkeypatch):
 def test_some_steps_are_measured_in_full():
     """The first and third step and one in each epoch: peak memory, gradients, FLOPs of all micro-batches. With several
     processes DistributedDataParallel's buckets, as large as the weights, are added."""
-    peaks = {}
+    peaks, weights = [], 4 * (64 + 1) * 32
     for world in (1, 2):
         net = torch.nn.Linear(64, 32)
         optimizer = torch.optim.SGD(net.parameters())
-        meter, found = tables.StepMeter(net, optimizer, torch.device('cpu'), 0, world), []
+        meter, seen = tables.StepMeter(net, optimizer, torch.device('cpu'), 0, world), []
         meter.begin(4)
         for step, middle in ((4, False), (5, False), (6, False), (7, True), (8, False)):
             meter.reset()
@@ -254,13 +227,12 @@ def test_some_steps_are_measured_in_full():
                 meter.backward_done()
                 optimizer.zero_grad()
             del y                                   # freed in the next step it would be taken off there, by chance or not
-            found.append((bool(meter.peak()), meter.disturbed))
-            peaks.setdefault(world, meter.peak())
-        assert found == [(True, True), (False, False), (True, True), (True, True), (False, True)]
-        assert meter.gradient_bytes == 4 * (64 + 1) * 32
-        assert meter.flops['Global'] == (2 * 2 * 10 * 64 * 32,) * 2        # no gradient of the input is made
-    weights = 4 * (64 + 1) * 32
-    assert 2 * weights < peaks[1] < 2 * weights + 40_000 and peaks[2] == peaks[1] + weights
+            seen.append((meter.peak(), meter.disturbed))
+        assert [(peak > 0, is_slow) for peak, is_slow in seen] == [
+            (True, True), (False, False), (True, True), (True, True), (False, True)]
+        assert meter.gradient_bytes == weights and meter.flops['Global'] == (2 * 2 * 10 * 64 * 32,) * 2     # none of the input
+        peaks.append(seen[0][0])
+    assert 2 * weights < peaks[0] < 2 * weights + 40_000 and peaks[1] == peaks[0] + weights
 
 
 def test_flops_of_attention_count_on_a_cpu():

@@ -65,13 +65,6 @@ def test_best_moves_are_those_of_another_solver():
     assert n_over == 958 and tasks.best_moves('') == CELLS and tasks.best_moves('1') == '5'
 
 
-def test_positions_by_hand():
-    """A win comes before meeting a threat, a threat before anything else; of two losses the later one."""
-    assert tasks.best_moves('1425') == '3' and tasks.best_moves('142') == '3' and tasks.winner('14253') == 'X'
-    assert tasks.best_moves('15928') == '7' and tasks.winner('921538') == 'O' and tasks.winner('125437698') == '-'
-    assert tasks.legal('14253') == tasks.legal('125437698') == '' and tasks.legal('142') == '356789'
-
-
 # -------------------------------------------------------------------------------------------------------------- players
 
 
@@ -85,15 +78,7 @@ def lines_of(choose, side):
     return go('')
 
 
-@pytest.mark.parametrize('pick', [0, -1])
-@pytest.mark.parametrize('side', [0, 1])
-def test_a_perfect_player_cannot_be_beaten(side, pick):
-    """Taking the first or the last of the best moves, it loses no game, whatever is played, and wins most."""
-    results = lines_of(lambda moves: tasks.best_moves(moves)[pick], side)
-    assert 'OX'[side] not in results and results.count('XO'[side]) > len(results) / 2 and len(results) > 50
-
-
-@pytest.mark.parametrize('kinds, ends', [('mr', 'X-'), ('rm', 'O-'), ('mm', '-'), ('rr', 'XO-')])
+@pytest.mark.parametrize('kinds, ends', [('rm', 'O-'), ('mm', '-'), ('rr', 'XO-')])
 def test_games_between_players(kinds, ends):
     """A perfect side (m) plays best moves, a random one (r) not always; games end as they must, the same for a seed."""
     play = lambda: [tasks.game(kinds, rng) for rng in [random.Random(1)] for _ in range(150)]
@@ -142,59 +127,54 @@ def test_a_perfect_predictor_loses_no_game(against):
 @pytest.mark.parametrize('choose, n, counts', [
     (first, 5, [(3, 5), (0, 5), (2, 5), (3 * 3 + 2 * 2, 13)]),          # X wins in three moves, O loses after two
     (lambda moves: '5', 4, [(0, 4), (0, 4), (4, 4), (4, 8)]),           # loses with its second move
-    (lambda moves: '\n', 4, [(0, 4), (0, 4), (4, 4), (0, 4)]), (lambda moves: '0', 4, [(0, 4), (0, 4), (4, 4), (0, 4)]),
-    (lambda moves: '9', 1, [(0, 1), (0, 1), (1, 1), (1, 2)]),           # as X: 9, then the other takes 8
+    (lambda moves: '\n', 4, [(0, 4), (0, 4), (4, 4), (0, 4)]),
     (lambda moves: ('398746521', '968751423')[len(moves) % 2][len(moves)], 2, [(0, 2), (2, 2), (0, 2), (9, 9)])])
 def test_games_by_hand(monkeypatch, choose, n, counts):
     """Against a player of the last free cell: half of the games as X and as O, the odd one as X; an illegal move loses."""
     monkeypatch.setattr(tasks, 'play', lambda moves, kind, rng: tasks.legal(moves)[-1])
     seen = []
-    found = tasks.score_games(predictor(choose, seen), 'random', n, 0)
-    assert [found[f'random_{name}'] for name in ('wins', 'draws', 'losses', 'legal')] == counts
-    assert len(seen) == found['random_legal'][1]
+    scores = tasks.score_games(predictor(choose, seen), 'random', n, 0)
+    assert [scores[f'random_{name}'] for name in ('wins', 'draws', 'losses', 'legal')] == counts
+    assert len(seen) == scores['random_legal'][1]
 
 
-def test_random_players_differ_by_seed():
-    """The same seed plays the same games, another seed others; all of them are counted."""
-    scores = [tasks.score_games(predictor(first), 'random', 40, seed) for seed in (0, 0, 1)]
-    assert scores[0] == scores[1] != scores[2]
-    assert all(sum(counts[f'random_{name}'][0] for name in ('wins', 'draws', 'losses')) == 40 for counts in scores)
-
-
-@pytest.mark.parametrize('choice, legal', [('9', 6), ('1', 1), ('X', 0), ('2', 3), ('7', 5)])
-def test_legal_moves_by_hand(choice, legal):
-    """Each position of the games counts once, however many of them reach it; the one after the last move does not."""
-    games, seen = ['mr14273X', 'mr14253X', 'mr14273X'], []       # mr, mr1, mr14, mr142 and two more
-
+def always(choice, asked):
     def predict(texts):
         assert texts and len({len(t) for t in texts}) == 1 and all(t[:1] == b'\n' for t in texts)
-        seen.extend(t[1:].decode() for t in texts)
+        asked.extend(t[1:].decode() for t in texts)
         return [ord(choice)] * len(texts)
-    assert tasks.score_moves(predict, games)['legal_moves'] == (legal, 6)
-    assert sorted(seen) == sorted({g[:i] for g in games for i in range(2, len(g) - 1)})
-    assert tasks.score_moves(predict, [])['legal_moves'] == (0, 0)
-    nine = lambda texts: [ord('9')] * len(texts)
-    assert tasks.score_moves(nine, [*games, 'rr14273X'])['legal_moves'] == (11, 11)
+    return predict
 
 
-@pytest.mark.parametrize('choose', [best, first, lambda moves: '5', lambda moves: 'x'])
+def test_legal_moves_by_hand():
+    """Each position of the games counts once, however many of them reach it; the one after the last move does not."""
+    games = ['mr14273X', 'mr14253X', 'mr14273X']        # mr, mr1, mr14, mr142 and two more
+    for choice, legal in (('9', 6), ('X', 0), ('2', 3), ('7', 5)):
+        asked = []
+        assert tasks.score_moves(always(choice, asked), games)['legal_moves'] == (legal, 6)
+        assert sorted(asked) == sorted({g[:i] for g in games for i in range(2, len(g) - 1)})
+    assert tasks.score_moves(None, [])['legal_moves'] == (0, 0)
+    assert tasks.score_moves(always('9', []), [*games, 'rr14273X'])['legal_moves'] == (11, 11)
+
+
+@pytest.mark.parametrize('choose', [best, first, lambda moves: 'x'])
 def test_all_lines_of_play(choose):
-    """score_lines() goes through every game that the other side can make of it, as X and as O."""
+    """score_lines() goes through every game that the other side can make of it, as X and as O; a perfect player loses none."""
     x, o = lines_of(choose, 0), lines_of(choose, 1)
     ends = {'won': x.count('X') + o.count('O'), 'drawn': x.count('-') + o.count('-'), 'lost': x.count('O') + o.count('X'),
             'illegal': x.count('illegal') + o.count('illegal')}
     assert tasks.score_lines(predictor(choose)) == {f'lines_{k}': (v, len(x + o)) for k, v in ends.items()}
-    assert len(x) <= 384 and len(o) <= 945
-    if choose('') == 'x':
-        assert ends == {'won': 0, 'drawn': 0, 'lost': 0, 'illegal': 1 + 9}
+    assert len(x) <= 384 and len(o) <= 945 and (choose('') != 'x' or ends['illegal'] == 1 + 9 == len(x + o))
+    assert choose is not best or ends['lost'] == ends['illegal'] == 0 and ends['won'] > len(x + o) / 2
 
 
 def test_an_evaluation_scores_a_task_as_a_whole(monkeypatch):
-    """tictactoe: held-out positions, all lines, 200 games against each player; at most MOST problems or games count."""
+    """tictactoe: held-out positions, all lines, 200 games by seed against each player; at most MOST items count."""
     nine = predictor(lambda moves: '9')
-    say = lambda texts: [ord('9')] * len(texts)
+    say = always('9', [])
     assert tasks.score('tictactoe', say, ['mr14273X'], 3) == {'legal_moves': (5, 5)} | tasks.score_lines(nine) \
         | tasks.score_games(nine, 'random', 200, 3) | tasks.score_games(nine, 'perfect', 200, 3)
+    assert tasks.score_games(nine, 'random', 200, 3) != tasks.score_games(nine, 'random', 200, 4)
     monkeypatch.setattr(tasks, 'MOST', 2)
     assert tasks.score('tictactoe', say, ['mr14273X', 'mr14273X', 'mr14253X'], 3)['legal_moves'] == (5, 5)
     problems = [b'1+1=2', b'2+2=4', b'3-3=0']
@@ -241,9 +221,7 @@ def test_an_answer_is_right_to_its_end():
     assert tasks.score_arithmetic(writer(right), []) == {}
 
 
-def test_problems_by_hand():
-    """A problem and the one with its numbers exchanged are the same; a negative answer has a sign."""
-    assert [tasks.problem(12, o, 34) for o in '+-*'] == ['12+34=46', '12-34=-22', '12*34=408']
+def test_a_problem_and_the_one_with_its_numbers_exchanged_are_the_same():
     for o in '+-*':
         assert tasks.same_problem(12, o, 34) == tasks.same_problem(34, o, 12) != tasks.same_problem(12, o, 33)
     assert len({tasks.same_problem(1, o, 1) for o in '+-*'}) == 3
@@ -256,15 +234,14 @@ def test_whole_texts_are_read():
     """Each line is a problem or a game, as written."""
     assert tasks.read_problems(b'12+34=46\n3-5=-2\n0*7=0\n') == [b'12+34=46', b'3-5=-2', b'0*7=0']
     assert tasks.read_games(b'mr14273X\nrr921538O\nmm125437698-\n') == ['mr14273X', 'rr921538O', 'mm125437698-']
-    assert tasks.read('arithmetic', b'1+1=2\n', 'here') == [b'1+1=2']
+    assert tasks.read('arithmetic', b'1+1=2\n', 'here') == [b'1+1=2'] and tasks.problem(12, '-', 34) == '12-34=-22'
 
 
 @pytest.mark.parametrize('read, lines', [
-    (tasks.read_problems, [b'12+34=47', b'12+34=', b'12+34', b'+1=1', b'01+1=2', b'1+1=2x', b'x1+1=2', b'1/1=1', b'1+1=+2',
-                           b'1*0=-0', b'3-5=2', b'1+1=02', b'\0', '١+١=٢'.encode(), b'mr14273X', b'1+1=2\x000+1=1']),
-    (tasks.read_games, [b'mr14273O', b'mr14273-', b'mr1427', b'mr1427X', b'mr1427-', b'r14273X', b'xr14273X', b'mr142738X',
-                        b'mr14272X', b'mr04273X', b'mr14273XX', b'mr', b'mr-', b'MR14273X', b'1+1=2', b'mr1427\xff3X',
-                        b'mr12543769-', b'rr921538X', b'14273X', b'mr1427283X', b'mr1427385X'])])
+    (tasks.read_problems, [b'12+34=47', b'12+34=', b'+1=1', b'01+1=2', b'1+1=2x', b'x1+1=2', b'1/1=1', b'1*0=-0', b'1+1=02',
+                           '١+١=٢'.encode(), b'mr14273X', b'1+1=2\x000+1=1']),
+    (tasks.read_games, [b'mr14273O', b'mr1427X', b'mr1427-', b'r14273X', b'xr14273X', b'mr142738X', b'mr14272X', b'mr04273X',
+                        b'mr14273XX', b'mr-', b'MR14273X', b'mr1427\xff3X', b'mr12543769-', b'14273X', b'mr1427385X'])])
 def test_a_damaged_line_is_refused(read, lines):
     """A wrong answer or end, moves after it, a cell taken twice or off the board: a ValueError that shows the line."""
     good = b'1+1=2\n' if read is tasks.read_problems else b'mr14273X\n'

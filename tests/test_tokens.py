@@ -1,5 +1,6 @@
 """Token files and tokenizers: exact round trips, windows against plain arrays, damage refused in one line."""
 import json
+import os
 import random
 import struct
 from pathlib import Path
@@ -88,16 +89,12 @@ def test_gpt2_is_the_published_one(gpt2):
         assert gpt2.encode(text).tolist() == reference.encode_ordinary(text)
 
 
-def test_bpe_training_is_deterministic_and_exact():
-    """Two trainings give the same JSON; the vocabulary has the size asked for, at least 257."""
-    assert train_small_bpe().text == train_small_bpe().text
+def test_bpe_training_is_deterministic_and_exact(bpe, capsys):
+    """Two trainings give the same JSON; the vocabulary has the size asked for, 257 up to what the text yields."""
+    assert train_small_bpe().text == bpe.text
     assert train_small_bpe(300).vocab_size == 300
     smallest = tokens.train_bpe(['aaaa'], 257)
     assert len(smallest.encode('aaaa')) == 4 and smallest.decode(smallest.encode('é')) == 'é'
-
-
-def test_impossible_vocabularies_are_refused(capsys):
-    """Fewer tokens than bytes, or more than the text yields: one line with what to type."""
     assert '--vocab=257' in error_of(capsys, tokens.train_bpe, ['abc'], 256)
     assert '--vocab=259 or less' in error_of(capsys, tokens.train_bpe, ['abc'], 5000)
     assert 'there are: byte, gpt2, bpe' in error_of(capsys, tokens.from_description, {'name': 'spm'})
@@ -128,7 +125,7 @@ def write_byte_shards(folder, n_tokens=1000, shard_tokens=64, seed=0):
     return ids
 
 
-@pytest.mark.parametrize('shard_tokens', [3, 7, 64, 999, 1000, 5000])
+@pytest.mark.parametrize('shard_tokens', [7, 64, 999, 1000, 5000])
 def test_windows_equal_slices_of_the_concatenated_array(tmp_path, shard_tokens):
     """Any start and length, straddling one or many shards, gives the int64 slice of the plain array."""
     ids = write_byte_shards(tmp_path, 1000, shard_tokens)
@@ -138,8 +135,7 @@ def test_windows_equal_slices_of_the_concatenated_array(tmp_path, shard_tokens):
         starts = np.random.default_rng(length).integers(0, 1000 - length + 1, 20)
         for form in (starts, starts.tolist(), torch.tensor(starts)):
             windows = data.windows(form, length)
-            assert windows.dtype == torch.int64 and windows.shape == (20, length)
-            assert torch.equal(windows, torch.stack([torch.tensor(ids[s:s + length]) for s in starts]))
+            assert windows.dtype == torch.int64 and windows.tolist() == [ids[s:s + length].tolist() for s in starts]
     assert data.windows([], 5).shape == (0, 5)
     for starts, length in (([-1], 5), ([996], 5), ([0], 1001), ([0], 0)):
         with pytest.raises(IndexError, match='1000 tokens'):
@@ -178,32 +174,26 @@ def test_the_tokenizer_travels_with_the_tokens(tmp_path, bpe, gpt2, monkeypatch,
         assert f'{file} is missing' in error_of(capsys, lambda f=folder: tokens.load(f, 'train').tokenizer)
 
 
-def test_every_bit_flip_in_a_header_is_refused(tmp_path, capsys):
-    """So are a cut shard, an extra byte and another program's file, in one line."""
+def test_damaged_shards_are_refused(tmp_path, capsys):
+    """Each bit flip in a header, a cut shard, an extra byte, another program's file, a token above the vocabulary: one line."""
     write_byte_shards(tmp_path, 100, 64)
     path = tmp_path / 'train_000001.bin'
     whole = path.read_bytes()
-    for bit in range(1024):
-        broken = bytearray(whole)
-        broken[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match='train_000001.bin'):
-            tokens.read_header(path)
+    with open(path, 'r+b', 0) as file:
+        for bit in range(1024):
+            at = bit // 8
+            os.pwrite(file.fileno(), bytes([whole[at] ^ 1 << bit % 8]), at)
+            with pytest.raises(ValueError, match='train_000001.bin'):
+                tokens.read_header(path)
+            os.pwrite(file.fileno(), whole[at:at + 1], at)
+    assert path.read_bytes() == whole
     for content, word in ((whole[:-1], 'cut'), (whole + b'x', 'cut'), (whole[:50], 'cut short'), (b'', 'not a nanobit'),
-                          (b'PK\x03\x04' + bytes(300), 'not a nanobit'), (bytes(128) + whole[128:], 'not a nanobit')):
+                          (b'PK\x03\x04' + bytes(300), 'not a nanobit')):
         path.write_bytes(content)
         line = error_of(capsys, tokens.load, tmp_path, 'train')
         assert str(path) in line and word in line and 'run: python data/NAME/prepare.py' in line
-
-
-def test_damaged_tokens_are_reported_before_they_reach_an_embedding(tmp_path, capsys):
-    """A token above the vocabulary is one line, not a device assert."""
-    write_byte_shards(tmp_path, 10, 64)
-    path = tmp_path / 'train_000000.bin'
-    raw = bytearray(path.read_bytes())
-    raw[129] = 0x80
-    path.write_bytes(raw)
-    assert 'its vocabulary has 256' in error_of(capsys, tokens.load(tmp_path, 'train').windows, [0], 4)
+    path.write_bytes(whole[:129] + b'\x80' + whole[130:])                   # on a GPU this would be a device assert
+    assert 'its vocabulary has 256' in error_of(capsys, tokens.load(tmp_path, 'train').windows, [64], 4)
 
 
 def test_shards_of_different_tokenizers_or_with_a_gap_are_refused(tmp_path, capsys, bpe):
@@ -237,9 +227,7 @@ def test_a_missing_or_unfinished_folder_says_what_to_type(tmp_path, capsys):
 def test_dataset_dir_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     """Names are folders of the repository's data/; absolute and ./ paths stay what they are."""
     monkeypatch.chdir(tmp_path)
-    data = tokens.ROOT / 'data'
-    assert tokens.dataset_dir('pycode') == data / 'pycode'
-    assert tokens.dataset_dir('text/wikitext2') == data / 'text' / 'wikitext2'
+    assert tokens.dataset_dir('text/wikitext2') == tokens.ROOT / 'data' / 'text' / 'wikitext2'
     assert tokens.dataset_dir(str(tmp_path)) == tmp_path and tokens.dataset_dir('./here') == Path('./here')
 
 

@@ -1,6 +1,7 @@
 """train_gpt.py as people run it: torchrun, signals, kills, mistakes; its model by hand. More is in test_trainers.py."""
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,11 +12,12 @@ import layers
 import sample
 import train_gpt
 from conftest import (CHECKSUMS, HOLD, ROOT, TINY, all_logits, assert_same_state, checkpoint, free_port, kill_at, log,
-                      one_error, printed_command, random_ids, ranks, tiny_gpt, torchrun, wait_all)
+                      printed_command, random_ids, ranks, tiny_gpt, torchrun, wait_all)
 from readers import tokens
 
 SCRIPT = ROOT / 'train_gpt.py'
-MIXED = ('--qkv_proj=bin', '--c_proj=int4', '--mlp_proj=tern', '--n_binary=1')
+MIXED = ('--qkv_proj=bin', '--c_proj=int4', '--mlp_proj=tern', '--n_binary=2', '--bias=True')
+WET = (*MIXED, '--dropout=0.2')
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +43,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 def assert_same_losses(one, other):
-    assert len(log(one, 'loss')) == 20 and len(log(one, 'val_loss')) == 3
+    assert len(log(one, 'loss')) > 2 and len(log(one, 'val_loss')) > 1
     for column in ('loss', 'val_loss'):
         assert log(other, column) == pytest.approx(log(one, column), abs=1e-6, rel=0)
     assert log(other, 'grad_norm') == pytest.approx(log(one, 'grad_norm'), rel=1e-4)    # Adam would hide a factor
@@ -52,11 +54,11 @@ def test_two_nodes_equal_one(start, folder, unbroken):
     optimizer states are equal to the bit before each of 20 steps."""
     two, port = folder(), free_port()
     (two / 'driver.py').write_text('import os' + CHECKSUMS + DRIVER)
-    words = 'driver.py', SCRIPT, 'tiny.py', '--binary_blocks=1'
+    words = 'driver.py', SCRIPT, 'tiny.py'
     done = wait_all([start(*torchrun(*words, nodes=2, rank=r, port=port, per_node=1), cwd=two) for r in (0, 1)])
     assert [d.code for d in done] == [0, 0], [d.err for d in done]
     assert any('8 sequences a step = 2 x 2 micro-steps x 2 processes = 256 tokens' in d.out for d in done)
-    assert_same_losses(unbroken('--binary_blocks=1'), two)
+    assert_same_losses(unbroken(), two)
     sums = [(two / f'sums{rank}').read_text().split() for rank in (0, 1)]
     assert sums[0] == sums[1] and len(set(sums[0])) == 20
 
@@ -67,82 +69,21 @@ def test_four_processes_equal_one(start, folder, unbroken):
     jobs = [start(SCRIPT, 'tiny.py', '--micro_batch_size=1', '--max_iters=3', '--eval_interval=3', cwd=cwd, **r)
             for r in ranks(4)]
     assert [done.code for done in wait_all(jobs)] == [0] * 4
-    one = unbroken('--max_iters=3', '--eval_interval=3')
-    assert log(cwd, 'loss') == pytest.approx(log(one, 'loss'), abs=2e-6, rel=0)
-    assert log(cwd, 'val_loss') == pytest.approx(log(one, 'val_loss'), abs=2e-6, rel=0)
-    assert log(cwd, 'grad_norm') == pytest.approx(log(one, 'grad_norm'), rel=1e-4)
+    assert_same_losses(unbroken('--max_iters=3', '--eval_interval=3'), cwd)
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize('schedule', ['two_stage', 'linear', 'constant'])
-def test_schedules_resume_exactly(train, folder, schedule):
+def test_two_stage_resumes_exactly(train, folder, unbroken):
     """Killed in step 13, the run goes on from the save at step 10, and its log has the rates of lr_at for all steps. Only
     two_stage ends the decay, where its rate drops."""
-    options, cwd = (f'--schedule={schedule}', '--n_layer=1'), folder()
+    options, cwd = ('--schedule=two_stage', '--n_layer=1'), folder()
     train(*options, cwd=cwd, patch=kill_at(13, 'SIGKILL'), code=-9)
     assert 'at step 10' in train(*options, '--resume=auto', cwd=cwd).out
-    assert log(cwd, 'lr') == [common.lr_at(s, schedule, 3e-3, 3e-4, 2, 20, 2e-3) for s in range(20)]
-    decays = {g['weight_decay'] for g in checkpoint(cwd)['optimizer']['param_groups']}
-    assert decays == ({0.0} if schedule == 'two_stage' else {0.0, 0.1})
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def test_killed_while_saving_again_and_again(train, folder, unbroken):
-    """SIGKILL before one system call of a save after the other, in a run that saves after every step: what is left always
-    resumes without a warning, and the run ends with the weights of one that was never killed."""
-    cwd, options = folder(), ('--save_interval=1', '--resume=auto')
-    for call in (6, 7, 8, 9, 10, 11):               # each save has two of each, and one for best.pt
-        train(*options, cwd=cwd, code=-9, patch=f"""
-import os, signal
-calls = []
-def killed(plain):
-    def call(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == {call}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(*args, **kwargs)
-    return call
-os.fsync, os.replace = killed(os.fsync), killed(os.replace)
-""")
-    done = train(*options, cwd=cwd)
-    assert 'resumed' in done.out and done.err == '' and 'warning' not in done.out
-    assert not [n for n in os.listdir(cwd / 'out') if 'tmp' in n]
-    assert_same_state(checkpoint(cwd), checkpoint(unbroken()))
-    assert log(cwd) == log(unbroken())
-
-
-def test_after_a_fallback_the_good_file_outlives_the_damaged_one(train, folder):
-    """Resumed from last.prev.pt because last.pt is damaged, killed while renaming at the next save: one of the two
-    must still be whole. (Keeping the damaged file as the previous one would leave none.)"""
-    cwd = folder()
-    train(cwd=cwd, patch=kill_at(12))
-    (cwd / 'out' / 'last.pt').write_bytes(b'')
-    patch = """
-import os, signal
-plain = os.replace
-def replace(a, b):
-    if str(b).endswith('/last.pt') and 'tmp' in str(a):
-        os.kill(os.getpid(), signal.SIGKILL)
-    plain(a, b)
-os.replace = replace
-"""
-    train('--resume=auto', cwd=cwd, patch=patch, code=-9)
-    assert common.read_last_checkpoint(str(cwd / 'out' / 'last.pt'))['step'] == 10
-
-
-def test_checkpoints_of_other_models_are_refused_in_one_line(refused, folder, unbroken):
-    """The line names the file and what differs."""
-    good, cwd = checkpoint(unbroken()), folder()
-    torch.save(good, cwd / 'good.pt')
-    torch.save(good | {'model': {k: v for k, v in good['model'].items() if k != 'blocks.1.mlp.c_fc.weight'}}, cwd / 'less.pt')
-    refused('train_gpt', [
-        (('--resume=good.pt', '--n_layer=3'), 'another n_layer (2, not 3)'),
-        (('--resume=good.pt', '--n_head=4'), 'another n_head (2, not 4)'), (('--init_from=good.pt', '--n_embd=64'), 'good.pt'),
-        (('--resume=less.pt',), 'lacks blocks.1.mlp.c_fc.weight')], cwd)
+    for where, schedule, decays in ((cwd, 'two_stage', {0.0}), (unbroken(), 'cosine', {0.0, 0.1})):
+        assert log(where, 'lr') == [common.lr_at(s, schedule, 3e-3, 3e-4, 2, 20, 2e-3) for s in range(20)]
+        assert {g['weight_decay'] for g in checkpoint(where)['optimizer']['param_groups']} == decays
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
@@ -151,8 +92,8 @@ def test_checkpoints_of_other_models_are_refused_in_one_line(refused, folder, un
 def test_ctrl_c_ends_in_a_checkpoint_and_a_command_that_works(start, folder, unbroken):
     """A real command line: exit status 0 in the middle of training, and the printed command ends as the unbroken run."""
     cwd = folder()
-    (cwd / 'held.py').write_text(HOLD.format(step=2) + DRIVER)
-    job = start('held.py', SCRIPT, 'tiny.py', cwd=cwd, real=True, PYTHONUNBUFFERED='1')
+    (cwd / 'holds.py').write_text(HOLD.format(step=2) + DRIVER)
+    job = start('holds.py', SCRIPT, 'tiny.py', cwd=cwd, real=True, PYTHONUNBUFFERED='1')
     job.wait_for('holding')
     job.signal(signal.SIGINT)
     done = job.wait()
@@ -164,18 +105,17 @@ def test_ctrl_c_ends_in_a_checkpoint_and_a_command_that_works(start, folder, unb
     assert log(cwd) == log(unbroken())
 
 
-@pytest.mark.parametrize('number, everyone', [(signal.SIGINT, False), (signal.SIGTERM, True)])
-def test_signals_under_torchrun(start, folder, unbroken, number, everyone):
-    """Ctrl-C, which reaches torchrun only, and SIGTERM from a scheduler that sends it to every process, so that those
-    under torchrun get it twice: a whole checkpoint, from which one process ends like two unbroken ones."""
+def test_a_signal_under_torchrun(start, folder, unbroken):
+    """SIGTERM from a scheduler that sends it to every process, so that those under torchrun get it twice: a whole checkpoint,
+    from which one process ends like two unbroken ones."""
     cwd = folder()
     still = 'import time, types; common.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: 0.0})\n'
-    (cwd / 'held.py').write_text('import os; open(f"pid{os.getpid()}", "w")\n' + HOLD.format(step=7) + still + DRIVER)
-    job = start(*torchrun('held.py', SCRIPT, 'tiny.py'), cwd=cwd, PYTHONUNBUFFERED='1')
+    (cwd / 'holds.py').write_text('import os; open(f"pid{os.getpid()}", "w")\n' + HOLD.format(step=7) + still + DRIVER)
+    job = start(*torchrun('holds.py', SCRIPT, 'tiny.py'), cwd=cwd, PYTHONUNBUFFERED='1')
     job.wait_for('holding', times=2)
     workers = [int(path.name[3:]) for path in cwd.glob('pid*')]
-    for pid in workers * everyone + [job.pid]:
-        os.kill(pid, number)
+    for pid in (*workers, job.pid):
+        os.kill(pid, signal.SIGTERM)
     done = job.wait()
     assert 'stopped at step 8;' in done.out and len(workers) == 2, done.err
     assert checkpoint(cwd)['step'] == 8
@@ -188,26 +128,20 @@ def test_signals_under_torchrun(start, folder, unbroken, number, everyone):
 
 
 def test_init_from_resume_and_path(train, folder, unbroken):
-    """resume: the run in out_dir, which must exist. A path: its weights at step 0, in a run of its own. resume=path:
-    weights, optimizer and step."""
+    """resume: the run in out_dir. A path: its weights at step 0, in a run of its own."""
     cwd, whole = folder(), unbroken()
-    assert 'out/last.pt does not exist' in one_error(train('--init_from=resume', cwd=cwd, code=2))
-    train(cwd=cwd, patch=kill_at(6))
-    train('--init_from=resume', cwd=cwd)
+    (cwd / 'out').mkdir()
+    shutil.copy(whole / 'out' / 'last.prev.pt', cwd / 'out' / 'last.pt')
+    assert 'at step 15' in train('--init_from=resume', cwd=cwd).out
     assert_same_state(checkpoint(cwd), checkpoint(whole))
-    source = str(whole / 'out' / 'best.pt')
-    train(f'--init_from={source}', '--out_dir=new', '--max_iters=1', cwd=cwd)
+    train(f'--init_from={whole}/out/best.pt', '--out_dir=new', '--max_iters=1', cwd=cwd)
     new = common.read_log(cwd / 'new')
     assert new[0]['step'] == 0 and new[0]['val_loss'] == log(whole, 'val_loss')[-1]
-    train(f'--resume={whole / "out" / "last.prev.pt"}', '--out_dir=branch', cwd=cwd)
-    branch = common.read_checkpoint(str(cwd / 'branch' / 'last.pt'))
-    assert_same_state(branch, checkpoint(whole), ('step', 'model', 'optimizer'))        # the best is of its own
 
 
 MISTAKES = [
     (('--dataset=nosuch',), 'data/nosuch'),
     (('--batch_size=9',), 'batch_size=9 is no multiple of micro_batch_size=2 x 1 processes'),
-    (('--batch_size=0',), 'batch_size=0'),
     (('--block_size=4000',), 'val tokens, block_size=4000 needs more'),
     (('--block_size=50000',), '40000 train tokens, block_size=50000 needs more'),
     (('--qkv_proj=binary',), "'binary' is none of 'fp', 'bin', 'tern', 'int4'"),
@@ -216,31 +150,31 @@ MISTAKES = [
     (('--n_embd=33',), 'n_embd=33 is no multiple of n_head=2'),
     (('--n_binary=1', '--binary_blocks=1'), 'give n_binary or binary_blocks, not both'),
     (('--n_binary=3',), 'n_layer=2'), (('--n_binary=-1',), 'n_layer=2'), (('--binary_blocks=0,2',), 'n_layer=2'),
-    (('--binary_blocks=-1',), 'n_layer=2'),
+    (('--binary_blocks=-1',), 'n_layer=2'), (('--beta2=1',), 'beta2=1.0 must be at least 0 and below 1'),
     (('--learning_rat=1',), 'did you mean learning_rate?'), (('nosuch.py',), 'no config file nosuch.py'),
-    (('--schedule=cosin',), 'cosin'),
-    (('--init_from=nosuch.pt',), 'nosuch.pt does not exist'), (('--resume=nosuch.pt',), 'nosuch.pt does not exist'),
-    (('--eval_interval=0',), 'eval_interval'), (('--eval_iters=0',), 'eval_iters'),
-    (('--log_interval=0',), 'log_interval'),
-    (('--save_interval=0',), 'save_interval'), (('--n_head=0',), 'n_head'), (('--block_size=0',), 'block_size'),
-    (('--micro_batch_size=-2',), 'micro_batch_size'), (('--device=gpu',), 'gpu'),
-    (('--out_dir=/proc/nosuch',), '/proc/nosuch'),
+    (('--schedule=cosin',), 'cosin'), (('--init_from=resume',), 'out/last.pt does not exist'),
+    *(((f'--{key}=0',), f'{key}=0 must be 1 or more') for key in (
+        'batch_size', 'block_size', 'n_head', 'eval_interval', 'eval_iters', 'log_interval', 'save_interval')),
+    (('--micro_batch_size=-2',), 'micro_batch_size'), (('--device=gpu',), 'gpu'), (('--out_dir=/proc/nosuch',), '/proc/nosuch'),
+    (('--resume={good}', '--n_layer=3'), 'another n_layer (2, not 3)'),
+    (('--resume={good}', '--n_head=4'), 'another n_head (2, not 4)'), (('--init_from={good}', '--n_embd=64'), 'last.pt'),
 ]
 
 
-def test_mistakes_are_one_line(refused, folder):
+def test_mistakes_are_one_line(refused, folder, unbroken):
     """Each ends with exit status 2 and one line that says what is wrong, no traceback, and no out_dir."""
-    refused('train_gpt', MISTAKES, folder())
+    good = unbroken() / 'out' / 'last.pt'
+    refused('train_gpt', [([o.format(good=good) for o in options], words) for options, words in MISTAKES], folder())
 
 
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
-@pytest.mark.parametrize('kind', layers.KINDS)
-def test_every_kind_learns_and_packs_exactly(train, folder, unbroken, kind):
-    """All blocks of one kind, with biases: the loss falls from ln(vocab) by more than 0.8 in 20 steps, and the packed
-    file's logits at every position equal best.pt's exactly."""
-    options = ('--n_binary=2', '--bias=True', f'--qkv_proj={kind}', f'--c_proj={kind}', f'--mlp_proj={kind}')
+@pytest.mark.parametrize('options', [(), WET, ('--qkv_proj=int4', '--c_proj=tern', '--mlp_proj=bin', *MIXED[3:])],
+                         ids=['fp', 'mixed', 'turned'])
+def test_every_kind_learns_and_packs_exactly(unbroken, options):
+    """The loss falls from ln(vocab) by more than 0.8 in 20 steps, and the packed file's logits at every position equal
+    best.pt's exactly, with biases too."""
     cwd = unbroken(*options)
     losses = log(cwd, 'loss')
     assert abs(losses[0] - math.log(256)) < 0.3 and losses[-1] < losses[0] - 0.8
@@ -254,13 +188,13 @@ def test_every_kind_learns_and_packs_exactly(train, folder, unbroken, kind):
     assert meta['step'] == best['step'] and meta['val_loss'] == min(log(cwd, 'val_loss')) == best['best_val_loss']
     assert tokens.from_description(meta['tokenizer']).decode(tokens.byte().encode('abc')) == 'abc'
     low = sum(m.packed for m in packed.modules() if isinstance(m, layers.LowBit))
-    assert low == (0 if kind == 'fp' else 8)
-    assert (cwd / 'out' / 'packed.safetensors').stat().st_size < (150_000 if kind == 'fp' else 75_000)
+    assert low == (8 if options else 0)
+    assert (cwd / 'out' / 'packed.safetensors').stat().st_size < (75_000 if options else 150_000)
 
 
 def test_val_loss_by_hand(unbroken, tiny_data):
     """The mean over eval_iters * batch_size = 16 windows drawn for step -1, without dropout, from the saved weights."""
-    best, data = checkpoint(unbroken(*MIXED, '--dropout=0.2'), 'best.pt'), tokens.load(tiny_data, 'val')
+    best, data = checkpoint(unbroken(*WET), 'best.pt'), tokens.load(tiny_data, 'val')
     model = train_gpt.GPT(train_gpt.GPTConfig(**best['model_config'])).eval()
     model.load_state_dict(best['model'])
     xy = data.windows(common.sample_indices(1337, -1, len(data) - 32, 16), 33)
@@ -271,7 +205,7 @@ def test_val_loss_by_hand(unbroken, tiny_data):
 def test_compile(train, folder, unbroken):
     """Three steps of a compiled model have the losses of the plain one, and the checkpoint has its plain names. What is
     compiled is traced with its backward pass, but run without a C++ compiler."""
-    options = ('--max_iters=3', '--eval_interval=3', '--n_layer=1', *MIXED)
+    options = ('--max_iters=3', '--eval_interval=3', *MIXED, '--n_layer=1', '--n_binary=1')
     cwd = folder()
     done = train(*options, '--compile=True', cwd=cwd, patch="""
 import torch
@@ -314,18 +248,16 @@ def test_sampling_options():
     assert [t.shape for t in sample.generate(model, random_ids(3, 2), 2, 64)] == [(3,), (3,)]
 
 
-@pytest.mark.parametrize('options, low', [
-    ({'n_binary': 0}, ()), ({'n_binary': 1}, (0,)), ({'n_binary': 6}, (0, 1, 2, 3, 4, 5)), ({'n_binary': 8}, range(8)),
-    ({'binary_blocks': (7, 2)}, (2, 7))])
-def test_n_binary_means_exactly_that_many_blocks(monkeypatch, options, low):
+def test_n_binary_means_exactly_that_many_blocks(monkeypatch):
     """6 of 8: blocks 0 to 5 hold four binary layers each, the others none; binary_blocks names them one by one."""
-    for key, value in ({'n_layer': 8, 'n_binary': 0, 'binary_blocks': ()} | options).items():
-        monkeypatch.setattr(train_gpt, key, value)
-    model = tiny_gpt('bin', blocks=train_gpt.low_bit_blocks(), n_layer=8)
-    counts = [sum(isinstance(m, layers.BinaryLinear) for m in block.modules()) for block in model.blocks]
-    assert counts == [4 * (i in low) for i in range(8)]
-    plain = [sum(type(m) is torch.nn.Linear for m in block.modules()) for block in model.blocks]
-    assert plain == [4 - n for n in counts]
+    monkeypatch.setattr(train_gpt, 'n_layer', 8)
+    for n_binary, binary_blocks, low in ((0, (), ()), (6, (), range(6)), (8, (), range(8)), (0, (7, 2), (2, 7))):
+        monkeypatch.setattr(train_gpt, 'n_binary', n_binary)
+        monkeypatch.setattr(train_gpt, 'binary_blocks', binary_blocks)
+        model = tiny_gpt('bin', blocks=train_gpt.low_bit_blocks(), n_layer=8)
+        count = lambda kind, block: sum(type(m) is kind for m in block.modules())
+        assert [count(layers.BinaryLinear, b) for b in model.blocks] == [4 * (i in low) for i in range(8)]
+        assert [count(torch.nn.Linear, b) for b in model.blocks] == [4 * (i not in low) for i in range(8)]
 
 
 def test_each_projection_takes_its_own_kind():
