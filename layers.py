@@ -1043,6 +1043,7 @@ class LowRankLinear(nn.Module):
     2 power iterations), the "weight reduction" of the rSVD experiments. Raises ValueError for rank < 1 or > min(in, out).
     """
     kind, bits = 'lowrank', 32
+    weight = None                                   # as in packed layers: T5 reads the dtype of a weight if there is one
 
     def __init__(self, in_features, out_features, bias=True, *, rank):
         super().__init__()
@@ -1114,7 +1115,7 @@ class LoRALinear(nn.Module):
     too. Over a binary base the adapter adds to the normalised output. A and B are fp32 and compute in the input's dtype.
     Raises ValueError for a base without in_features and out_features, rank < 1 or dropout outside [0, 1).
     """
-    kind = 'lora'
+    kind, weight = 'lora', None
 
     def __init__(self, base, *, rank=8, alpha=16.0, dropout=0.0):
         super().__init__()

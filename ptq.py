@@ -9,7 +9,8 @@ Post-training quantization, pruning and sensitivity of a trained model.
     python ptq.py choose --ckpt=out/x --bits=17               # chooses blocks to train as binary; a config for train_gpt.py
 
 --ckpt is one of: a run of train_gpt.py or train_bitnet.py, evaluated on its own validation data; a language model of
-transformers (a folder or an id) with --text=FILE and --calibration=FILE; one of its classifiers with --dataset=sst2.
+transformers (a folder or an id) with --text=FILE and --calibration=FILE; one of its classifiers with --dataset=sst2, or with
+--text=eval.csv and --calibration=train.csv. A folder of LoRA adapters is its base model with the adapters merged.
 
     half          fp16                               int8, int8a8   absmax scale per row; a8: the inputs are int8 too
     uniform16 ..  16 even levels, groups of 16 ..    nf4, nf4dq     16 normal quantiles; dq: 8-bit scales
@@ -44,8 +45,10 @@ mode = 'compare'               # compare | prune | sensitivity | choose; can be 
 ckpt = 'out/gpt'               # folder of a run or one of its files | folder or id of transformers
 out = ''                       # folder for tables and pictures; '': the folder of the model, or out/ptq_ID for an id
 dataset = ''                   # '': the training data of the model | for a classifier: labelled texts, e.g. sst2
-text = ''                      # language model of transformers: text file to evaluate it on
-calibration = ''               # language model of transformers: another text file, for the calibration set
+text = ''                      # transformers: text file to evaluate a language model on | table for a classifier, e.g. eval.csv
+calibration = ''               # transformers: another file of the same form, for the calibration set
+text_columns = ('sentence',)   # classifier with --text: one or two columns with the texts
+label_column = 'label'         # classifier with --text: column with the labels
 eval_iters = 0                 # evaluation batches; 0: as in training, or the whole text
 batch_size = 0                 # windows (for a classifier: texts) per batch; 0: as in training, or 4 windows, 32 texts
 block_size = 0                 # tokens per window; 0: as in training, or up to 1024 of a language model, 128 of a classifier
@@ -142,6 +145,11 @@ def quantize(subject, model, name, alone=False):
             put(n)
     if not counts[1]:
         raise ValueError(f'{name} has no layer to replace, because bitsandbytes has linear layers only; type other --schemes')
+    try:
+        subject.passed(model, subject.ids(1))
+    except (AttributeError, TypeError, RuntimeError) as e:              # its code needs what packed layers lack
+        raise ValueError(f'the quantized model does not run ({type(e).__name__}: {str(e).splitlines()[0]}); type another '
+                         '--skip') from None
     return described, counts[0] * 8 / counts[1]
 
 
@@ -178,7 +186,8 @@ def check(subject, names):
                     if embeds or replace.tied_to(subject.model, n):
                         replace.PackedEmbedding(layer)
                 except ValueError as e:
-                    raise ValueError(f'scheme {name} does not fit {n}: {e}') from None
+                    word = f'; or add {n.rpartition(".")[2]} to --skip' * embeds
+                    raise ValueError(f'scheme {name} does not fit {n}: {e}{word}') from None
     refuse_unused(names, ', '.join(names))
     if any(SCHEMES[name][0] in CALIBRATED for name in names):
         subject.calibration(1, seed)
@@ -281,14 +290,16 @@ def save_quantized(subject, folder, start, before):
         raise ValueError(f'{subject.name} is quantized already; type --ckpt=... of a full-precision model')
     name, = names
     check(subject, names)
+    share = share_of(replace.layers_of(subject.model, skip), subject.model)
     described, bits_each = quantize(subject, subject.model, name)
     size = subject.save(save, described)
     row = {'scheme': name, 'skip': skip, 'bits': bits_each, 'seconds': time.perf_counter() - start, 'size': size,
            'peak': common.peak_memory_bytes(), 'above': common.peak_memory_bytes() - before, 'windows': windows,
            'block': subject.block, 'threads': torch.get_num_threads(), 'device': common.device_name(subject.dev),
            'torch': torch.__version__}
-    print(f'{name}: {bits_each:.3f} bits per weight of {len(described)} layers, {row["seconds"]:.1f} s, peak memory '
-          f'{row["peak"]:,} bytes, {row["above"]:,} above the start; wrote {save}: {size:,} bytes')
+    print(f'{name}: {bits_each:.3f} bits per weight of {len(described)} layers with {share:.1%} of the weights, '
+          f'{row["seconds"]:.1f} s, peak memory {row["peak"]:,} bytes, {row["above"]:,} above the start; wrote {save}: '
+          f'{size:,} bytes')
     row['loss'] = subject.loss(subject.model)
     write_rows(folder, 'save', [row])
     print(f'val loss {row["loss"]:.4f}')
@@ -558,6 +569,8 @@ def main():
     for key in sorted(_changed & subject.unused):
         configurator.fail(f'{key} has no use for {subject.name}; leave --{key} out')
     replace.unfuse(subject.model).requires_grad_(mode == 'prune')
+    if not subjects.is_ours(ckpt) and not subject.about['quantized']:
+        replace.keep_read(subject.model, lambda: subject.passed(subject.model, subject.ids(8)))
     folder = out or (os.path.dirname(subject.name) if os.path.isfile(subject.name) else subject.name if
                      os.path.isdir(subject.name) else os.path.join('out', f'ptq_{os.path.basename(subject.name)}'))
     try:

@@ -13,6 +13,7 @@ import configurator
 import layers
 from common import peak_above, peak_memory_bytes
 from measure.turns import Worker, device_name, measure, mib, show
+from pretrained import hf, replace
 
 
 class BigNet(nn.Sequential):
@@ -45,15 +46,23 @@ def base_model(a, load):
         model, inputs = BigNet(a.dim), lambda n: torch.randn(n, a.dim)
     elif os.path.isfile(os.path.join(a.base, 'config.json')):
         try:
-            from transformers import AutoModel
-        except ImportError:
-            configurator.fail(f'{a.base} is a Hugging Face folder; type: pip install transformers')
-        model = AutoModel.from_pretrained(a.base, local_files_only=True, dtype=torch.float32)
-        inputs = lambda n: torch.randint(model.config.vocab_size, (n, 64))
+            model = layers.pack(hf.plain_linears(hf.load_bare(a.base)))
+            config, most = model.config, hf.longest(model, lambda n: reads(model, torch.zeros(1, n, dtype=torch.int64)), 64)
+            if not most or not isinstance(getattr(config, 'vocab_size', None), int):
+                raise ValueError(f'{a.base} is a {type(model).__name__}, which does not read tokens alone; give another model')
+            replace.keep_read(model, lambda: model(**reads(model, torch.zeros(1, most, dtype=torch.int64))))
+        except ValueError as e:
+            configurator.fail(str(e))
+        inputs = lambda n: torch.randint(config.vocab_size, (n, most))
     else:
         model = load(a.base)
         inputs = lambda n: torch.randint(model.config.vocab_size, (n, model.config.block_size))
     return model.to(a.device), lambda n: inputs(n).to(a.device)
+
+
+def reads(model, ids):
+    """The arguments of a model of transformers for ids (B, T)."""
+    return {'input_ids': ids} | ({'decoder_input_ids': ids} if model.config.is_encoder_decoder else {})
 
 
 def form(model, name, a):
@@ -63,7 +72,10 @@ def form(model, name, a):
     kind, base = FORMS[name] if isinstance(FORMS[name], tuple) else (FORMS[name], None)
     options = {'lora': dict(rank=a.rank, alpha=a.alpha, base=base), 'lowrank': dict(rank=a.rank)}.get(kind, {})
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in embeddings}
+    linears = {n: m for n, m in replace.unfuse(model).named_modules() if type(m) is nn.Linear
+               and id(m.weight) not in embeddings and n not in getattr(model, 'read', ())}
+    if not linears and any(isinstance(m, layers.LowBit) for m in model.modules()):
+        configurator.fail(f'the linear layers of {a.base} are low-bit already; give another model')
     if not linears:
         others = sorted({type(m).__name__ for m in model.modules() if getattr(m, 'weight', None) is not None})
         configurator.fail(f'{a.base} has no nn.Linear to convert, only {", ".join(others)}; give another model')
@@ -122,25 +134,32 @@ def counts(model):
 
 
 def output(model, x):
-    y = model(x)
+    y = model(**reads(model, x)) if hasattr(model, 'base_model_prefix') else model(x)
     return y if torch.is_tensor(y) else y[0]
 
 
 def stats_worker(a, load):
     model, inputs = base_model(a, load)
+    stays = replace.left_out(replace.unfuse(model)) if a.name in FORMS else ({}, 0.0)
     model, x, outputs = form(model, a.name, a).train(), inputs(a.batch), {}
     cuda = a.device == 'cuda'
 
     def forward():
         outputs['y'] = output(model, x)
-    y = output(model, x)                            # libraries allocate memory on first use
-    y.float().square().mean().backward()
+    try:
+        y = output(model, x)                        # libraries allocate memory on first use
+        y.float().square().mean().backward()
+    except (AttributeError, TypeError, RuntimeError) as e:
+        if not hasattr(model, 'base_model_prefix'):
+            raise
+        configurator.fail(f'{a.base} cannot be trained in the form {a.name} ({str(e).splitlines()[0][:120]}); type another form')
     model.zero_grad(set_to_none=True)
     del y
     up = peak_above(forward, cuda)
     loss = outputs.pop('y').float().square().mean()
     after = peak_above(loss.backward, cuda)
-    yield {**counts(model), 'forward_bytes': up, 'backward_bytes': after, 'resident_bytes': peak_memory_bytes()}
+    yield {**counts(model), 'forward_bytes': up, 'backward_bytes': after, 'resident_bytes': peak_memory_bytes(),
+           'left': sorted({n.removesuffix('.weight').rpartition('.')[2] for n in stays[0]}), 'left_share': stays[1]}
 
 
 def stats(a):
@@ -149,11 +168,15 @@ def stats(a):
     print(f'{a.base}, batch {a.batch}, {a.device} ({device_name(a)}), torch {torch.__version__}; MiB. forward: peak of '
           'tensors above\nthe model itself; backward: the same above the tensors after the forward pass, gradients included')
     millions = lambda n: f'{n / 1e6:.2f} M'
-    show(measure(names, 'stats', a),
+    rows = measure(names, 'stats', a)
+    show(rows,
          [('name', 'form', ''), ('trainable', 'trainable', millions), ('frozen', 'frozen', millions),
           ('parameters', 'total', millions), ('elements', 'elements', millions), ('theoretical_bytes', 'theoretical', mib),
           ('actual_bytes', 'actual', mib), ('actual_bytes', 'bytes', ','), ('forward_bytes', 'forward', mib),
           ('backward_bytes', 'backward', mib)], a.json)
+    if row := next((r for r in rows if r['left']), None):
+        print(f'{row["left_share"]:.1%} of the weights in the blocks stay in full precision in each form: '
+              f'{", ".join(row["left"])}')
 
 
 def compare_worker(a, load):

@@ -91,6 +91,12 @@ def base_of(folder):
     return moved if not os.path.exists(base) and os.path.isdir(moved) else base, labels, whole
 
 
+def task_of(folder):
+    """peft's task_type of the adapters in `folder`, e.g. SEQ_CLS, or None."""
+    with open(os.path.join(folder, 'adapter_config.json')) as f:
+        return json.load(f).get('task_type')
+
+
 def merge_all(model):
     """Merge every adapter into its base layer, in place, where the bases are full-precision. Returns the model."""
     for name, m in adapters(model).items():

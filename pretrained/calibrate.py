@@ -94,46 +94,17 @@ def for_each_layer(model, batches, run, names, visit):
     names: nn.Linear layers, or any with in_features and weight. run(model, batch) runs the model and must not fill a cache of
     keys and values. visit() may replace the layer: later blocks then get the inputs that the replaced layers produce, and so
     account for their errors. The layers of one block are observed in one pass. Memory: the inputs of one block for all batches
-    (tokens x width, on the model's device), and the other arguments of all blocks.
+    (tokens x width, on the model's device), and the other arguments of all blocks of one stack. Each stack begins with a pass
+    of its own, so a decoder gets the outputs of the replaced encoder.
     """
     rows = find_blocks(model)
-    blocks = [block for row in rows for block in row]
-    begins = {row[0][0] for row in rows}            # first blocks; no block computes their inputs
-    inside = {n for n in names if any(n.startswith(f'{b}.') for b, _ in blocks)}
+    inside = {n for n in names if any(n.startswith(f'{b}.') for row in rows for b, _ in row)}
     rest = [n for n in names if n not in inside]
-    calls = {name: [] for name, _ in blocks}
-
-    def record(name):
-        def hook(_, args, kwargs):
-            # The hidden states of a later block are recomputed. Only its other arguments are stored.
-            calls[name].append((args, kwargs) if name in begins else _with_hidden(args, kwargs, None))
-            if len(blocks) > 1 and name == blocks[-1][0]:              # one block may be called in a loop
-                raise _Enough
-        return hook
-    hooks = [block.register_forward_pre_hook(record(name), with_kwargs=True) for name, block in blocks]
-    try:
-        for batch in batches if inside else ():
-            with contextlib.suppress(_Enough):
-                run(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for (name, block), (following, _) in itertools.zip_longest(blocks, blocks[1:], fillvalue=('', None)) if inside else ():
-        inner = [n for n in names if n.startswith(f'{name}.')]
-        if inner:
-            with Observed(model, inner) as moments_of:
-                for args, kwargs in calls[name]:
-                    block(*args, **kwargs)
-            for n in inner:
-                visit(n, moments_of.pop(n))
-        if following and following not in begins:
-            for at, (args, kwargs) in enumerate(calls[name]):
-                y = block(*args, **kwargs)
-                calls[name][at] = None
-                calls[following][at] = _with_hidden(*calls[following][at], y[0] if isinstance(y, tuple) else y)
-        calls.pop(name)
+    for row in rows:
+        if any(n.startswith(f'{b}.') for n in names for b, _ in row):
+            _walk(model, batches, run, row, names, visit)
     if rest:
-        observed = Observed(model, rest, stop=bool(blocks))           # without blocks a layer may be called in a loop
+        observed = Observed(model, rest, stop=bool(rows))           # without blocks a layer may be called in a loop
         with observed as moments_of:
             for batch in batches:
                 observed.called.clear()
@@ -141,6 +112,41 @@ def for_each_layer(model, batches, run, names, visit):
                     run(model, batch)
         for n in rest:
             visit(n, moments_of.pop(n))
+
+
+def _walk(model, batches, run, row, names, visit):
+    """for_each_layer() of the blocks of one stack."""
+    calls = {name: [] for name, _ in row}
+
+    def record(name):
+        def hook(_, args, kwargs):
+            # The hidden states of a later block are recomputed. Only its other arguments are stored.
+            calls[name].append((args, kwargs) if name == row[0][0] else _with_hidden(args, kwargs, None))
+            if len(row) > 1 and name == row[-1][0]:                    # one block may be called in a loop
+                raise _Enough
+        return hook
+    hooks = [block.register_forward_pre_hook(record(name), with_kwargs=True) for name, block in row]
+    try:
+        for batch in batches:
+            with contextlib.suppress(_Enough):
+                run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (name, block), (following, _) in itertools.zip_longest(row, row[1:], fillvalue=('', None)):
+        inner = [n for n in names if n.startswith(f'{name}.')]
+        if inner:
+            with Observed(model, inner) as moments_of:
+                for args, kwargs in calls[name]:
+                    block(*args, **kwargs)
+            for n in inner:
+                visit(n, moments_of.pop(n))
+        if following:
+            for at, (args, kwargs) in enumerate(calls[name]):
+                y = block(*args, **kwargs)
+                calls[name][at] = None
+                calls[following][at] = _with_hidden(*calls[following][at], y[0] if isinstance(y, tuple) else y)
+        calls.pop(name)
 
 
 def _with_hidden(args, kwargs, hidden):

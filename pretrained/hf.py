@@ -12,6 +12,7 @@ LastTokenClassifier puts a linear head on the last token.
 import collections
 import json
 import os
+import re
 
 import numpy as np
 import torch
@@ -74,6 +75,67 @@ def function(config):
                       sort_keys=True, default=str)
 
 
+ONLINE = dict(quant_method='bitnet', linear_class='autobitlinear', quantization_mode='online')   # rounds plain weights
+
+
+def _bitnet(config):
+    """Take the quantization of transformers out of a config, so that it loads plain layers. Returns it as a dict if it is that
+    of a BitNet, and None if there is none. Raises ValueError for any other."""
+    how = getattr(config, 'quantization_config', None)
+    if how is None:
+        return None
+    how = how if isinstance(how, dict) else how.to_dict()
+    how = {'quant_method': 'bitnet', 'linear_class': 'bitlinear', 'quantization_mode': 'offline'} | how     # its defaults
+    if how['quant_method'] != 'bitnet' or how.get('use_rms_norm'):
+        raise ValueError(f'its weights are quantized already ({how["quant_method"]}); give a model with plain weights')
+    del config.quantization_config
+    return how
+
+
+def _stored(name, ending):
+    """{key: tensor} of the weights of a Hub id or folder whose keys end with `ending`."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+    path = cached_file(name, 'model.safetensors.index.json', _raise_exceptions_for_missing_entries=False)
+    parts = ['model.safetensors'] if path is None else sorted(set(json.load(open(path))['weight_map'].values()))
+    found = {}
+    for part in parts:
+        with safe_open(cached_file(name, part), 'pt') as f:
+            found |= {key: f.get_tensor(key) for key in f.keys() if key.endswith(ending)}       # noqa: SIM118  not a dict
+    return found
+
+
+def _load_plain(auto, name, config, weights, **options):
+    """A model of transformers with all its weights, or random ones. The ternary layers of a BitNet are ours: they round the
+    weights in each pass, and the inputs to int8. Raises ValueError if its files lack weights."""
+    how = _bitnet(config)
+    if not weights or how is None:
+        net = _whole(auto, name, config=config, **options) if weights else auto.from_config(config).to(options['dtype'])
+    else:
+        net = _whole(auto, name, config=config, ignore_mismatched_sizes=True, **options)       # packed ones are set below
+    if how is None:
+        return net
+    kept = how.get('modules_to_not_convert') or ['lm_head']
+    linears = [n for n, m in net.named_modules() if type(m) is nn.Linear and not any(f'.{k}.' in f'.{n}.' for k in kept)]
+    if weights and how['quantization_mode'] == 'offline':
+        scales, packed = _stored(name, '.weight_scale'), _stored(name, '_proj.weight')
+        for n in linears:
+            key = next((k for k in (n, f'{net.base_model_prefix}.{n}') if f'{k}.weight_scale' in scales), None)
+            if key is None:
+                raise ValueError(f'the weights there lack {n}.weight_scale')
+            codes, scale, linear = packed[f'{key}.weight'], scales[f'{key}.weight_scale'].float(), net.get_submodule(n)
+            if codes.dtype == torch.uint8:          # 2 bits each, the first quarter of the rows in the lowest bits
+                codes = torch.cat([(codes >> shift & 3).float() - 1 for shift in (0, 2, 4, 6)])[:linear.out_features]
+            if codes.shape != linear.weight.shape or not (codes.float().round().clamp(-1, 1) == codes).all():
+                raise ValueError(f'{n} holds no ternary weights')
+            # TernaryLinear rounds by mean|w|; divided by the share of nonzero weights, mean|w| is the scale
+            scale = 1 / scale if how['linear_class'] == 'bitlinear' else scale
+            linear.weight.data = (codes.float() * scale / (codes != 0).float().mean().clamp(min=1e-9)).to(linear.weight.dtype)
+    layers.convert(net, {n: ('tern', dict(norm=False)) for n in linears}, verbose=False)
+    config.quantization_config = net.config.quantization_config = ONLINE | {'modules_to_not_convert': kept}
+    return net
+
+
 def head_parameters(net):
     """{name: parameter} of the classification head: of everything outside of the backbone, and of a new pooler inside it."""
     new = getattr(net, 'new_modules', ())
@@ -87,9 +149,10 @@ def head_modules(net):
 
 
 def _whole(auto, name, **options):
-    """auto.from_pretrained(), which gives random values to weights that the files lack; here this is a ValueError."""
+    """auto.from_pretrained(), which gives random values to weights that the files lack; here this is a ValueError. A bare model
+    may lack its pooler, as masked language models do."""
     net, info = auto.from_pretrained(name, output_loading_info=True, **options)
-    if missing := sorted(info['missing_keys']):
+    if missing := sorted(k for k in info['missing_keys'] if not (auto.__name__ == 'AutoModel' and 'pooler.' in k)):
         raise ValueError(f'the weights there lack {missing[0]}')
     return net
 
@@ -108,11 +171,9 @@ def load(name, names, dtype=torch.float32, weights=True):
     try:
         config, tokenizer = t.AutoConfig.from_pretrained(name), t.AutoTokenizer.from_pretrained(name)
         config.use_cache = False
-        if getattr(config, 'quantization_config', None) is not None:
-            # microsoft/bitnet-b1.58-2B-4T-bf16 has one, but its weights are plain bf16; our ternary layers are used below
-            if config.model_type != 'bitnet' or config.quantization_config.get('quantization_mode') != 'online':
-                raise ValueError('its weights are quantized already; give a model with plain weights')
-            del config.quantization_config
+        # microsoft/bitnet-b1.58-2B-4T-bf16 has one, but its weights are plain bf16; our ternary layers are used below
+        if (how := _bitnet(config)) and (config.model_type, how['quantization_mode']) != ('bitnet', 'online'):
+            raise ValueError('its weights are quantized already; give a model with plain weights')
         own = [str(config.id2label[i]) for i in range(config.num_labels)]
         fold = str.lower if len({n.lower() for n in names}) == len(names) else str
         known = {fold(n): n for n in names}
@@ -177,23 +238,35 @@ def check_fits(net, tokenizer, max_len, pairs=False):
     known = getattr(net.config, 'max_position_embeddings', None) or max_len       # None or -1: no table of positions
     if 0 < known < max_len:
         raise ValueError(f'this model has {known} positions, max_len={max_len} needs more')
-    text, mode = 'a b c d e f g ' * max_len, net.training
+    few = longest(net, lambda n: texts_of(tokenizer, n, pairs), max_len, special)
+    if few < max_len:
+        raise ValueError(f'this model reads {few} tokens at most, max_len={max_len} needs more')
 
-    @torch.no_grad()
-    def reads(length):
+
+def texts_of(tokenizer, n, pairs=False):
+    """A batch of one text, or one pair, that is cut to n tokens."""
+    return collate(tokenizer, encode(tokenizer, [('a b c d e f g ' * n,) * (1 + pairs)], n), n)
+
+
+@torch.no_grad()
+def longest(net, batch_of, most, few=0):
+    """The largest n up to `most` for which the model can run on batch_of(n). It is tried, from `few` on."""
+    mode = net.training
+
+    def runs(n):
         try:
-            net.eval()(**collate(tokenizer, encode(tokenizer, [(text,) * (1 + pairs)], length), length))
+            net.eval()(**batch_of(n))
             return True
         except (IndexError, RuntimeError, ValueError):
             return False
         finally:
             net.train(mode)
-    if not reads(max_len):
-        few, many = special, max_len                # it can read `few` tokens, and not `many`
-        while many - few > 1:
-            middle = (few + many) // 2
-            few, many = (middle, many) if reads(middle) else (few, middle)
-        raise ValueError(f'this model reads {few} tokens at most, max_len={max_len} needs more')
+    many = most + 1                                 # it can read `few` tokens, and not `many`
+    middle = most
+    while many - few > 1:
+        few, many = (middle, many) if runs(middle) else (few, middle)
+        middle = (few + many) // 2
+    return few
 
 
 def resize(net, tokenizer):
@@ -239,6 +312,9 @@ def labels_of(name):
 def kind_of(name):
     """Whether a Hub id or folder was saved as a 'classifier' or as a 'causal' language model. Raises ValueError."""
     t = _transformers()
+    if adapters.is_adapters(name):
+        base, labels, _ = adapters.base_of(name)
+        return 'classifier' if labels or adapters.task_of(name) == 'SEQ_CLS' else kind_of(base)
     try:
         config = t.AutoConfig.from_pretrained(name)
     except Exception as e:                          # noqa: BLE001  see load()
@@ -248,17 +324,60 @@ def kind_of(name):
     return 'classifier' if 'SequenceClassification' in saved or os.path.isfile(os.path.join(name, HEAD)) else 'causal'
 
 
+def _why_not_causal(t, config):
+    """Why a model with this config is no causal language model, or ''."""
+    saved = ' '.join(getattr(config, 'architectures', None) or []) or type(config).__name__
+    if getattr(config, 'is_encoder_decoder', False):
+        return f'it is an encoder-decoder ({saved})'
+    masked = type(config) in t.AutoModelForMaskedLM._model_mapping and not getattr(config, 'is_decoder', False)
+    if masked or 'MaskedLM' in saved:
+        return f'it is a masked language model or an encoder ({saved})'
+    other = re.search('For(Token|Question|Multiple|Next|Image|Audio)', saved)
+    if other or type(config) not in t.AutoModelForCausalLM._model_mapping:
+        return f'it is no language model ({saved})'
+    return ''
+
+
+@torch.no_grad()
+def _sees_ahead(net):
+    """Whether a logit depends on tokens after its own, as those of masked language models do."""
+    ids = torch.arange(8)[None] % net.get_input_embeddings().num_embeddings
+    other = torch.cat([ids[:, :-1], torch.zeros_like(ids[:, :1])], 1)
+    one, two = (net.eval()(input_ids=x).logits[:, :-1].float() for x in (ids, other))
+    return not torch.allclose(one, two, rtol=0, atol=1e-4 * one.std().item(), equal_nan=True)
+
+
 def load_causal(name, weights=True):
-    """Load a language model in fp32 and evaluation mode: (net, tokenizer). weights=False: random weights. Raises ValueError."""
+    """Load a language model in fp32 and evaluation mode: (net, tokenizer). A folder of LoRA adapters is its base model with the
+    adapters merged. weights=False: random weights. Raises ValueError."""
     t = _transformers()
+    if adapters.is_adapters(name):
+        net, tokenizer = load_causal(adapters.base_of(name)[0], weights)
+        adapters.load_adapters(plain_linears(net), name)
+        return adapters.merge_all(net), tokenizer
     try:
-        tokenizer = t.AutoTokenizer.from_pretrained(name)
-        net = (_whole(t.AutoModelForCausalLM, name, dtype=torch.float32) if weights else
-               t.AutoModelForCausalLM.from_config(t.AutoConfig.from_pretrained(name)).float())
+        config = t.AutoConfig.from_pretrained(name)
+        why = _why_not_causal(t, config)
+        if not why:
+            tokenizer = t.AutoTokenizer.from_pretrained(name)
+            net = _load_plain(t.AutoModelForCausalLM, name, config, weights, dtype=torch.float32).eval()
+            why = 'its logits depend on later tokens' * _sees_ahead(net)
     except Exception as e:                          # noqa: BLE001  see load()
         raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a Hub id or a folder with config.json, tokenizer and '
                          'weights') from None
-    return net.eval(), tokenizer
+    if why:
+        raise ValueError(f'{name} has no loss of the next token: {why}; train a classifier with finetune_cls.py '
+                         f'--model={name} and type --ckpt= of that folder')
+    return net, tokenizer
+
+
+def load_bare(name):
+    """Load any model of transformers without its head, in fp32. Raises ValueError."""
+    t = _transformers()
+    try:
+        return _load_plain(t.AutoModel, name, t.AutoConfig.from_pretrained(name), True, dtype=torch.float32)
+    except Exception as e:                          # noqa: BLE001  see load()
+        raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a folder with config.json and weights') from None
 
 
 def plain_linears(net):

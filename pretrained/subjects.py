@@ -6,7 +6,7 @@ Subjects of ptq.py: a trained model with its evaluation data and its calibration
 
 Three classes have the same methods. Trained: language models of this project's trainers, on the validation windows of their
 training. Causal: language models of transformers (a folder or an id like gpt2), on a text file. Classifier: sequence
-classifiers of transformers, e.g. of finetune_cls.py, on a folder of labelled texts.
+classifiers of transformers, e.g. of finetune_cls.py, on a folder of labelled texts or a table.
 """
 import contextlib
 import functools
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import common
 from configurator import fail
-from pretrained import hf, replace
+from pretrained import adapters, hf, replace
 from readers import texts, tokens
 
 PACKED = 'packed.safetensors'    # the weights in a folder of transformers that ptq.py saved
@@ -34,12 +34,12 @@ class Trained:
     `dev`), meta (dict for the header of a packed file), about, trained (the loss that the trainer recorded for the same
     batches, or None)."""
     unit, causal, accuracy = 'nats per token', True, None
-    unused = {'text', 'calibration'}                # keys of ptq.py that this class does not use
+    unused = {'text', 'calibration', 'text_columns', 'label_column'}           # keys of ptq.py that this class does not use
 
     def __init__(self, path, model, tokenizer, about, dev, s):
         self.name, self.model, self.tokenizer, self.about, self.dev = path, model, tokenizer, about, dev
         config = self.about['config']
-        own = lambda key, default: s[key] or config.get(key, default)
+        own = lambda key, default: s[key] or config.get(key) or default
         self.dataset, self.seed = own('dataset', ''), config.get('seed', 1337)
         if not self.dataset:
             fail(f'{self.name} does not say what it was trained on; type --dataset=... of the evaluation data')
@@ -142,6 +142,23 @@ class _Folder:
         except (ValueError, KeyError, AttributeError) as e:
             fail(f'{self.name}/{PACKED} does not fit the config.json beside it ({e}); save it again')
 
+    def _block(self, wanted, default, batch_of):
+        """Tokens per window or text: `wanted`, or as many as the model reads, up to `default`. batch_of(n): n tokens."""
+        known = getattr(self.model.config, 'max_position_embeddings', None) or 0
+        block = wanted or min(default, known if known > 0 else default)               # -1 or none: any number of positions
+        most = min(block, known) if known > 0 else block
+        # Position tables can be smaller. On a GPU an index outside of one ends the process, so it is tried before.
+        most = hf.longest(self.model, batch_of, most) if self.dev.type == 'cpu' or known <= 0 or not self.causal else most
+        if wanted > most or most < 1:
+            fail(f'block_size={block} is more than the {most} of {self.name}; type --block_size={most}' if most else
+                 f'{self.name} cannot read {block} tokens; give another model')
+        return most
+
+    def _check_ids(self, ids):
+        rows = self.model.get_input_embeddings().num_embeddings
+        if (most := int(ids.max())) >= rows:
+            fail(f'the tokenizer of {self.name} gives token {most:,}, its embedding has {rows:,} rows; give another model')
+
     def refuse(self, path):
         if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
             raise ValueError(f'save={path!r} exists; a packed model of transformers is a folder, type the name of a new one')
@@ -168,7 +185,7 @@ class _Folder:
 
 class Causal(_Folder, Trained):
     """Language model of transformers, evaluated on consecutive windows of a text file."""
-    unused = {'dataset'}
+    unused = {'dataset', 'text_columns', 'label_column'}
 
     def __init__(self, path, dev, s):
         self.name, self.dev, self.trained = path, dev, None
@@ -179,10 +196,8 @@ class Causal(_Folder, Trained):
             fail(str(e))
         self.model = self._take(net, packed)
         self.about, self.meta = {'quantized': packed[0]['quantized'] if packed else {}}, {'kind': 'causal'}
-        most = getattr(self.model.config, 'max_position_embeddings', None) or 1024
-        self.block, self.batch, self.iters = s['block_size'] or min(most, 1024), s['batch_size'] or 4, s['eval_iters']
-        if self.block > most:
-            fail(f'block_size={self.block} is more than the {most} of {path}')
+        self.block = self._block(s['block_size'], 1024, self._ids)
+        self.batch, self.iters = s['batch_size'] or 4, s['eval_iters']
         if not s['text']:
             fail(f'{path} has no validation data; type --text=FILE of a text to evaluate it on')
         self.val, self.calibration_file = self._read(s['text']), s['calibration']
@@ -198,8 +213,13 @@ class Causal(_Folder, Trained):
             fail(f'cannot read {path}: {getattr(e, "strerror", None) or "it is no UTF-8 text"}; type the name of a text file')
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'])
         if len(ids) <= self.block:
-            fail(f'{path}: {len(ids)} tokens, block_size={self.block} needs more')
+            fail(f'{path}: {len(ids)} tokens, block_size={self.block} needs more; type a lower --block_size or another file')
+        self._check_ids(ids)
         return ids
+
+    @staticmethod
+    def _ids(n):
+        return {'input_ids': torch.zeros(1, n, dtype=torch.int64), 'use_cache': False}
 
     def run(self, model, batch):
         model(input_ids=batch, use_cache=False)
@@ -241,40 +261,67 @@ class Causal(_Folder, Trained):
 
 
 class Classifier(_Folder):
-    """Sequence classifier of transformers, evaluated (loss, accuracy) on the validation split of labelled texts."""
-    unit, causal, trained, accuracy, unused = 'nats per text', False, None, None, {'text', 'calibration'}
+    """Sequence classifier of transformers, evaluated (loss, accuracy) on the validation split of labelled texts, or on the
+    table --text, with --calibration as its training split."""
+    unit, causal, trained, accuracy = 'nats per text', False, None, None
 
     def __init__(self, path, dev, s):
         self.name, self.dev, self.batch = path, dev, s['batch_size'] or 32
+        self.dataset, self.tables = s['dataset'], {'val': s['text'], 'train': s['calibration']}
+        self.columns = s['text_columns'], s['label_column']
+        self.unused = {'text', 'calibration', 'text_columns', 'label_column'} if self.dataset else {'dataset'}
+        if not (self.dataset or s['text']):
+            fail(f'{path} is a classifier; type --dataset=... of labelled texts, e.g. sst2, or --text=FILE.csv')
+        if s['calibration'] and os.path.realpath(s['calibration']) == os.path.realpath(s['text']):
+            fail(f'{s["text"]} cannot be both the calibration set and the evaluation data; type another --calibration')
         packed = self._packed()
-        self.dataset = s['dataset'] or fail(f'{path} is a classifier; type --dataset=... of labelled texts, e.g. sst2')
         try:
-            _, _, names = texts.load(tokens.dataset_dir(self.dataset), 'val')
-            net, self.tokenizer, self.names, fresh = hf.load(path, names, weights=not packed)
+            self.names = hf.labels_of(path)
+            names = texts.load(tokens.dataset_dir(self.dataset), 'val')[2] if self.dataset else self.names
+            foreign = packed and {n.lower() for n in names} != {n.lower() for n in self.names}
+            net, self.tokenizer, self.names, fresh = hf.load(path, names or self._labels(), weights=not packed)
         except ValueError as e:
             fail(str(e))
-        if fresh and not packed:
-            fail(f'{path} was not trained for the labels of {self.dataset} ({", ".join(names)}); type another --dataset')
-        self.model = self._take(net, packed).to(dev)
+        if fresh and not packed or foreign:
+            fail(f'{path} was not trained for the labels of {self.dataset or s["text"]} ({", ".join(names)}); type '
+                 f'another --{"dataset" if self.dataset else "text"}')
+        self.model = self._take(net, packed)
         self.about, self.meta = {'quantized': packed[0]['quantized'] if packed else {}}, {'kind': 'classifier'}
-        known = getattr(self.model.config, 'max_position_embeddings', None) or 128
-        known -= (self.model.config.pad_token_id or 0) + 1 if 'roberta' in self.model.config.model_type else 0
-        self.block = s['block_size'] or min(128, known)
-        if self.block > known:
-            fail(f'block_size={self.block} is more than the {known} of {path}')
+        sentences, _ = both = self._texts('val')
+        pairs = len(sentences[0]) > 1
+        self.block = self._block(s['block_size'], 128, lambda n: hf.texts_of(self.tokenizer, n, pairs))
+        if self.block <= (special := self.tokenizer.num_special_tokens_to_add(pair=pairs)):
+            fail(f'block_size={self.block} leaves no room for text: {special} tokens are special; type a higher --block_size')
         self.limit = s['eval_iters'] * self.batch
-        self.rows, self.labels = self._rows('val')
+        self.rows, self.labels = self._encoded(*both)
+        self.model.to(dev)
 
-    def _rows(self, split):
+    def _labels(self):
+        """The labels of the table, for adapters that do not name theirs."""
+        return texts.label_names(texts.read_table(self.tables['val'], *self.columns)[1])
+
+    def _texts(self, split):
+        """(texts, label ids) of a split."""
         try:
-            sentences, ids, names = texts.load(tokens.dataset_dir(self.dataset), split)
+            if self.dataset:
+                sentences, ids, names = texts.load(tokens.dataset_dir(self.dataset), split)
+                return sentences, [self.names.index(names[i]) for i in ids]
+            sentences, labels = texts.read_table(self.tables[split], *self.columns)
+            known = {n.lower(): n for n in self.names} if len({n.lower() for n in self.names}) == len(self.names) else {}
+            return sentences, texts.label_ids([known.get(w.lower(), w) for w in labels], self.names, self.tables[split])
         except ValueError as e:
             fail(str(e))
-        return hf.encode(self.tokenizer, sentences, self.block), [self.names.index(names[i]) for i in ids]
+
+    def _encoded(self, sentences, labels):
+        rows = hf.encode(self.tokenizer, sentences, self.block)
+        self._check_ids(np.concatenate([row['input_ids'] for row in rows]))
+        return rows, labels
 
     @functools.cached_property
     def train(self):
-        return self._rows('train')
+        if not (self.dataset or self.tables['train']):
+            fail(f'{self.name} has no calibration texts; type --calibration=FILE.csv, not the file of --text')
+        return self._encoded(*self._texts('train'))
 
     def _batch(self, rows):
         return {k: t.to(self.dev) for k, t in hf.collate(self.tokenizer, rows, self.block).items()}
@@ -313,6 +360,8 @@ class Classifier(_Folder):
 
     def ids(self, n):
         flat = np.concatenate([r['input_ids'] for r in self.rows])[:min(n, self.block)]
+        if self.model.config.is_encoder_decoder:    # T5 and BART classify at the last end token
+            flat[-1] = self.tokenizer.eos_token_id
         return torch.from_numpy(flat).long()[None].to(self.dev)
 
     def passed(self, model, ids):
@@ -321,13 +370,15 @@ class Classifier(_Folder):
 
 def is_ours(path):
     """Whether `path` is a run of our trainers, or one of its files, and not a folder or an id of transformers."""
-    ours = os.path.isfile(path) or os.path.isdir(path) and not os.path.isfile(os.path.join(path, 'config.json'))
+    folder = os.path.isfile(os.path.join(path, 'config.json')) or adapters.is_adapters(path)
+    ours = os.path.isfile(path) or os.path.isdir(path) and not folder
     return ours or path.startswith(('out/', './', '/')) and not os.path.isdir(path)
 
 
 def load(path, dev, settings):
     """Load a model of transformers as a Causal or a Classifier. path: a folder, also one saved by ptq.py, or an id.
-    settings: dict with the keys dataset, text, calibration, eval_iters, batch_size, block_size of ptq.py; 0 or '': default."""
+    settings: dict with the keys dataset, text, calibration, text_columns, label_column, eval_iters, batch_size, block_size of
+    ptq.py; 0 or '': default."""
     try:
         packed = os.path.join(path, PACKED)
         kind = common.read_packed(packed, tensors_too=False)[0]['kind'] if os.path.isfile(packed) else hf.kind_of(path)
