@@ -56,6 +56,7 @@ def setup_processes(device=''):
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
+        any_rank(False)                             # all have joined: a rank that fails now breaks no other's connection
     return rank, local_rank, world, device
 
 

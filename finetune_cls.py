@@ -200,11 +200,10 @@ def read_data(names=None):
     if task == 'csv':
         path = train_file or eval_file              # eval_only needs it too: a model from scratch trains its tokenizer on it
         sentences, labels = read(path)
+        known = {label.lower() for label in labels}                    # a file to evaluate on may have one class of several
         trained = hf.labels_of(model) if eval_only and model and not names else []
-        known = {label.lower(): label for label in labels}
-        if known.keys() <= {name.lower() for name in trained}:         # a file may have few of the classes, even one
-            names = [known.get(name.lower(), name) for name in trained]
-        names = names or texts.label_names(labels)
+        absent = [name for name in trained if name.lower() not in known]
+        names = names or texts.label_names(labels + absent * (known <= {name.lower() for name in trained}))
         ids = texts.label_ids(labels, names, path)
         found = {'': read(eval_file)} if not (folds or predict) else {}
         for _, labels in found.values():            # reports an unknown label now, not after training

@@ -192,7 +192,7 @@ def read_table(path, text, label='', header=()):
     labels = ['' if value is None else str(value) for value in columns[len(text)]]
     wrong = next((i for i, value in enumerate(labels) if not value.strip() or isinstance(columns[-1][i], list | dict)), None)
     if wrong is not None:
-        raise ValueError(f'{path}, {unit} {places[wrong]}: the label ({label!r}) is {labels[wrong] or "empty"}')
+        raise ValueError(f'{path}, {unit} {places[wrong]}: the label ({label!r}) is {labels[wrong].strip() or "empty"}')
     return list(zip(*columns[:len(text)], strict=True)), labels
 
 
