@@ -47,7 +47,7 @@ compare = ''                   # out/a,out/b: only compare the saved predictions
 # data
 task = 'sst2'                  # sst2 | imdb | xnli | pycls, each made by data/<task>/prepare.py | csv: your own files
 dataset = ''                   # folder under data/, or a path; '': the name of the task
-train_file = ''                # csv: training file, .csv, .tsv or .parquet with a header
+train_file = ''                # csv: training file, .csv, .tsv, .jsonl (each also .gz) or .parquet, with a header
 eval_file = ''                 # csv: evaluation file, with the same columns
 text_columns = ('sentence',)   # csv: one or two columns with the texts
 label_column = 'label'         # csv: column with the labels
@@ -59,7 +59,7 @@ pad_to_max = False             # True: pad each batch to max_len, as the referen
 batch_size = 32                # texts per optimizer step, over all devices and micro-steps
 micro_batch_size = 0           # texts per device at a time; 0: its whole share. Lower: less memory, more micro-steps
 # model
-model = ''                     # Hub id or folder; '': distilbert-base-uncased, for xnli distilbert-base-multilingual-cased
+model = ''                     # Hub id, folder, or folder of LoRA adapters; '': DistilBERT, for xnli the multilingual one
 n_layer = 4                    # size of the DistilBERT that init_from='scratch' makes if `model` is ''
 n_head = 4
 n_embd = 128

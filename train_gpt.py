@@ -152,7 +152,7 @@ class Block(nn.Module):
     def __init__(self, c, low_bit):
         super().__init__()
         qkv, out, mlp = (c.qkv_proj, c.c_proj, c.mlp_proj) if low_bit else ('fp', 'fp', 'fp')
-        # A ternary layer contains an RMSNorm; a LayerNorm before it would normalise twice.
+        # A ternary layer contains an RMSNorm; a LayerNorm before it would normalize twice.
         self.ln_1 = nn.Identity() if qkv == 'tern' else nn.LayerNorm(c.n_embd, bias=c.bias)
         self.attn = CausalSelfAttention(c, qkv, out)
         self.ln_2 = nn.Identity() if mlp == 'tern' else nn.LayerNorm(c.n_embd, bias=c.bias)
