@@ -201,7 +201,8 @@ GPT2 = dict(vocab_size=250, n_positions=24, n_embd=32, n_layer=2, n_head=2, acti
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(n_head=4), 'type --n_layer=2 --n_head=4 --n_embd=32 --bias=True'), (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon'),
+    (dict(n_head=4), 'type --n_layer=2 --n_head=4 --n_embd=32 --bias=True'),
+    (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon'),
     (dict(activation_function='relu'), 'activation_function=relu'), (dict(tie_word_embeddings=False), 'tie_word_embeddings'),
     (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by'), (dict(n_positions=8), '--block_size=8 or less'),
     (dict(vocab_size=300), 'has 300 tokens, the data only 256')])
