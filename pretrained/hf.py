@@ -177,14 +177,15 @@ def check_fits(net, tokenizer, max_len, pairs=False):
     known = getattr(net.config, 'max_position_embeddings', None) or max_len       # None or -1: no table of positions
     if 0 < known < max_len:
         raise ValueError(f'this model has {known} positions, max_len={max_len} needs more')
-    text, mode = 'a b c d e f g ' * max_len, net.training
+    text, mode, errors = 'a b c d e f g ' * max_len, net.training, ['']
 
     @torch.no_grad()
     def reads(length):
         try:
             net.eval()(**collate(tokenizer, encode(tokenizer, [(text,) * (1 + pairs)], length), length))
             return True
-        except (IndexError, RuntimeError, ValueError):
+        except (IndexError, RuntimeError, ValueError) as e:
+            errors.append(_why(e))
             return False
         finally:
             net.train(mode)
@@ -193,6 +194,8 @@ def check_fits(net, tokenizer, max_len, pairs=False):
         while many - few > 1:
             middle = (few + many) // 2
             few, many = (middle, many) if reads(middle) else (few, middle)
+        if few == special:
+            raise ValueError(f'this model cannot read a text: {errors[-1]}')
         raise ValueError(f'this model reads {few} tokens at most, max_len={max_len} needs more')
 
 
