@@ -56,6 +56,7 @@ def setup_processes(device=''):
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
+        any_rank(False)                             # all have joined: a rank that fails now breaks no other's connection
     return rank, local_rank, world, device
 
 
@@ -295,7 +296,7 @@ def read_checkpoint(path, trainer=None, mmap=False):
         raise ValueError(f'{path} is a folder; type {" or ".join(inside) or "the path of a checkpoint in a run folder"}')
     try:
         with zipfile.ZipFile(path) as z:
-            # torch treats a record with the DOS folder bit as empty and leaves its tensor uninitialised
+            # torch treats a record with the DOS folder bit as empty and leaves its tensor uninitialized
             bad = z.testzip() or next((i.filename for i in z.infolist() if i.external_attr & 0x10), None)
         state = bad or torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:

@@ -47,7 +47,7 @@ compare = ''                   # out/a,out/b: only compare the saved predictions
 # data
 task = 'sst2'                  # sst2 | imdb | xnli | pycls, each made by data/<task>/prepare.py | csv: your own files
 dataset = ''                   # folder under data/, or a path; '': the name of the task
-train_file = ''                # csv: training file, .csv, .tsv or .parquet with a header
+train_file = ''                # csv: training file, .csv, .tsv, .jsonl (each also .gz) or .parquet, with a header
 eval_file = ''                 # csv: evaluation file, with the same columns
 text_columns = ('sentence',)   # csv: one or two columns with the texts
 label_column = 'label'         # csv: column with the labels
@@ -59,7 +59,7 @@ pad_to_max = False             # True: pad each batch to max_len, as the referen
 batch_size = 32                # texts per optimizer step, over all devices and micro-steps
 micro_batch_size = 0           # texts per device at a time; 0: its whole share. Lower: less memory, more micro-steps
 # model
-model = ''                     # Hub id or folder; '': distilbert-base-uncased, for xnli distilbert-base-multilingual-cased
+model = ''                     # Hub id, folder, or folder of LoRA adapters; '': DistilBERT, for xnli the multilingual one
 n_layer = 4                    # size of the DistilBERT that init_from='scratch' makes if `model` is ''
 n_head = 4
 n_embd = 128
@@ -200,11 +200,10 @@ def read_data(names=None):
     if task == 'csv':
         path = train_file or eval_file              # eval_only needs it too: a model from scratch trains its tokenizer on it
         sentences, labels = read(path)
+        known = {label.lower() for label in labels}                    # a file to evaluate on may have one class of several
         trained = hf.labels_of(model) if eval_only and model and not names else []
-        known = {label.lower(): label for label in labels}
-        if known.keys() <= {name.lower() for name in trained}:         # a file may have few of the classes, even one
-            names = [known.get(name.lower(), name) for name in trained]
-        names = names or texts.label_names(labels)
+        absent = [name for name in trained if name.lower() not in known]
+        names = names or texts.label_names(labels + absent * (known <= {name.lower() for name in trained}))
         ids = texts.label_ids(labels, names, path)
         found = {'': read(eval_file)} if not (folds or predict) else {}
         for _, labels in found.values():            # reports an unknown label now, not after training

@@ -10,8 +10,8 @@ rounding (dL/dw := dL/dw_q). `layer.pack_()` replaces the latent weights by pack
 unpacked codes, so the logits stay the same.
 
 Straight-through training usually needs MORE memory than full-precision training: autograd saves the rounded weight and every
-intermediate of the normalisation. These layers save fewer: the backward pass recomputes the rounded weight and needs only the
-output of the normalisation. The ternary layer saves int8 activations for its weight gradient. With `act='gelu'` a layer
+intermediate of the normalization. These layers save fewer: the backward pass recomputes the rounded weight and needs only the
+output of the normalization. The ternary layer saves int8 activations for its weight gradient. With `act='gelu'` a layer
 applies the activation itself and recomputes it in the backward pass. A frozen layer saves nothing for its backward pass. Except
 under torch.compile, it decodes one block of rows at a time.
 
@@ -285,12 +285,12 @@ def _conv_input(x, act, round_input):
 
 
 def _by_norm(z, norm):
-    """Reshape (N, C, H, W) so that the normalised values come last: (N H W, C), a view if channels_last, or (N, C, H W)."""
+    """Reshape (N, C, H, W) so that the normalized values come last: (N H W, C), a view if channels_last, or (N, C, H W)."""
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) if norm == 'channel' else z.flatten(2)
 
 
 def _scale(alpha, norm):
-    """Return (alpha in a shape that broadcasts to _by_norm(), number of trailing dimensions to normalise)."""
+    """Return (alpha in a shape that broadcasts to _by_norm(), number of trailing dimensions to normalize)."""
     return alpha if norm == 'channel' else alpha[:, None], 2 if norm == 'sample' else 1
 
 
@@ -310,9 +310,9 @@ def has_fast_int8(device):
 class _TernaryLinear(torch.autograd.Function):
     """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales + b.
 
-    x (N, in), or (N, 2 in) if act is gated. Saves x, the int8 codes of the normalised input, and per-token scalars. These give
+    x (N, in), or (N, 2 in) if act is gated. Saves x, the int8 codes of the normalized input, and per-token scalars. These give
     dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` returns the ternary weight; scales[i] belongs to a
-    chunk of rows[i] rows. gain=None means that x is already normalised.
+    chunk of rows[i] rows. gain=None means that x is already normalized.
     The product of the codes is exact in int32. In fp32 it is exact while |sum| <= 128 * in < 2**24. Autocast rounds it to bf16,
     like any other product.
     """
@@ -547,7 +547,7 @@ class LowBit(nn.Module):
 class LowBitLinear(LowBit):
     """Base class of quantized linear layers, (..., in) -> (..., out) in the compute dtype.
 
-    A layer that is trained, or whose output is normalised, multiplies by _quantize(weight). Any other packed layer decodes one
+    A layer that is trained, or whose output is normalized, multiplies by _quantize(weight). Any other packed layer decodes one
     block of rows at a time: decoder(dtype) returns a function weights(i, j) for rows i .. j - 1. Blocks begin at multiples of
     `row_multiple`. extra_repr() shows the attributes named in `shown`.
     """
@@ -564,7 +564,7 @@ class LowBitLinear(LowBit):
         return self.product(x, self.act)
 
     def product(self, x, act):
-        """act(x) times the weight, plus the bias; normalised if the layer has an alpha."""
+        """act(x) times the weight, plus the bias; normalized if the layer has an alpha."""
         dtype = compute_dtype(x)
         if self.packed and self.alpha is None:
             return frozen_linear(ACTIVATIONS[act][0](x.to(dtype)), self.bias, lambda: self.decoder(dtype), self.shape,
@@ -602,10 +602,10 @@ class LowBitConv(LowBit):
     """Base class of quantized convolutions, (N, C, H, W) -> (N, out, H', W') in the compute dtype.
 
     Arguments as in nn.Conv2d; the padding is always zeros. act='relu' (or 'gelu') applies the activation to x inside the layer
-    and saves only x. A binary layer in front saves this tensor anyway. A convolution with its normalisation and activation then
+    and saves only x. A binary layer in front saves this tensor anyway. A convolution with its normalization and activation then
     saves one tensor for the backward pass. Conv2d, BatchNorm2d and an in-place ReLU save two.
 
-    Use torch.channels_last inputs: normalisation over the channels then needs no copy.
+    Use torch.channels_last inputs: normalization over the channels then needs no copy.
     Raises ValueError for an unknown act or padding, and for groups that do not divide the channels.
     """
     norm, round_input = None, False
@@ -644,7 +644,7 @@ class LowBitConv(LowBit):
 
 class Binary(LowBit):
     """Binary weight and bias: {0,1} by `w > mean(w)`, with one mean for each of `chunks` slices of dim 0. The product uses the
-    bits minus `offset`. The output is normalised and multiplied by a learnable alpha."""
+    bits minus `offset`. The output is normalized and multiplied by a learnable alpha."""
     kind, bits, chunks, offset = 'bin', 1, 1, 0.5
 
     def _init_weight(self):
@@ -755,7 +755,7 @@ class FourBit(LowBit):
 
 
 class BinaryLinear(Binary, LowBitLinear):
-    """Binary normalised linear layer (arXiv 2509.07025, alg. 1-2), (..., in) -> (..., out) in the compute dtype.
+    """Binary normalized linear layer (arXiv 2509.07025, alg. 1-2), (..., in) -> (..., out) in the compute dtype.
 
         z = W01 x + b01,  W01 = W > mean(W),  b01 = b > mean(b);   y = alpha * (z - mean(z)) / (std(z) + eps)
 
@@ -763,7 +763,7 @@ class BinaryLinear(Binary, LowBitLinear):
     The paper has no alpha; it comes from the reproduction by Dao et al. The layer computes with W01 - 1/2 (see half_bits).
     b starts at 0, so all its bits are 0.
 
-    chunks=3 treats the weight as 3 stacked matrices, each with its own mean, normalisation and alpha. A fused q, k, v
+    chunks=3 treats the weight as 3 stacked matrices, each with its own mean, normalization and alpha. A fused q, k, v
     projection then equals three BinaryLinear layers. act='gelu' applies the activation to x first, and saves only x.
     Raises ValueError for chunks that do not divide `out`, an unknown act, or alpha <= 0.
 
@@ -781,7 +781,7 @@ class BinaryLinear(Binary, LowBitLinear):
 
     def merged(self, delta, requantize, x):
         if not requantize:
-            raise ValueError('BinaryLinear: its normalised output has no full-precision equivalent; type requantize=True')
+            raise ValueError('BinaryLinear: its normalized output has no full-precision equivalent; type requantize=True')
         return super().merged(delta, requantize, x)
 
     def _latent_change(self, delta, x):
@@ -796,7 +796,7 @@ class TernaryLinear(Ternary, LowBitLinear):
 
         xq = int8(RMSNorm(x)) absmax per token;   wq = round(clip(W / s, -1, 1)) * s, s = mean|W|;   y = xq wq^T + b
 
-    The layer contains the RMSNorm (with a learnable gain), so its input must NOT be normalised. Use norm=False for a normalised
+    The layer contains the RMSNorm (with a learnable gain), so its input must NOT be normalized. Use norm=False for a normalized
     input, for example one that several layers share. act is as in BinaryLinear; each chunk has one scale, and chunks=(8, 4, 4)
     means 3 chunks of 8, 4 and 4 rows. act='relu2_glu' (relu(gate)^2 * up, used by b1.58-2B-4T) and 'silu_glu' take the input
     [gate | up] (..., 2 in). Raises ValueError for chunks that do not add up to `out`, an unknown act, or in > 131071: beyond
@@ -915,10 +915,10 @@ class Int8Linear(LowBitLinear):
 
 
 class BinaryConv2d(Binary, LowBitConv):
-    """Binary normalised convolution (arXiv 2509.07025, alg. 3): like BinaryLinear, with a convolution as the product and one
-    alpha per output channel. The layer normalises its output, so do not put a BatchNorm after it.
+    """Binary normalized convolution (arXiv 2509.07025, alg. 3): like BinaryLinear, with a convolution as the product and one
+    alpha per output channel. The layer normalizes its output, so do not put a BatchNorm after it.
 
-    norm: 'channel' normalises each pixel over the channels (default), 'spatial' each (example, channel) over its pixels,
+    norm: 'channel' normalizes each pixel over the channels (default), 'spatial' each (example, channel) over its pixels,
     'sample' each example over all its values. Only with 'channel' do {0,1} and {-1,1} weights give the same network.
     Raises ValueError for an unknown norm and alpha <= 0.
     """
@@ -955,9 +955,9 @@ class Conv4bit(FourBit, LowBitConv):
 
 
 class BinaryEmbedding(Binary):
-    """Binary normalised embedding (arXiv 2509.07025, alg. 4), ids (...) int -> (..., dim).
+    """Binary normalized embedding (arXiv 2509.07025, alg. 4), ids (...) int -> (..., dim).
 
-    Adds the bits of a bias to the row of bits of each id, normalises over dim, and multiplies by alpha (one per layer). Only
+    Adds the bits of a bias to the row of bits of each id, normalizes over dim, and multiplies by alpha (one per layer). Only
     the rows of the given ids are rounded; the mean is over the whole table.
     """
     bias_dim = 1
@@ -1112,7 +1112,7 @@ class LoRALinear(nn.Module):
 
     arXiv 2106.09685. A starts kaiming-uniform and B zero, so at first the output is that of the base. A low-bit base is packed.
     If the base transforms x first (RMSNorm of a ternary layer, activation inside the layer), the adapter gets the transformed x
-    too. Over a binary base the adapter adds to the normalised output. A and B are fp32 and compute in the input's dtype.
+    too. Over a binary base the adapter adds to the normalized output. A and B are fp32 and compute in the input's dtype.
     Raises ValueError for a base without in_features and out_features, rank < 1 or dropout outside [0, 1).
     """
     kind, weight = 'lora', None
@@ -1148,7 +1148,7 @@ class LoRALinear(nn.Module):
 
         A full-precision base becomes an nn.Linear. A quantized base becomes its decoded weights plus the adapter in fp32; a
         ternary one keeps its RMSNorm in front. With requantize=True the result is a packed layer of the same kind, and the
-        change measures the rounding. A binary base needs requantize=True, since its output is normalised. Its adapter is
+        change measures the rounding. A binary base needs requantize=True, since its output is normalized. Its adapter is
         rescaled to add the same output on x. A low-rank base gains the adapter's ranks; requantize=True truncates them again.
         """
         base, scale = self.base, self.alpha / self.rank
@@ -1214,7 +1214,7 @@ class Format(NamedTuple):
 FORMATS = {
     # full precision: 32 bits
     'fp': Format(nn.Linear, nn.Conv2d, trains=True),
-    # {0,1} by `w > mean(w)`, the output is normalised: 1 bit, and alpha
+    # {0,1} by `w > mean(w)`, the output is normalized: 1 bit, and alpha
     'bin': Format(BinaryLinear, BinaryConv2d, BinaryEmbedding, trains=True, act=True, chunks=True),
     # {-1,0,1} * mean|w|; the input is int8, after RMSNorm (except in a convolution): 2 bits, one scale
     'tern': Format(TernaryLinear, TernaryConv2d, trains=True, act=True, chunks=True),

@@ -62,7 +62,7 @@ def range_basis(multiply, multiply_t, shape, rank, *, oversample=4, n_iter=1, ge
     vectors U (m, k), singular values s (k,), k = min(rank + oversample, m, n); fp32, on the generator's device.
 
     multiply(X (n, k)) = G X and multiply_t(Y (m, k)) = G^T Y. Halko et al., algorithms 4.4 and 5.1: Q spans the range of G
-    Omega, refined by n_iter power iterations with orthonormalisation. The SVD of Q^T G uses the eigenvectors of its k x k Gram
+    Omega, refined by n_iter power iterations with orthonormalization. The SVD of Q^T G uses the eigenvectors of its k x k Gram
     matrix in fp64. Returns None if a product is not finite. Call it inside full_precision().
     """
     m, n = shape
@@ -566,7 +566,7 @@ def attach(model, optimizer, verbose=True):
         served = key == 'weight' and (type(m) in PROJECTED or hasattr(m, 'multiply'))
         odd = isinstance(m, nn.Embedding) and (m.sparse or m.scale_grad_by_freq or m.max_norm is not None)
         why = (f'shared with {places[1][1]}' if len(places) > 1 else f'of a {type(m).__name__}' if not served else
-               'frozen' if not p.requires_grad else 'its embedding is sparse, scaled or renormalised' if odd else '')
+               'frozen' if not p.requires_grad else 'its embedding is sparse, scaled or renormalized' if odd else '')
         if why:
             left_alone[f'{name}.{key}'.lstrip('.')] = why
             continue

@@ -58,7 +58,7 @@ residual = True                # False: blocks without the real 1x1 skip, as in 
 model_config = dict(           # binary | real | ternary | int4 for each layer; all but binary convolutions have a BatchNorm
     conv1='real', conv2='real', conv3='real', conv4='real', conv5='real', conv6='real', conv7='real', conv8='real',
     conv9='real', conv10='real', fc1='real', fc2='real', final='real')
-norm = 'channel'               # binary convolutions normalise over: channel (per pixel) | spatial (per channel) | sample (all)
+norm = 'channel'               # binary convolutions normalize over: channel (per pixel) | spatial (per channel) | sample (all)
 binary_alpha = 0.25            # initial scale of binary layers
 binary_alpha_final = 1.0       # initial scale of a binary `final`: the standard deviation of the logits
 dropout = 0.0                  # after fc1 and fc2
@@ -119,7 +119,7 @@ class CNNConfig:
 
 class CNN(nn.Module):
     """Residual CNN: images (N, 3, H, W), H and W 16 or more, best in torch.channels_last -> logits (N, n_classes).
-    Each of five blocks applies convolution, normalisation and ReLU twice and adds its input, through a real 1x1 convolution if
+    Each of five blocks applies convolution, normalization and ReLU twice and adds its input, through a real 1x1 convolution if
     the channels change. 2x2 max-pooling follows the first four. Then come the mean over pixels, fc1, fc2 and final."""
 
     def __init__(self, c):
@@ -156,7 +156,7 @@ class CNN(nn.Module):
 
 
 def relu(conv, y):
-    """ReLU after a convolution and its normalisation. A binary layer saves y, so threshold() reuses y for its gradient, where
+    """ReLU after a convolution and its normalization. A binary layer saves y, so threshold() reuses y for its gradient, where
     F.relu would save another tensor. A BatchNorm does not save y, so the ReLU overwrites it."""
     return F.threshold(y, 0, 0) if isinstance(conv, layers.BinaryConv2d) else F.relu(y, inplace=True)
 
@@ -231,7 +231,7 @@ def main():
     micro, accumulation = common.split_batch(batch_size, micro_batch_size, world)
     has_norm = {model_config['conv9'], model_config['conv10']} != {'binary'} or residual and channels[3] != channels[4]
     if micro == 1 and image_size < 32 and has_norm:             # the fifth block has one pixel left
-        fail(f'micro_batch_size=1 at image_size={image_size} leaves a BatchNorm one number to normalise; type a larger one')
+        fail(f'micro_batch_size=1 at image_size={image_size} leaves a BatchNorm one number to normalize; type a larger one')
     last_path, best_path, resume_path, elsewhere = common.find_run(out_dir, resume, overwrite)
 
     # --------------------------------------------------------------------------------------------------------- data
@@ -361,12 +361,12 @@ def main():
         model = torch.compile(model)
     if world > 1:
         model = common.distributed(model, dev, local_rank)
-    # A BatchNorm normalises by the images of one micro-batch on one rank. Evaluation and checkpoints use the mean of its
+    # A BatchNorm normalizes by the images of one micro-batch on one rank. Evaluation and checkpoints use the mean of its
     # running statistics over micro-batches and ranks, so 2 processes equal 1 process with 2 micro-steps.
     statistics = [b for n, b in raw_model.named_buffers() if n.endswith(('running_mean', 'running_var'))]
     shared = bool(statistics) and world * accumulation > 1
     if world > 1 and statistics:
-        say(f'BatchNorm: each process normalises by its own {micro} images; checkpoints store the mean over {world} processes')
+        say(f'BatchNorm: each process normalizes by its own {micro} images; checkpoints store the mean over {world} processes')
 
     @torch.no_grad()
     def evaluate(net):

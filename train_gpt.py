@@ -152,7 +152,7 @@ class Block(nn.Module):
     def __init__(self, c, low_bit):
         super().__init__()
         qkv, out, mlp = (c.qkv_proj, c.c_proj, c.mlp_proj) if low_bit else ('fp', 'fp', 'fp')
-        # A ternary layer contains an RMSNorm; a LayerNorm before it would normalise twice.
+        # A ternary layer contains an RMSNorm; a LayerNorm before it would normalize twice.
         self.ln_1 = nn.Identity() if qkv == 'tern' else nn.LayerNorm(c.n_embd, bias=c.bias)
         self.attn = CausalSelfAttention(c, qkv, out)
         self.ln_2 = nn.Identity() if mlp == 'tern' else nn.LayerNorm(c.n_embd, bias=c.bias)
@@ -222,14 +222,18 @@ def load_gpt2(model, name):
         configurator.fail(f'--init_from={name} needs transformers; type: pip install transformers')
     theirs, c = AutoConfig.from_pretrained(name).to_dict(), model.config
     common.check_same(name, theirs, {'model_type': 'gpt2'}, 'only GPT-2 fits this trainer')
-    common.check_same(name, theirs, {k: getattr(c, k) for k in ('n_layer', 'n_head', 'n_embd')}, 'type --KEY=VALUE')
+    shape = {key: theirs[key] for key in ('n_layer', 'n_head', 'n_embd')} | {'bias': True}
+    if any(getattr(c, key) != value for key, value in shape.items()):
+        raise ValueError(f'{name} has another shape; type {" ".join(f"--{key}={value}" for key, value in shape.items())}')
     common.check_same(name, theirs, FUNCTION, 'this trainer computes it in one way only')
     if theirs['activation_function'] not in ('gelu', 'gelu_new'):
         raise ValueError(f'{name} has activation_function={theirs["activation_function"]}, this trainer has GELU only')
     if theirs['activation_function'] == 'gelu_new' and 'RANK' not in os.environ:
-        print(f'{name} was trained with a tanh approximation of GELU; here it is exact, so logits differ by about 1e-3')
+        print(f'{name} was trained with a tanh approximation of GELU; here GELU is exact, so outputs differ slightly')
     if theirs['n_positions'] < c.block_size:
         raise ValueError(f'{name} has {theirs["n_positions"]} positions; type --block_size={theirs["n_positions"]} or less')
+    if theirs['vocab_size'] > c.vocab_size:
+        raise ValueError(f'{name} has {theirs["vocab_size"]} tokens, the data only {c.vocab_size}; type --dataset=c4')
     source, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info['missing_keys']):
         raise ValueError(f'{name} lacks the weights {missing[0]}')

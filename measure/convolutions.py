@@ -11,7 +11,7 @@ import layers
 from measure.turns import device_name, in_turns, mib, middle, peak_bytes, ratio, show, times_ms
 from train_cnn import CNN, KINDS, CNNConfig
 
-# name: (kind of layers.py or mixed, normalisation of binary layers)
+# name: (kind of layers.py or mixed, normalization of binary layers)
 CONVS = {'real': ('fp', 'channel'), 'mixed': ('mixed', 'channel'), 'binary': ('bin', 'channel'),
          'binary spatial': ('bin', 'spatial'), 'binary sample': ('bin', 'sample'), 'ternary': ('tern', 'channel'),
          'int4': ('int4', 'channel')}
@@ -20,7 +20,7 @@ CHANNELS = (32, 64, 64, 128, 256)
 
 
 def one_layer(kind, norm, channels):
-    """A convolution with its normalisation and one ReLU: after the real convolution, inside and before the low-bit ones."""
+    """A convolution with its normalization and one ReLU: after the real convolution, inside and before the low-bit ones."""
     if kind == 'fp':
         return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
                              nn.ReLU(inplace=True))
@@ -93,7 +93,7 @@ def conv(a):
         memory[v] = worker.ask('memory')
         worker.close()
     answers_of = dict(zip(variants, answers, strict=True))
-    print('forward and backward of a 3x3 convolution with normalisation and ReLU (channels x pixels of a side), and a training '
+    print('forward and backward of a 3x3 convolution with normalization and ReLU (channels x pixels of a side), and a training '
           f'step of the network;\n{a.batch} images of {a.image_size} pixels, {a.device} ({device_name(a)}), '
           f'{a.threads} threads, torch {torch.__version__}, compile={a.compile}, {a.rounds} rounds x {a.steps} steps;\n'
           'peak: tensors alive at once')

@@ -47,13 +47,11 @@ def base_model(a, load):
     elif os.path.isfile(os.path.join(a.base, 'config.json')):
         try:
             model = layers.pack(hf.plain_linears(hf.load_bare(a.base)))
-            config, most = model.config, hf.longest(model, lambda n: reads(model, torch.zeros(1, n, dtype=torch.int64)), 64)
-            if not most or not isinstance(getattr(config, 'vocab_size', None), int):
-                raise ValueError(f'{a.base} is a {type(model).__name__}, which does not read tokens alone; give another model')
+            most = hf.longest(model, lambda n: reads(model, torch.zeros(1, n, dtype=torch.int64)), 64)
             replace.keep_read(model, lambda: model(**reads(model, torch.zeros(1, most, dtype=torch.int64))))
         except ValueError as e:
-            configurator.fail(str(e))
-        inputs = lambda n: torch.randint(config.vocab_size, (n, most))
+            configurator.fail(f'{a.base}: {e}')
+        inputs = lambda n: torch.randint(model.get_input_embeddings().num_embeddings, (n, most))
     else:
         model = load(a.base)
         inputs = lambda n: torch.randint(model.config.vocab_size, (n, model.config.block_size))
@@ -152,7 +150,8 @@ def stats_worker(a, load):
     except (AttributeError, TypeError, RuntimeError) as e:
         if not hasattr(model, 'base_model_prefix'):
             raise
-        configurator.fail(f'{a.base} cannot be trained in the form {a.name} ({str(e).splitlines()[0][:120]}); type another form')
+        configurator.fail(f'{a.base} cannot be trained in the form {a.name} ({str(e).splitlines()[0][:80]}...); type another '
+                          'form')
     model.zero_grad(set_to_none=True)
     del y
     up = peak_above(forward, cuda)

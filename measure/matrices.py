@@ -45,7 +45,7 @@ def make_layer(name, columns, rows, device, dtype):
     base = getattr(layer, 'base', layer)
     q = (base.effective_weight() if isinstance(base, layers.LowBit) else base.weight.float() if name != 'lowrank'
          else (base.A * base.c @ base.B).detach())
-    if name == 'binary':                            # the output is normalised, so the best scale counts
+    if name == 'binary':                            # the output is normalized, so the best scale counts
         q = q * (q * w).sum() / q.square().sum()
     stored = [t for t in [*base.parameters(), *base.buffers()]]
     if name == 'ternary':

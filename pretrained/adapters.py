@@ -18,6 +18,7 @@ from common import atomic_write
 from layers import LoRALinear, is_linear, set_module
 
 PEFT = 'base_model.model.'      # peft's prefix of a module's name
+ABOUT = 'nanobit.json'          # beside peft's files: what peft has no place for
 
 
 def adapters(model):
@@ -79,11 +80,14 @@ def base_of(folder):
     """(base model of the adapters in `folder`, a path or an id; names of their classes or []; names of the tensors that replace
     those of the base). Raises ValueError."""
     from safetensors import SafetensorError, safe_open
+    labels = []
     try:
         with open(os.path.join(folder, 'adapter_config.json')) as f:
             base = json.load(f)['base_model_name_or_path']
+        if os.path.isfile(about := os.path.join(folder, ABOUT)):
+            with open(about) as f:
+                labels = json.load(f)['labels']
         with safe_open(os.path.join(folder, 'adapter_model.safetensors'), 'pt') as f:
-            labels = json.loads((f.metadata() or {}).get('labels', '[]'))
             whole = {key.removeprefix(PEFT) for key in f.keys() if '.lora_' not in key}         # noqa: SIM118  not a dict
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise ValueError(f'{folder} has no LoRA adapters ({type(e).__name__}: {e})') from None
@@ -109,7 +113,7 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None, labels
 
     base_model: name or path of their Hugging Face model, for peft. heads: names of fully trained modules that are saved too,
     e.g. a classifier (peft's modules_to_save). task_type: peft's task_type, e.g. SEQ_CLS. labels: names of the classes, which
-    peft has no place for; they are in the header of the tensors. Raises OSError if writing fails."""
+    peft has no place for; they are in a file of their own. Raises OSError if writing fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     loras = adapters(model)
@@ -130,15 +134,15 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None, labels
             tensors[f'{PEFT}{head}.{key}'] = t.detach().cpu().contiguous()
     os.makedirs(folder, exist_ok=True)
     try:
-        atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(
-            tensors, tmp, {'format': 'pt', 'labels': json.dumps(list(labels))}))
+        atomic_write(os.path.join(folder, 'adapter_model.safetensors'), lambda tmp: save_file(tensors, tmp, {'format': 'pt'}))
     except SafetensorError as e:                    # safetensors raises this for a full disk
         raise OSError(f'could not write {folder}: {e}') from None
 
-    def write(tmp):
-        with open(tmp, 'w') as f:
-            json.dump(config, f, indent=2)
-    atomic_write(os.path.join(folder, 'adapter_config.json'), write)
+    for name, content in (('adapter_config.json', config), (ABOUT, {'labels': list(labels)})):
+        def write(tmp, content=content):
+            with open(tmp, 'w') as f:
+                json.dump(content, f, indent=2)
+        atomic_write(os.path.join(folder, name), write)
 
 
 def load_adapters(model, folder):
@@ -161,7 +165,9 @@ def load_adapters(model, folder):
     present = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     # peft matches the ends of names, inside a word too ('classifier' is also DistilBERT's pre_classifier), and lists names that
     # no module has.
-    heads = {f'{PEFT}{n}.': n for n, _ in model.named_modules() if n.endswith(tuple(config.get('modules_to_save') or ()))}
+    heads = {}
+    for head in config.get('modules_to_save') or ():
+        heads |= {f'{PEFT}{n}.': n for n in [n for n, _ in model.named_modules() if n.endswith(head)] or [head]}
     heads = {key: n for key, n in heads.items() if not any(n.startswith(f'{other}.') for other in heads.values())}
     saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith(tuple(heads)) and '.lora_' not in k}
     names = list(dict.fromkeys([*present, *(k.removeprefix(PEFT).rsplit('.lora_', 1)[0] for k in tensors)]))

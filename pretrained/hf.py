@@ -250,22 +250,27 @@ def texts_of(tokenizer, n, pairs=False):
 
 @torch.no_grad()
 def longest(net, batch_of, most, few=0):
-    """The largest n up to `most` for which the model can run on batch_of(n). It is tried, from `few` on."""
-    mode = net.training
+    """The largest n, up to `most`, for which the model runs on batch_of(n). Position tables of RoBERTa and its relatives hold
+    fewer tokens than max_position_embeddings says, so it is tried. Raises ValueError if it is not above `few`."""
+    mode, errors = net.training, ['']
 
     def runs(n):
         try:
             net.eval()(**batch_of(n))
             return True
-        except (IndexError, RuntimeError, ValueError):
+        except (IndexError, RuntimeError, ValueError) as e:
+            errors.append(_why(e))
             return False
         finally:
             net.train(mode)
-    many = most + 1                                 # it can read `few` tokens, and not `many`
-    middle = most
+    if most > few and runs(most):
+        return most
+    least, many = few, most                         # it can read `few` tokens, and not `many`
     while many - few > 1:
-        few, many = (middle, many) if runs(middle) else (few, middle)
         middle = (few + many) // 2
+        few, many = (middle, many) if runs(middle) else (few, middle)
+    if few == least:
+        raise ValueError(f'this model cannot read a text: {errors[-1]}')
     return few
 
 

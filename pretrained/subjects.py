@@ -142,16 +142,21 @@ class _Folder:
         except (ValueError, KeyError, AttributeError) as e:
             fail(f'{self.name}/{PACKED} does not fit the config.json beside it ({e}); save it again')
 
-    def _block(self, wanted, default, batch_of):
+    def _block(self, wanted, default, batch_of, special=0):
         """Tokens per window or text: `wanted`, or as many as the model reads, up to `default`. batch_of(n): n tokens."""
         known = getattr(self.model.config, 'max_position_embeddings', None) or 0
         block = wanted or min(default, known if known > 0 else default)               # -1 or none: any number of positions
         most = min(block, known) if known > 0 else block
         # Position tables can be smaller. On a GPU an index outside of one ends the process, so it is tried before.
-        most = hf.longest(self.model, batch_of, most) if self.dev.type == 'cpu' or known <= 0 or not self.causal else most
-        if wanted > most or most < 1:
-            fail(f'block_size={block} is more than the {most} of {self.name}; type --block_size={most}' if most else
-                 f'{self.name} cannot read {block} tokens; give another model')
+        if most <= special:
+            fail(f'block_size={block} leaves no room for text: {special} tokens are special; type a higher --block_size')
+        try:
+            if self.dev.type == 'cpu' or known <= 0 or not self.causal:               # a pass of a large model takes long here
+                most = hf.longest(self.model, batch_of, most, special)
+        except ValueError as e:
+            fail(f'{self.name}: {e}; give another model')
+        if wanted > most:
+            fail(f'block_size={block} is more than the {most} of {self.name}; type --block_size={most}')
         return most
 
     def _check_ids(self, ids):
@@ -289,9 +294,8 @@ class Classifier(_Folder):
         self.about, self.meta = {'quantized': packed[0]['quantized'] if packed else {}}, {'kind': 'classifier'}
         sentences, _ = both = self._texts('val')
         pairs = len(sentences[0]) > 1
-        self.block = self._block(s['block_size'], 128, lambda n: hf.texts_of(self.tokenizer, n, pairs))
-        if self.block <= (special := self.tokenizer.num_special_tokens_to_add(pair=pairs)):
-            fail(f'block_size={self.block} leaves no room for text: {special} tokens are special; type a higher --block_size')
+        self.block = self._block(s['block_size'], 128, lambda n: hf.texts_of(self.tokenizer, n, pairs),
+                                 self.tokenizer.num_special_tokens_to_add(pair=pairs))
         self.limit = s['eval_iters'] * self.batch
         self.rows, self.labels = self._encoded(*both)
         self.model.to(dev)

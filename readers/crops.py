@@ -65,7 +65,7 @@ def middle_boxes(n, share):
 
 
 def network_input(pixels, boxes, mirrored, size, mean, std):
-    """Crop and normalise uint8 images -> network input: resample(), then (x - mean) / std. mean, std: 3 channels in 0..1."""
+    """Crop and normalize uint8 images -> network input: resample(), then (x - mean) / std. mean, std: 3 channels in 0..1."""
     boxes, mirrored = (torch.from_numpy(t).to(pixels.device) for t in (boxes.astype(np.float32), mirrored))
     x = resample(pixels, boxes, mirrored, size)
     mean, std = (torch.tensor(t, device=x.device).view(3, 1, 1) * 255 for t in (mean, std))

@@ -195,7 +195,7 @@ def _command(folder, record=None):
 
 
 def build(folder, settings, splits, classes, size, workers=0, argv=None, expected=None):
-    """Build an image data folder, continue an interrupted one, or recognise a finished one.
+    """Build an image data folder, continue an interrupted one, or recognize a finished one.
 
     settings: {'source', 'revision', ...}. The result depends only on settings, `classes` and `size`; a folder with others is
     rebuilt. splits: {'train': entries, 'val': entries}. Entries are a sequence of (name, class index, source), or a function
@@ -252,7 +252,7 @@ def _locked(folder):
 
 
 def _open(folder, settings, splits, classes, size, argv):
-    """Start a data folder, continue it, or recognise a finished one. Returns its record."""
+    """Start a data folder, continue it, or recognize a finished one. Returns its record."""
     wanted = json.loads(json.dumps({'version': VERSION, 'size': size, 'classes': list(classes), 'settings': settings}))
     old = _read_record(folder)
     if old:
@@ -271,7 +271,7 @@ def _open(folder, settings, splits, classes, size, argv):
     record = wanted | {'command': shlex.join(['python', script, *map(str, argv)]), 'complete': False, 'progress': {
         split: {'place': None, 'seen': 0, 'rows': 0, 'bytes': [0] * 3, 'crc32': [0] * 3, 'sum': [0] * 3, 'squares': [0] * 3,
                 'skipped': [], 'done': False} for split in splits}}
-    _save(folder, record)                               # before deleting files: a killed run must still recognise them as ours
+    _save(folder, record)                               # before deleting files: a killed run must still recognize them as ours
     for path in files:
         path.unlink()
     return record

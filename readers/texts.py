@@ -192,7 +192,7 @@ def read_table(path, text, label='', header=()):
     labels = ['' if value is None else str(value) for value in columns[len(text)]]
     wrong = next((i for i, value in enumerate(labels) if not value.strip() or isinstance(columns[-1][i], list | dict)), None)
     if wrong is not None:
-        raise ValueError(f'{path}, {unit} {places[wrong]}: the label ({label!r}) is {labels[wrong] or "empty"}')
+        raise ValueError(f'{path}, {unit} {places[wrong]}: the label ({label!r}) is {labels[wrong].strip() or "empty"}')
     return list(zip(*columns[:len(text)], strict=True)), labels
 
 
@@ -283,7 +283,7 @@ def load(folder, split):
 
 
 def build(folder, task, splits, expected=None, published=True):
-    """Build a data folder of labelled texts, or recognise a finished one. An interrupted build starts again.
+    """Build a data folder of labelled texts, or recognize a finished one. An interrupted build starts again.
 
     task: {'task', 'labels', 'text', 'label', 'source', 'revision'} as in task.json. splits: {split: function without
     arguments that yields rows (text, ..., label name)}. expected: {split: rows of the published set}. Another count raises
@@ -305,7 +305,7 @@ def build(folder, task, splits, expected=None, published=True):
     if foreign:
         raise ValueError(f'{folder / foreign[0]}.csv is there and no prepare.py wrote it; move it, or give another --out_dir')
     folder.mkdir(parents=True, exist_ok=True)
-    # The union of old and new splits: if this run is killed, the next one can still recognise all our files.
+    # The union of old and new splits: if this run is killed, the next one can still recognize all our files.
     _save_task(folder, {**task, 'rows': dict.fromkeys([*splits, *(old['rows'] if old else ())]), 'complete': False})
     for split in old['rows'] if old else ():
         for path in folder.glob(f'{split}.csv*'):

@@ -372,7 +372,7 @@ def write(folder, split, pieces, tokenizer, shard_tokens=SHARD_TOKENS):
 
 
 def open_folder(folder, settings, argv):
-    """Start a data folder, continue it, or recognise a finished one. Returns its record, which progress.json stores.
+    """Start a data folder, continue it, or recognize a finished one. Returns its record, which progress.json stores.
 
     record = {'settings', 'command', 'complete': bool, 'train': {...}, 'val': {...}}. If the settings are equal and all
     shards are intact, returns the old record (and prints that the folder is complete, if it is). Otherwise deletes the

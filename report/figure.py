@@ -1,4 +1,4 @@
-"""Shared parts of all pictures: colours and markers, run folders and their logs, seeds, axes, labels, saving."""
+"""Shared parts of all pictures: colors and markers, run folders and their logs, seeds, axes, labels, saving."""
 import ast
 import json
 import math
@@ -7,9 +7,9 @@ import statistics
 
 from configurator import fail
 
-# Okabe-Ito colours: readers with any common colour blindness can tell them apart. Markers and dashes are for prints in grey.
+# Okabe-Ito colors: readers with any common color blindness can tell them apart. Markers and dashes are for prints in grey.
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
-MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X', '*']  # one more than colours, so the eighth line differs from the first
+MARKERS = ['o', 's', '^', 'D', 'v', 'P', 'X', '*']  # one more than colors, so the eighth line differs from the first
 DASHES = ['-', (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1))]
 # Constants that change no result but by chance, so seeds of one variant may differ in them.
 ONLY_OF_A_RUN = {'seed', 'out_dir', 'resume', 'overwrite', 'wandb_log', 'wandb_project', 'wandb_run_name', 'model_name',
@@ -18,7 +18,7 @@ BAND = 'several seeds: mean, shaded from min to max'
 
 
 def look(i):
-    """Colour, marker and dashes of line i."""
+    """Color, marker and dashes of line i."""
     return dict(color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], ls=DASHES[i % len(DASHES)])
 
 
@@ -143,7 +143,7 @@ def label_x(ax, x):
 
 
 def label_points(ax, points):
-    """Write the text of each point (x, y, low, high, text, colour) beside it, off markers, texts and, if it can, lines."""
+    """Write the text of each point (x, y, low, high, text, color) beside it, off markers, texts and, if it can, lines."""
     import numpy as np
     from matplotlib.text import Text
     ax.figure.draw_without_rendering()  # settles the layout, because places are compared in pixels

@@ -49,7 +49,7 @@ def escaped(text):
 
 
 def confusion_png(path, counts, classes):
-    """Draw a confusion matrix. counts: ints (c, c), rows true and columns predicted classes. Colours show shares of the row.
+    """Draw a confusion matrix. counts: ints (c, c), rows true and columns predicted classes. Colors show shares of the row.
 
     Cells show their counts for up to 20 classes; the axes show names for up to LABELLED classes. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,7 +61,7 @@ def confusion_png(path, counts, classes):
     inches = min(3 + c * (0.45 if c <= 20 else 0.18), INCHES)      # 0.18: one line of 8-point text with space around it
     fig = FigureCanvasAgg(Figure((inches + 0.5, inches), dpi=120, layout='constrained')).figure
     ax = fig.subplots()
-    # For 1,000 classes, interpolating colours instead of data would take 600 MB.
+    # For 1,000 classes, interpolating colors instead of data would take 600 MB.
     image = ax.imshow(shares, cmap='Blues', vmin=0, vmax=1, interpolation='nearest', interpolation_stage='data')
     fig.colorbar(image, ax=ax, fraction=0.03, label='share of the true class')
     names = [name if len(name) <= 24 else f'{name[:23]}…' for name in map(escaped, classes)] if c <= LABELLED else []

@@ -85,7 +85,7 @@ def load_runs(paths):
 
 
 def grouped(runs):
-    """Runs -> ({(method, rank): its seeds or folds}, {method: (colour, marker)}, their part of the printed line)."""
+    """Runs -> ({(method, rank): its seeds or folds}, {method: (color, marker)}, their part of the printed line)."""
     groups, seen = {}, {}
     for run in runs:
         key = run['method'], run['rank']

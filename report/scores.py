@@ -53,7 +53,7 @@ def detectable(n, discordant):
     Miettinen 1968, Connor 1987 (Biometrics 43, p. 207): n = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 / d^2 with s the
     discordant share, d the difference, z_a = 1.960, z_b = 0.842. This is a quadratic in d, with the solution
     d = sqrt(s) (z_a sqrt(n) + z_b sqrt(n + z_b^2 - z_a^2)) / (n + z_b^2). The difference cannot exceed s. If the solution
-    does, s = d is used: all discordant rows favour one model. The formula is for the large-sample test; the exact test in
+    does, s = d is used: all discordant rows favor one model. The formula is for the large-sample test; the exact test in
     compare() detects slightly less.
     """
     z_a, z_b = 1.959964, 0.841621

@@ -75,7 +75,7 @@ BENCHES = {
     'conv': (['conv --threads=1'],
              lambda r: f'{r["batch"]} images of {r["image_size"]} pixels, {r["device"]}, {r["threads"]} thread, torch '
              f'{r["torch"]}; milliseconds and, in brackets, times real layers of the same dtype: forward and backward of one '
-             '3x3 convolution with its normalisation and a ReLU, by channels x pixels of a side; then a training step of the '
+             '3x3 convolution with its normalization and a ReLU, by channels x pixels of a side; then a training step of the '
              'network, the most bytes of tensors alive in it, MiB, and the bytes it packs into.',
              {'layers': '{name}', 'dtype': '{dtype}'}
              | {f'{width} x {64 >> b}': (lambda r, key=f'{width}x{64 >> b}': times(r, key) if f'{key}_ms' in r else '-')

@@ -191,7 +191,7 @@ def index():
 
 
 def shrink(name):
-    """Reduce results/<name>.png to 256 colours: this takes a third of the bytes."""
+    """Reduce results/<name>.png to 256 colors: this takes a third of the bytes."""
     from PIL import Image
     path = ROOT / 'results' / f'{name}.png'
     Image.open(path).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

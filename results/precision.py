@@ -1,7 +1,7 @@
 """
 Error of binary weights {0, 1} in bf16, from their common term: python results/precision.py > results/precision.txt
 
-Compares the normalised output of a binary layer with float64, for products in bf16. The weights are {0, 1}, as published, or
+Compares the normalized output of a binary layer with float64, for products in bf16. The weights are {0, 1}, as published, or
 {-1/2, 1/2}, as in layers.py; in exact arithmetic both give the same function. Inputs are GELU of a normal variable, as before
 the second layer of an MLP, and normal, as after a LayerNorm.
 """

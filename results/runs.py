@@ -7,7 +7,7 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
     python results/runs.py recipe                                                 # rates and initial values, one seed
     python results/runs.py sst2                                                   # methods of finetune_cls.py
-    python results/runs.py food10                                                 # kinds and normalisations of train_cnn.py
+    python results/runs.py food10                                                 # kinds and normalizations of train_cnn.py
     python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
     python results/runs.py speed                                                  # bench.py train, its table
     python results/runs.py bitnet_speed                                           # ... of train_bitnet.py's model
@@ -102,7 +102,7 @@ EXPERIMENTS = {
         'bin_2_a25ao05': ('... scales 0.25, 0.05', BIN_2 + ' --binary_alpha=0.25'),
         'bin_4': ('all binary, 4e-3, scales 1, 0.29', BIN + ' --binary_alpha_out=0.29'),
         'bin_4_ch': ('... one scale per output channel', None),
-        'bin_4_st': ('... scales 0.25, 0.07, nothing normalised, only scaled (BitNet b1)', None),
+        'bin_4_st': ('... scales 0.25, 0.07, nothing normalized, only scaled (BitNet b1)', None),
         'bin_4_a25ao05': ('... scales 0.25, 0.05', BIN + ' --binary_alpha=0.25'),
         'bin_4_ao02': ('... scales 1, 0.02', BIN + ' --binary_alpha_out=0.02'),
         'bin_4_ao05': ('... scales 1, 0.05', BIN),
@@ -139,7 +139,7 @@ EXPERIMENTS |= {
         'mixed70': ('conv8, conv9, conv10 binary', REAL.replace("'conv8':'real','conv9':'real','conv10':'real'",
                                                                 "'conv8':'binary','conv9':'binary','conv10':'binary'")),
         'bin': ('all binary', BINARY),
-        'bin_spatial': ('... normalised over the pixels of each channel (the reference)', BINARY + ' --norm=spatial'),
+        'bin_spatial': ('... normalized over the pixels of each channel (the reference)', BINARY + ' --norm=spatial'),
         'bin_sample': ('... over the whole image', BINARY + ' --norm=sample'),
         'tern': ('all ternary', REAL.replace('real', 'ternary')),
         'int4': ('all 4-bit', REAL.replace('real', 'int4')),
@@ -152,7 +152,7 @@ EXPERIMENTS |= {
         'mixed': ('... scales at 10 x the rate', ''),
         'mixed_b3': ('... and latent weights at 3 x', "--lr_scale={'bin':3.0}"),
         'mixed_b10': ('... at 10 x', "--lr_scale={'bin':10.0}"),
-        'mixed_b3_spatial': ('... at 3 x, normalised over the pixels of each channel', "--lr_scale={'bin':3.0} --norm=spatial"),
+        'mixed_b3_spatial': ('... at 3 x, normalized over the pixels of each channel', "--lr_scale={'bin':3.0} --norm=spatial"),
         'mixed_b3_sample': ('... over the whole image', "--lr_scale={'bin':3.0} --norm=sample"),
         'convs_a1': ('only conv1, conv2 binary, scales at the rate of the rest',
                      REAL.replace("'conv1':'real','conv2':'real'", "'conv1':'binary','conv2':'binary'")

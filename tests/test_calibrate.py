@@ -49,7 +49,7 @@ def nearest(w, levels, group):
 
 def direct(w, H, levels, group, damp, order):
     """GPTQ as it is defined, in fp64 and without any of its algebra: round a column, then give the columns that are left the
-    values that minimise tr((W' - W) H (W' - W)^T) with those before held fixed, from the normal equations. Without an order,
+    values that minimize tr((W' - W) H (W' - W)^T) with those before held fixed, from the normal equations. Without an order,
     from left to right: the scales of a group are those of its weights after the earlier columns' errors came to them."""
     n, scale, zero = w.shape[1], *nearest(w, levels, group)[1:]
     H = H.double() + damp * H.double().diagonal().mean() * torch.eye(n, dtype=torch.float64)

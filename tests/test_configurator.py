@@ -2,11 +2,13 @@
 import math
 import os
 import runpy
+import subprocess
 import sys
 
 import pytest
 
 import configurator
+from conftest import ROOT
 
 TRAINER = '''"""
 Train a tiny thing.
@@ -189,6 +191,23 @@ def test_types_come_from_the_default(direct):
 
 # -----------------------------------------------------------------------------
 # config files
+
+def test_a_home_folder_is_expanded(direct, monkeypatch):
+    """A shell expands ~ only where a word begins. Elsewhere in a value it is what it is."""
+    monkeypatch.setenv('HOME', '/home/me')
+    assert direct('--out_dir=~/x', '--resume=a~/x')['out_dir'] == '/home/me/x'
+    assert direct('--out_dir=a~/x')['out_dir'] == 'a~/x' and direct('--names=~,q')['names'] == ('~', 'q')
+    assert configurator.at_home(['--prompt=~/x', '~/x', '--file', 'x']) == ['--prompt=~/x', '~/x', '--file', 'x']
+
+
+def test_names_that_a_terminal_lacks_are_escaped(tmp_path):
+    """With PYTHONIOENCODING=ascii a folder of another script is printed, in a change and in an error."""
+    (tmp_path / 'train.py').write_text(TRAINER)
+    for words, code in ((['--out_dir=données/語'], 0), (['--données=1'], 2)):
+        done = subprocess.run([sys.executable, 'train.py', *words], cwd=tmp_path, capture_output=True,
+                              env={**os.environ, 'PYTHONIOENCODING': 'ascii', 'PYTHONPATH': str(ROOT)})
+        assert done.returncode == code and b'donn\\xe9es' in done.stdout + done.stderr, done.stderr
+
 
 def test_a_default_of_none_is_a_switch(direct):
     """None, True and False, in files and as text; anything else is an error."""

@@ -187,6 +187,7 @@ MISTAKES = {
              ('--vocab=0', '--file'), ('--file a.txt --out_dir a.txt/x', 'Not a directory')),
     'shakespeare': (('--file a.txt', '1,115,394'), ('--file a.txt', 'data/text/prepare.py --file'), ('--file no', 'no file')),
     'c4': (('--file bad.jsonl', 'bad.jsonl, line 3'), ('--file list.jsonl', 'list.jsonl, line 2'),
+           ('--file deep.jsonl', 'deep.jsonl, line 10: not a JSON object'),
            ('--file cut.json.gz', 'cut.json.gz is a damaged'), ('--file no.jsonl', 'cannot read no.jsonl'),
            ('--file one.jsonl', '1 documents'), ('--tokens=1.5', 'type for example'), ('--tokens=inf', 'type for example'),
            ('--val_docs=3', '--file')),
@@ -215,6 +216,7 @@ def test_mistakes_are_one_line(tmp_path, local, command, request, script):
              'none.txt': f' {tokens.EOT}\n'.encode(), 'bad.jsonl': BAD_LINE.encode(), 'one.jsonl': b'{"text": "a"}\n',
              'latins.txt': b'fine<|endoftext|> <|endoftext|>caf\xe9<|endoftext|>' * 20,
              'list.jsonl': b'{"text": "a"}\n{"text": ["b"]}\n{"text": "d"}\n',
+             'deep.jsonl': b'{"text": "a"}\n' * 9 + b'{"text": "a", "more": ' + b'[' * 100_000 + b'\n',
              'cut.json.gz': gzip.compress(b'{"text": "a"}\n' * 9000)[:-20]}
     if script == 'tinystories':
         files['one.txt'] = b'one' + tokens.EOT.encode()
@@ -282,6 +284,14 @@ def test_fineweb95m_stops_at_the_tokens_asked_for(tmp_path, local, capsys):
         assert all_bytes(tmp_path / 'b', split).decode() == ended(part)
         assert all_bytes(tmp_path / 'b', split).startswith(all_bytes(tmp_path / 'a', split))
     assert (tmp_path / 'a' / 'tokenizer.json').read_bytes() == (tmp_path / 'b' / 'tokenizer.json').read_bytes()
+
+
+def test_half_a_surrogate_pair_is_one_replacement_character(tmp_path):
+    """JSON may hold it, UTF-8 may not; tiktoken, and so c4, reads it as U+FFFD, and so do vocabularies trained here."""
+    stories = [*STORIES, 'before \ud83d after', 'a whole one: \U0001f389']
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': story}) + '\n' for story in stories))
+    fineweb95m.main(['--file', str(tmp_path / 'a.jsonl'), '--vocab=300', '--val_docs=2', f'--out_dir={tmp_path}/out'])
+    assert all_bytes(tmp_path / 'out', 'val').decode() == ended(['before \ufffd after', stories[-1]])
 
 
 @pytest.mark.parametrize('module', [tinystories, fineweb95m])

@@ -461,7 +461,7 @@ def test_saved_adapters_load_onto_their_base(train, folder, unbroken, base, data
 
 
 def test_decoders_and_bitnet(runs, folder, base):
-    """GPT-Neo trains with an int8 base, GPT-2 with rsvd, BitNet with LoRA and in full; adapters refuse GPT-2 in one line."""
+    """GPT-Neo trains with an int8 base, GPT-2 with rsvd, BitNet with LoRA and in full; targets that are not there are named."""
     import transformers as t
     tokenizer, cwd = hf.load(str(base), ['a', 'b'])[1], folder()
     shared = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, pad_token_id=0)
@@ -481,9 +481,10 @@ def test_decoders_and_bitnet(runs, folder, base):
                 (cwd, ('--model=bit', '--method=lora', '--max_iters=2', '--out_dir=o3')),
                 (cwd, ('--model=bit', '--method=full', '--max_iters=6', '--out_dir=o4')),
                 (cwd, ('--model=o4/bit-csv-full', '--eval_only=True', '--out_dir=o5')),
-                (cwd, ('--model=gpt', '--method=lora', '--out_dir=o6')), code=2)
+                (cwd, ('--model=gpt', '--method=lora', '--targets=q_proj', '--out_dir=o6')), code=2)
     assert predictions(cwd, 'o4') == predictions(cwd, 'o5')
-    assert 'no linear layer of this model is named' in one_error(done[-1]) and not (cwd / 'o6').exists()
+    assert 'is named q_proj; type --targets= and some of c_attn,c_fc,c_proj' in one_error(done[-1])
+    assert not (cwd / 'o6').exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- lengths

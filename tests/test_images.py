@@ -499,7 +499,7 @@ def test_a_file_that_cannot_be_read_stops_the_run(photos, tmp_path):
 
 
 def test_food10_from_its_zip(tmp_path, command):
-    """5,000 photographs: 375 and 125 of each of ten dishes, none damaged, the pixels of the zip, colours of food."""
+    """5,000 photographs: 375 and 125 of each of ten dishes, none damaged, the pixels of the zip, colors of food."""
     food10 = tokens.ROOT.parent / 'shared/data/food10.zip'
     if not food10.is_file():
         pytest.skip('needs food10.zip')

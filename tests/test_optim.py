@@ -1,6 +1,7 @@
 """optim.py: the optimizer against torch's, its bytes, its resumption, and the projected backward pass against the full one."""
 import copy
 import io
+import pickle
 import re
 
 import pytest
@@ -677,6 +678,38 @@ def test_weights_in_another_memory_format(rank):
         trained.append([p.detach().contiguous() for p in (*conv.parameters(), *linear.parameters())])
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['plain', 'attached', 'muon'])
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=['deepcopy', 'pickle'])
+def test_a_copy_of_model_and_optimizer_trains_on_alike(kind, copied):
+    """copy.deepcopy() and pickle take all that an optimizer needs, and share nothing with it."""
+    if kind == 'muon':
+        model = Net()
+        pair = model, MuonAdamW(muon_groups(model), 1e-2)
+    else:
+        pair = make(kind == 'attached', rank=2, interval=3)
+        train(*pair, 2)
+    other = copied(pair)
+    for model, optimizer in (pair, other):
+        muon_train(model, [optimizer], 6, start=3) if kind == 'muon' else train(model, optimizer, 6, start=2)
+    assert distance(pair[0], other[0]) == 0
+    assert not {id(p) for p in pair[0].parameters()} & {id(p) for g in other[1].param_groups for p in g['params']}
+
+
+def test_a_gradient_scaler_works_or_is_refused():
+    """torch's GradScaler reaches p.grad alone: it serves a plain RSVDAdam and is refused where gradients are projected."""
+    for attached in (False, True):
+        model, optimizer = make(attached, rank=2)
+        scaler, (ids, labels) = torch.amp.GradScaler('cpu'), next(batches(1))
+        scaler.scale(F.cross_entropy(model(ids), labels)).backward()
+        if not attached:
+            before = [p.clone() for p in model.parameters()]
+            scaler.step(optimizer)
+            assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+        else:
+            with pytest.raises(RuntimeError, match='GradScaler does not reach the projected gradients'):
+                scaler.step(optimizer)
 
 
 # ----------------------------------------------------------------------------------- the optimizer that a trainer names

@@ -36,7 +36,7 @@ def confusion(monkeypatch, tmp_path):
 @pytest.mark.parametrize('c, cells, named', [(2, True, True), (20, True, True), (21, False, True), (150, False, True),
                                              (151, False, False)])
 def test_confusion_by_hand(confusion, c, cells, named):
-    """Colours are shares of the row. Up to 20 classes have their counts in the cells, up to 150 their names at the sides.
+    """Colors are shares of the row. Up to 20 classes have their counts in the cells, up to 150 their names at the sides.
 
     A class without images is a row of zeros. A side is 25 inches at most, and large enough for each name's line."""
     counts = np.eye(c, dtype=int) * 3

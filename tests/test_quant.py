@@ -355,6 +355,18 @@ def test_product_of_codes_is_the_product_of_the_decoded_weight(format, scales):
 
 
 @needs_compiler
+@pytest.mark.parametrize('strided', ['code', 'absmax'])
+def test_codes_and_scales_may_be_views(strided):
+    """The kernels read memory in a row. Every other number of a larger tensor is decoded by torch instead."""
+    code, absmax = torch.randint(0, 256, (96,), dtype=torch.uint8), torch.rand(12)
+    views = {'code': code, 'absmax': absmax}
+    views[strided] = torch.stack([views[strided], torch.zeros_like(views[strided])], 1)[:, 0]
+    held = {'absmax': views['absmax']}
+    assert product4(torch.ones(1, 64), views['code'], held, 'nf4', 3) is None
+    assert torch.equal(decode4(views['code'], held, 'nf4'), decode4(code, {'absmax': absmax}, 'nf4'))
+
+
+@needs_compiler
 def test_torch_multiplies_where_the_product_of_codes_does_not_fit(monkeypatch):
     """fp64, groups that are no multiple of 16 or do not divide the row, no kernel, scales of another type: None."""
     def product(x, group=16, dtype=torch.float32):

@@ -271,6 +271,9 @@ def test_chat_is_an_answer_a_line(run, cli, tmp_path, start):
     assert (done.code, done.out, done.err) == (0, 'é€üa\né€üa\nhi.\ni.\n', '')
     status, out, err = cli('chat', *GREEDY, typed='a\n', stdin=Terminal)
     assert (status, out) == (0, '> é€üa\n> \n') and err.startswith('Write') and err.count('\n') == 1
+    closed = start(tokens.ROOT / 'sample.py', 'chat', f'--ckpt={run}', '--device=cpu', *GREEDY, cwd=tmp_path,
+                   patch='import sys; sys.stdin = None').wait()         # as after `<&-`
+    assert (closed.code, closed.out, closed.err) == (0, '', '')
     status, out, err = cli('chat', *GREEDY, typed=b'\xff\xfe\na\n')
     assert (status, err) == (0, '') and out.endswith('é€üa\n')
 

@@ -1,4 +1,7 @@
 """readers/texts.py: tables come back as they were written, mistakes name their place, folders are whole or rebuilt."""
+import csv
+import gzip
+import io
 import json
 
 import pytest
@@ -36,6 +39,28 @@ def test_tsv_keeps_quotes_and_csv_takes_a_byte_order_mark(tmp_path):
     assert c.read_table(tmp_path / 'c.tsv', ('b', 'a'), 'l', header=('a', 'b', 'l')) == ([('h', 'p')], ['x'])
 
 
+@pytest.mark.parametrize('delimiter', [',', ';', '\t', '|'])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-32'])
+def test_a_csv_of_a_spreadsheet_or_of_pandas(tmp_path, delimiter, encoding):
+    """Separated by commas, semicolons, tabs or bars, in encodings with a mark, packed or not; the first column, which has no
+    name, is an index and never text or label."""
+    rows = [('', 'text', 'label'), ('0', 'good; "fine", | film\t', 'yes'), ('1', 'ü 語', 'no')]
+    written = io.StringIO(newline='')
+    csv.writer(written, delimiter=delimiter).writerows(rows)
+    (tmp_path / 'a.csv').write_bytes(written.getvalue().encode(encoding))
+    (tmp_path / 'a.CSV.gz').write_bytes(gzip.compress(written.getvalue().encode(encoding)))
+    for name in ('a.csv', 'a.CSV.gz'):
+        assert c.read_table(tmp_path / name, 'text', 'label') == ([(text,) for _, text, _ in rows[1:]], ['yes', 'no'])
+        assert c.read_table(tmp_path / name, 'text') == ([(text,) for _, text, _ in rows[1:]], None)
+
+
+def test_json_lines_give_their_fields(tmp_path):
+    """Numbers as labels become their digits, halves of surrogate pairs U+FFFD; other fields and empty lines do not count."""
+    lines = '{"label": 1, "text": "one\\nline \\ud83d"}', '', '{"text": "x\u2028y", "n": 2, "label": 0}'
+    (tmp_path / 'a.jsonl').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    assert c.read_table(tmp_path / 'a.jsonl', 'text', 'label') == ([('one\nline \ufffd',), ('x\u2028y',)], ['1', '0'])
+
+
 def test_parquet_reads_as_csv_does(tmp_path):
     """Integer labels become their digits; a null label or a number as text is an error with the row."""
     import pyarrow as pa
@@ -64,7 +89,16 @@ def test_parquet_reads_as_csv_does(tmp_path):
     ('a.csv', b'text,label\n"two\nlines",1\nb, \n', r"line 4: the label \('label'\) is empty"),
     ('a.csv', b'text,label\n\xc3\xa9,1\ncaf\xe9,1\n', 'line 3: not UTF-8'),
     ('a.csv', b'text,label\na,1\n"b,1\nc,1\n', 'line 3: .*a quote that is not closed'),
-    ('a.txt', b'text\na\n', 'none of .csv, .tsv, .parquet'),
+    ('a.txt', b'text\na\n', 'none of .csv, .tsv, .jsonl, .parquet'),
+    ('a.csv', b',text\n0,a\n', "no column 'label'; its columns are 'text'$"),
+    ('a.csv', 'text,label\na,b\n'.encode('utf-16-le'), 'convert it: iconv -f UTF-16LE -t UTF-8'),
+    ('a.csv', 'text,label\né,b\n'.encode('utf-16-be'), 'convert it: iconv -f UTF-16BE -t UTF-8'),
+    ('a.csv.gz', b'text,label\na,b\n', 'damaged or incomplete .gz file'),
+    ('a.parquet.gz', b'', 'none of .csv'),
+    ('a.jsonl', b'{"text": "a", "label": 1}\n[1]\n', 'line 2: not a JSON object'),
+    ('a.jsonl', b'{"text": "a", "label": 1}\n\n{"text": "a", "labl": 1}\n', "line 3 has no column 'label'.*mean 'labl'"),
+    ('a.jsonl', b'[' * 100_000, 'line 1: not a JSON object'),
+    ('a.jsonl', b'{"text": "a", "label": [1]}\n', r"the label \('label'\) is \[1\]"),
 ])
 def test_a_bad_table_is_one_line_naming_the_place(tmp_path, name, content, message):
     """Each mistake is a ValueError of one line with the file's name and the line in it."""
@@ -89,6 +123,8 @@ def test_labels_are_ordered_by_number_or_alphabet():
     assert c.label_ids(['n', 'p', 'n'], ['p', 'n'], 'f') == [1, 0, 1]
     with pytest.raises(ValueError, match="f.csv, row 2: label 'q' is none of p, n"):
         c.label_ids(['n', 'q'], ['p', 'n'], 'f.csv')
+    with pytest.raises(ValueError, match='all 21 labels differ'):           # most likely a column of numbers of rows
+        c.label_names(list(map(str, range(21))))
     for labels in ([], ['a', 'a']):
         with pytest.raises(ValueError, match='two or more'):
             c.label_names(labels)

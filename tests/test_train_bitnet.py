@@ -515,8 +515,8 @@ def test_other_checkpoints_are_refused_in_one_line(refused, folder, unbroken, pa
     for name, state in (('good', good), ('other', good | {'tokenizer': other})):
         common.save_checkpoint(str(cwd / f'{name}.pt'), state)
     cases = [((f'--{mode}=other.pt',), 'other.pt was trained on other tokens') for mode in ('init_from', 'resume')]
-    cases += [(('--init_from=good.pt', f'--{option}'), f'has {option.split("=")[0]}={has}; type') for option, has in (
-        ('n_kv_head=4', 2), ('act=silu', 'relu2'), ('rope_theta=5e5', 10000.0))]                        # no tensor tells
+    cases += [(('--init_from=good.pt', option), words) for option, words in (                          # no tensor tells
+        ('--n_kv_head=4', 'another n_kv_head (2, not 4); type --n_kv_head=2'), ('--act=silu', 'type --act=relu2'))]
     cases += [(('--resume=good.pt', option), words) for option, words in (
         ('--quant=fp', 'another quant (tern, not fp)'), ('--n_head=8', 'another n_head (4, not 8)'),
         ('--act=silu', 'another act (relu2, not silu)'), ('--rope_theta=5e5', 'another rope_theta'))]

@@ -280,6 +280,32 @@ def test_a_full_disk_at_the_end_is_one_line(run_of, folder_of, trainer):
 
 
 @every_trainer
+def test_a_save_that_failed_is_tried_again_at_the_next_evaluation(run_of, folder_of, trainer):
+    """The save of step 5 meets a full disk, that of the evaluation at step 8 does not: a kill after it costs no more. A run
+    whose last.pt cannot be saved at all ends with status 2 and says so; its results are there."""
+    cwd = folder_of(trainer)
+    patch = DISK.format(where="path.endswith('last.pt') and done.count(path) == 1") + kill_at(9, 'SIGKILL')
+    done = run_of(trainer, cwd=cwd, code=-9, patch=NO_PICTURES + patch)
+    assert 'could not write out/last.pt: ' in done.out and 'there is none yet, training goes on' in done.out
+    assert checkpoint(cwd)['step'] == 8
+    patch = NO_PICTURES + DISK.format(where="path.endswith('last.pt')")
+    done = run_of(trainer, '--max_iters=2', '--overwrite=True', cwd=cwd, code=2, patch=patch)
+    assert 'last.pt could not be saved; make room and type' in one_error(done)
+    assert all((cwd / 'out' / name).exists() for name in LAST_FILES[trainer])
+
+
+def test_a_better_best_that_was_lost_is_told_at_the_end(run_of, folder_of):
+    """From the second best.pt on the disk is full: the first is packed, the status is 2, the lost step is named. With room
+    the same command cannot bring it back, but a later evaluation that is better can."""
+    cwd = folder_of('train_gpt')
+    done = run_of('train_gpt', cwd=cwd, code=2, patch=DISK.format(where="path.endswith('best.pt') and done.count(path) > 1"))
+    assert 'error: the best evaluation, of step 12, could not be saved; make room' in one_error(done)
+    assert common.read_packed(str(cwd / 'out/packed.safetensors'))[0]['step'] == checkpoint(cwd, 'best.pt')['step'] == 0
+    run_of('train_gpt', '--resume=auto', cwd=cwd)
+    assert common.read_packed(str(cwd / 'out/packed.safetensors'))[0]['step'] == checkpoint(cwd, 'best.pt')['step'] == 12
+
+
+@every_trainer
 def test_a_best_that_was_not_saved_does_not_count(two_ranks, folder_of, trainer):
     """The first best.pt meets a full disk on rank 0, the only one that writes: on both, the next evaluation is the best."""
     cwd = folder_of(trainer)
@@ -333,10 +359,10 @@ def test_nan_and_a_full_disk_cost_no_step(run_of, folder_of, unbroken_of, traine
     assert (whole / 'out' / 'log.jsonl').stat().st_size < limit
     action = (f'import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
               f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))')
-    done = run_of(trainer, *resume, cwd=cwd, patch=AT_STEP.format(step=6, rank=0, action=action) + kill_at(10))
+    done = run_of(trainer, *resume, cwd=cwd, code=2, patch=AT_STEP.format(step=6, rank=0, action=action) + kill_at(10))
     warned = re.findall(r'warning: could not write out/(\w+)\.pt: .*; the last good checkpoint stays', done.out)
     assert [name for name in warned if name != 'best'] == ['last', 'last']         # at 10, and the stop at 11
-    assert 'saved only up to step 5; go on with' in done.out
+    assert 'stopped at step 11, saved only up to step 5; make room and go on with' in one_error(done)
     assert checkpoint(cwd)['step'] == 5 and log(cwd, 'loss') == log(whole, 'loss')[:11]
     assert not [path for path in (cwd / 'out').rglob('*') if 'tmp' in path.name]
 
@@ -422,7 +448,7 @@ def test_a_signal_on_one_rank_stops_both(two_ranks, folder_of, trainer):
 
 
 def test_two_ranks_make_a_mistake_in_one_line(start, folder_of):
-    """Rank 0 says it, once; rank 1 fails too, silently, or while it joins a group that rank 0 has left already."""
+    """Rank 0 says it, once; rank 1 fails too."""
     cwd = folder_of('train_gpt')
     done = wait_all([start(ROOT / 'train_gpt.py', 'tiny.py', '--batch_size=6', cwd=cwd, **r) for r in ranks(2)])
     assert 'batch_size=6 is no multiple of micro_batch_size=2 x 2 processes' in one_error(done[0])
@@ -454,9 +480,16 @@ def test_distributed_sends_no_buffers_and_keeps_one_copy_of_gradients(start, tmp
 # ------------------------------------------------------------------------------------------------------------- refusing
 
 
+# Options that change what a model computes, but not its shapes.
+FUNCTION = {'train_gpt': ('init_from', '--n_head=4', 'good.pt has another n_head (2, not 4); type --n_head=2'),
+            'train_bitnet': ('init_from', '--rope_theta=5e5', 'another rope_theta (10000.0, not 500000.0); type --rope_theta='),
+            'train_cnn': ('init_from', '--residual=False', 'another residual (True, not False); type --residual=True'),
+            'finetune_cls': ('resume', '--n_head=1', 'good.pt has another architecture')}
+
+
 @every_trainer
 def test_foreign_checkpoints_are_refused_in_one_line(refused, folder_of, unbroken_of, trainer):
-    """Not there, of another trainer, without a tensor, of another size, of another optimizer: each line names the file."""
+    """Not there, of another trainer, without a tensor, of another size, function or optimizer: each line names the file."""
     good, cwd = checkpoint(unbroken_of(trainer)), folder_of(trainer)
     lost = list(good['model'])[3]
     other = next(t for t in TRAINERS if t != trainer)
@@ -469,6 +502,8 @@ def test_foreign_checkpoints_are_refused_in_one_line(refused, folder_of, unbroke
         ('nosuch', 'nosuch.pt does not exist'), ('other', f'other.pt was written by {other}.py, not {trainer}.py'))]
     cases += [(('--resume=less.pt',), f'less.pt does not fit this model: it lacks {lost}'),
               (('--resume=good.pt', '--channels=4,4,8,8,4' if trainer == 'train_cnn' else '--n_embd=64'), 'good.pt')]
+    mode, option, words = FUNCTION[trainer]
+    cases += [((f'--{mode}=good.pt', option), words)]
     if trainer in OPTIMIZERS:
         optimizer, *others = OPTIMIZERS[trainer]
         name, resume = optimizer.split('=')[1], f'--resume={unbroken_of(trainer, *OPTIMIZERS[trainer])}/out/last.pt'
