@@ -145,12 +145,17 @@ def quantize(subject, model, name, alone=False):
             put(n)
     if not counts[1]:
         raise ValueError(f'{name} has no layer to replace, because bitsandbytes has linear layers only; type other --schemes')
+    return described, counts[0] * 8 / counts[1]
+
+
+@torch.no_grad()
+def check_runs(subject, model):
+    """Raises ValueError if the quantized model does not run: the code of a model can need what packed layers lack."""
     try:
         subject.passed(model, subject.ids(1))
-    except (AttributeError, TypeError, RuntimeError) as e:              # its code needs what packed layers lack
+    except (AttributeError, TypeError, RuntimeError) as e:
         raise ValueError(f'the quantized model does not run ({type(e).__name__}: {str(e).splitlines()[0]}); type another '
                          '--skip') from None
-    return described, counts[0] * 8 / counts[1]
 
 
 def bitsandbytes_layer(linear, kind):
@@ -269,6 +274,7 @@ def compare(subject, folder):
     for name in names:
         new, start = copy.deepcopy(model), time.perf_counter()
         described, bits_each = quantize(subject, new, name)
+        check_runs(subject, new)
         rows.append(evaluated(subject, new, name, rows[0], described, bits=bits_each, quantize_s=time.perf_counter() - start,
                               share=share_of(described, model), **timings(subject, new, model)))
         print(f'{name}: val loss {rows[-1]["loss"]:.4f}', flush=True)
@@ -292,6 +298,7 @@ def save_quantized(subject, folder, start, before):
     check(subject, names)
     share = share_of(replace.layers_of(subject.model, skip), subject.model)
     described, bits_each = quantize(subject, subject.model, name)
+    check_runs(subject, subject.model)
     size = subject.save(save, described)
     row = {'scheme': name, 'skip': skip, 'bits': bits_each, 'seconds': time.perf_counter() - start, 'size': size,
            'peak': common.peak_memory_bytes(), 'above': common.peak_memory_bytes() - before, 'windows': windows,
@@ -457,6 +464,7 @@ def quantized_copy(subject):
         raise ValueError(f'{subject.name} has no blocks with linear layers; type another --ckpt or --skip')
     other = copy.deepcopy(model)
     _, bits_each = quantize(subject, other, scheme, alone=True)
+    check_runs(subject, other)
     return other, bits_each, blocks
 
 

@@ -13,7 +13,7 @@ import configurator
 import layers
 from common import peak_above, peak_memory_bytes
 from measure.turns import Worker, device_name, measure, mib, show
-from pretrained import hf, replace
+from pretrained import adapters, hf, replace
 
 
 class BigNet(nn.Sequential):
@@ -52,6 +52,8 @@ def base_model(a, load):
         except ValueError as e:
             configurator.fail(f'{a.base}: {e}')
         inputs = lambda n: torch.randint(model.get_input_embeddings().num_embeddings, (n, most))
+    elif adapters.is_adapters(a.base):
+        configurator.fail(f'{a.base} is a folder of adapters; give its base model')
     else:
         model = load(a.base)
         inputs = lambda n: torch.randint(model.config.vocab_size, (n, model.config.block_size))

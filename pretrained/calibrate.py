@@ -17,7 +17,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from layers import in_blocks
+from layers import LowBitLinear, in_blocks
 from quant import group_grid, to_grid
 
 BLOCK = 128         # columns whose errors reach the later columns in one product
@@ -49,8 +49,8 @@ def find_blocks(model):
     nn.ModuleList with linear layers that is inside no other such list. Stacks are in the order of the modules."""
     rows, inside = [], ()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not f'{name}.'.startswith(inside or '\0') \
-                and any(isinstance(m, nn.Linear) and m.weight.dim() == 2 for m in module.modules()):
+        if isinstance(module, nn.ModuleList) and not f'{name}.'.startswith(inside or '\0') and any(
+                isinstance(m, LowBitLinear) or isinstance(m, nn.Linear) and m.weight.dim() == 2 for m in module.modules()):
             rows.append([(f'{name}.{i}', block) for i, block in enumerate(module)])
             inside = (*inside, f'{name}.')
     return rows

@@ -132,9 +132,9 @@ def left_out(model, skip=''):
     Weights have 2 or more dimensions. skip: words as in layers_of(); what they name does not count."""
     prefixes = tuple(f'{n}.' for row in find_blocks(model) for n, _ in row) or ('',)
     covered = {id(m.weight) for n, m in _candidates(model).items()}
-    low = {id(t) for m in model.modules() if isinstance(m, layers.LowBit) for t in m.parameters()}
+    covered |= {id(t) for m in model.modules() if isinstance(m, layers.LowBit | nn.Embedding) for t in m.parameters()}
     sizes = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1 and n.startswith(prefixes)}
-    left = {n: size for n, size in sizes.items() if id(model.get_parameter(n)) not in covered | low
+    left = {n: size for n, size in sizes.items() if id(model.get_parameter(n)) not in covered
             and not any(_names(word, n) or _names(word, n.rpartition('.')[0]) for word in _words(skip))}
     return left, sum(left.values()) / max(1, sum(sizes.values()))
 

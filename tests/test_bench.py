@@ -241,3 +241,25 @@ def test_bundle_is_reproducible_and_runs(tmp_path, start):
     assert not [n for n in tracked if n not in sums]
     done = start('train_gpt.py', '--help', cwd=tmp_path / 'nanobit', patch=ELSEWHERE).wait()
     assert done.code == 0 and '--n_binary=0' in done.out
+
+
+def test_forms_of_models_of_transformers(tmp_path):
+    """GPT-2's Conv1D and the experts of Mixtral are converted; of Mamba the rest is named; T5 gets tokens for its decoder."""
+    import transformers as t
+    size = {'vocab_size': 64, 'hidden_size': 32, 'num_hidden_layers': 1, 'bos_token_id': 0, 'eos_token_id': 0,
+            'pad_token_id': 0}
+    heads = {'num_attention_heads': 2, 'num_key_value_heads': 1, 'intermediate_size': 64, 'num_local_experts': 2}
+    models = {'gpt2': t.GPT2Model(t.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)),
+              'mixtral': t.MixtralModel(t.MixtralConfig(**size, **heads)), 'mamba': t.MambaModel(t.MambaConfig(**size)),
+              't5': t.T5Model(t.T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=16, num_heads=2, num_layers=1)),
+              'deberta': t.DebertaModel(t.DebertaConfig(**size, num_attention_heads=2, intermediate_size=64,
+                                                        relative_attention=True, pos_att_type='c2p|p2c'))}
+    left = {}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        for kind in ('int4', 'lora'):
+            a = argparse.Namespace(**vars(OPTIONS) | {'name': kind, 'base': str(tmp_path / name), 'batch': 2, 'rank': 2})
+            row = next(forms.stats_worker(a, None))
+        assert row['actual_bytes'] == row['theoretical_bytes'] < 4 * sum(p.numel() for p in model.parameters()), name
+        left[name] = set(row['left'])
+    assert left == {'gpt2': set(), 't5': set(), 'deberta': set(), 'mixtral': {'gate'}, 'mamba': {'A_log', 'conv1d', 'dt_proj'}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 from formulas import fixed  # noqa: F401
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from conftest import random_ids, tiny_gpt
 from pretrained import calibrate
@@ -248,3 +248,21 @@ def test_every_layer_gets_the_moments_of_a_plain_pass(blocks):
     expected = plain_moments(model, batches, run, names)
     calibrate.for_each_layer(model, batches, run, names, visit)
     assert sorted(seen) == sorted(names)
+
+
+def test_a_decoder_sees_the_outputs_of_the_changed_encoder():
+    """The cross-attention of a T5 decoder gets its moments from the encoder whose layers were changed before."""
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=16, num_heads=2, num_layers=2)).eval()
+    batches, run = [random_ids(2, 16)], lambda net, ids: net(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and n.startswith(('encoder.', 'decoder.'))]
+    found, cross = {}, 'decoder.block.0.layer.1.EncDecAttention.k'
+
+    def visit(name, result):
+        found[name] = result.H
+        if name.startswith('encoder.'):
+            model.get_submodule(name).weight.data.mul_(0.5)
+    before = plain_moments(model, batches, run, [cross])[cross].H
+    calibrate.for_each_layer(model, batches, run, names, visit)
+    after = plain_moments(model, batches, run, [cross])[cross].H
+    assert torch.allclose(found[cross], after, rtol=1e-4, atol=1e-4) and not torch.allclose(before, after, rtol=0.1)

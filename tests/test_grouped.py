@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn as nn
+import transformers
 from formulas import fixed  # noqa: F401
 
 import common
@@ -169,3 +170,73 @@ def test_a_packed_embedding_at_its_limits():
         assert embedding(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 64), kind
     with pytest.raises(ValueError, match='rows of 24 weights .* groups of 64'):
         replace.replace(nn.Sequential(nn.Embedding(32, 24)), '0', 'nf4', {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models of transformers
+
+
+WIDE = {'hidden_size': 64, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'num_key_value_heads': 1, 'vocab_size': 64,
+        'num_experts_per_tok': 2, 'intermediate_size': 64, 'bos_token_id': 0, 'eos_token_id': 0, 'pad_token_id': 0}
+EXPERTS = {'MixtralConfig': {'num_local_experts': 4}, 'Qwen2MoeConfig': {'num_experts': 4, 'moe_intermediate_size': 64},
+           'GptOssConfig': {'num_local_experts': 4, 'head_dim': 32}}
+
+
+def causal(name, **options):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():                # so that each part has a visible effect
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize('name', EXPERTS)
+def test_unfused_experts_compute_the_same(name):
+    """Experts as nn.Linear have the outputs of the 3-D parameters: gate and up stacked or mixed, with biases or without."""
+    model, ids = causal(name, **WIDE | EXPERTS[name]), IDS % 64
+    with torch.no_grad():
+        before = model(ids).logits
+        size = sum(p.numel() for p in model.parameters())
+        assert torch.allclose(replace.unfuse(model)(ids).logits, before, atol=1e-5)
+    experts = [n for n in replace.layers_of(model, 'head,embd') if '.experts.' in n]
+    assert len(experts) == 8 and sum(p.numel() for p in model.parameters()) == size
+    assert replace.left_out(model)[1] < 0.01 and not any(p.dim() > 2 for p in model.parameters())
+
+
+def test_weights_that_no_layer_covers_are_refused():
+    """The error has their share of the weights in the blocks, and the --skip that leaves them in full precision."""
+    model = causal('Llama4TextConfig', **WIDE | {'num_local_experts': 4, 'head_dim': 32, 'intermediate_size_mlp': 64})
+    left, share = replace.left_out(replace.unfuse(model))
+    block = [p for n, p in model.named_parameters() if n.startswith('model.layers.') and p.dim() > 1]
+    assert share == sum(left.values()) / sum(p.numel() for p in block) and share > 0.5
+    with pytest.raises(ValueError, match=rf'{share:.1%} of the weights .*type --skip=head,(\S+)') as error:
+        replace.layers_of(model, 'head')
+    assert all('expert' not in n or 'shared' in n for n in replace.layers_of(model, str(error.value).rpartition('skip=')[2]))
+
+
+def test_layers_whose_weight_is_read_are_left_alone():
+    """Mamba multiplies by dt_proj.weight itself, so dt_proj stays; T5 reads only the dtype of a weight, so that is replaced."""
+    small = {'vocab_size': 64, 'num_hidden_layers': 2, 'hidden_size': 32}
+    mamba, ids = causal('MambaConfig', **small, state_size=4), IDS % 64
+    replace.keep_read(mamba, lambda: mamba.backbone(ids))
+    assert mamba.read == {f'backbone.layers.{i}.mixer.dt_proj' for i in range(2)}
+    t5 = transformers.T5Model(transformers.T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=16, num_heads=2, num_layers=1))
+    replace.keep_read(t5, lambda: t5(input_ids=ids, decoder_input_ids=ids))
+    assert not t5.read and all(type(m) is nn.Linear for n, m in t5.named_modules() if n.endswith('.wo'))
+
+
+def test_embeddings_that_share_a_weight_are_replaced_once():
+    """T5 has three embeddings with one weight: one packed layer serves all, and comes back."""
+    make = lambda: transformers.T5Model(transformers.T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=16, num_heads=2,
+                                                              num_layers=1)).eval()
+    torch.manual_seed(0)
+    model, ids, described = make(), IDS % 64, {}
+    for name in replace.layers_of(model, 'relative_attention_bias'):
+        described |= replace.replace(model, name, 'int8', {})
+    assert sum(len(str(n).split('embed_tokens')) > 1 or n == 'shared' for n in described) == 1
+    tensors = common._parameters_once(model)
+    again = common.load_packed(replace.restore(make(), described, tensors), tensors)
+    with torch.no_grad():
+        outputs = [net(input_ids=ids, decoder_input_ids=ids).last_hidden_state for net in (model, again)]
+    assert torch.equal(*outputs)

@@ -279,3 +279,44 @@ def test_gpt2_weights_give_gpt2_logits(tmp_path, tiny_data, start):
     assert 'pip install transformers' in one_error(start(
         ROOT / 'train_gpt.py', '--init_from=gpt2', f'--dataset={tiny_data}', '--device=cpu', cwd=tmp_path,
         patch='import sys; sys.modules["transformers"] = None').wait())
+
+
+@pytest.mark.parametrize('linear_class, mode', [('autobitlinear', 'online'), ('bitlinear', 'offline'),
+                                                ('autobitlinear', 'offline')])
+def test_bitnet_folders_give_the_logits_of_transformers(uncompiled, monkeypatch, tmp_path, linear_class, mode):
+    """Plain weights that are rounded in each pass, and packed ones with either meaning of weight_scale, in load_causal()."""
+    import transformers as t
+    from transformers.integrations import bitnet
+    for owner, name in ((bitnet, 'unpack_weights'), (bitnet.BitLinear, 'activation_quant'),
+                        (bitnet.BitLinear, 'post_quant_process')):
+        plain = getattr(getattr(owner, name), '_torchdynamo_orig_callable', None)
+        if plain:
+            monkeypatch.setattr(owner, name, plain)
+    tokenizer, how = small()[1], {'quant_method': 'bitnet', 'linear_class': linear_class, 'quantization_mode': mode}
+    torch.manual_seed(0)
+    config = t.BitNetConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16, bos_token_id=None,
+                            eos_token_id=None, pad_token_id=0)
+    theirs = t.AutoModelForCausalLM.from_config(config).eval()
+    state = {n: p.detach() for n, p in theirs.named_parameters()}
+    bitnet.replace_with_bitnet_linear(theirs, ['lm_head'],
+                                      t.BitNetQuantConfig(linear_class=linear_class, quantization_mode=mode))
+    for key, w in list(state.items()):
+        layer = theirs.get_submodule(key.rpartition('.')[0])
+        if isinstance(layer, bitnet.AutoBitLinear | bitnet.BitLinear):
+            scale = w.abs().mean()
+            codes = (w / scale).round().clamp(-1, 1)
+            if mode == 'offline':
+                state[key], held = bitnet.pack_weights(codes.clone()), codes if linear_class == 'autobitlinear' else None
+                layer.weight_scale = state[f'{key}_scale'] = (scale if held is not None else 1 / scale).reshape(1)
+                layer.weight = state[key] if held is None else torch.nn.Parameter(held)
+            else:
+                layer.weight = torch.nn.Parameter(w)
+    (tmp_path / 'config.json').write_text(json.dumps(config.to_dict() | {
+        'architectures': ['BitNetForCausalLM'], 'quantization_config': how}))
+    save_file(state, tmp_path / 'model.safetensors', {'format': 'pt'})
+    tokenizer.save_pretrained(tmp_path)
+    ids = random_ids(2, 16)
+    with torch.no_grad():
+        want, got = theirs(ids).logits, hf.load_causal(str(tmp_path))[0](ids).logits
+    assert_close(got, want, rtol=0, atol=1e-2 * want.abs().max().item())       # somewhere a code may be rounded otherwise

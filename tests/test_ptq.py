@@ -19,9 +19,9 @@ import ptq
 import sample
 from conftest import ROOT, one_error
 from forked import SHORT_TIMES
-from pretrained import calibrate, hf, replace, subjects
+from pretrained import adapters, calibrate, hf, replace, subjects
 from readers import tokens
-from readers.texts import load, write_table
+from readers.texts import load, read_table, write_table
 from train_gpt import GPT
 
 QUICK = ['--group=32', '--windows=8', '--time_rounds=1']
@@ -149,7 +149,7 @@ def test_an_interrupted_save_leaves_the_file_as_it_was(call, home, saved, start,
                   f'import os, signal\nos.replace = {killed}',
                   'import safetensors.torch as s\ndef f(*a, **k): raise OSError(28, "No space left")\ns.save_file = f'):
         done = start(str(ROOT / 'ptq.py'), *words, cwd=home, patch=patch).wait(300)
-        assert done.code == -signal.SIGKILL or 'No space left' in one_error(done)
+        assert done.code == -signal.SIGKILL or 'disk full' in one_error(done)
         assert path.read_bytes() == before
     call(*words, cwd=home)
     os.umask(mask := os.umask(0))
@@ -419,7 +419,7 @@ def test_a_classifier_of_transformers(quantized, folders, name):
 def test_an_interrupted_save_leaves_no_half_folder(quantized, folders, start):
     """A full disk and a kill before the folder gets its name leave no folder; the next save makes it, another refuses."""
     full, _, again = quantized['--save=half_q']
-    assert 'No space left' in one_error(full) and 'half_q exists' in one_error(again).replace("'", '')
+    assert 'disk full' in one_error(full) and 'half_q exists' in one_error(again).replace("'", '')
     assert {'config.json', 'packed.safetensors', 'tokenizer.json'} <= set(os.listdir(folders / 'half_q'))
     patch = """import os, signal
 move = os.replace
@@ -498,3 +498,103 @@ def test_rows_of_an_interrupted_table_stay(calls, home, start, tmp_path):
     assert job.wait(300).code in (130, -signal.SIGINT, 1)
     assert [r['scheme'] for r in rows_of(path)] == ['fp', 'rtn4']
     assert [r['scheme'] for r in rows_of(tmp_path / 'ptq.prev.jsonl')] == ['fp', 'rtn2']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other architectures
+
+
+@pytest.fixture(scope='module')
+def others(folders):
+    """More models in the folder `folders`: their names by what ptq.py makes of them."""
+    import transformers as t
+    tokenizer = t.AutoTokenizer.from_pretrained(folders / 'gpt2')
+    size = {'vocab_size': len(tokenizer), 'bos_token_id': 0, 'eos_token_id': 0, 'pad_token_id': 0}
+    wide = {'hidden_size': 64, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 2, **size}
+    encoder = wide | {'max_position_embeddings': 40, 'id2label': {0: 'neg', 1: 'pos'}, 'label2id': {'neg': 0, 'pos': 1}}
+    relative = encoder | {'relative_attention': True, 'pos_att_type': 'c2p|p2c'}
+    of_t5 = {'d_model': 64, 'd_ff': 64, 'd_kv': 32, 'num_layers': 1, 'num_heads': 2, 'vocab_size': len(tokenizer)}
+    made = {'causal': {'mixtral': t.MixtralConfig(**wide, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2),
+                       'bloom': t.BloomConfig(hidden_size=64, n_layer=1, n_head=2, **size)},
+            'encoder': {'deberta': t.DebertaConfig(**relative), 'albert': t.AlbertConfig(**encoder, embedding_size=32),
+                        'roberta': t.RobertaConfig(**encoder), 'mpnet': t.MPNetConfig(**encoder)},
+            'refused': {'masked': (t.BertForMaskedLM, t.BertConfig(**wide)), 'bare': (t.BertModel, t.BertConfig(**wide)),
+                        'xlnet': (t.XLNetLMHeadModel, t.XLNetConfig(d_model=64, d_inner=64, n_layer=1, n_head=2, **size)),
+                        't5': (t.T5ForConditionalGeneration, t.T5Config(**of_t5, pad_token_id=0, decoder_start_token_id=0))}}
+    torch.manual_seed(0)
+    for kind, configs in made.items():
+        for name, config in configs.items():
+            net = (config[0](config[1]) if kind == 'refused' else t.AutoModelForCausalLM.from_config(config) if kind == 'causal'
+                   else t.AutoModelForSequenceClassification.from_config(config))
+            net.save_pretrained(folders / name)
+            tokenizer.save_pretrained(folders / name)
+    rows = [(text, ('neg', 'pos')[i % 2]) for i, text in enumerate(['one two three', 'four five', 'so not or and', 'ten'] * 8)]
+    write_table(folders / 'eval.csv', ('text', 'kind'), rows[:15])
+    write_table(folders / 'train.csv', ('text', 'kind'), rows[15:])
+    return {kind: list(configs) for kind, configs in made.items()}
+
+
+TABLES = ['--text=eval.csv', '--text_columns=text', '--label_column=kind']
+
+
+def test_other_architectures_come_back(calls, folders, others):
+    """Quantized with head and embeddings, saved and read again, each has the same loss, whatever its code does with weights."""
+    names = ['mixtral', 'deberta', 'albert', 'mpnet']
+    text = lambda name: TABLES if name in others['encoder'] else ['--text=val.txt']
+    calibration = lambda name: [f'--calibration={"train.csv" if name in others["encoder"] else "cal.txt"}']
+    skip = lambda name: '--skip=relative_attention_bias' if name == 'mpnet' else '--skip='
+    commands = [command for name in names for command in (
+        ([f'--ckpt={name}', *text(name), *calibration(name), *QUICK[:2], '--schemes=gptq4', skip(name), f'--save={name}_q'],
+         folders, 0), ([f'--ckpt={name}_q', *text(name), '--time_rounds=0'], folders, 0))]
+    done = calls(*commands)
+    for name, saved in zip(names, done[::2], strict=True):
+        assert f'val loss {rows_of(folders / f"{name}_q/ptq.jsonl")[0]["loss"]:.4f}\n' in saved.out, name
+    assert float(re.search(r'layers with ([\d.]+)% of the weights', done[0].out)[1]) > 99           # the experts of Mixtral too
+
+
+def test_a_classifier_is_evaluated_on_a_table(calls, folders, others):
+    """--text and --calibration with columns: the loss and the accuracy are those of a plain pass."""
+    calls((['--ckpt=roberta', *TABLES, '--calibration=train.csv', *QUICK[:2], '--schemes=gptq4',
+            '--time_rounds=0'], folders, 0))
+    row = rows_of(folders / 'roberta/ptq.jsonl')[0]
+    net, tokenizer, names, _ = hf.load(str(folders / 'roberta'), ['neg', 'pos'])
+    sentences, labels = read_table(folders / 'eval.csv', ('text',), 'kind')
+    with torch.no_grad():
+        logits = torch.cat([net.eval()(**hf.collate(tokenizer, hf.encode(tokenizer, [t], 32), 32)).logits for t in sentences])
+    labels = torch.tensor([names.index(label) for label in labels])
+    assert row['loss'] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert row['accuracy'] == (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def test_adapters_are_merged_into_their_base(calls, folders):
+    """A folder of adapters as --ckpt has the loss of the base model with the same change of its weights."""
+    net, tokenizer = hf.load_causal(str(folders / 'gpt2'))
+    layers.convert(hf.plain_linears(net), {'*.c_attn': ('lora', dict(rank=2))}, verbose=False)
+    torch.manual_seed(0)
+    for m in adapters.adapters(net).values():
+        m.lora_B.data.normal_(std=0.1)
+    adapters.save_adapters(net, str(folders / 'adapted'), str(folders / 'gpt2'), task_type='CAUSAL_LM')
+    calls((['--ckpt=adapted', '--text=val.txt', '--schemes=half', '--time_rounds=0'], folders, 0))
+    ids = torch.tensor(tokenizer((folders / 'val.txt').read_text())['input_ids'])
+    n = (len(ids) - 1) // 32
+    with torch.no_grad():
+        loss = F.cross_entropy(net.eval()(ids[:n * 32].view(n, 32)).logits.flatten(0, 1), ids[1:n * 32 + 1])
+    assert rows_of(folders / 'adapted/ptq.jsonl')[0]['loss'] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_other_models_and_windows_are_refused(calls, folders, others):
+    """Masked language models, encoders, encoder-decoders; windows that a model cannot read: one line, and no folder is left."""
+    text = ['--text=val.txt', '--schemes=half', '--time_rounds=0']
+    cases = [([f'--ckpt={name}', '--text=val.txt', '--schemes=rtn4', '--save=refused_q'], 'finetune_cls.py --model')
+             for name in others['refused']]
+    cases += [(['--ckpt=bloom', *text, '--block_size=-1'], 'block_size=-1'), (['--ckpt=roberta'], '--text=FILE.csv'),
+              (['--ckpt=roberta', *TABLES, '--block_size=40'], 'more than the 39 of roberta'),
+              (['--ckpt=roberta', *TABLES, '--schemes=gptq4', '--group=32'], '--calibration'),
+              (['--ckpt=roberta', *TABLES[:2], '--schemes=half'], "no column 'label'"),
+              (['--ckpt=mpnet', *TABLES, '--schemes=rtn4', '--group=32', '--skip='], 'add relative_attention_bias to --skip'),
+              (['--ckpt=gpt2', *text, '--label_column=a'], 'label_column has no use')]
+    for (words, error), done in zip(cases, calls(*((words, folders, 2) for words, _ in cases)), strict=True):
+        assert error in one_error(done), words
+    assert not (folders / 'refused_q').exists()
+    calls((['--ckpt=bloom', *text], folders, 0))
+    assert rows_of(folders / 'bloom/ptq.jsonl')[0]['loss'] > 1              # windows of 1,024 tokens, not of -1
