@@ -110,7 +110,7 @@ dtype = 'float32'              # autocast to float32 | bfloat16 | float16 (with 
 compile = False                # torch.compile; set pad_to_max too, or it recompiles for each text length
 profile = False                # profile steps 5 to 7 with torch.profiler; prints a table and writes trace.json to out_dir
 config = configurator.override(globals())   # file.py ... --key=value, later wins
-eval_only = eval_only or bool(predict)
+no_training = eval_only or bool(predict)
 
 METHODS = ('full', 'lora', 'qlora', 'lora_topr', 'rsvd', 'rsvd_svt', 'weight_reduction', 'weight_reduction_svt')
 ADAPTERS = ('lora', 'qlora', 'lora_topr')
@@ -198,10 +198,10 @@ def read_data(names=None):
         names = names or hf.labels_of(model)
         return sentences, [0] * len(sentences), {'': (sentences, None, range(len(sentences)))}, names
     if task == 'csv':
-        path = train_file or eval_file              # eval_only needs it too: a model from scratch trains its tokenizer on it
+        path = train_file or eval_file              # also to evaluate: a model from scratch trains its tokenizer on it
         sentences, labels = read(path)
         known = {label.lower() for label in labels}                    # a file to evaluate on may have one class of several
-        trained = hf.labels_of(model) if eval_only and model and not names else []
+        trained = hf.labels_of(model) if no_training and model and not names else []
         absent = [name for name in trained if name.lower() not in known]
         names = names or texts.label_names(labels + absent * (known <= {name.lower() for name in trained}))
         ids = texts.label_ids(labels, names, path)
@@ -262,7 +262,7 @@ def main():
              'a model of your own is --model=FOLDER, a checkpoint --resume=auto or --resume=PATH'),
             (quant8 and method not in ('lora', 'lora_topr'), f'quant8 freezes the base; type --method=lora, not {method!r}'),
             (energy and method != 'rsvd_svt', f'energy={energy} is for --method=rsvd_svt only'),
-            (task == 'csv' and not (predict or (train_file or eval_only) and (eval_file or folds)), 'task=csv needs '
+            (task == 'csv' and not (predict or (train_file or no_training) and (eval_file or folds)), 'task=csv needs '
              '--train_file=... and --eval_file=... (or --folds=5)'),
             (task == 'csv' and not label_column and not predict, 'label_column is empty; type --label_column= and a name'),
             (not {'head', 'embeddings'}.issuperset(adam_for), f'adam_for={adam_for} may contain only head and embeddings'),
@@ -277,11 +277,12 @@ def main():
     amp = torch.autocast(dev.type, amp_dtype, enabled=amp_dtype is not None)
     torch.set_float32_matmul_precision('high')
     micro, accumulation = common.split_batch(batch_size, micro_batch_size, world)
-    last_path, best_path, resume_path, elsewhere = common.find_run(out_dir, resume or ('auto' if eval_only else ''), overwrite)
+    last_path, best_path, resume_path, elsewhere = common.find_run(
+        out_dir, resume or ('auto' if no_training else ''), overwrite)
 
     # --------------------------------------------------------------------------------------------------------- data
     try:
-        known = eval_only and resume_path and common.read_last_checkpoint(resume_path, 'finetune_cls')['described']
+        known = no_training and resume_path and common.read_last_checkpoint(resume_path, 'finetune_cls')['described']
         sentences, ids, eval_sets, names = read_data(known and known['names_of_data'])
     except ValueError as e:
         configurator.fail(str(e))
@@ -316,7 +317,7 @@ def main():
             net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     except (ValueError, OSError) as e:
         configurator.fail(f'{e}')
-    if eval_only and fresh and not resume_path:
+    if no_training and fresh and not resume_path:
         fail(f'{model or default_model()} has no head for {", ".join(names)} and {out_dir} has no checkpoint; train first')
     samples = hf.encode(tokenizer, sentences, max_len)
     eval_rows = {key: hf.encode(tokenizer, found[0], max_len) for key, found in eval_sets.items()}
@@ -355,7 +356,7 @@ def main():
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
-            ours = {k: v for k, v in described.items() if not (eval_only and k in ('samples', 'folds', 'fold'))}
+            ours = {k: v for k, v in described.items() if not (no_training and k in ('samples', 'folds', 'fold'))}
             theirs = {'architecture': described['architecture']} | state['described']          # old checkpoints lack it
             common.check_same(resume_path, theirs, ours, f'resume with {out_dir}/config.py')
             common.load_model_state(net, state['model'], resume_path, [k for k in net.state_dict() if k not in kept])
@@ -371,18 +372,18 @@ def main():
     if not common.ranks_agree(step, len(samples), described['vocabulary'], common.checksum(kept_state(net).values())):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
     if rank_here == 0:
-        if not eval_only:
+        if not no_training:
             common.open_run(out_dir, 'finetune_cls', config, step, not resume_path or elsewhere)
         try:
             os.makedirs(out_dir, exist_ok=True)
             if whole:
                 hf.save(whole, tokenizer, os.path.join(out_dir, 'base'))   # adapters need their base model
-            if not eval_only:
+            if not no_training:
                 with contextlib.suppress(FileNotFoundError):           # its figures are out of date until the run ends
                     os.remove(os.path.join(out_dir, 'results.yaml'))
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
-    if wandb_log and rank_here == 0 and not eval_only:
+    if wandb_log and rank_here == 0 and not no_training:
         run = common.start_wandb(wandb_project, wandb_run_name, out_dir, config, wandb_id)
         wandb_id = run.id if run else wandb_id
 
@@ -453,11 +454,11 @@ def main():
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     meter.begin(step)
     epoch_of = lambda step: step * batch_size / len(samples)
-    if not eval_only:
+    if not no_training:
         say(f'step {step} of {total_iters}' + (' is reached: nothing to do' if step >= total_iters else ''))
     net.train()
 
-    while not eval_only:
+    while not no_training:
         last_step, seen = step >= total_iters, epoch_of(step)
         epoch_done = step > 0 and int(seen) > int(epoch_of(step - 1))
         evaluating = step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0))
@@ -591,7 +592,7 @@ def main():
         try:
             forward = tables.forward_row(raw_net, batch(samples[:micro]), amp, dev.type == 'cuda')
             results = tables.write_run(out_dir, about, names_of_data, evaluated, meter, forward, adam_bytes)
-            if not eval_only:
+            if not no_training:
                 # {model}-{task}-{method}-r{rank}, as the reference names its folders; full has no rank
                 folder = os.path.join(out_dir, f'{base_name()}-{task}-{method}' + (f'-r{rank}' if method != 'full' else ''))
                 if method in ADAPTERS:
@@ -601,7 +602,7 @@ def main():
                     hf.save_tokenizer(tokenizer, folder)
                 else:
                     hf.save(raw_net, tokenizer, folder)
-            if not eval_only:
+            if not no_training:
                 failure = common.not_kept(step, saved_step, lost)
             say(tables.in_words(results) + f'; figures in {out_dir}' + (f', model in {folder}' if folder else ''))
         except OSError as e:
@@ -612,8 +613,8 @@ def main():
     if failure:
         fail(failure)
     if stop and rank_here == 0:
-        words = sys.argv if eval_only else [sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto']
-        common.say_stopped(words, step, step if eval_only else saved_step)
+        words = sys.argv if no_training else [sys.argv[0], os.path.join(out_dir, 'config.py'), '--resume=auto']
+        common.say_stopped(words, step, step if no_training else saved_step)
 
 
 if __name__ == '__main__':
