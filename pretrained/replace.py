@@ -183,7 +183,8 @@ def layers_of(model, skip):
         elif word == 'head' and prefixes:
             matches |= {n for n, m in candidates.items() if isinstance(m, nn.Linear) and not n.startswith(prefixes)}
         elif not matches and word != 'head' and not any(_names(word, n) or _names(word, n.rpartition('.')[0]) for n in others):
-            raise ValueError(f'skip={word!r} names no layer; the layers are {", ".join(candidates)}')
+            more = f' and {len(candidates) - 20} more' * (len(candidates) > 20)
+            raise ValueError(f'skip={word!r} names no layer; the layers are {", ".join(list(candidates)[:20])}{more}')
         skipped |= matches
     skipped |= {other for n in skipped for other in tied_to(model, n)}
     wanted, order = {}, sorted(candidates, key=lambda n: isinstance(candidates[n], nn.Embedding))
