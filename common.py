@@ -416,11 +416,13 @@ def save_packed(model, path, meta):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = {name: t.contiguous().cpu() for name, t in _parameters_once(pack(model)).items()}
-    meta = dict(meta, checksum=_named_checksum(tensors))        # the safetensors format has no checksum
+    # The safetensors format has no checksum. Earlier versions read `checksum`, which does not cover the header.
+    meta = json.loads(json.dumps(dict(meta, checksum=_named_checksum(tensors))))
+    meta['crc32'] = contents_crc(tensors, meta)
 
     def write(tmp):
         try:
-            save_file(tensors, tmp, {'nanobit': json.dumps(meta)})
+            save_file(tensors, tmp, {'nanobit': json.dumps(meta)})      # safetensors writes several keys in random order
         except SafetensorError as e:                # a full disk, for one
             raise OSError(e) from e
     atomic_write(path, write)
@@ -439,7 +441,22 @@ def read_packed(path, tensors_too=True):
         raise ValueError(f'{path} is not a packed nanobit model ({type(e).__name__}: {e})') from e
     if not isinstance(meta, dict) or tensors_too and meta.get('checksum') != _named_checksum(tensors):
         raise ValueError(f'{path} is damaged: its tensors do not match their checksum')
+    check_contents(path, tensors, meta.pop('crc32', None), meta)
     return meta, tensors
+
+
+def contents_crc(tensors, about=None):
+    """Checksum of the contents of a safetensors file as 8 hex digits: the JSON of `about`, and the name, dtype, shape and bytes
+    of each tensor."""
+    header = json.dumps([about, [(n, str(tensors[n].dtype), list(tensors[n].shape)) for n in sorted(tensors)]])
+    return f'{zlib.crc32(header.encode(), _named_checksum(tensors)):08x}'
+
+
+def check_contents(path, tensors, crc, about=None):
+    """Raises ValueError unless crc is None (earlier versions and other programs store none) or contents_crc(tensors, about).
+    Without tensors it checks nothing."""
+    if tensors is not None and crc not in (None, contents_crc(tensors, about)):
+        raise ValueError(f'{path} is damaged: its contents do not match their checksum')
 
 
 def load_packed(model, tensors):

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 import layers
-from common import atomic_write
+from common import atomic_write, check_contents, contents_crc
 from pretrained import adapters
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # otherwise each fork after its threads start prints a warning
@@ -216,8 +216,11 @@ def load(name, names, dtype=torch.float32, weights=True):
             net, path = LastTokenClassifier(net, len(names)), os.path.join(name, HEAD)
             fresh = not (weights and same and os.path.isfile(path))
             if not fresh:
-                from safetensors.torch import load_file
-                net.score.load_state_dict(load_file(path))
+                from safetensors import safe_open
+                with safe_open(path, 'pt') as f:
+                    score, header = {'weight': f.get_tensor('weight')}, f.metadata() or {}
+                check_contents(path, score, header.get('crc32'))
+                net.score.load_state_dict(score)
     except Exception as e:                          # noqa: BLE001  transformers raises many types; all mean: not usable
         raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a Hub id or a folder with config.json, tokenizer and '
                          'weights') from None
@@ -472,7 +475,8 @@ def save(net, tokenizer, folder):
             key, tensor = f'{module}.weight', ((layer.A * layer.c) @ layer.B).detach()
         state[key] = (tensor.T if key in getattr(net, 'transposed', ()) else tensor).cpu().contiguous()
     os.makedirs(folder, exist_ok=True)
-    write = lambda name, it: atomic_write(os.path.join(folder, name), lambda tmp: save_file(it, tmp, {'format': 'pt'}))
+    write = lambda name, it: atomic_write(os.path.join(folder, name), lambda tmp: save_file(
+        it, tmp, {'crc32': contents_crc(it)}))
     bare = net.backbone if isinstance(net, LastTokenClassifier) else net
     prefix = f'{net.base_model_prefix}.' if bare is not net else ''
     if net.config.model_type == 'bitnet':           # without it, readers would not round the weights

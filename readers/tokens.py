@@ -17,7 +17,8 @@ One shard, all numbers little-endian:
         32    4  vocab size
         36   32  tokenizer name, NUL-padded
         68   16  tokenizer digest, the first half of a SHA-256
-        84   40  zeros
+        84    4  CRC-32 of the tokens; 0 in files of earlier versions
+        88   36  zeros
        124    4  CRC-32 of bytes 0 to 123
        128    .  tokens, uint16 or uint32
 
@@ -25,7 +26,6 @@ Read:   data = tokens.load(tokens.dataset_dir('pycode'), 'train'); x = data.wind
 Write:  see any data/*/prepare.py
 """
 import base64
-import binascii
 import functools
 import hashlib
 import importlib
@@ -35,6 +35,7 @@ import re
 import shlex
 import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,9 @@ from configurator import at_home, fail
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
 SPLITS = ('train', 'val')
+CHECKED_BYTES = 1 << 30  # load() compares the checksums of splits up to this size (2 seconds at most); prepare.py, of all files
 MAGIC, VERSION = b'nanobit\0', 1
-HEADER = struct.Struct('<8sIIQQI32s16s40sI')
+HEADER = struct.Struct('<8sIIQQI32s16sI36sI')
 
 # ----------------------------------------------------------------------------------------------------- tokenizers
 # One class serves three tokenizers: a table of each token's bytes decodes them all. `text` is enough to rebuild
@@ -258,13 +260,17 @@ def load(folder, split):
         wanted = {key: record[split][key] for key in found} if record else found
         if found != wanted or [path.name for path in paths] != [_shard_name(split, i) for i in range(len(paths))]:
             raise ValueError(f'{shown(folder)} lacks some of its {split} files')
+        if sum(headers[path]['n_tokens'] * headers[path]['width'] for path in paths) <= CHECKED_BYTES:
+            for path in paths:
+                _check_tokens(path, headers[path])
     except ValueError as error:
         fail(f'{error}; run: {_command(folder)}')
     return TokenData(folder, paths, [headers[path] for path in paths])
 
 
 def read_header(path):
-    """Shard -> dict of n_tokens, n_bytes, width (bytes per token), vocab_size, name, digest. ValueError if damaged."""
+    """Shard -> dict of n_tokens, n_bytes, width (bytes per token), vocab_size, name, digest, crc of the tokens (0: unknown).
+    Raises ValueError if the header is damaged or the file was cut."""
     with open(path, 'rb') as file:
         raw = file.read(HEADER.size)
         size = os.fstat(file.fileno()).st_size
@@ -272,8 +278,8 @@ def read_header(path):
         raise ValueError(f'{shown(path)} is not a nanobit token file')
     if len(raw) < HEADER.size:
         raise ValueError(f'{shown(path)} is cut short ({size} bytes)')
-    _, version, width, n_tokens, n_bytes, vocab_size, name, digest, _, crc = HEADER.unpack(raw)
-    if crc != binascii.crc32(raw[:-4]):
+    _, version, width, n_tokens, n_bytes, vocab_size, name, digest, tokens_crc, _, crc = HEADER.unpack(raw)
+    if crc != zlib.crc32(raw[:-4]):
         raise ValueError(f'{shown(path)} has a damaged header')
     if version != VERSION:
         raise ValueError(f'{shown(path)} has format version {version}, this program reads {VERSION}')
@@ -281,7 +287,18 @@ def read_header(path):
         raise ValueError(f'{shown(path)} has {size:,} bytes, but its {n_tokens:,} tokens need '
                          f'{HEADER.size + n_tokens * width:,}; it was cut or damaged')
     return {'n_tokens': n_tokens, 'n_bytes': n_bytes, 'width': width, 'vocab_size': vocab_size,
-            'name': name.rstrip(b'\0').decode(), 'digest': digest}
+            'name': name.rstrip(b'\0').decode(), 'digest': digest, 'crc': tokens_crc}
+
+
+def _check_tokens(path, header):
+    """Raises ValueError if the tokens of a shard do not match the checksum in its header."""
+    crc = 0
+    with open(path, 'rb') as file:
+        file.seek(HEADER.size)
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    if header['crc'] not in (0, crc):
+        raise ValueError(f'{shown(path)} is damaged: its tokens do not match their checksum')
 
 
 def _shard_name(split, number):
@@ -326,7 +343,7 @@ class Writer:
 
     def __init__(self, folder, split, tokenizer, shard_tokens=SHARD_TOKENS, first_shard=0):
         self.folder, self.split, self.tokenizer, self.shard_tokens = Path(folder), split, tokenizer, shard_tokens
-        self.shards, self.pending, self._bytes, self._file = first_shard, 0, 0, None
+        self.shards, self.pending, self._bytes, self._crc, self._file = first_shard, 0, 0, 0, None
         self._width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
         self.folder.mkdir(parents=True, exist_ok=True)
         if TOKENIZER_FILE[tokenizer.name]:
@@ -342,7 +359,9 @@ class Writer:
                 self._file = open(_temporary(self._path()), 'wb')
                 self._file.write(bytes(HEADER.size))
             part, ids = np.split(ids, [self.shard_tokens - self.pending])
-            self._file.write(part.astype(f'<u{self._width}').tobytes())
+            raw = part.astype(f'<u{self._width}').tobytes()
+            self._file.write(raw)
+            self._crc = zlib.crc32(raw, self._crc)
             self._bytes += int(self.tokenizer.token_bytes[part].sum())
             self.pending += len(part)
             if self.pending == self.shard_tokens:
@@ -353,11 +372,11 @@ class Writer:
         if self._file is None:
             return
         head = HEADER.pack(MAGIC, VERSION, self._width, self.pending, self._bytes, self.tokenizer.vocab_size,
-                           self.tokenizer.name.encode(), self.tokenizer.digest, b'', 0)[:-4]
+                           self.tokenizer.name.encode(), self.tokenizer.digest, self._crc, b'', 0)[:-4]
         self._file.seek(0)
-        self._file.write(head + struct.pack('<I', binascii.crc32(head)))
+        self._file.write(head + struct.pack('<I', zlib.crc32(head)))
         _commit(self._file, self._path())
-        self.shards, self.pending, self._bytes, self._file = self.shards + 1, 0, 0, None
+        self.shards, self.pending, self._bytes, self._crc, self._file = self.shards + 1, 0, 0, 0, None
 
     def _path(self):
         return self.folder / _shard_name(self.split, self.shards)
@@ -389,6 +408,8 @@ def open_folder(folder, settings, argv):
                     file = record['complete'] and TOKENIZER_FILE.get(header['name'])
                     if file and not (folder / file).is_file():
                         raise ValueError(f'{file} is missing')
+                    if record['complete']:
+                        _check_tokens(folder / _shard_name(split, number), header)
             damage = None
         except (ValueError, OSError) as error:
             damage = str(error)

@@ -20,14 +20,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-import common
 import forked
-from readers import tokens
+from tiny import (AT_STEP, IN_EVALUATION, MEASURED, NAN_LOSS, assert_same_state, checkpoint, flat, kill_at, log,  # noqa: F401
+                  write_text)
 
 ROOT = Path(__file__).resolve().parent.parent
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:       # a job in the background: what it starts would ignore Ctrl-C too
@@ -43,37 +42,6 @@ max_iters, warmup_iters, eval_interval, eval_iters, log_interval, save_interval 
 learning_rate, min_lr = 3e-3, 3e-4
 """
 
-# What a test does to a running trainer, as source text run before it. Each finds the trainer by what it calls.
-AT_STEP = """
-import common, os, signal
-def seed_step(seed, step, rank, plain=common.seed_step):
-    if step == {step} and rank == {rank}:
-        {action}
-    plain(seed, step, rank)
-common.seed_step = seed_step
-"""
-IN_EVALUATION = """
-import common, os, signal, torch
-begun = []
-def seed_step(seed, step, rank, plain=common.seed_step):
-    begun[:] = [step]
-    plain(seed, step, rank)
-def cross_entropy(*args, plain=torch.nn.functional.cross_entropy, **kwargs):
-    if not torch.is_grad_enabled() and begun == [{after}] and os.environ.get('RANK', '0') == '{rank}':
-        begun.append('signalled')
-        os.kill(os.getpid(), signal.{signal})
-    return plain(*args, **kwargs)
-common.seed_step, torch.nn.functional.cross_entropy = seed_step, cross_entropy
-"""
-NAN_LOSS = """
-import os, torch
-plain, calls = torch.nn.functional.cross_entropy, []
-def cross_entropy(*args, **kwargs):
-    calls.extend([1] * torch.is_grad_enabled())
-    bad = torch.is_grad_enabled() and len(calls) == {call} and os.environ.get('RANK', '0') == '{rank}'
-    return plain(*args, **kwargs) * (float('nan') if bad else 1.0)
-torch.nn.functional.cross_entropy = cross_entropy
-"""
 # One line for the weights, buffers and optimizer's state before each step, in the file sums0 of rank 0.
 CHECKSUMS = """
 import common, sys, torch
@@ -113,13 +81,8 @@ for script, cwd, words in commands:
     done.append((code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()))
 json.dump(done, sys.stdout)
 """
-MEASURED = {'max_iters', 'ms', 'tokens_per_s', 'samples_per_s', 'input_samples_per_s', 'peak_mem_bytes', 'energy_j'}
 
 torch.set_num_threads(1)                          # tiny tensors; more threads than idle cores would wait for each other
-
-
-def kill_at(step, number='SIGTERM', rank=0):
-    return AT_STEP.format(step=step, rank=rank, action=f'os.kill(os.getpid(), signal.{number})')
 
 
 @dataclass
@@ -257,33 +220,6 @@ def refused(in_turn):
     return check
 
 
-def log(where, only=None):
-    """The records of a run without what is measured; only='loss' or 'val_loss': that column."""
-    records = [{k: v for k, v in r.items() if k not in MEASURED} for r in common.read_log(where / 'out')]
-    return records if only is None else [r[only] for r in records if only in r]
-
-
-def checkpoint(where, name='last.pt'):
-    return common.read_checkpoint(str(where / 'out' / name))
-
-
-def flat(state, prefix=''):
-    """{path: number or tensor} of nested dicts and lists."""
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else None
-    if items is None:
-        return {prefix: state}
-    return {k: v for key, value in items for k, v in flat(value, f'{prefix}/{key}').items()}
-
-
-def assert_same_state(one, two, keys=None):
-    """All of two checkpoints (or some keys of them) but times, the command line and the loss scale, bit for bit."""
-    some = lambda state: flat({k: state[k] for k in keys or state.keys() - {'config', 'meter', 'scaler'} if k in state})
-    x, y = some(one), some(two)
-    assert x.keys() == y.keys() and len(x) > 10
-    wrong = [k for k in x if not (torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k])]
-    assert not wrong, wrong
-
-
 def tiny_gpt(kind='fp', blocks=(0, 1), **options):
     import train_gpt
     torch.manual_seed(0)
@@ -369,10 +305,5 @@ def damages(whole):
 def tiny_data(tmp_path_factory):
     """A folder with 40,000 training and 4,000 validation bytes of a text a tiny model can learn something about."""
     folder = tmp_path_factory.mktemp('tinytext')
-    random = np.random.default_rng(0)
-    words = 'one two three four five six seven eight nine ten and or not so'.split()
-    text = ' '.join(random.choice(words, 12000)).encode()
-    ids = np.frombuffer(text, dtype=np.uint8)
-    tokens.write(folder, 'train', [ids[:40000]], tokens.byte())
-    tokens.write(folder, 'val', [ids[40000:44000]], tokens.byte())
+    write_text(folder)
     return folder

@@ -20,17 +20,22 @@ turns.median_ms = median_ms
 """
 
 
-def run(words, cwd, folder, environment, patch):
-    """The forked process: `python words` in the folder cwd, after the source text `patch`; its streams are files in folder."""
+def settle(cwd, folder, environment, patch):
+    """In a fork: a session of its own, the folder cwd, its streams as files in folder; then the source text `patch` runs."""
     gc.freeze()             # else each collection visits, and so copies, all that the server has imported
     os.setsid()
     for number, name in ((1, 'stdout'), (2, 'stderr')):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.argv = [words[0], *words[1:]]
     if patch:
         exec(patch, {'__name__': 'patch'})
+
+
+def run(words, cwd, folder, environment, patch):
+    """The forked process: `python words`, after settle()."""
+    settle(cwd, folder, environment, patch)
+    sys.argv = [words[0], *words[1:]]
     if words[0] == '-m':
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name='__main__', alter_sys=True)

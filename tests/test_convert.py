@@ -343,3 +343,18 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path):
         path.write_bytes(raw)
         with pytest.raises(ValueError, match='odd.safetensors'):
             read_packed(path)
+
+
+def test_a_changed_header_is_refused(tmp_path):
+    """A digit of the meta data or a name in the header changed: the checksum covers them. A file of an earlier version, which
+    has only a checksum of the tensors, loads."""
+    path = tmp_path / 'a.safetensors'
+    save_packed(nn.Sequential(BinaryLinear(64, 64)), path, {'n_head': 4})
+    whole = path.read_bytes()
+    for old, new in ((b'n_head', b'n_heat'), (b'head\\": 4', b'head\\": 2'), (b'0.alpha', b'0.alphb')):
+        assert whole.count(old) == 1
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match=r'a\.safetensors is damaged'):
+            read_packed(path)
+    path.write_bytes(whole.replace(b'crc32', b'other'))
+    assert read_packed(path)[0]['n_head'] == 4

@@ -206,6 +206,11 @@ def test_decoders_do_not_see_padding_and_come_back(tmp_path, kind):
     assert hf.load(str(tmp_path / 'b'), ['x', 'y'])[3]
     about = json.loads((tmp_path / 'b' / 'config.json').read_text())
     assert about.get('quantization_config') == (online if kind == 'bitnet' else None)
+    if kind == 'bitnet':
+        head = tmp_path / 'b' / hf.HEAD
+        head.write_bytes(head.read_bytes()[:-1] + b'\x77')
+        with pytest.raises(ValueError, match='damaged'):
+            hf.load(str(tmp_path / 'b'), ['yes', 'no'])
 
 
 @pytest.fixture

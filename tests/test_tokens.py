@@ -3,6 +3,7 @@ import json
 import os
 import random
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +193,20 @@ def test_damaged_shards_are_refused(tmp_path, capsys):
         path.write_bytes(content)
         line = error_of(capsys, tokens.load, tmp_path, 'train')
         assert str(path) in line and word in line and 'run: python data/NAME/prepare.py' in line
-    path.write_bytes(whole[:129] + b'\x80' + whole[130:])                   # on a GPU this would be a device assert
-    assert 'its vocabulary has 256' in error_of(capsys, tokens.load(tmp_path, 'train').windows, [64], 4)
+    path.write_bytes(whole[:129] + b'\x80' + whole[130:])
+    assert f'{path} is damaged: its tokens do not match their checksum' in error_of(capsys, tokens.load, tmp_path, 'train')
+
+
+def test_tokens_of_an_earlier_version_have_no_checksum(tmp_path, capsys):
+    """Such a file has zeros in its place and loads. A token above the vocabulary is refused when it is read, which on a GPU
+    would be a device assert."""
+    ids = write_byte_shards(tmp_path, 100)
+    for path in tmp_path.glob('train*.bin'):
+        head, body = path.read_bytes()[:84] + bytes(40), path.read_bytes()[128:]
+        path.write_bytes(head + struct.pack('<I', zlib.crc32(head)) + body)
+    assert tokens.load(tmp_path, 'train').windows([0], 100).tolist() == [ids.tolist()]
+    path.write_bytes(path.read_bytes()[:129] + b'\x80' + body[2:])
+    assert 'its vocabulary has 256' in error_of(capsys, tokens.load(tmp_path, 'train').windows, [0], 100)
 
 
 def test_shards_of_different_tokenizers_or_with_a_gap_are_refused(tmp_path, capsys, bpe):
@@ -232,7 +245,7 @@ def test_dataset_dir_does_not_depend_on_the_working_directory(tmp_path, monkeypa
 
 
 def test_a_folder_is_kept_for_equal_settings_only(tmp_path, capsys):
-    """Other settings, a lost or a cut shard remove the old tokens; foreign files stay."""
+    """Other settings, a lost, a cut or a changed shard remove the old tokens; foreign files stay."""
     def build(settings):
         record = tokens.open_folder(tmp_path, settings, [])
         if not record['complete']:
@@ -246,7 +259,10 @@ def test_a_folder_is_kept_for_equal_settings_only(tmp_path, capsys):
     assert 'has other settings' in build({'n': 3}) and not (tmp_path / 'train_000099.bin.tmp').exists()
     (tmp_path / 'train_000002.bin').unlink()
     assert 'is damaged' in build({'n': 3})
-    (tmp_path / 'val_000000.bin').write_bytes(b'nanobit')
+    path = tmp_path / 'val_000000.bin'
+    path.write_bytes(path.read_bytes()[:-1] + b'\1')
+    assert 'is damaged' in build({'n': 3})
+    path.write_bytes(b'nanobit')
     assert 'is damaged' in build({'n': 3}) and 'left as it is' in build({'n': 3})
     (tmp_path / 'progress.json').write_text('{"complete":')
     assert 'train: 1,000 tokens' in build({'n': 3}) and (tmp_path / 'keep.txt').exists()

@@ -1,57 +1,22 @@
 """What all trainers promise alike: a claim a test, a trainer a parameter. What one of them does alone is in its own file."""
-import csv
+import functools
 import math
 import os
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
-import common
 import layers
 import sample
-from conftest import (AT_STEP, CHECKSUMS, IN_EVALUATION, MEASURED, NAN_LOSS, ROOT, all_logits, assert_same_state, checkpoint,
-                      kill_at, one_error, printed_command, random_ids, ranks, tiny_bitnet, tiny_gpt, wait_all)
-from readers import images
+import tiny
+from conftest import (CHECKSUMS, ROOT, all_logits, one_error, printed_command, random_ids, ranks, tiny_bitnet, tiny_gpt,
+                      wait_all)
+from tiny import (AT_STEP, COMMON, DISK, DROPOUT, IN_EVALUATION, LAST_FILES, NAN_LOSS, NO_PICTURES, OPTIMIZERS, TINY, TRAINERS,
+                  assert_same_run, assert_same_state, bad_gradient, checkpoint, kill_at, write_data)
 
-COMMON = """
-out_dir, device = 'out', 'cpu'
-max_iters, warmup_iters, eval_interval, log_interval, save_interval = 12, 2, 4, 1, 5
-batch_size, micro_batch_size, learning_rate = 8, 2, 1e-3
-"""
-SIZE = "n_head, n_embd, block_size, eval_iters = 2, 32, 32, 2\n"
-TINY = {
-    'train_gpt': SIZE + "dataset, n_layer, n_binary, qkv_proj, c_proj, mlp_proj = {text!r}, 2, 1, 'bin', 'tern', 'int4'\n",
-    'train_bitnet': SIZE + "dataset, n_layer, n_kv_head, n_ff, diag_interval = {text!r}, 1, 1, 64, 3\n",
-    'train_cnn': "dataset, image_size, channels, fc, num_workers = {images!r}, 16, (4, 4, 8, 8, 8), (8, 8), 0\n"
-                 "eval_batch_size, model_config = 5, dict(conv2='binary', conv3='ternary', conv6='int4', fc1='binary')\n",
-    'finetune_cls': "task, train_file, eval_file, text_columns = 'csv', {table!r}, {table!r}, ('text',)\n"
-                    "init_from, n_layer, n_head, n_embd, vocab_size, max_len, keep_best = 'scratch', 1, 2, 16, 64, 12, True\n"
-                    "dropout, eval_batch_size = 0.0, 10\n",
-}
-TRAINERS = list(TINY)
-DROPOUT = dict.fromkeys(TRAINERS, ('--dropout=0.2',)) | {'train_bitnet': ()}     # it has none
-# Interval 11: step 10 uses the basis of step 0, step 11 another one.
-OPTIMIZERS = {'train_gpt': ('--optimizer=rsvd', '--rank=4', '--interval=11', '--n_binary=0'),
-              'train_bitnet': ('--optimizer=muon', '--quant=fp'),
-              'train_cnn': ('--optimizer=rsvd', '--rank=4', '--interval=11')}
-LAST_FILES = dict.fromkeys(TRAINERS, ['packed.safetensors']) | {'finetune_cls': ['predictions.csv', 'epoch_loss.csv']}
-WATCHED = {'samples_per_s', 'input_samples_per_s', 'peak_bytes', 'resident_bytes', 'gradient_bytes'} | MEASURED
-NO_PICTURES = "from report import pictures; pictures.report = lambda *args: None\n"
-# A write that fails as on a full disk: `where` is a condition on path, a str, and on done, the paths written before.
-DISK = """
-import common
-done = []
-def atomic_write(path, write, plain=common.atomic_write):
-    path = str(path)
-    done.append(path)
-    if {where}:
-        raise OSError(f'could not write {{path}}: No space left on device')
-    plain(path, write)
-common.atomic_write = atomic_write
-"""
+log = functools.partial(tiny.log, without=tiny.WATCHED)
 DIE_BEFORE_RENAMING = """
 import os, signal
 def replace(a, b, plain=os.replace):
@@ -60,27 +25,14 @@ def replace(a, b, plain=os.replace):
     plain(a, b)
 os.replace = replace
 """
-BAD_GRADIENT = AT_STEP.format(step=6, rank=0, action="""
-        import sys
-        main = sys._getframe(1).f_locals
-        parameter = (main.get('raw_model') or main.get('raw_net')).get_parameter('{name}')
-        parameter.register_hook(lambda g: g * float('{value}'))""")
 
 every_trainer = pytest.mark.parametrize('trainer', TRAINERS)
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory, tiny_data):
+def data(tmp_path_factory):
     """{text, images, table}: paths of data that each trainer reads."""
-    folder, random = tmp_path_factory.mktemp('data'), np.random.default_rng(0)
-    pixels = random.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
-    entries = [(str(i), i % 3, b'P6 16 16 255\n' + p.tobytes()) for i, p in enumerate(pixels)]
-    splits = {'train': entries, 'val': entries}
-    images.build(folder / 'images', dict(source='here', revision='1'), splits, list('abc'), 16, 1, [])
-    with open(folder / 'table.csv', 'w', newline='') as f:
-        words = ('good film', 'fine work', 'bad film', 'dull work')
-        csv.writer(f).writerows([('text', 'label'), *((words[i % 4], 'np'[i % 4 < 2]) for i in range(32))])
-    return {'text': str(tiny_data), 'images': str(folder / 'images'), 'table': str(folder / 'table.csv')}
+    return write_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')
@@ -128,23 +80,8 @@ def unbroken_of(run_of, folder_of):
     return run
 
 
-def log(where, only=None):
-    """The records of a run without what is measured; only='loss' or 'val_loss': that column."""
-    records = [{k: v for k, v in r.items() if k not in WATCHED} for r in common.read_log(where / 'out')]
-    return records if only is None else [r[only] for r in records if only in r]
-
-
 def evaluated(where):
     return [r['step'] for r in log(where) if 'val_loss' in r]
-
-
-def assert_same_run(trainer, a, b):
-    """Last and best weights, optimizer, log and the files made at the end."""
-    assert_same_state(checkpoint(a), checkpoint(b))
-    assert_same_state(checkpoint(a, 'best.pt'), checkpoint(b, 'best.pt'), ('step', 'model', 'best_val_loss', 'best'))
-    assert log(a) == log(b)
-    for name in LAST_FILES[trainer]:
-        assert (a / 'out' / name).read_bytes() == (b / 'out' / name).read_bytes(), name
 
 
 def same_sums(where, steps):
@@ -351,8 +288,7 @@ def test_nan_and_a_full_disk_cost_no_step(run_of, folder_of, unbroken_of, traine
     assert log(cwd, 'loss') == log(whole, 'loss')[:7]
 
     name, value, clip = SOME[trainer]
-    patch = BAD_GRADIENT.replace('{name}', name).replace('{value}', value)
-    line = one_error(run_of(trainer, *resume, f'--grad_clip={clip}', cwd=cwd, patch=patch, code=2))
+    line = one_error(run_of(trainer, *resume, f'--grad_clip={clip}', cwd=cwd, patch=bad_gradient(6, name, value), code=2))
     assert f'at step 6; first non-finite gradient: {name};' in line and checkpoint(cwd)['step'] == 5
 
     limit = (whole / 'out' / 'last.pt').stat().st_size // 2
