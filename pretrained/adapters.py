@@ -14,11 +14,11 @@ import re
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common import atomic_write
+from common import atomic_write, contents_crc
 from layers import LoRALinear, is_linear, set_module
 
 PEFT = 'base_model.model.'      # peft's prefix of a module's name
-ABOUT = 'nanobit.json'          # beside peft's files: what peft has no place for
+ABOUT = 'nanobit.json'          # beside peft's files: labels and a checksum, which peft has no place for
 
 
 def adapters(model):
@@ -138,7 +138,8 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None, labels
     except SafetensorError as e:                    # safetensors raises this for a full disk
         raise OSError(f'could not write {folder}: {e}') from None
 
-    for name, content in (('adapter_config.json', config), (ABOUT, {'labels': list(labels)})):
+    about = {'labels': list(labels), 'crc32': contents_crc(tensors, list(labels))}
+    for name, content in (('adapter_config.json', config), (ABOUT, about)):
         def write(tmp, content=content):
             with open(tmp, 'w') as f:
                 json.dump(content, f, indent=2)
@@ -148,16 +149,23 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None, labels
 def load_adapters(model, folder):
     """Load adapters of save_adapters() or peft into the model, in place. Other linear layers become LoRALinear. Returns names.
 
-    Raises ValueError that names a tensor if it is missing, unknown or of another shape. The model is then unchanged."""
+    Raises ValueError if the file is damaged, or if a tensor is missing, unknown or of another shape, and then names the tensor.
+    The model is then unchanged. Files of peft have no checksum."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    model, path = bare(model), os.path.join(folder, 'adapter_model.safetensors')
+    model, path, about = bare(model), os.path.join(folder, 'adapter_model.safetensors'), {}
     try:
         with open(os.path.join(folder, 'adapter_config.json')) as f:
             config = json.load(f)
+        if os.path.isfile(own := os.path.join(folder, ABOUT)):
+            with open(own) as f:
+                about = json.load(f)
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as e:
         raise ValueError(f'{folder} has no LoRA adapters ({type(e).__name__}: {e})') from e
+    if not isinstance(about, dict) or 'crc32' in about and about['crc32'] != contents_crc(tensors, about.get('labels')):
+        raise ValueError(f'{path} is damaged: it does not match the checksum in {ABOUT}; if another program wrote it since, '
+                         f'delete {own}')
     if not isinstance(config, dict) or not isinstance(config.get('lora_alpha'), int | float):
         raise ValueError(f'{folder}/adapter_config.json has no lora_alpha')
     if config.get('peft_type') != 'LORA' or any(config.get(key) for key in ('use_dora', 'use_rslora')):

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 
 import layers
-from common import atomic_write, check_contents, contents_crc
+from common import atomic_write, contents_crc
 from pretrained import adapters
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # otherwise each fork after its threads start prints a warning
@@ -219,7 +219,8 @@ def load(name, names, dtype=torch.float32, weights=True):
                 from safetensors import safe_open
                 with safe_open(path, 'pt') as f:
                     score, header = {'weight': f.get_tensor('weight')}, f.metadata() or {}
-                check_contents(path, score, header.get('crc32'))
+                if header.get('crc32', contents_crc(score)) != contents_crc(score):
+                    raise ValueError(f'{path} is damaged: it does not match its checksum')
                 net.score.load_state_dict(score)
     except Exception as e:                          # noqa: BLE001  transformers raises many types; all mean: not usable
         raise ValueError(f'cannot load model {name!r}: {_why(e)}; give a Hub id or a folder with config.json, tokenizer and '

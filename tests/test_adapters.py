@@ -327,6 +327,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     for damage, (change, why) in DAMAGE.items():
         folder = tmp_path / damage
         save_adapters(net(), folder)
+        (folder / 'nanobit.json').unlink()          # its checksum would refuse what follows
         if callable(change):
             path = folder / 'adapter_model.safetensors'
             tensors, config = load_file(path), json.loads((folder / CONFIG).read_text())
@@ -430,6 +431,7 @@ def test_heads_that_do_not_fit_leave_the_model_alone(tmp_path):
     """Another number of labels, a head that is not there, one that the file lacks: one line, nothing changed."""
     from safetensors.torch import load_file, save_file
     save_adapters(with_head(), tmp_path, heads=['head', 'out'])
+    (tmp_path / 'nanobit.json').unlink()            # its checksum would refuse what follows
     path, whole = tmp_path / 'adapter_model.safetensors', load_file(tmp_path / 'adapter_model.safetensors')
     wider, headless = with_head(0), with_head(0)
     wider['out'] = nn.Linear(4, 3)
@@ -441,3 +443,17 @@ def test_heads_that_do_not_fit_leave_the_model_alone(tmp_path):
         with pytest.raises(ValueError, match='the weights of out do not fit the model'):
             load_adapters(model, tmp_path)
         assert same(model.state_dict(), before)
+
+
+def test_damaged_adapters_are_refused(tmp_path):
+    """One flipped bit of a weight or another class name: the file is named. Without nanobit.json, as peft leaves them, adapters
+    load."""
+    save_adapters(net(), tmp_path, labels=('yes', 'no'))
+    for name, old, new in (('adapter_model.safetensors', b'', b'\x77'), ('nanobit.json', b'yes', b'yet')):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole.replace(old, new) if old else whole[:-1] + new)
+        with pytest.raises(ValueError, match=r'adapter_model\.safetensors is damaged.*nanobit\.json'):
+            load_adapters(net(), tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / 'nanobit.json').unlink()
+    load_adapters(net(), tmp_path)

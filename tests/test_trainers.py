@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import common
 import layers
 import sample
 import tiny
