@@ -8,7 +8,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 
-.PHONY: help train test check peers bench results
+.PHONY: help train test check peers bench results faults
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ bench: $(READY) ## time and memory of a training step
 
 results: $(READY) ## the GPT runs behind the first rows of the README's table
 	$(PY) results/runs.py quality
+
+faults: $(READY) ## kills, full disks, NaNs, damaged files on the four trainers, about 20 minutes
+	$(PY) results/faults.py
 
 # .unfinished exists during the whole install. If a later run still finds it, the install was interrupted and starts over:
 # pip alone would take a half-unpacked package for an installed one. Renaming keeps the file's time, so a

@@ -234,7 +234,10 @@ def load_gpt2(model, name):
         raise ValueError(f'{name} has {theirs["n_positions"]} positions; type --block_size={theirs["n_positions"]} or less')
     if theirs['vocab_size'] > c.vocab_size:
         raise ValueError(f'{name} has {theirs["vocab_size"]} tokens, the data only {c.vocab_size}; type --dataset=c4')
-    source, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    try:
+        source, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except Exception as e:                          # noqa: BLE001  transformers raises many types; all mean: not usable
+        raise ValueError(f'cannot load the weights of {name}: {" ".join(str(e).split())[:200]}') from None
     if missing := sorted(info['missing_keys']):
         raise ValueError(f'{name} lacks the weights {missing[0]}')
     state = {}

@@ -231,3 +231,18 @@ def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path):
                  lambda: hf.load(str(folder), LABELS)):
         with pytest.raises(ValueError, match=r'lack.*h\.1\.mlp\.c_fc\.weight'):
             load()
+
+
+def test_weights_of_a_gpt2_that_cannot_be_read_are_one_line(tmp_path):
+    """A cut file, and a pickle, whose code does not run: ValueError that names the folder."""
+    import train_gpt
+    import transformers as t
+    t.GPT2LMHeadModel(t.GPT2Config(**GPT2)).save_pretrained(folder := tmp_path / 'gpt2-x')
+    model = train_gpt.GPT(train_gpt.GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True))
+    (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:-9])
+    for _ in range(2):
+        with pytest.raises(ValueError, match='cannot load the weights of .*gpt2-x'):
+            train_gpt.load_gpt2(model, str(folder))
+        (folder / 'model.safetensors').unlink(missing_ok=True)
+        (folder / 'pytorch_model.bin').write_bytes(b'cposix\nmkdir\n(V%b\ntR.' % str(tmp_path / 'ran').encode())
+    assert not (tmp_path / 'ran').exists()

@@ -204,6 +204,7 @@ def make_n(command, cwd):
 
 MADE = {'make train': None,
         'make test': ['python -m ruff check .', 'python -m pytest -n auto --dist loadfile'],
+        'make faults': ['python results/faults.py'],
         'make check': ['python -m pytest tests/test_layers.py tests/test_quant.py tests/test_optim.py']}
 
 

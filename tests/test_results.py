@@ -33,7 +33,7 @@ def test_tables_are_what_the_runs_give(in_turn, tmp_path):
         emptied = re.sub(r'(<!-- (?!end)\w+ -->\n).*?(?=<!-- end -->)', r'\1', text, flags=re.S)
         assert ('<!-- end -->' in text) == (len(emptied) < len(text))
         (tmp_path / page).write_text(emptied, encoding='utf-8')
-    commands = [(tmp_path / 'results' / script, tmp_path, ['--table']) for script in ('runs.py', 'ptq.py')]
+    commands = [(tmp_path / 'results' / script, tmp_path, ['--table']) for script in ('runs.py', 'ptq.py', 'faults.py')]
     for done in in_turn(commands, patch=f'import sys; sys.path.insert(0, {str(tmp_path / "results")!r})'):
         assert done.code == 0, done.err
     made = {p.name: p.read_text(encoding='utf-8') for p in tmp_path.glob('results/*.md')}
@@ -93,3 +93,14 @@ def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):
     with pytest.raises(SystemExit, match='has no <!-- end -->'):
         keep.fill('summary', 'a table')
     assert 'The rest' in page.read_text(encoding='utf-8')
+
+
+def test_the_fault_matrix_finds_a_fault(start, tmp_path):
+    """Two checks with few cases: a run stopped by a NaN ends as promised; a reader that ignores checksums does not. The exit
+    status is 1, and nothing is stored."""
+    ignoring = 'from readers import tokens; tokens._check_tokens = lambda *args: None\n'
+    before = [p.read_bytes() for p in sorted(ROOT.glob('results/faults.*'))]
+    done = start(ROOT / 'results/faults.py', '--only=nan/train_gpt,damage/token file', '--scale=0.02', '--jobs=1', cwd=tmp_path,
+                 patch=ignoring).wait()
+    assert done.code == 1 and '| NaN | 1 of 1 |' in done.out and '- damage token file: byte ' in done.out, (done.out, done.err)
+    assert before == [p.read_bytes() for p in sorted(ROOT.glob('results/faults.*'))]
