@@ -545,12 +545,14 @@ STALE = {'last.pt', 'last.prev.pt', 'best.pt', 'packed.safetensors', 'log.jsonl'
 
 
 def open_run(out_dir, trainer, config, step, fresh):
-    """Create the run folder and write config.py. fresh: delete the files of an overwritten run, so that nothing resumes or
-    packs them; else cut the log back to `step`. Calls fail() if it cannot write to the folder."""
+    """Create the run folder, write config.py, and delete what a killed process was writing. fresh: delete the files of an
+    overwritten run, so that nothing resumes or packs them; else cut the log back to `step`. Calls fail() if it cannot write."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         for name in STALE & set(os.listdir(out_dir)) if fresh else ():
             os.remove(os.path.join(out_dir, name))
+        for left in glob.glob(os.path.join(glob.escape(out_dir), '*.tmp[0-9]*')):       # from a process that was killed
+            os.remove(left)
         save(config | {'overwrite': False}, os.path.join(out_dir, 'config.py'), f'{trainer}.py: every constant of this run')
         cut_log(out_dir, step)
     except OSError as e:

@@ -473,3 +473,11 @@ def test_energy_meter_reads_and_unwraps_rapl(tmp_path, monkeypatch):
     assert joules() == pytest.approx(250e-6)
     monkeypatch.setattr(common.glob, 'glob', lambda pattern: [])
     assert common.energy_meter(torch.device('cpu'))() is None
+
+
+def test_a_run_removes_what_a_killed_one_left(tmp_path):
+    """Files that were being written go, also those that the resumed run does not write; all others stay."""
+    for name in ('config.py.tmp7', 'flops.csv.tmp8', 'last.pt.tmp9.prev', 'last.pt', 'notes.tmp', 'tmp1'):
+        (tmp_path / name).touch()
+    common.open_run(str(tmp_path), 'train_gpt', {'overwrite': True}, 1, fresh=False)
+    assert {p.name for p in tmp_path.iterdir()} == {'last.pt', 'notes.tmp', 'tmp1', 'config.py', 'log.jsonl'}
