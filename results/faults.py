@@ -689,8 +689,8 @@ def of_processes(rows):
 def of_damage(rows):
     r, = rows
     m = {'cut': 0, 'bytes': 0, 'refused': 0, 'harmless': 0} | r['measured']
-    return (f'{r["cases"]} times: {m["cut"]} cuts, {r["cases"] - m["cut"]} changed bytes of {m["bytes"]:,}; '
-            f'{m["refused"]} changes refused, {m["harmless"]} harmless, {r["cases"] - r["good"]} wrong')
+    return (f'cut at {m["cut"]} places; {r["cases"] - m["cut"]:,} times one byte of {m["bytes"]:,} changed, half of them in the '
+            f'first or last 4 KiB: {m["refused"]} refused, {m["harmless"]} harmless')
 
 
 # name: (fault, what must come out, function, [what of], cases for each, text of what was measured)
@@ -741,8 +741,9 @@ def lines_of(rows):
     lines = [f'`make faults`: {sum(x["cases"] for x in rows):,} cases on the four trainers, runs of {STEPS} steps on small '
              f'data; {r["machine"]}, Python {r["python"]}, torch {r["torch"]}; the checks took {minutes:.0f} minutes together, '
              'beside other work.', '', *table(columns, labelled(rows)), '',
-             'A changed byte is harmless where it means nothing: padding, a date in a zip, a second copy of a name. The '
-             '`model.safetensors` of a whole Hugging Face folder has no checksum: transformers writes and reads it.']
+             'A changed byte is harmless where it means nothing: padding, a date in a zip, an unused entry of a header. The '
+             'tokens of a split are compared with their checksums if it has at most 1 GiB. Files of earlier versions, adapters '
+             'of peft and the `model.safetensors` of a whole Hugging Face folder, which transformers writes, have no checksum.']
     if wrong := [f'- {r["check"]} {r["of"]}: {line}' for r in rows for line in r['wrong']]:
         lines += ['', 'Not as promised:', '', *wrong]
     return lines
