@@ -384,13 +384,13 @@ def load_model_state(model, state, path, allow_missing=(), assign=False):
     model.load_state_dict(state, strict=False, assign=assign)
 
 
-def check_same(path, saved, wanted, advice):
+def check_same(path, saved, wanted, advice=''):
     """Raises ValueError for the first key of the dict `wanted` with another value in the dict `saved`, read from `path`. The
-    words KEY and VALUE in `advice` become that key and its saved value."""
+    default advice is to type the saved value."""
     for key, value in wanted.items():
         if saved.get(key) != value:
             both = f'{saved.get(key)}, not {value}'                     # left out if long: a digest or a whole table
-            advice = advice.replace('KEY', key).replace('VALUE', str(saved.get(key)))
+            advice = advice or f'type --{key}={saved.get(key)}'
             raise ValueError(f'{path} has another {key}{f" ({both})" * (len(both) < 80)}; {advice}')
 
 
@@ -587,12 +587,16 @@ def not_finite(loss, grad_norm, step, culprits, saved_step):
 
 
 def not_kept(step, saved_step, lost):
-    """What a full disk has cost a finished run, as an error message, or ''. lost: step of a better evaluation that could not be
-    saved, or None."""
-    parts = [f'the best evaluation, of step {lost}, could not be saved'] * (lost is not None)
+    """What a full disk has cost a finished run, as an error message, or ''. lost: (value, step) of a better evaluation that
+    could not be saved, or None."""
+    parts, again = [], step not in (0, saved_step)
+    if lost:
+        parts.append(f'the best evaluation, of step {lost[1]}, could not be saved'
+                     + '; its weights are gone' * (lost[1] < min(step, saved_step)))
+        again |= lost[1] >= min(step, saved_step)
     if step not in (0, saved_step):
         parts.append(f'last.pt is of step {saved_step}, not {step}' if saved_step > 0 else 'last.pt could not be saved')
-    return ', and '.join(parts) + '; make room and type the same command with --resume=auto' * bool(parts)
+    return ', and '.join(parts) + '; make room and type the same command with --resume=auto' * again
 
 
 def say_stopped(words, step, saved_step):

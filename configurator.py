@@ -28,9 +28,8 @@ import tokenize
 import traceback
 import types
 
-for stream in (sys.stdout, sys.stderr):             # a name that the terminal cannot show is printed with escapes
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors='backslashreplace')
+if isinstance(sys.stdout, io.TextIOWrapper):        # a name that the terminal cannot show is printed with escapes
+    sys.stdout.reconfigure(errors='backslashreplace')
 
 
 def fail(message, rank0_only=False):
@@ -46,9 +45,17 @@ def fail(message, rank0_only=False):
 
 
 def at_home(words):
-    """Words of a command line with ~ expanded in --key=~/path, which a shell leaves as it is. Other values stay."""
-    return [f'{key}={os.path.expanduser(value)}' if value[:2] == '~/' and key not in ('--prompt', '--stop') else word
-            for word in words for key, _, value in (word.partition('='),)]
+    """Words of a command line with ~ expanded in --key=~/path, which a shell leaves as it is."""
+    return [f'{key}={_at_home(key, value)}' if value else word for word in words for key, _, value in (word.partition('='),)]
+
+
+def _at_home(key, value):
+    """A value with ~ expanded in each of its paths, which commas separate. Texts stay."""
+    if isinstance(value, tuple):
+        return tuple(_at_home(key, item) for item in value)
+    if not isinstance(value, str) or '~/' not in value or key.lstrip('-') in ('prompt', 'stop'):
+        return value
+    return ','.join(os.path.expanduser(part) if part.startswith('~/') else part for part in value.split(','))
 
 
 def override(namespace, argv=None, quiet=False):
@@ -64,7 +71,7 @@ def override(namespace, argv=None, quiet=False):
     defaults = {key: namespace[key] for key in nodes}
     if namespace['__name__'] != '__main__':
         return defaults
-    argv = at_home(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         if _rank() == '0':
             print(_help(os.path.basename(namespace['__file__']), source, nodes, defaults))
@@ -83,6 +90,7 @@ def override(namespace, argv=None, quiet=False):
         config.update(changes)
         origin.update(dict.fromkeys(changes, label))
 
+    config = {key: _at_home(key, value) for key, value in config.items()}
     namespace.update(config)
     for key, value in config.items():
         if _differ(defaults[key], value) and _rank() == '0' and not quiet:

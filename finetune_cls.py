@@ -193,16 +193,18 @@ def read_data(names=None):
     read = lambda path: texts.read_table(path, text_columns, label_column)
     if predict and not (names or model):
         raise ValueError(f'{out_dir} has no run; type its --out_dir=..., or --model=FOLDER of a trained classifier')
-    if predict and model:
-        sentences, _ = texts.read_table(predict, text_columns)
-        names = names or hf.labels_of(model)
-        return sentences, [0] * len(sentences), {'': (sentences, None, range(len(sentences)))}, names
+    if predict and (model or init_from != 'scratch'):               # a model from scratch trains its tokenizer on its texts
+        sentences, names = texts.read_table(predict, text_columns)[0], names or hf.labels_of(model)
+        unknown = names[:1] * len(sentences)
+        return sentences, [0] * len(sentences), {'': (sentences, unknown, range(len(sentences)))}, names
     if task == 'csv':
         path = train_file or eval_file              # also to evaluate: a model from scratch trains its tokenizer on it
         sentences, labels = read(path)
         known = {label.lower() for label in labels}                    # a file to evaluate on may have one class of several
         trained = hf.labels_of(model) if no_training and model and not names else []
         absent = [name for name in trained if name.lower() not in known]
+        if not no_training:
+            texts.refuse_row_numbers(labels, label_column)
         names = names or texts.label_names(labels + absent * (known <= {name.lower() for name in trained}))
         ids = texts.label_ids(labels, names, path)
         found = {'': read(eval_file)} if not (folds or predict) else {}
@@ -221,7 +223,7 @@ def read_data(names=None):
         held, rows = rows[fold::folds], np.delete(rows, np.s_[fold::folds])
         found = {'': ([sentences[i] for i in held], [names[ids[i]] for i in held])}
     if predict:
-        found = {'': texts.read_table(predict, text_columns)}
+        found = {'': (part := texts.read_table(predict, text_columns)[0], names[:1] * len(part))}
     sets = {key: (*both, held if folds and not predict else range(len(both[0]))) for key, both in found.items()}
     rows = rows[:train_samples or None]
     return [sentences[i] for i in rows], [ids[i] for i in rows], sets, names
@@ -241,6 +243,8 @@ def default_model():
 def main():
     if compare:
         return tables.compare_runs(compare.split(','))
+    if predict and (ranks or folds):
+        configurator.fail('predict is for one run; type --out_dir=... of one of them, --ranks= and --folds=0')
     if ranks or (folds and fold < 0):
         return tables.sweep(config, __file__)
     # ------------------------------------------------------------------------------------------------------- set-up
@@ -307,8 +311,8 @@ def main():
         head = hf.head_parameters(net)
         adam_bytes = sum(8 * p.numel() + 4 for p in net.parameters())  # state of torch's AdamW for all weights
         # No other folder holds the weights under these adapters.
-        own_base = method in ADAPTERS and (init_from == 'scratch' or resized or hasattr(net, 'merged'))
-        whole = copy.deepcopy(net) if own_base and not resume_path else None
+        own_base = method in ADAPTERS and (init_from == 'scratch' or resized or adapters.is_adapters(model))
+        whole = copy.deepcopy(net) if own_base and not (resume_path or no_training) else None
         adapt(net, head)
         net.to(dev)
         for p in filter(lambda p: p.requires_grad, net.parameters()):
@@ -327,7 +331,7 @@ def main():
     total_iters = max_iters or math.ceil(epochs * len(samples) / batch_size)
     say(f'{type(net).__name__}: {n_params:,} parameters, {n_trained:,} trained ({n_head_params:,} in the head'
         f'{", new" if fresh else ""}); {len(names)} labels: {", ".join(names[:9])}{" ..." * (len(names) > 9)}')
-    say(f'{len(samples):,} texts to classify' if predict else
+    say(f'{len(eval_rows[""]):,} texts to classify' if predict else
         f'{len(samples):,} texts to train on, {", ".join(f"{len(r):,} {key}" for key, r in eval_rows.items())} to evaluate; '
         f'{batch_size} a step = {micro} x {accumulation} micro-steps x {world} processes; {total_iters} steps')
 
@@ -343,6 +347,7 @@ def main():
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, epoch_loss, wandb_id, run = 0, [-1.0, 0], [0.0, 0], None, None
+    lost = None                                     # (value, step) of a better evaluation that best.pt lacks: the disk was full
     meter = tables.StepMeter(net, opt, dev, rank_here, world)
     # A resumed run must have equal values of these. Frozen weights are among them, because checkpoints do not store them.
     kept = kept_state(net)
@@ -351,14 +356,15 @@ def main():
                  'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
     described |= {key: config[key] for key in ('method', 'rank', 'rank_fraction', 'energy', 'targets', 'lora_alpha', 'quant8',
                                                'side', 'adam_for', 'state_dtype', 'dtype', 'folds', 'fold')}
-    described['architecture'] = zlib.crc32(hf.function(net.config).encode())    # what shapes do not show, e.g. the heads
+    function = hf.function(net.config)              # what shapes do not show, e.g. the number of heads
     described['checksum of the frozen weights'] = common.checksum(frozen)       # last: an option explains more
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
             ours = {k: v for k, v in described.items() if not (no_training and k in ('samples', 'folds', 'fold'))}
-            theirs = {'architecture': described['architecture']} | state['described']          # old checkpoints lack it
-            common.check_same(resume_path, theirs, ours, f'resume with {out_dir}/config.py')
+            common.check_same(resume_path, state['described'], ours, f'resume with {out_dir}/config.py')
+            was = state.get('function', {})         # versions of transformers differ in their keys
+            common.check_same(resume_path, was, {k: v for k, v in function.items() if k in was}, 'the model has changed')
             common.load_model_state(net, state['model'], resume_path, [k for k in net.state_dict() if k not in kept])
             common.load_optimizer(opt, state['optimizer'])
         except ValueError as e:
@@ -367,6 +373,7 @@ def main():
         best = best if elsewhere else state['best']
         meter.load(state['meter'])
         loss_scale, good_steps = state['scaler'] if dtype == 'float16' else (1.0, 0)
+        lost = None if elsewhere else state.get('lost')
         del state
         say(f'resumed from {resume_path} at step {step}')
     if not common.ranks_agree(step, len(samples), described['vocabulary'], common.checksum(kept_state(net).values())):
@@ -408,8 +415,7 @@ def main():
     def evaluate(key):
         """(mean loss, label ids (n,), seconds per text, probabilities (n, labels)) on the evaluation set `key`, divided among
         ranks; None if stopped. The loss of texts without labels means nothing."""
-        encoded, labels = eval_rows[key], torch.tensor([names.index(label) for label in eval_sets[key][1] or names[:1] * len(
-            eval_rows[key])])
+        encoded, labels = eval_rows[key], torch.tensor([names.index(label) for label in eval_sets[key][1]])
         by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]['input_ids']))    # for little padding
         chunks = [by_length[i:i + eval_batch_size] for i in range(0, len(by_length), eval_batch_size)]
         predictions, total, times = torch.full((len(encoded),), -1), 0.0, []
@@ -445,12 +451,12 @@ def main():
 
     def save(path, keep_previous=False):
         return rank_here == 0 and common.save_or_warn(path, {
-            'trainer': 'finetune_cls', 'step': step, 'described': described, 'model': kept_state(raw_net),
-            'optimizer': opt.state_dict(), 'best': best, 'epoch_loss': epoch_loss, 'config': config, 'meter': meter.state(),
-            'scaler': [loss_scale, good_steps], 'wandb_id': wandb_id}, keep_previous)
+            'trainer': 'finetune_cls', 'step': step, 'described': described, 'function': function, 'model': kept_state(raw_net),
+            'optimizer': opt.state_dict(), 'best': best, 'epoch_loss': epoch_loss, 'lost': lost, 'config': config,
+            'meter': meter.state(), 'scaler': [loss_scale, good_steps], 'wandb_id': wandb_id}, keep_previous)
 
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
-    failure, stop, unsaved, lost = '', False, False, None     # lost: step of a better evaluation that best.pt lacks
+    failure, stop, unsaved = '', False, False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     meter.begin(step)
     epoch_of = lambda step: step * batch_size / len(samples)
@@ -484,9 +490,11 @@ def main():
                 say(f'step {step}, epoch {seen:.2f}: val loss {found[0]:.4f}, accuracy {accuracy:.2%}', flush=True)
                 log(record)
                 if keep_best and accuracy > best[0]:
-                    before, best, lost = best, [accuracy, step], None
+                    before, best = best, [accuracy, step]
                     if not common.any_rank(save(best_path)):           # best.pt is still the old one
-                        best, lost = before, step
+                        best, lost = before, (accuracy, step)
+                    elif lost and best[0] >= lost[0]:
+                        lost = None
             elif step != saved_step and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0
@@ -499,6 +507,7 @@ def main():
             group['lr'] = lr
         chosen = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
         if step == total_iters - 1 and not compile:
+            common.seed_step(seed, step, rank_here)     # rsvd may refresh a basis in it, as the step itself would
             if world > 1:
                 net.require_backward_grad_sync = False
             meter.count_flops(loss_of(rows) for rows in chosen[:, rank_here])
@@ -579,7 +588,7 @@ def main():
                 break
             evaluated[key] = labels, [names[i] for i in found[1]], rows, found[0], found[2]
     if predict and rank_here == 0 and evaluated and not stop:
-        folder = os.path.join(out_dir, os.path.basename(predict).partition('.')[0] or 'predict')
+        folder = os.path.join(out_dir, f'predict-{os.path.basename(predict).partition(".")[0]}')
         try:
             say(tables.write_predictions(folder, names, evaluated[''][1], found[3]))
         except OSError as e:
@@ -598,7 +607,8 @@ def main():
                 if method in ADAPTERS:
                     base = os.path.join(os.path.dirname(resume_path) if elsewhere else out_dir, 'base')
                     adapters.save_adapters(raw_net, folder, base if own_base else model or default_model(),
-                                           hf.head_modules(raw_net), 'SEQ_CLS', names)
+                                           hf.head_modules(raw_net), 'SEQ_CLS', names,
+                                           'nf4' if method == 'qlora' else 'int8' if quant8 else '')
                     hf.save_tokenizer(tokenizer, folder)
                 else:
                     hf.save(raw_net, tokenizer, folder)

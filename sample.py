@@ -258,6 +258,7 @@ def play(model, tokenizer, dev, about, path):
 
 def main():
     sys.stdin = sys.stdin or open(os.devnull)       # noqa: SIM115  None if it is closed: its end is reached
+    sys.stdout = sys.stdout or open(os.devnull, 'w')     # noqa: SIM115
     for key, value, least in (('num_samples', num_samples, 1), ('max_new_tokens', max_new_tokens, 1),
                               ('temperature', temperature, 0), ('top_k', top_k, 0), ('games', games, 1)):
         if not value >= least:                      # true for nan too

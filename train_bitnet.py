@@ -321,7 +321,7 @@ def main():
             common.check_tokens(state, init_from, tokenizer, dataset)
             function = ('n_head', 'n_kv_head', 'act', 'rope_theta', 'norm_eps')         # the shapes do not show these
             wanted = {key: getattr(model_config, key) for key in function}
-            common.check_same(init_from, state['model_config'], wanted, 'type --KEY=VALUE')
+            common.check_same(init_from, state['model_config'], wanted)
             if state['model_config']['quant'] != quant:
                 say(f'{init_from} has quant={state["model_config"]["quant"]}; its latent weights become those of quant={quant}')
             common.load_model_state(model, state['model'], init_from, HEAD)
@@ -359,6 +359,7 @@ def main():
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, wandb_id = 0, (math.inf, math.inf), None               # share of wrong answers (0 without a task), val loss
+    lost = None                                     # (value, step) of a better evaluation that best.pt lacks: the disk was full
     start_scales = {name: scale for name, (_, scale) in ternary_matrices(model).items()} if quant == 'tern' else {}
     described = {**asdict(model_config), 'optimizer': optimizer} | ({'rank': rank, 'side': side} if optimizer == 'rsvd' else {})
     if resume_path:
@@ -374,6 +375,7 @@ def main():
         step, wandb_id = state['step'], state['wandb_id']
         best = best if elsewhere else (state['best_errors'], state['best_val_loss'])
         start_scales = state['start_scales']
+        lost = None if elsewhere else state.get('lost')
         del state
         say(f'resumed from {resume_path} at step {step}')
     if not common.ranks_agree(step, *best, len(train_data), common.checksum(model.parameters())):
@@ -425,12 +427,12 @@ def main():
     def save(path, keep_previous=False):
         return rank_here == 0 and common.save_or_warn(path, {
             'trainer': 'train_bitnet', 'step': step, 'model_config': asdict(model_config), 'model': raw_model.state_dict(),
-            'optimizer': opt.state_dict(), 'best_errors': best[0], 'best_val_loss': best[1], 'config': config,
+            'optimizer': opt.state_dict(), 'best_errors': best[0], 'best_val_loss': best[1], 'lost': lost, 'config': config,
             'tokenizer': tokenizer.describe(), 'wandb_id': wandb_id, 'start_scales': start_scales}, keep_previous)
 
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure, stop, unsaved, lost = '', False, False, None     # lost: step of a better evaluation that best.pt lacks
+    failure, stop, unsaved = '', False, False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
     model.train()
@@ -461,9 +463,11 @@ def main():
                 errors = common.mean_over_ranks(errors, rank_here == 0)            # all ranks get rank 0's errors
                 log(record)
                 if math.isfinite(val_loss) and (errors, val_loss) < best:
-                    before, best, lost = best, (errors, val_loss), None
+                    before, best = best, (errors, val_loss)
                     if not common.any_rank(save(best_path)):           # best.pt is still the old one
-                        best, lost = before, step
+                        best, lost = before, ((errors, val_loss), step)
+                    elif lost and best <= lost[0]:
+                        lost = None
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0

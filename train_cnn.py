@@ -279,8 +279,9 @@ def main():
     if not resume_path and init_from != 'scratch':
         try:
             state = common.read_checkpoint(init_from, 'train_cnn')
-            function = {'residual': residual, 'norm': norm}            # the shapes do not show these
-            common.check_same(init_from, state['model_config'], function, 'type --KEY=VALUE')
+            was = state['model_config']             # the shapes do not show `norm`, which binary convolutions have
+            if 'binary' in was['model_config'].values() and 'binary' in model_config.values():
+                common.check_same(init_from, was, {'norm': norm})
         except ValueError as e:
             configurator.fail(str(e))
         own, same = model.state_dict(), state['images']['classes'] == train_data.classes
@@ -289,6 +290,8 @@ def main():
         model.load_state_dict(own | taken)
         if other := [key for key in ('mean', 'std') if not np.allclose(state['images'][key], seen[key])]:
             say(f'{init_from} was trained on images of another {" and ".join(other)}; these are scaled by their own')
+        if state['model_config']['residual'] != residual:
+            say(f'{init_from} has residual={not residual}; the function differs until it is trained on')
         say(f'{len(taken)} of {len(own)} tensors from {init_from}; new: {", ".join(sorted(own.keys() - taken)) or "none"}')
     model.to(dev, memory_format=torch.channels_last)
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
@@ -328,6 +331,7 @@ def main():
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, wandb_id = 0, [-1.0, 0], None       # best: top-1 and its step
+    lost = None                                     # (value, step) of a better evaluation that best.pt lacks: the disk was full
     digests = [train_data.digest, val_data.digest]
     described = {**asdict(net_config), **seen, 'data': digests, 'optimizer': name}
     described |= {'rank': rank, 'side': side} if name == 'rsvd' else {}
@@ -344,6 +348,7 @@ def main():
             configurator.fail(str(e))
         step, wandb_id = state['step'], state['wandb_id']
         best = best if elsewhere else state['best']
+        lost = None if elsewhere else state.get('lost')
         del state
         say(f'resumed from {resume_path} at step {step}')
     if not common.ranks_agree(step, *digests, common.checksum(model.parameters())):
@@ -407,7 +412,7 @@ def main():
     def save(path, keep_previous=False):
         return rank_here == 0 and common.save_or_warn(path, {
             'trainer': 'train_cnn', 'step': step, 'model_config': asdict(net_config), 'model': raw_model.state_dict(),
-            'optimizer': opt.state_dict(), 'best': best, 'config': config, 'images': seen, 'data': digests,
+            'optimizer': opt.state_dict(), 'best': best, 'lost': lost, 'config': config, 'images': seen, 'data': digests,
             'wandb_id': wandb_id}, keep_previous)
 
     input_speed = 0.0
@@ -426,7 +431,7 @@ def main():
         say(f'input alone: {input_speed:,.0f} images/s')
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure, stop, unsaved, lost = '', False, False, None     # lost: step of a better evaluation that best.pt lacks
+    failure, stop, unsaved = '', False, False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {total_iters}' + ('' if step < total_iters else ' is reached: nothing to train'))
     reading = batches(step * accumulation)
@@ -450,9 +455,11 @@ def main():
                 log({'step': step, 'samples': step * batch_size, 'epoch': round(epoch_of(step), 3), 'val_loss': found[0],
                      'top1': found[1], 'top5': found[2]})
                 if found[1] > best[0]:
-                    before, best, lost = best, [found[1], step], None
+                    before, best = best, [found[1], step]
                     if not common.any_rank(save(best_path)):           # best.pt is still the old one
-                        best, lost = before, step
+                        best, lost = before, (found[1], step)
+                    elif lost and best[0] >= lost[0]:
+                        lost = None
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0

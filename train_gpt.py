@@ -228,7 +228,7 @@ def load_gpt2(model, name):
     common.check_same(name, theirs, FUNCTION, 'this trainer computes it in one way only')
     if theirs['activation_function'] not in ('gelu', 'gelu_new'):
         raise ValueError(f'{name} has activation_function={theirs["activation_function"]}, this trainer has GELU only')
-    if theirs['activation_function'] == 'gelu_new' and 'RANK' not in os.environ:
+    if theirs['activation_function'] == 'gelu_new' and os.environ.get('RANK', '0') == '0':
         print(f'{name} was trained with a tanh approximation of GELU; here GELU is exact, so outputs differ slightly')
     if theirs['n_positions'] < c.block_size:
         raise ValueError(f'{name} has {theirs["n_positions"]} positions; type --block_size={theirs["n_positions"]} or less')
@@ -313,7 +313,7 @@ def main():
         elif not resume_path and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_gpt')
             common.check_tokens(state, init_from, tokenizer, dataset)
-            common.check_same(init_from, state['model_config'], {'n_head': n_head}, 'type --KEY=VALUE')
+            common.check_same(init_from, state['model_config'], {'n_head': n_head})
             common.load_model_state(model, to_kinds_of(model, state['model']), init_from, allow_missing=('alpha', 'gain'))
     except (ValueError, OSError) as e:
         configurator.fail(str(e))
@@ -346,6 +346,7 @@ def main():
 
     # ------------------------------------------------------------------------------------------------------- resume
     step, best_val_loss, wandb_id = 0, math.inf, None
+    lost = None                                     # (value, step) of a better evaluation that best.pt lacks: the disk was full
     described = {**asdict(model_config), 'optimizer': optimizer} | ({'rank': rank, 'side': side} if optimizer == 'rsvd' else {})
     if resume_path:
         try:
@@ -359,6 +360,7 @@ def main():
             configurator.fail(str(e))
         step, wandb_id = state['step'], state['wandb_id']
         best_val_loss = math.inf if elsewhere else state['best_val_loss']
+        lost = None if elsewhere else state.get('lost')
         del state
         say(f'resumed from {resume_path} at step {step}')
     if not common.ranks_agree(step, best_val_loss, len(train_data), common.checksum(model.parameters())):
@@ -405,12 +407,12 @@ def main():
     def save(path, keep_previous=False):
         return rank_here == 0 and common.save_or_warn(path, {
             'trainer': 'train_gpt', 'step': step, 'model_config': asdict(model_config), 'model': raw_model.state_dict(),
-            'optimizer': opt.state_dict(), 'best_val_loss': best_val_loss, 'config': config, 'tokenizer': tokenizer.describe(),
-            'wandb_id': wandb_id}, keep_previous)
+            'optimizer': opt.state_dict(), 'best_val_loss': best_val_loss, 'lost': lost, 'config': config,
+            'tokenizer': tokenizer.describe(), 'wandb_id': wandb_id}, keep_previous)
 
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure, stop, unsaved, lost = '', False, False, None     # lost: step of a better evaluation that best.pt lacks
+    failure, stop, unsaved = '', False, False
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
     model.train()
@@ -431,9 +433,11 @@ def main():
                 log({'step': step, 'tokens': step * batch_size * block_size, 'val_loss': val_loss,
                      'val_bpb': val_loss * bits_per_byte})
                 if val_loss < best_val_loss:
-                    before, best_val_loss, lost = best_val_loss, val_loss, None
+                    before, best_val_loss = best_val_loss, val_loss
                     if not common.any_rank(save(best_path)):           # best.pt is still the old one
-                        best_val_loss, lost = before, step
+                        best_val_loss, lost = before, (val_loss, step)
+                    elif lost and best_val_loss <= lost[0]:
+                        lost = None
             elif step != saved_step and step > 0 and save(last_path, keep_previous=True):
                 saved_step = step
             clock, timed_steps = time.perf_counter(), 0

@@ -78,21 +78,24 @@ def is_adapters(folder):
 
 def base_of(folder):
     """(base model of the adapters in `folder`, a path or an id; names of their classes or []; names of the tensors that replace
-    those of the base). Raises ValueError."""
+    those of the base; kind of the quantized layers under the adapters or ''). Raises ValueError."""
     from safetensors import SafetensorError, safe_open
-    labels = []
+    labels, kind = [], ''
     try:
         with open(os.path.join(folder, 'adapter_config.json')) as f:
             base = json.load(f)['base_model_name_or_path']
-        if os.path.isfile(about := os.path.join(folder, ABOUT)):
-            with open(about) as f:
-                labels = json.load(f)['labels']
+        if not isinstance(base, str) or not base:
+            raise ValueError('it names no base model')
+        if os.path.isfile(path := os.path.join(folder, ABOUT)):
+            with open(path) as f:
+                about = json.load(f)
+            labels, kind = about['labels'], about.get('base', '')
         with safe_open(os.path.join(folder, 'adapter_model.safetensors'), 'pt') as f:
             whole = {key.removeprefix(PEFT) for key in f.keys() if '.lora_' not in key}         # noqa: SIM118  not a dict
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ValueError(f'{folder} has no LoRA adapters ({type(e).__name__}: {e})') from None
     moved = os.path.join(os.path.dirname(os.path.abspath(folder)), os.path.basename(str(base)))     # the run folder was moved
-    return moved if not os.path.exists(base) and os.path.isdir(moved) else base, labels, whole
+    return moved if not os.path.exists(base) and os.path.isdir(moved) else base, labels, whole, kind
 
 
 def task_of(folder):
@@ -108,12 +111,13 @@ def merge_all(model):
     return model
 
 
-def save_adapters(model, folder, base_model='', heads=(), task_type=None, labels=()):
+def save_adapters(model, folder, base_model='', heads=(), task_type=None, labels=(), kind=''):
     """Save the adapters alone in peft's layout: adapter_model.safetensors and adapter_config.json in `folder`.
 
     base_model: name or path of their Hugging Face model, for peft. heads: names of fully trained modules that are saved too,
     e.g. a classifier (peft's modules_to_save). task_type: peft's task_type, e.g. SEQ_CLS. labels: names of the classes, which
-    peft has no place for; they are in a file of their own. Raises OSError if writing fails."""
+    peft has no place for; they are in a file of their own, with the kind of the quantized layers under the adapters. Raises
+    OSError if writing fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     loras = adapters(model)
@@ -138,7 +142,7 @@ def save_adapters(model, folder, base_model='', heads=(), task_type=None, labels
     except SafetensorError as e:                    # safetensors raises this for a full disk
         raise OSError(f'could not write {folder}: {e}') from None
 
-    about = {'labels': list(labels), 'crc32': contents_crc(tensors, list(labels))}
+    about = {'labels': list(labels), 'base': kind, 'crc32': contents_crc(tensors, list(labels))}
     for name, content in (('adapter_config.json', config), (ABOUT, about)):
         def write(tmp, content=content):
             with open(tmp, 'w') as f:

@@ -67,12 +67,11 @@ class LastTokenClassifier(nn.Module):
 
 
 def function(config):
-    """What a model with this config of transformers computes, as text: the config without names, tokens and labels."""
+    """What a model with this config of transformers computes: its config without names, tokens, labels and dropout."""
     ignored = ('_name_or_path', 'architectures', 'transformers_version', 'dtype', 'torch_dtype', 'id2label', 'label2id',
                'use_cache', 'problem_type')
-    return json.dumps({k: v for k, v in config.to_dict().items() if k not in ignored
-                       and not k.endswith('token_id') and 'dropout' not in k},
-                      sort_keys=True, default=str)
+    found = {k: v for k, v in config.to_dict().items() if k not in ignored and not k.endswith('token_id') and 'drop' not in k}
+    return json.loads(json.dumps(found, default=str))
 
 
 ONLINE = dict(quant_method='bitnet', linear_class='autobitlinear', quantization_mode='online')   # rounds plain weights
@@ -233,8 +232,8 @@ def load(name, names, dtype=torch.float32, weights=True):
 def check_fits(net, tokenizer, max_len, pairs=False):
     """Raises ValueError unless `net` can read every text that `tokenizer` cuts to max_len tokens. It is tried: position tables
     of RoBERTa and its relatives hold fewer tokens than max_position_embeddings says."""
-    rows, ids = net.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
-    if ids > rows:
+    rows, ids = _rows(net), max(tokenizer.get_vocab().values()) + 1
+    if rows and ids > rows:
         raise ValueError(f'the tokenizer has {ids:,} tokens, the embedding of this model {rows:,} rows; type --resize=True')
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_len <= special:
@@ -273,15 +272,23 @@ def longest(net, batch_of, most, few=0):
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (middle, many) if runs(middle) else (few, middle)
-    if few == least:
-        raise ValueError(f'this model cannot read a text: {errors[-1]}')
+    if few == least or not re.search('index|size|shape|dimension|position|length', errors[1]):
+        raise ValueError(f'this model cannot read these texts: {errors[1]}')
     return few
+
+
+def _rows(net):
+    """Number of rows of the embedding; 0 if there is no table, as in CANINE, which hashes characters."""
+    try:
+        return getattr(net.get_input_embeddings(), 'num_embeddings', 0)
+    except NotImplementedError:
+        return 0
 
 
 def resize(net, tokenizer):
     """Add rows to the embedding for tokens that have none, as transformers does. Returns whether there were any."""
     bare, wanted = getattr(net, 'backbone', net), max(tokenizer.get_vocab().values()) + 1
-    more = wanted > bare.get_input_embeddings().num_embeddings
+    more = 0 < _rows(bare) < wanted
     if more:
         bare.resize_token_embeddings(wanted)
     return more
@@ -290,18 +297,24 @@ def resize(net, tokenizer):
 def _load_adapted(folder, names, dtype, weights):
     """load() of a folder of LoRA adapters. peft does not save the names of the classes; then they are those of the base model,
     or `names` in their order."""
-    base, labels, whole = adapters.base_of(folder)
+    base, labels, whole, kind = adapters.base_of(folder)
     own = labels_of(base)
     kept = len(own) == len(labels or names)         # then a head that the adapters lack is that of the base
-    net, tokenizer, order, fresh = load(base, own if kept else names, dtype, weights)
+    net, tokenizer, order, fresh = load(base, own if kept else names, weights=weights)
+    if net.config.model_type == 'bitnet':
+        raise ValueError(f'{folder}: adapters do not merge into the ternary weights of a BitNet; type --out_dir=... of its run')
     known = {n.lower(): n for n in names}
     labels = labels or (order if {n.lower() for n in order} == known.keys() else names)
     if len(known) < len(names):
         known = {n: n for n in names}
     if {n.lower() for n in labels} != {n.lower() for n in names}:
         raise ValueError(f'{folder} was trained for the labels {", ".join(labels)}, not {", ".join(names)}')
-    adapters.load_adapters(plain_linears(net), folder)
-    net.merged = adapters.merge_all(net) is net
+    head = head_parameters(plain_linears(net))
+    for n, m in net.named_modules() if kind else ():                # the adapters were trained over quantized weights
+        if layers.is_linear(m) and f'{n}.weight' not in head:
+            m.weight.data = layers.as_kind(m, kind, {}, True).effective_weight()
+    adapters.load_adapters(net, folder)
+    adapters.merge_all(net).to(dtype)
     names = [known.get(n.lower(), n) for n in labels]
     net.config.id2label, net.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
     return net, tokenizer, names, fresh and not head_parameters(net).keys() <= whole
@@ -310,7 +323,8 @@ def _load_adapted(folder, names, dtype, weights):
 def labels_of(name):
     """Names of the classes of a classifier, a Hub id or a folder; of adapters too. Raises ValueError."""
     if adapters.is_adapters(name):
-        return adapters.base_of(name)[1]
+        base, labels, *_ = adapters.base_of(name)
+        return labels or labels_of(base)
     try:
         config = _transformers().AutoConfig.from_pretrained(name)
     except Exception as e:                          # noqa: BLE001  see load()
@@ -322,7 +336,7 @@ def kind_of(name):
     """Whether a Hub id or folder was saved as a 'classifier' or as a 'causal' language model. Raises ValueError."""
     t = _transformers()
     if adapters.is_adapters(name):
-        base, labels, _ = adapters.base_of(name)
+        base, labels, *_ = adapters.base_of(name)
         return 'classifier' if labels or adapters.task_of(name) == 'SEQ_CLS' else kind_of(base)
     try:
         config = t.AutoConfig.from_pretrained(name)

@@ -26,7 +26,7 @@ from common import atomic_write
 from configurator import fail
 from readers import tokens
 
-FORMATS = ('.csv', '.tsv', '.jsonl', '.parquet')         # all but parquet also as .gz
+FORMATS = ('.csv', '.tsv', '.jsonl', '.parquet')         # the first three also as .gz
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tables
@@ -42,11 +42,15 @@ def _format(path):
 
 def _decoded(path):
     """The text of a file, plain or .gz, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark."""
-    try:
-        with (gzip.open if str(path).lower().endswith('.gz') else open)(path, 'rb') as f:
-            raw = f.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise ValueError(f'{path} is a damaged or incomplete .gz file ({e}); make it again') from None
+    with open(path, 'rb') as f:
+        raw = f.read()
+    if raw[:2] == b'\x1f\x8b' or str(path).lower().endswith('.gz'):    # pandas compresses under any name
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            raise ValueError(f'{path} is a damaged or incomplete .gz file ({e}); make it again') from None
+    if raw[:4] in (b'PK\3\4', b'PAR1'):
+        raise ValueError(f'{path} is no text but an .xlsx, .zip or parquet file; export it as .csv')
     marks = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF16_LE: 'utf-16',
              codecs.BOM_UTF16_BE: 'utf-16'}
     encoding = next((name for mark, name in marks.items() if raw.startswith(mark)), 'utf-8-sig')   # spreadsheets write a mark
@@ -56,7 +60,7 @@ def _decoded(path):
         line = raw.count(b'\n', 0, e.start) + 1
         raise ValueError(f'{path}, line {line}: not {encoding.removesuffix("-sig").upper()}; convert it: '
                          f'iconv -f {_guess(raw)} -t UTF-8') from None
-    if '\0' in text:
+    if '\0' in text and _guess(raw) != 'LATIN1':
         raise ValueError(f'{path} holds zero bytes, as UTF-16 does; convert it: iconv -f {_guess(raw)} -t UTF-8')
     return text
 
@@ -76,7 +80,8 @@ def _records(path, kind, wanted):
         yield from ((number, line.split('\t')) for number, line in lines if line)
         return
     csv.field_size_limit(2 ** 31 - 1)               # the default of 131,072 characters is too small for some documents
-    split = {d: next(csv.reader([text[:10_000].lstrip('\r\n').partition('\n')[0]], delimiter=d), []) for d in ',;\t|'}
+    first = io.StringIO(text[:10_000].lstrip('\r\n'), newline=None).readline()
+    split = {d: next(csv.reader([first], delimiter=d), []) for d in ',;\t|'}
     delimiter = max(split, key=lambda d: (set(wanted) <= set(split[d]), len(split[d]) if wanted else d == ','))
     reader, line = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True), 1
     try:
@@ -189,7 +194,7 @@ def read_table(path, text, label='', header=()):
             raise ValueError(f'{path}, {unit} {places[wrong]}: {name!r} is {values[wrong]!r}, not text')
     if not label:
         return list(zip(*columns, strict=True)), None
-    labels = ['' if value is None else str(value) for value in columns[len(text)]]
+    labels = ['' if value is None or value != value else str(value) for value in columns[len(text)]]      # a NaN is none
     wrong = next((i for i, value in enumerate(labels) if not value.strip() or isinstance(columns[-1][i], list | dict)), None)
     if wrong is not None:
         raise ValueError(f'{path}, {unit} {places[wrong]}: the label ({label!r}) is {labels[wrong].strip() or "empty"}')
@@ -223,10 +228,16 @@ def label_names(labels):
     names = set(labels)
     if len(names) < 2:
         raise ValueError(f'all {len(labels)} labels are {_listed(sorted(names)) or "missing"}; two or more are needed')
-    if len(names) == len(labels) > 20:
-        raise ValueError(f'all {len(labels)} labels differ: {_listed(sorted(names))}; type the column of the labels')
     is_integer = all(re.fullmatch(r'-?[0-9]+', name) for name in names)
     return sorted(names, key=lambda name: (int(name), name)) if is_integer else sorted(names)
+
+
+def refuse_row_numbers(labels, column):
+    """Raises ValueError if the labels, a list of str, are consecutive numbers: those of the rows."""
+    if len(labels) > 20 and all(re.fullmatch('[0-9]+', label) for label in labels):
+        numbers = [int(label) for label in labels]
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            raise ValueError(f'the labels, {column!r}, are the numbers of the rows; type --label_column=... of the labels')
 
 
 def label_ids(labels, names, path):

@@ -45,12 +45,13 @@ def flop_counter():
 
 
 @contextlib.contextmanager
-def unmeasured_if_it_fails(what):
-    """A block that only measures: if it raises an error, print a warning and go on."""
+def unmeasured_if_it_fails(what, rank=0):
+    """A block that only measures: if it raises an error, rank 0 prints a warning, and all go on."""
     try:
         yield
     except Exception as e:                          # noqa: BLE001  torch's meters fail in many ways; none may cost a result
-        print(f'warning: {what} are not measured ({type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else ""})')
+        if rank == 0:
+            print(f'warning: {what} are not measured ({type(e).__name__}: {" ".join(str(e).split())[:90]})')
 
 
 class StepMeter:
@@ -136,7 +137,7 @@ class StepMeter:
         torch's counter fails on some models, and a training step must not fail with it."""
         counts = lambda: collections.Counter({name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
         forward, done = collections.Counter(), collections.Counter()
-        with unmeasured_if_it_fails('FLOPs'), flop_counter() as counter:
+        with unmeasured_if_it_fails('FLOPs', self.rank), flop_counter() as counter:
             for loss in losses:
                 forward += counts() - done
                 loss.backward()

@@ -689,7 +689,7 @@ def of_processes(rows):
 def of_damage(rows):
     r, = rows
     m = {'cut': 0, 'bytes': 0, 'refused': 0, 'harmless': 0} | r['measured']
-    return (f'cut at {m["cut"]} places; {r["cases"] - m["cut"]:,} times one byte of {m["bytes"]:,} changed, half of them in the '
+    return (f'cut at {m["cut"]} places; {r["cases"] - m["cut"]:,} times one byte of {m["bytes"]:,} changed, half in the '
             f'first or last 4 KiB: {m["refused"]} refused, {m["harmless"]} harmless')
 
 

@@ -197,6 +197,9 @@ def test_a_home_folder_is_expanded(direct, monkeypatch):
     monkeypatch.setenv('HOME', '/home/me')
     assert direct('--out_dir=~/x', '--resume=a~/x')['out_dir'] == '/home/me/x'
     assert direct('--out_dir=a~/x')['out_dir'] == 'a~/x' and direct('--names=~,q')['names'] == ('~', 'q')
+    assert direct('c.py', '--names=~/a,~/b', files={'c.py': "out_dir = '~/zz'"})['out_dir'] == '/home/me/zz'
+    assert direct('--names=~/a,b')['names'] == ('/home/me/a', 'b')
+    assert configurator.at_home(['--compare=~/a,~/b']) == ['--compare=/home/me/a,/home/me/b']
     assert configurator.at_home(['--prompt=~/x', '~/x', '--file', 'x']) == ['--prompt=~/x', '~/x', '--file', 'x']
 
 

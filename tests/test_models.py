@@ -164,7 +164,7 @@ def test_texts_without_labels_are_classified(tuned, in_turn, tmp_path, name):
     done = in_turn([('finetune_cls.py', out.parent, [out / 'config.py', *options]),
                     ('finetune_cls.py', tmp_path, [*options, f'--model={folder}', '--out_dir=here'])])
     assert [one.code for one in done] == [0, 0], done
-    found = [list(csv.DictReader(open(where / 'new/predictions.csv'))) for where in (out, tmp_path / 'here')]
+    found = [list(csv.DictReader(open(where / 'predict-new/predictions.csv'))) for where in (out, tmp_path / 'here')]
     assert [row['prediction'] for row in found[0]] == [row['prediction'] for row in found[1]] and len(found[0]) == 3
     net, tokenizer, _, _ = hf.load(str(folder), LABELS)
     wanted = logits_of(net, tokenizer).softmax(1)

@@ -35,6 +35,8 @@ def test_tsv_keeps_quotes_and_csv_takes_a_byte_order_mark(tmp_path):
         [('"one half of a quote',), ('fine, really',)], ['1', '0'])
     (tmp_path / 'b.csv').write_bytes('\ufefftext,label\né,a\n'.encode())
     assert c.read_table(tmp_path / 'b.csv', ('text',), 'label') == ([('é',)], ['a'])
+    (tmp_path / 'z.csv').write_bytes(f'text,label\na\0{"é" * 50},b\n'.encode())             # one byte 0 is text
+    assert c.read_table(tmp_path / 'z.csv', ('text',), 'label') == ([('a\0' + 'é' * 50,)], ['b'])
     (tmp_path / 'c.tsv').write_text('p\th\tx\n')
     assert c.read_table(tmp_path / 'c.tsv', ('b', 'a'), 'l', header=('a', 'b', 'l')) == ([('h', 'p')], ['x'])
 
@@ -49,7 +51,9 @@ def test_a_csv_of_a_spreadsheet_or_of_pandas(tmp_path, delimiter, encoding):
     csv.writer(written, delimiter=delimiter).writerows(rows)
     (tmp_path / 'a.csv').write_bytes(written.getvalue().encode(encoding))
     (tmp_path / 'a.CSV.gz').write_bytes(gzip.compress(written.getvalue().encode(encoding)))
-    for name in ('a.csv', 'a.CSV.gz'):
+    (tmp_path / 'b.csv').write_bytes((tmp_path / 'a.CSV.gz').read_bytes())          # pandas compresses under any name
+    (tmp_path / 'mac.csv').write_bytes(written.getvalue().replace('\r\n', '\r').encode(encoding))
+    for name in ('a.csv', 'a.CSV.gz', 'b.csv', 'mac.csv'):
         assert c.read_table(tmp_path / name, 'text', 'label') == ([(text,) for _, text, _ in rows[1:]], ['yes', 'no'])
         assert c.read_table(tmp_path / name, 'text') == ([(text,) for _, text, _ in rows[1:]], None)
 
@@ -98,6 +102,8 @@ def test_parquet_reads_as_csv_does(tmp_path):
     ('a.jsonl', b'{"text": "a", "label": 1}\n[1]\n', 'line 2: not a JSON object'),
     ('a.jsonl', b'{"text": "a", "label": 1}\n\n{"text": "a", "labl": 1}\n', "line 3 has no column 'label'.*mean 'labl'"),
     ('a.jsonl', b'[' * 100_000, 'line 1: not a JSON object'),
+    ('a.jsonl', b'{"text": "a", "label": NaN}\n', 'is empty'),
+    ('a.csv', b'PK\3\4 and more', 'is no text but an .xlsx'),
     ('a.jsonl', b'{"text": "a", "label": [1]}\n', r"the label \('label'\) is \[1\]"),
 ])
 def test_a_bad_table_is_one_line_naming_the_place(tmp_path, name, content, message):
@@ -123,8 +129,9 @@ def test_labels_are_ordered_by_number_or_alphabet():
     assert c.label_ids(['n', 'p', 'n'], ['p', 'n'], 'f') == [1, 0, 1]
     with pytest.raises(ValueError, match="f.csv, row 2: label 'q' is none of p, n"):
         c.label_ids(['n', 'q'], ['p', 'n'], 'f.csv')
-    with pytest.raises(ValueError, match='all 21 labels differ'):           # most likely a column of numbers of rows
-        c.label_names(list(map(str, range(21))))
+    with pytest.raises(ValueError, match="the labels, 'id', are the numbers of the rows"):
+        c.refuse_row_numbers(list(map(str, range(5, 26))), 'id')
+    c.refuse_row_numbers([*map(str, range(30)), '3'], 'label'), c.refuse_row_numbers(list('abcdefghijklmnopqrstuvwxyz'), 'l')
     for labels in ([], ['a', 'a']):
         with pytest.raises(ValueError, match='two or more'):
             c.label_names(labels)

@@ -233,10 +233,15 @@ def test_a_save_that_failed_is_tried_again_at_the_next_evaluation(run_of, folder
 
 
 def test_a_better_best_that_was_lost_is_told_at_the_end(run_of, folder_of):
-    """From the second best.pt on the disk is full: the first is packed, the status is 2, the lost step is named. With room
-    the same command cannot bring it back, but a later evaluation that is better can."""
+    """From the second best.pt on the disk is full: the first is packed, the status is 2, the lost step is named, also when the
+    run was stopped and resumed in between. The last step is evaluated again when there is room."""
+    cwd, full = folder_of('train_gpt'), DISK.format(where="path.endswith('best.pt') and done.count(path) > 1")
+    run_of('train_gpt', cwd=cwd, patch=full + kill_at(5))
+    assert checkpoint(cwd)['step'] == 6 and checkpoint(cwd)['lost'][1] == 4
+    done = run_of('train_gpt', '--resume=auto', '--schedule=constant', '--learning_rate=1', cwd=cwd, code=2)
+    assert 'the best evaluation, of step 4, could not be saved; its weights are gone\n' in one_error(done)
     cwd = folder_of('train_gpt')
-    done = run_of('train_gpt', cwd=cwd, code=2, patch=DISK.format(where="path.endswith('best.pt') and done.count(path) > 1"))
+    done = run_of('train_gpt', cwd=cwd, code=2, patch=full)
     assert 'error: the best evaluation, of step 12, could not be saved; make room' in one_error(done)
     assert common.read_packed(str(cwd / 'out/packed.safetensors'))[0]['step'] == checkpoint(cwd, 'best.pt')['step'] == 0
     run_of('train_gpt', '--resume=auto', cwd=cwd)
@@ -420,8 +425,8 @@ def test_distributed_sends_no_buffers_and_keeps_one_copy_of_gradients(start, tmp
 # Options that change what a model computes, but not its shapes.
 FUNCTION = {'train_gpt': ('init_from', '--n_head=4', 'good.pt has another n_head (2, not 4); type --n_head=2'),
             'train_bitnet': ('init_from', '--rope_theta=5e5', 'another rope_theta (10000.0, not 500000.0); type --rope_theta='),
-            'train_cnn': ('init_from', '--residual=False', 'another residual (True, not False); type --residual=True'),
-            'finetune_cls': ('resume', '--n_head=1', 'good.pt has another architecture')}
+            'train_cnn': ('init_from', '--norm=sample', "another norm (channel, not sample); type --norm=channel"),
+            'finetune_cls': ('resume', '--n_head=1', 'another n_heads (2, not 1); the model has changed')}
 
 
 @every_trainer
