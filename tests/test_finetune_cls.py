@@ -295,6 +295,16 @@ def test_stopped_and_resumed_equals_unbroken(train, runs, folder, unbroken, meth
     assert method != 'rsvd' or result(whole)['basis_ranks'][1] == 8         # a quarter of 32, not the 4 of --rank
 
 
+def test_counting_flops_changes_nothing(train, runs, folder):
+    """The FLOPs of the last step are counted in a pass before it. With a new basis in each step, dropout and a rate that does
+    not end at 0, a run resumed at that step still equals an unbroken one."""
+    options = ('--method=rsvd', '--dropout=0.2', '--interval=1', '--schedule=constant', '--max_iters=4', '--stagger=0')
+    whole, cwd = folder(scratch=True), folder(scratch=True)
+    train(*options, cwd=cwd, patch=kill_at(2))
+    runs((whole, options), (cwd, (*options, '--resume=auto')))
+    assert_same_run(cwd, whole)
+
+
 OTHERS = [('lora', '--rank=8', 'rank (4, not 8)'), ('lora', '--lora_alpha=8', 'lora_alpha (0.0, not 8.0)'),
           ('lora', '--quant8=True', 'quant8 (False, not True)'), ('lora', '--dtype=bfloat16', 'dtype (float32, not bfloat16)'),
           ('lora', '--targets=q_lin', "targets ((), not ('q_lin',))"), ('lora', '--model={turned}', 'frozen weights'),

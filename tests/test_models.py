@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -113,6 +114,36 @@ def test_peft_and_this_project_load_the_same_adapters(made, tuned, tmp_path, nam
     assert_close(logits_of(ours, tokenizer), logits_of(net, tokenizer), rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match='trained for the labels|do not fit'):
         hf.load(str(folder), ['a', 'b', 'c'])
+
+
+def test_adapters_over_other_bases(made, table, tuned, in_turn, tmp_path):
+    """Adapters that were trained over nf4 weights come back over these; a base in bfloat16 is merged in fp32 and cast. Folders
+    without a base model or with damaged files are one line."""
+    options = ['--task=csv', f'--train_file={table}', f'--eval_file={table}', '--text_columns=text', '--device=cpu',
+               '--max_len=16', '--rank=4', '--learning_rate=0.1']
+    predict = ['--text_columns=text', '--device=cpu', '--max_len=16', f'--predict={table}']
+    done = in_turn([('finetune_cls.py', tmp_path, [*options, f'--model={made("Roberta")}', '--method=qlora', '--max_iters=3',
+                                                   '--out_dir=q']),
+                    ('finetune_cls.py', tmp_path, ['q/config.py', *predict]),
+                    ('finetune_cls.py', tmp_path, [*predict, '--model=q/Roberta0-csv-qlora-r4', '--out_dir=again']),
+                    ('finetune_cls.py', tmp_path, [*options, '--model=q/Roberta0-csv-qlora-r4', '--method=lora',
+                                                   '--max_iters=1', '--dtype=bfloat16', '--out_dir=more'])])
+    assert [one.code for one in done] == [0] * 4, done
+    shares = [[float(row['yes']) for row in csv.DictReader(open(tmp_path / out / 'predict-train/predictions.csv'))]
+              for out in ('q', 'again')]
+    assert shares[0] == pytest.approx(shares[1], abs=2e-5) and abs(shares[0][0] - 0.5) > 0.1
+    folder, = tuned['Roberta'][0].glob('*-lora-r4')
+    net, *_ = hf.load(str(folder), LABELS, torch.bfloat16)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    for change, words in (({'base_model_name_or_path': None}, 'names no base model'), ({'r': 8}, None)):
+        config = json.loads((folder / 'adapter_config.json').read_text()) | change
+        shutil.copytree(folder, other := tmp_path / str(len(change) + len(words or '')))
+        (other / 'adapter_config.json').write_text(json.dumps(config))
+        if words:
+            with pytest.raises(ValueError, match=words):
+                hf.load(str(other), LABELS)
+    (other / 'nanobit.json').unlink()               # as peft writes it: the names are those of the base, or the caller's
+    assert hf.load(str(other), LABELS)[2:] == (LABELS, False) and hf.labels_of(str(other)) == ['LABEL_0', 'LABEL_1']
 
 
 def test_a_meter_that_fails_costs_no_result(made, table, in_turn, tmp_path):
