@@ -463,9 +463,9 @@ def full_disk(tally, trainer, options, cwd, patch, room, reference, saved):
 
 def damageable(kind):
     """(path of a good file, a function that reads it from there, a trainer, the command that reads it)."""
-    import sample
     from pretrained import hf
     from readers import tokens
+    from train_gpt import GPT, GPTConfig
     place, new = Path(tempfile.mkdtemp(dir=WORK, prefix='damaged')), ('tiny.py', '--out_dir=new', '--max_iters=1')
     if kind == 'token file':
         shutil.copytree(DATA['text'], place / 'text')
@@ -490,8 +490,9 @@ def damageable(kind):
         return path, lambda: common.read_checkpoint(str(path)), 'train_gpt', ('train_gpt.py', *new, f'--resume={path}')
 
     def read():
-        model, tokenizer, about = sample.load(str(path))
-        return [model.state_dict(), tokenizer.describe(), about]
+        meta, tensors = common.read_packed(str(path))
+        model = common.load_packed(GPT(GPTConfig(**meta['model_config'])), tensors)
+        return [model.state_dict(), *(meta[key] for key in ('trainer', 'step', 'model_config', 'tokenizer', 'val_loss'))]
     return path, read, 'train_gpt', ('sample.py', f'--ckpt={path}', '--max_new_tokens=1', '--device=cpu')
 
 
@@ -689,19 +690,19 @@ def of_processes(rows):
 def of_damage(rows):
     r, = rows
     m = {'cut': 0, 'bytes': 0, 'refused': 0, 'harmless': 0} | r['measured']
-    return (f'cut at {m["cut"]} places; {r["cases"] - m["cut"]:,} times one byte of {m["bytes"]:,} changed, half in the '
-            f'first or last 4 KiB: {m["refused"]} refused, {m["harmless"]} harmless')
+    return (f'cut at {m["cut"]} places; {r["cases"] - m["cut"]:,} times one byte of {m["bytes"]:,} changed, half of them in '
+            f'the first or last 4 KiB: {m["refused"]} refused, {m["harmless"]} harmless')
 
 
 # name: (fault, what must come out, function, [what of], cases for each, text of what was measured)
-TWELVE = dict(zip(TRAINERS, (13, 13, 12, 12), strict=True))
+FIFTY = dict(zip(TRAINERS, (13, 13, 12, 12), strict=True))
 CHECKS = {
     'kill': ('SIGKILL', 'the resumed run ends bit-equal to the unbroken one', kill, dict.fromkeys(TRAINERS, 50),
              lambda rows: f'{total(rows, "in a save")} of the kills in a save; last.pt, best.pt, log and packed file compared'),
     'resume': ('stop after each step', 'status 0, a checkpoint of that step; bit-equal end', resume,
                dict.fromkeys(TRAINERS, 40),
                lambda rows: '20 steps, one pass with AdamW and dropout, one with rSVD or Muon'),
-    'sigterm': ('SIGTERM', 'status 0, a checkpoint of its step; bit-equal end', sigterm, TWELVE,
+    'sigterm': ('SIGTERM', 'status 0, a checkpoint of its step; bit-equal end', sigterm, FIFTY,
                 lambda rows: 'in training, evaluation and saving; longest wait for the end '
                              f'{max(r["measured"].get("longest wait, s", 0) for r in rows)} s'),
     'processes': ('1 x 4, 2 x 2, 4 x 1', 'processes x micro-batches of one global batch: the same losses', processes,
