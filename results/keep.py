@@ -56,7 +56,8 @@ INDEX = {
     'blocks': ('Do blocks chosen by sensitivity train better as binary?',
                'val loss', 'the half chosen by ptq.py', 'the first half'),
     'ptq_big': ('What does ptq.py need at the size of GPT-2?', 'seconds', 'gptq4', 'rtn4'),
-    'faults': ('Does a run survive kills, full disks, NaNs and damaged files?', 'as promised', 'SIGKILL', 'full disk'),
+    'faults': ('Does a run survive kills, full disks, NaNs and damaged files?', 'as promised', 'SIGKILL', 'full disk',
+               'damaged checkpoint'),
 }
 MORE = """
 Beside them:
@@ -160,7 +161,8 @@ def fill(name, text):
             _, end, after = rest.partition('<!-- end -->')
             if not end:
                 sys.exit(f'error: {page}: <!-- {name} --> has no <!-- end -->; put it back')
-            write(os.path.relpath(page, ROOT / 'results'), f'{head}{mark}{text}\n{end}{after}')
+            here = text.replace('](../', '](') if page.name == 'README.md' else text
+            write(os.path.relpath(page, ROOT / 'results'), f'{head}{mark}{here}\n{end}{after}')
 
 
 def headline(name):
