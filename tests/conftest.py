@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import re
+import runpy
 import shlex
 import signal
 import socket
@@ -218,6 +219,23 @@ def refused(in_turn):
                  if one.code != 2 or one.err.count('\n') != 1 or not one.err.startswith('error: ') or said not in one.err]
         assert not wrong and (cwd / 'out').exists() == there, wrong
     return check
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs data/<name>/prepare.py in tmp_path, in this process; -> stdout, or the single line on stderr where it must fail."""
+    def run(name, *args, ok=True):
+        path, code = str(ROOT / 'data' / name / 'prepare.py'), 0
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', [path, *map(str, args)])
+        try:
+            runpy.run_path(path, run_name='__main__')
+        except SystemExit as e:
+            code = e.code
+        result = Result(code, *capsys.readouterr())
+        assert not ok or code == 0, result.err
+        return result.out if ok else one_error(result)
+    return run
 
 
 def tiny_gpt(kind='fp', blocks=(0, 1), **options):

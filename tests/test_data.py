@@ -4,13 +4,10 @@ import gzip
 import hashlib
 import json
 import os
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import Result, one_error
 from data.arithmetic import prepare as arithmetic
 from data.c4 import prepare as c4
 from data.fineweb95m import prepare as fineweb95m
@@ -26,23 +23,6 @@ WORDS = 'the quick brown fox jumps over a lazy dog while bits become signs and s
 LINES = ''.join(f'{" ".join(WORDS[i % 7:i % 11 + 3])} {i}\n' for i in range(2000))
 STORIES = [f'Story {i}.\n\nOnce, {" ".join(WORDS[i % 7:i % 11 + 5])} \u201c{i}\u201d.' for i in range(60)]
 BAD_LINE = '{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n' + '{"text": "d"}\n' * 30     # line 3
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs data/<name>/prepare.py in tmp_path, in this process; -> stdout, or the single line on stderr where it must fail."""
-    def run(name, *args, ok=True):
-        path, code = str(tokens.ROOT / 'data' / name / 'prepare.py'), 0
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', [path, *map(str, args)])
-        try:
-            runpy.run_path(path, run_name='__main__')
-        except SystemExit as e:
-            code = e.code
-        result = Result(code, *capsys.readouterr())
-        assert not ok or code == 0, result.err
-        return result.out if ok else one_error(result)
-    return run
 
 
 def all_bytes(folder, split):

@@ -5,11 +5,9 @@ import fcntl
 import io
 import json
 import os
-import runpy
 import shutil
 import signal
 import struct
-import sys
 import time
 import warnings
 import zipfile
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import Result, one_error
+from conftest import one_error
 from data.digits import prepare as digits
 from data.food101 import prepare as food101
 from data.images.prepare import class_folders
@@ -42,23 +40,6 @@ images.square = slow
 if __name__ == '__main__':
     images.run(prepare.main)
 """
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs data/<name>/prepare.py in tmp_path, in this process; -> stdout, or the single line on stderr where it must fail."""
-    def run(name, *args, ok=True):
-        path, code = str(tokens.ROOT / 'data' / name / 'prepare.py'), 0
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', [path, *map(str, args)])
-        try:
-            runpy.run_path(path, run_name='__main__')
-        except SystemExit as e:
-            code = e.code
-        result = Result(code, *capsys.readouterr())
-        assert not ok or code == 0, result.err
-        return result.out if ok else one_error(result)
-    return run
 
 
 def noise(width=12, height=10):
