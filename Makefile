@@ -35,7 +35,7 @@ bench: $(READY) ## time and memory of a training step
 results: $(READY) ## the GPT runs behind the first rows of the README's table
 	$(PY) results/runs.py quality
 
-faults: $(READY) ## kills, full disks, NaNs, damaged files on the four trainers, about 20 minutes
+faults: $(READY) ## kills, full disks, NaNs, damaged files on the four trainers, 10 minutes on 2 cores
 	$(PY) results/faults.py
 
 # .unfinished exists during the whole install. If a later run still finds it, the install was interrupted and starts over:

@@ -1,7 +1,7 @@
 """
 The fault matrix: kills, stops, NaNs, full disks, damaged files, malicious files and a lost network, tried on the four trainers.
 
-    python results/faults.py                                        # 20 minutes on 2 idle cores
+    python results/faults.py                                        # 10 minutes on 2 cores
     python results/faults.py --scale=0.1 --only=kill,disk/train_cnn     # a tenth of the cases of some checks; stores nothing
     python results/faults.py --table                                # the table alone, from the stored lines
 
