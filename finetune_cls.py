@@ -506,12 +506,12 @@ def main():
         for group in opt.param_groups:
             group['lr'] = lr
         chosen = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
+        common.seed_step(seed, step, rank_here)
         if step == total_iters - 1 and not compile:
-            common.seed_step(seed, step, rank_here)     # rsvd may refresh a basis in it, as the step itself would
             if world > 1:
                 net.require_backward_grad_sync = False
-            meter.count_flops(loss_of(rows) for rows in chosen[:, rank_here])
-        common.seed_step(seed, step, rank_here)
+            with torch.random.fork_rng():           # the same dropout as in the step: rsvd may refresh a basis here
+                meter.count_flops(loss_of(rows) for rows in chosen[:, rank_here])
         loss_sum = torch.zeros((), device=dev)
         middle = not profile and int(seen + 0.5) > int(epoch_of(step - 1) + 0.5)
         with meter.step(step, in_middle=middle):

@@ -1,6 +1,7 @@
 """sample.py as a user runs it, on runs of seconds: a mixed binary, ternary and 4-bit GPT that knows two texts, and a
 BitNet that plays tic-tac-toe badly; where it matters what a model says, on one that says it."""
 import io
+import json
 import os
 import random
 import re
@@ -14,6 +15,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import common
 import layers
@@ -244,15 +246,18 @@ def test_unreadable_checkpoints_are_one_line(run, cli, tmp_path):
     altered[largest.header_offset + 500] ^= 1
     other = common.read_checkpoint(str(run / 'best.pt')) | {'trainer': 'train_cnn'}
     common.save_checkpoint(str(tmp_path / 'other.pt'), other)
+    meta, tensors = common.read_packed(str(run / 'packed.safetensors'))
+    meta['trainer'] = 'train_cnn'
+    meta['crc32'] = common.contents_crc(tensors, meta)
+    save_file(tensors, tmp_path / 'other.safetensors', {'nanobit': json.dumps(meta)})
     files = {'cut.pt': best[:5000], 'altered.pt': bytes(altered), 'text.pt': b'hello', 'none.pt': b'',
              'cut.safetensors': packed[:-9], 'text.safetensors': b'hello', 'none.safetensors': b'',
-             'other.safetensors': packed.replace(b'train_gpt', b'train_cnn', 1),
              'renamed.safetensors': packed.replace(b'n_embd', b'm_embd', 1), 'pt.safetensors': best,
              'packed.pt': packed}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / 'empty').mkdir()
-    for name, *mode in (('no.pt',), ('empty', 'chat'), ('other.pt',), ('other.pt', 'play'), *zip(files)):
+    for name, *mode in (('no.pt',), ('empty', 'chat'), ('other.pt',), ('other.pt', 'play'), ('other.safetensors',), *zip(files)):
         status, out, err = cli(*mode, ckpt=tmp_path / name, typed='a')
         assert (status, out) == (2, '') and err.startswith('error: ') and err.count('\n') == 1, (name, err)
         assert str(tmp_path / name) in err
