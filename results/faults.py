@@ -625,7 +625,7 @@ def pickles(tally, _, n, draw):
         (where / 'tokenizer_config.json').write_text(json.dumps({'auto_map': {'AutoTokenizer': ['evil.T', None]}}))
         cases += [('finetune_cls.py', 'finetune_cls', 'tiny.py', '--init_from=pretrained', f'--model={where}')]
     for script, trainer, *words in draw.sample(cases, min(n, len(cases))) if n < len(cases) else cases:
-        with tally.case(script, *(str(word).replace(f'{place}/', '') for word in words)):
+        with tally.case(script, *(str(word).replace(f'{place}/', '').replace(f'{WORK}/', '') for word in words)):
             cwd = fresh(trainer)
             for raw in ('raw', 'zip'):
                 (cwd / f'gpt2_{raw}').symlink_to(place / f'gpt2_{raw}')
