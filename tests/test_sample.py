@@ -257,7 +257,8 @@ def test_unreadable_checkpoints_are_one_line(run, cli, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / 'empty').mkdir()
-    for name, *mode in (('no.pt',), ('empty', 'chat'), ('other.pt',), ('other.pt', 'play'), ('other.safetensors',), *zip(files)):
+    others = ('other.pt',), ('other.pt', 'play'), ('other.safetensors',)
+    for name, *mode in (('no.pt',), ('empty', 'chat'), *others, *zip(files)):
         status, out, err = cli(*mode, ckpt=tmp_path / name, typed='a')
         assert (status, out) == (2, '') and err.startswith('error: ') and err.count('\n') == 1, (name, err)
         assert str(tmp_path / name) in err
