@@ -34,7 +34,7 @@ from common import atomic_write
 from measure import convolutions, forms, matrices, optimizers, steps
 
 BUNDLED = ('*.py', '*.c', '*.md', '*.txt', '*.toml', 'LICENSE', 'Makefile', 'readers/*.py', 'pretrained/*.py', 'report/*.py',
-           'measure/*.py', 'config/*.py', 'data/*/prepare.py', 'tests/*.py', 'tests/old/**/*',
+           'measure/*.py', 'engine/*', 'config/*.py', 'data/*/prepare.py', 'tests/*.py', 'tests/old/**/*',
            'results/*')
 
 

@@ -13,6 +13,7 @@ a C compiler. Engine() raises ValueError, in one line, for a model that it canno
 import ctypes
 import functools
 import math
+import os
 import subprocess
 import threading
 from pathlib import Path
@@ -36,7 +37,7 @@ class Array(ctypes.Structure):
 
 class Linear(ctypes.Structure):
     _fields_ = ([(name, ctypes.c_int32) for name in 'kind act norm chunks in_ out bits group scale_bytes'.split()]
-                + [('eps', ctypes.c_float), ('out_eps', ctypes.c_float), ('zero', ctypes.c_float), ('levels', ctypes.c_float * 16)]
+                + [(name, ctypes.c_float) for name in ('eps', 'out_eps', 'zero')] + [('levels', ctypes.c_float * 16)]
                 + [(name, Array) for name in 'code scale zeros grid gain shift input_scale bias alpha sums'.split()])
 
 
@@ -51,6 +52,8 @@ def library(target='native'):
     """The compiled engine.c. Raises ValueError with the reason if it cannot be compiled."""
     with _lock:
         try:
+            if os.environ.get('NANOBIT_KERNELS') == '0':
+                raise OSError('NANOBIT_KERNELS=0')
             path = compile_c(Path(__file__).with_name('engine.c'), (*TARGETS[target], '-ffp-contract=off', '-Wno-psabi'))
             lib = ctypes.CDLL(path)
         except (OSError, RuntimeError, subprocess.SubprocessError) as e:
@@ -76,7 +79,7 @@ class Engine:
     head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them."""
 
     def __init__(self, model, head='int8', threads=0, sequences=1, target='native'):
-        name, self.config, threads = type(model).__name__, model.config, threads or torch.get_num_threads()
+        name, threads = type(model).__name__, threads or torch.get_num_threads()
         if name not in ('GPT', 'BitNet'):
             raise ValueError(f'the engine runs the models of train_gpt.py and train_bitnet.py, not {name}')
         if head not in ('int8', 'fp'):
@@ -85,18 +88,17 @@ class Engine:
             raise ValueError(f'threads={threads} must be 1 to 1024, sequences={sequences} 1 to 65536')
         if not all(p.device.type == 'cpu' for p in (*model.parameters(), *model.buffers())):
             raise ValueError('the engine runs on the CPU only')
-        self.lib, self.kept, self.at, self.sequences = library(target), [], None, sequences
+        self.lib, self.kept, self.at, self.sequences, self.config = library(target), [], None, sequences, model.config
         c, layers = model.config, []
         with torch.no_grad():
             for i, block in enumerate(model.blocks):
                 steps = gpt_steps(block) if name == 'GPT' else bitnet_steps(block)
                 layers += [self.linear(f'blocks.{i}.{part}', *steps[part]) for part in steps]
             norm = (model.ln_f, None) if name == 'GPT' else (model.norm, None)
-            tied = getattr(model.wte, 'weight', None) is getattr(model.lm_head, 'weight', 0) is not None or (
-                getattr(model.wte, 'layer', None) is model.lm_head)
+            embedding = getattr(model.wte, 'layer', model.wte)         # the packed layer, or nn.Embedding
+            tied = embedding is model.lm_head or embedding.weight is not None and embedding.weight is model.lm_head.weight
             layers.append(self.linear('lm_head', [*norm, model.lm_head], head == 'int8'))
             if not tied:
-                embedding = getattr(model.wte, 'layer', model.wte)
                 layers.append(self.linear('wte', [embedding], head == 'int8'))
             shape = Shape(c.n_layer, c.n_head, getattr(c, 'n_kv_head', c.n_head), c.n_embd // c.n_head, c.n_embd, c.vocab_size,
                           c.block_size, sequences, max(BATCH, min(sequences, 256)), threads, tied)
@@ -105,8 +107,8 @@ class Engine:
             else:
                 shape.cos, shape.sin = self.array(model.cos), self.array(model.sin)
         self.batch, self.tied = shape.batch, tied
-        made = ctypes.c_void_p()
-        why = self.lib.engine_new(ctypes.byref(shape), (Linear * len(layers))(*layers), len(layers), ctypes.byref(made))
+        made, self.structs = ctypes.c_void_p(), (shape, (Linear * len(layers))(*layers))
+        why = self.lib.engine_new(ctypes.byref(shape), self.structs[1], len(layers), ctypes.byref(made))
         if why:
             raise ValueError(f'the engine cannot run this model: {why.decode()}; use torch')
         self.at = made
@@ -264,8 +266,8 @@ class Engine:
     def run(self, ids, sequences, positions, wanted, logits=None, next=None, known=0, temperature=0.0, top_k=0, seeds=None):
         """One call of engine.c for at most `batch` tokens; int32 tensors (n,), wanted uint8 (n,). Raises ValueError."""
         at = lambda t: None if t is None else t.data_ptr()
-        why = self.lib.engine_run(self.at, len(ids), at(ids), at(sequences), at(positions), at(wanted), at(logits), at(next), known,
-                                  temperature, top_k, at(seeds))
+        why = self.lib.engine_run(self.at, len(ids), at(ids), at(sequences), at(positions), at(wanted), at(logits), at(next),
+                                  known, temperature, top_k, at(seeds))
         if why:
             raise ValueError(why.decode())
 
@@ -274,7 +276,8 @@ class Engine:
         `sampling`, the logits (B, vocab) fp32 after the last position."""
         B, T = ids.shape
         if not 1 <= B <= self.sequences or not 1 <= T or not 0 <= first <= self.config.block_size - T:
-            raise ValueError(f'{B} sequences of {first + T} tokens do not fit into {self.sequences} of {self.config.block_size}')
+            raise ValueError(f'{B} sequences of {first + T} tokens do not fit into {self.sequences} of '
+                             f'{self.config.block_size}')
         flat = ids.to(torch.int64).flatten()
         if flat.min() < 0 or flat.max() >= self.config.vocab_size:
             raise ValueError(f'an id is not in 0 .. {self.config.vocab_size - 1}')

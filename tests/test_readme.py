@@ -280,7 +280,7 @@ def test_file_tree():
         named += [room + first] if line.startswith('  ') else [first] if re.search(r'\.(py|c)$', first) else []
         assert (ROOT / first.partition('*')[0]).exists() or room
     named.remove('data/*/prepare.py')
-    ours = {p.relative_to(ROOT).as_posix() for glob in ('*.py', '*.c', '[mpr]*/*.py') for p in ROOT.glob(glob)}
+    ours = {p.relative_to(ROOT).as_posix() for glob in ('*.py', '*.c', '[empr]*/*.py', 'engine/*.c') for p in ROOT.glob(glob)}
     assert sorted(named) == sorted(name for name in ours if not name.startswith('results/') and '__init__' not in name)
     sets = set(re.findall(r'^\| `python data/(\w+)/prepare', PAGES['docs/data.md'], re.M))
     assert sets == {p.parent.name for p in ROOT.glob('data/*/prepare.py')}
