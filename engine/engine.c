@@ -186,11 +186,11 @@ typedef struct {
 typedef struct {
     Shape s;
     Linear *layers;     // qkv, out, up, down of each block; head; embedding
-    int64_t wide, most_words, k_size, v_size;
+    int64_t wide, k_size, v_size;         // floats of a row of a buffer; of the keys and values of a head
     float *x, *qkv, *y, *hidden, *z, *a, *tables, *group_sums, *scores, *logits, *keys, *values, *sorted;
     int8_t *q;
     float *q_scale;
-    int32_t *q_sum, *rows;
+    int32_t *q_sum;
     atomic_int arrived, turn;
 } Engine;
 
@@ -751,7 +751,7 @@ void engine_free(Engine *e)
 {
     if (!e) return;
     void *all[] = { e->layers, e->x, e->qkv, e->y, e->hidden, e->z, e->a, e->tables, e->group_sums, e->scores, e->logits, e->keys,
-                    e->values, e->sorted, e->q, e->q_scale, e->q_sum, e->rows };
+                    e->values, e->sorted, e->q, e->q_scale, e->q_sum };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(e);
 }
@@ -778,8 +778,8 @@ const char *engine_new(const Shape *s, const Linear *layers, int n, Engine **mad
         if (why) return why;
         if (gated(l) && (!block || part != 3 || layers[i - 1].out % 2) || !block && l->kind != CODES && l->kind != INT8)
             return "kind of the layer at this place";
-        wide = padded(MIN((int64_t)1 << 24, block && l->out > l->in ? l->out : l->in), PAD) > wide
-             ? padded(block && l->out > l->in ? l->out : l->in, PAD) : wide;
+        const int64_t row = padded(block && l->out > l->in ? l->out : l->in, PAD);
+        wide = row > wide ? row : wide;
     }
     int failed = 0;
     Engine *e = calloc(1, sizeof *e);
