@@ -168,7 +168,7 @@ typedef struct {
     int32_t kind, act, norm, chunks, in, out, bits, group, scale_bytes;     // in: after a gate
     float eps, out_eps, zero, levels[16];
     Array code;         // tiles
-    Array scale;        // CODES: tiles of a scale for each group, fp32, fp16 or an index into grid; TERN, INT8: fp32 for each row
+    Array scale;        // CODES: tiles of a scale for each group, fp32, fp16 or an index of grid; TERN, INT8: of each row
     Array zeros;        // CODES: tiles of a uint8 for each group, or absent; w = (level - zero) * scale
     Array grid;         // 256 floats
     Array gain, shift;  // of the norm
@@ -258,8 +258,8 @@ static void prepare(Engine *e, const Linear *l, const float *x, int64_t t)
     }
     for (int64_t i = 0; by && i < n; i++) a[i] *= by[i];
     if (l->kind == TERN || l->kind == INT8) {
-        // Int8 with the scale of quant.quantize_rows. Ternary: byte 4p + i of each 16 is column 4i + p, since field p of a word
-        // of codes covers the columns p, p + 4, p + 8, p + 12.
+        // Int8 with the scale of quant.quantize_rows. Ternary: byte 4p + i of each 16 is column 4i + p, since field p of a
+        // word of codes covers the columns p, p + 4, p + 8, p + 12.
         int8_t *q = e->q + t * e->wide;
         F16 top = all(0);
         for (int64_t i = 0; i < n; i += LANES) top = bigger(size_of(load(a + i)), top);
@@ -302,7 +302,7 @@ static void prepare(Engine *e, const Linear *l, const float *x, int64_t t)
 // ---------------------------------------------------------------------------------------------------------------------
 // products: T tokens times R tiles of 16 rows; T and R are constants, so that all sums stay in registers
 
-typedef struct { Engine *e; const Linear *l; float *y; int64_t stride; int add; } Job;     // y: rows of tokens; add: y += product
+typedef struct { Engine *e; const Linear *l; float *y; int64_t stride; int add; } Job;     // add: y += product
 
 INLINE void put(const Job *j, int64_t t, int64_t tile, F16 v)
 {
@@ -512,8 +512,8 @@ static void normalize(const Linear *l, float *z, float *out, int add)
 }
 
 // One layer for n tokens; x has rows of x_stride, out of out_stride. `id` of `of` threads.
-static void linear(Engine *e, const Linear *l, int n, const float *x, int64_t x_stride, float *out, int64_t out_stride, int add,
-                   int id, int of)
+static void linear(Engine *e, const Linear *l, int n, const float *x, int64_t x_stride, float *out, int64_t out_stride,
+                   int add, int id, int of)
 {
     for (int t = id; t < n; t += of) prepare(e, l, x + t * x_stride, t);
     wait_all(e, of);
@@ -571,7 +571,8 @@ INLINE void sum_values(const float *scores, const float *values, int64_t count, 
     for (int r = 0; r < R; r++) out[r] = sum[r] / divisor;
 }
 
-static void attend(const Shape *s, const float *q, const float *keys, const float *values, int64_t count, float *scores, float *y)
+static void attend(const Shape *s, const float *q, const float *keys, const float *values, int64_t count, float *scores,
+                   float *y)
 {
     const int dim = s->head_dim;
     const int64_t blocks = padded(count, LANES) / LANES, stride = padded(dim, LANES);
@@ -593,7 +594,8 @@ static void attend(const Shape *s, const float *q, const float *keys, const floa
         F16 part[4];
         const int64_t left = stride - d;
         if (left >= 4 * LANES) sum_values(scores, values + d, count, stride, divisor, part, 4);
-        else for (int r = 0; r * LANES < left; r++) sum_values(scores, values + d + r * LANES, count, stride, divisor, part + r, 1);
+        else for (int r = 0; r * LANES < left; r++)
+            sum_values(scores, values + d + r * LANES, count, stride, divisor, part + r, 1);
         memcpy(y + d, part, MIN(4 * LANES, dim - d) * sizeof *y);
     }
 }
@@ -730,7 +732,8 @@ static const char *check(const Linear *l, int in, int out)
     if (codes && width != 0 && width != 1 && width != 2 && width != 4) return "bytes of a scale";
     const struct { const Array *a; int64_t bytes; int needed; } arrays[] = {
         { &l->code, rows * words_of(l) * 4, 1 }, { &l->scale, rows * groups * width, has_scales },
-        { &l->zeros, rows * groups, 0 }, { &l->grid, 256 * 4, codes && width == 1 }, { &l->gain, l->in * 4, l->norm != NO_NORM },
+        { &l->zeros, rows * groups, 0 }, { &l->grid, 256 * 4, codes && width == 1 },
+        { &l->gain, l->in * 4, l->norm != NO_NORM },
         { &l->shift, l->in * 4, 0 }, { &l->input_scale, l->in * 4, 0 }, { &l->bias, rows * 4, 0 },
         { &l->alpha, l->chunks * 4, l->kind == BIN }, { &l->sums, rows * 4, int8 } };
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
@@ -750,8 +753,8 @@ static void *room(int64_t count, int64_t size, int *failed)
 void engine_free(Engine *e)
 {
     if (!e) return;
-    void *all[] = { e->layers, e->x, e->qkv, e->y, e->hidden, e->z, e->a, e->tables, e->group_sums, e->scores, e->logits, e->keys,
-                    e->values, e->sorted, e->q, e->q_scale, e->q_sum };
+    void *all[] = { e->layers, e->x, e->qkv, e->y, e->hidden, e->z, e->a, e->tables, e->group_sums, e->scores, e->logits,
+                    e->keys, e->values, e->sorted, e->q, e->q_scale, e->q_sum };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(e);
 }
@@ -766,14 +769,16 @@ const char *engine_new(const Shape *s, const Linear *layers, int n, Engine **mad
         || s->threads > 1024 || n != 4 * s->n_layer + 2 - !!s->tied)
         return "the shape of the model is wrong";
     if (s->positions.at && s->positions.bytes != (int64_t)s->context * s->n_embd * 4 || !s->cos.at != !s->sin.at
-        || s->cos.at && (s->head_dim % 2 || s->cos.bytes != (int64_t)s->context * s->head_dim * 4 || s->sin.bytes != s->cos.bytes))
+        || s->cos.at && (s->head_dim % 2 || s->cos.bytes != (int64_t)s->context * s->head_dim * 4
+                         || s->sin.bytes != s->cos.bytes))
         return "the size of the positions is wrong";
     int64_t wide = 0;
     for (int i = 0; i < n; i++) {
         const Linear *l = layers + i;
         const int block = i < 4 * s->n_layer, part = i % 4;
         const int in = !block || part < 3 ? s->n_embd : gated(l) ? layers[i - 1].out / 2 : layers[i - 1].out;
-        const int out = !block ? s->vocab : part == 0 ? (s->n_head + 2 * s->n_kv_head) * s->head_dim : part == 2 ? 0 : s->n_embd;
+        const int heads = s->n_head + 2 * s->n_kv_head;
+        const int out = !block ? s->vocab : part == 0 ? heads * s->head_dim : part == 2 ? 0 : s->n_embd;
         const char *why = check(l, in, out);
         if (why) return why;
         if (gated(l) && (!block || part != 3 || layers[i - 1].out % 2) || !block && l->kind != CODES && l->kind != INT8)
@@ -817,7 +822,7 @@ const char *engine_run(Engine *e, int n, const int32_t *id, const int32_t *seque
 {
     const Shape *s = &e->s;
     if (n < 1 || n > s->batch) return "the number of tokens is not 1 to the batch";
-    if (next && (known < 1 || known > s->vocab || temperature != temperature)) return "sampling needs a vocabulary of 1 or more";
+    if (next && (known < 1 || known > s->vocab || temperature != temperature)) return "sampling needs a vocabulary";
     for (int i = 0; i < n; i++) {
         if (id[i] < 0 || id[i] >= s->vocab) return "an id is not in the vocabulary";
         if (at[i] < 0 || at[i] >= s->context) return "a position is not in the context";
