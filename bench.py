@@ -13,6 +13,8 @@ Measure time, memory and error of variants. Each variant runs in a fresh process
     python bench.py optim-bytes                                # optimizer bytes and peak memory of DistilBERT, by rank
     python bench.py finetune                                   # DistilBERT: a training step of full, LoRA, low-rank Adam
     python bench.py conv                                       # train_cnn.py's layers, and Conv2d with BatchNorm2d
+    python bench.py decode --shape=0.2B                        # tokens/s of random models, engine/ against torch
+    python bench.py decode --models=out/pycode_bin             # the same of a trained model
     python bench.py bundle nanobit.zip                         # the sources as a zip, byte for byte the same each time
 
 stats and compare also take a checkpoint or a Hugging Face folder instead of bignet. --json=PATH appends the rows to a file as
@@ -31,10 +33,10 @@ import torch
 import configurator
 import sample
 from common import atomic_write
-from measure import convolutions, forms, matrices, optimizers, steps
+from measure import convolutions, decode, forms, matrices, optimizers, steps
 
 BUNDLED = ('*.py', '*.c', '*.md', '*.txt', '*.toml', 'LICENSE', 'Makefile', 'readers/*.py', 'pretrained/*.py', 'report/*.py',
-           'measure/*.py', 'config/*.py', 'data/*/prepare.py', 'tests/*.py', 'tests/old/**/*',
+           'measure/*.py', 'engine/*', 'config/*.py', 'data/*/prepare.py', 'tests/*.py', 'tests/old/**/*',
            'results/*')
 
 
@@ -65,7 +67,8 @@ WORKERS = {'stats': lambda a: forms.stats_worker(a, load), 'compare': lambda a: 
            'fit': forms.fit_worker, 'layers': matrices.layers_worker, 'train': lambda a: steps.train_worker(a, sample.MODELS),
            'optim': optimizers.optim_worker, 'optim_bytes': optimizers.optim_bytes_worker,
            'finetune': optimizers.finetune_worker, 'finetune_memory': optimizers.finetune_memory_worker,
-           'conv': convolutions.conv_worker}
+           'conv': convolutions.conv_worker,
+           'decode': lambda a: decode.decode_worker(a, sample.MODELS, load, sample.generate)}
 
 
 def load(path):
@@ -135,11 +138,17 @@ def main():
     p.add_argument('--compile', action='store_true')
     p.add_argument('--variants', default=','.join(convolutions.CONVS), help='default: all')
     p.add_argument('--dtypes', default='float32,bfloat16')
+    p = command('decode', decode.decode, prefill=128, tokens=32, rounds=5)
+    p.add_argument('--models', default='tern,bin,int4', help=f'{", ".join(decode.KINDS)} or runs, e.g. tern,out/pycode_bin')
+    p.add_argument('--shape', default='0.2B', choices=tuple(decode.SHAPES), help='size of the random models')
+    p.add_argument('--head', default='int8', choices=('int8', 'fp'))
+    p.add_argument('--threads_of', default='1,2', metavar='1,2', help='numbers of threads to measure, instead of --threads')
+    p.add_argument('--torch', type=int, default=1, choices=(0, 1), help='0: only the engine')
     command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args(configurator.at_home(sys.argv[1:]))
     if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():
         configurator.fail('there is no CUDA device here; type --device=cpu')
-    for key in ('batch', 'batch_size', 'steps', 'rounds', 'rank', 'dim', 'layers', 'tokens', 'threads'):
+    for key in ('batch', 'batch_size', 'steps', 'rounds', 'rank', 'dim', 'layers', 'tokens', 'prefill', 'threads'):
         if getattr(a, key, 1) < 1:
             configurator.fail(f'--{key}={getattr(a, key)} must be 1 or more; type another number')
     if getattr(a, 'json', ''):

@@ -385,7 +385,7 @@ def _compiled():
     if os.environ.get('NANOBIT_KERNELS') == '0':
         return None
     try:
-        library = ctypes.CDLL(_compile())
+        library = ctypes.CDLL(compile_c(Path(__file__).with_name('kernels.c')))
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         why = getattr(e, 'stderr', None) or str(e)
         warnings.warn(f'kernels.c was not compiled; packed layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
@@ -397,12 +397,11 @@ def _compiled():
     return library
 
 
-def _compile():
-    """Path of the shared library, which is compiled if missing. Raises OSError, RuntimeError or SubprocessError."""
-    source = Path(__file__).with_name('kernels.c')
+def compile_c(source, options=('-march=native',)):
+    """Path of the shared library of a C file, which is compiled if missing. Raises OSError, RuntimeError or SubprocessError."""
     bundled = [str(p) for p in sorted((Path(torch.__file__).parent / 'lib').glob('libgomp*'))[:1]]
     compiler = os.environ.get('CC', 'cc').split()
-    flags = ['-O3', '-march=native', '-shared', '-fPIC']
+    flags = ['-O3', *options, '-shared', '-fPIC']
     try:
         cpu = next((line for line in open('/proc/cpuinfo') if line.startswith(('flags', 'Features'))), '')
     except OSError:
@@ -415,14 +414,14 @@ def _compile():
             pass
     except (OSError, RuntimeError):                 # no home folder, or it is not writable
         folder = Path(tempfile.mkdtemp(prefix='nanobit-'))
-    path = folder / f'kernels-{name}.so'
+    path = folder / f'{source.stem}-{name}.so'
     if not path.exists():
         handle, tmp = tempfile.mkstemp(dir=folder)
         os.close(handle)
         try:
-            with_openmp = [*compiler, *flags, '-fopenmp', str(source), '-o', tmp, *bundled]
+            with_openmp = [*compiler, *flags, '-fopenmp', str(source), '-o', tmp, *bundled, '-lm']
             if subprocess.run(with_openmp, capture_output=True).returncode:         # Apple's clang has no -fopenmp
-                subprocess.run([*compiler, *flags, str(source), '-o', tmp], check=True, capture_output=True, text=True)
+                subprocess.run([*compiler, *flags, str(source), '-o', tmp, '-lm'], check=True, capture_output=True, text=True)
             os.replace(tmp, path)
         finally:
             if os.path.exists(tmp):

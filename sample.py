@@ -10,7 +10,8 @@ Generate text with a model of train_gpt.py or train_bitnet.py, chat with it, or 
     python sample.py play --ckpt=out/tictactoe --against=perfect --games=200         # a perfect player against it
 
 best.pt, last.pt and packed.safetensors each contain the model and its tokenizer. All samples are one batch: most of the time
-is the fixed cost of a pass through the layers, so ten samples take little longer than one. Runs on the CPU or a GPU.
+is the fixed cost of a pass through the layers, so ten samples take little longer than one. Runs on the CPU or a GPU. On a CPU
+engine/ computes from the packed codes; it needs a C compiler.
 """
 import codecs
 import math
@@ -23,6 +24,7 @@ import torch
 
 import common
 import configurator
+from engine.engine import Engine
 from pretrained import replace
 from readers import tasks, tokens
 from train_bitnet import HEAD, BitNet, BitNetConfig
@@ -42,6 +44,8 @@ games = 200                    # play: number of games with `against`; the model
 seed = 1337                    # the same seed and number of samples give the same text
 device = ''                    # '': cuda if available, else cpu
 dtype = ''                     # float32 | bfloat16 (autocast); '': bfloat16 on cuda, float32 on cpu
+engine = ''                    # c: engine/engine.c, on the CPU | torch; '': c where it can run the model
+head = 'int8'                  # c: int8 | fp: int8 rounds a full-precision head and embedding to 8 bits
 _MODES = ('generate', 'chat', 'play')
 _defaults = dict(globals())
 _words = [f'--mode={word}' if word in _MODES else word for word in sys.argv[1:]]
@@ -105,7 +109,12 @@ def generate(model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, g
     """Yield the next ids (B,) int64, one step at a time, after the prompt ids (B, T >= 1). Caches keys and values.
 
     model(ids, cache=[{} for each of model.blocks]) returns logits. Ids >= vocab_size are padding and are never drawn.
-    temperature 0 takes the most likely id. When the context is full, its second half fills a new cache."""
+    temperature 0 takes the most likely id. When the context is full, its second half fills a new cache. An Engine draws its own
+    random numbers, from a seed that `generator` draws."""
+    if isinstance(model, Engine):
+        draws = torch.randint(2 ** 62, (1,), generator=generator).item()
+        yield from model.generate(ids, max_new_tokens, vocab_size, temperature, top_k, draws)
+        return
     cache, fed, most = None, 0, model.config.block_size
     for _ in range(max_new_tokens):
         if cache is None or cache[0]['k'].shape[2] == most:
@@ -256,6 +265,21 @@ def play(model, tokenizer, dev, about, path):
     print(f'{games} games against {against} play: {found}; {hits:,} of {n:,} moves legal ({hits / max(1, n):.2%})')
 
 
+def to_engine(model, dev):
+    """The Engine of the model or, where it cannot be used, the model on the device. Says why, unless the user asked for it."""
+    if engine == 'torch' or not engine and (dev.type != 'cpu' or dtype == 'bfloat16'):
+        return model.to(dev)
+    try:
+        if dev.type != 'cpu' or dtype == 'bfloat16':
+            raise ValueError('the engine computes on the CPU in float32')
+        return Engine(model, head, sequences=64 if mode == 'play' else num_samples)
+    except ValueError as e:
+        if engine:
+            configurator.fail(f'{e}; type --engine=torch')
+        print(f'note: {e}; torch computes instead, slowly', file=sys.stderr)
+        return model.to(dev)
+
+
 def main():
     sys.stdin = sys.stdin or open(os.devnull)       # noqa: SIM115  None if it is closed: its end is reached
     sys.stdout = sys.stdout or open(os.devnull, 'w')     # noqa: SIM115
@@ -263,7 +287,8 @@ def main():
                               ('temperature', temperature, 0), ('top_k', top_k, 0), ('games', games, 1)):
         if not value >= least:                      # true for nan too
             configurator.fail(f'{key}={value} is too low; type --{key}={least} or more')
-    for key, value, known in (('mode', mode, _MODES), ('side', side, ('X', 'O')),
+    for key, value, known in (('mode', mode, _MODES), ('side', side, ('X', 'O')), ('engine', engine, ('', 'c', 'torch')),
+                              ('head', head, ('int8', 'fp')),
                               ('against', against, ('', 'random', 'perfect'))):
         if value not in known:
             configurator.fail(f'{key}={value!r} is none of {", ".join(map(repr, known))}; type --{key}={known[-1]}')
@@ -278,7 +303,7 @@ def main():
     if mode != 'play':
         read_prompt(prompt)                         # reports a mistake before the model is loaded
     model, tokenizer, about = load(path)
-    model.to(dev)
+    model = to_engine(model, dev)
     sys.stdout.reconfigure(errors='replace')        # replaces characters that the terminal lacks by ?
     clock, generator = time.perf_counter(), torch.Generator(dev).manual_seed(seed % 2 ** 63)
     with amp:

@@ -15,12 +15,13 @@ ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'requirements-peers.t
 ROOMS = {'readers': 'tokens documents texts images crops tasks',
          'pretrained': 'hf adapters formats calibrate replace subjects',
          'report': 'scores tables costs figure plot_cls plot_ptq plot_runs pictures',
-         'measure': 'turns forms matrices steps optimizers convolutions'}
+         'engine': 'engine engine.c',
+         'measure': 'turns forms matrices steps optimizers convolutions decode'}
 FOLDERS = {*ROOMS, 'config', 'data', 'docs', 'tests', 'results'}
 
 # From the ground up. A module imports only lower floors; in rooms, data/, results/ and among the tools also its neighbours.
-FLOORS = (('quant', 'configurator', 'optim'), ('layers',), ('common',), ('readers',), ('pretrained', 'report', 'data'),
-          TRAINERS, ('measure',), ('tools', 'results'), ('tests',))
+FLOORS = (('quant', 'configurator', 'optim'), ('layers',), ('common',), ('readers',),
+          ('pretrained', 'report', 'engine', 'data'), TRAINERS, ('measure',), ('tools', 'results'), ('tests',))
 NEIGHBOURS = {*ROOMS, 'data', 'tools', 'results', 'tests'}
 # Stricter than the floors: the only modules that a module may import, and the only users of a room or a trainer.
 IMPORTS_ONLY = {'layers': {'quant'}, 'optim': set()}
@@ -93,7 +94,7 @@ def test_the_root_and_each_room_hold_the_files_of_the_layout():
     assert {p.parts[0] for p in paths if len(p.parts) > 1} == FOLDERS
     for room, names in ROOMS.items():
         there = {'/'.join(p.parts[1:]) for p in paths if p.parts[0] == room}
-        wrong = there ^ {'__init__.py', *(f'{name}.py' for name in names.split())}
+        wrong = there ^ {'__init__.py', *(name if '.' in name else f'{name}.py' for name in names.split())}
         assert not wrong, f'files of {room}/ that ROOMS lacks, or the other way round: {sorted(wrong)}'
         tree = ast.parse((ROOT / room / '__init__.py').read_text(encoding='utf-8'))
         assert len(tree.body) == 1 and ast.get_docstring(tree).count('.') == 1, f'{room}/__init__.py is not one sentence'

@@ -86,6 +86,7 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python bench.py optim-bytes', 2, f'{SHAPE} --ranks=4', r'left'),
     ('python bench.py optim', 2, '--dim=32 --layers=1 --threads=1 --rounds=1 --steps=1 --ranks=4', r'rsvd 4'),
     ('python bench.py finetune', 2, f'{SHAPE} --rank=4 --rounds=1 --steps=1', r'projected'),
+    ('python bench.py decode', 3, '--shape=1M --rounds=1 --prefill=4 --tokens=3 --threads_of=1', r'engine +1 +[\d,]+'),
     ('python bench.py bundle', 2, '', r'nanobit\.zip: \d+ files'),
     ('python plot.py bars', 3, '', r'stats\.png: actual_bytes'),
     ('python ptq.py --ckpt=out/pycode_fp --schemes=gptq4 --save', 3, '--group=16 --windows=4', r'gptq4: 5\.\d+ bits'),
@@ -281,7 +282,7 @@ def test_file_tree():
         named += [room + first] if line.startswith('  ') else [first] if re.search(r'\.(py|c)$', first) else []
         assert (ROOT / first.partition('*')[0]).exists() or room
     named.remove('data/*/prepare.py')
-    ours = {p.relative_to(ROOT).as_posix() for glob in ('*.py', '*.c', '[mpr]*/*.py') for p in ROOT.glob(glob)}
+    ours = {p.relative_to(ROOT).as_posix() for glob in ('*.py', '*.c', '[empr]*/*.py', 'engine/*.c') for p in ROOT.glob(glob)}
     assert sorted(named) == sorted(name for name in ours if not name.startswith('results/') and '__init__' not in name)
     sets = set(re.findall(r'^\| `python data/(\w+)/prepare', PAGES['docs/data.md'], re.M))
     assert sets == {p.parent.name for p in ROOT.glob('data/*/prepare.py')}
@@ -293,7 +294,7 @@ NO_OPTION = {'help', 'key', 'nproc_per_node', 'nnodes', 'node_rank', 'master_add
 @pytest.mark.parametrize('page', PAGES)
 def test_options_exist(page):
     """Each --option of a page is an option of the script that its sentence names, or else of the script of the page."""
-    default = {'README': 'train_gpt', 'layers': 'bench', 'optim': 'bench', 'data': 'data/text/prepare'}
+    default = {'README': 'train_gpt', 'layers': 'bench', 'optim': 'bench', 'engine': 'sample', 'data': 'data/text/prepare'}
     default = f'{default.get(page.rpartition("/")[2][:-3], page.rpartition("/")[2][:-3])}.py'
     text = PAGES[page]
     sentences = [line for _, block in FENCE.findall(text) for line in lines_of(block)]

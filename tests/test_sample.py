@@ -21,6 +21,7 @@ import common
 import layers
 import sample
 from data.tictactoe import prepare as tictactoe
+from engine.engine import library
 from readers import tasks, tokens
 from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
@@ -351,6 +352,8 @@ def scripted(monkeypatch, tmp_path):
                 row[0, say(text)] = 5.0
             return logits
         monkeypatch.setattr(BitNet, 'forward', forward)
+        stand_in = type('Engine', (), {'__new__': lambda cls, model, *args, **options: model})     # it would not call forward
+        monkeypatch.setattr('engine.engine.Engine', stand_in)
         make.seen = []
         return bitnet_file(tmp_path / 'last.pt', task, **shape)
     return make
@@ -489,3 +492,23 @@ def test_a_model_that_cannot_play_is_one_line(run, cli, tmp_path):
             status, out, err = cli('play', *against, ckpt=ckpt, typed='5\n')
             assert (status, out) == (2, '') and err.count('\n') == 1
             assert f'error: {ckpt} was not trained to play; type --ckpt=... of a run of train_bitnet.py' in err
+
+
+def test_engine_and_torch_write_the_same_text(cli):
+    """With the exact head the most likely text of engine/ is torch's, past the context too; also in a chat."""
+    texts = [cli('--prompt=a', '--temperature=0', '--max_new_tokens=40', *options)[1]
+             for options in (('--engine=torch',), ('--engine=c', '--head=fp'), ('--engine=c',))]
+    assert texts[0] == texts[1] == texts[2] == CYCLE * 5 + 'a\n'
+
+
+def test_without_a_compiler_torch_computes(cli, monkeypatch):
+    """A note says why; --engine=c alone is an error of one line."""
+    monkeypatch.setenv('NANOBIT_KERNELS', '0')
+    library.cache_clear()
+    try:
+        done = cli('--prompt=a', *GREEDY)
+        assert done[1] == CYCLE + 'a\n' and done[2].startswith('note: engine.c was not compiled (NANOBIT_KERNELS=0); install')
+        done = cli('--prompt=a', '--engine=c')
+        assert done[:2] == (2, '') and re.fullmatch(r'error: engine.c was not compiled .*; type --engine=torch\n', done[2])
+    finally:
+        library.cache_clear()

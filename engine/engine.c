@@ -1,0 +1,859 @@
+// Inference of a GPT or BitNet on packed weights: one call computes whole tokens, from their ids to logits and the next ids.
+// engine.py fills the structs below, compiles this file and calls it. Read it from top to bottom: vectors, layers, model.
+//
+// Layout. A row of a matrix is a stream of 32-bit words, with 32 / bits columns a word, the first column in the lowest bits.
+// Sixteen rows form a tile. A tile holds word 0 of its sixteen rows, then word 1 of its sixteen rows, and so on:
+//
+//     | row 0, word 0 | row 1, word 0 | ... | row 15, word 0 | row 0, word 1 | ...         64 bytes for each word
+//
+// One load fills a register with a word of sixteen rows. The activations of these columns are broadcast to all lanes. So each
+// lane sums one output, and no sum runs across lanes. Zeros fill the last word and the last tile.
+//
+// Exactness. Ternary and int8 products are sums of integers, so any order gives the same bits. All other sums run in an order
+// that is fixed here: every instruction set and every number of threads gives the same bits. Compile with -ffp-contract=off.
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#define INLINE static inline __attribute__((always_inline))     // constant arguments then unroll loops
+#ifdef __AVX2__
+#define LANEWISE INLINE
+#else
+#define LANEWISE static __attribute__((noinline))               // sixteen scalar steps: inlined, they compile for minutes
+#endif
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+enum { LANES = 16, PAD = 64 };                                   // rows of a buffer are padded to PAD floats
+enum { CODES, BIN, TERN, INT8 };                                 // kind of a layer
+enum { NO_ACT, RELU, GELU, RELU2_GLU, SILU_GLU };
+enum { NO_NORM, LAYER_NORM, RMS_NORM };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// vectors of sixteen lanes; the compiler splits them where registers are shorter
+
+typedef float F16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float F8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t I16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t U16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int8_t B16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t UB16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t H16 __attribute__((vector_size(32), aligned(2), may_alias));
+
+INLINE F16 load(const float *p) { return *(const F16 *)p; }
+INLINE void store(float *p, F16 v) { *(F16 *)p = v; }
+INLINE F16 all(float f) { return (F16){ f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f }; }
+INLINE F16 pick(I16 where, F16 a, F16 b) { return (F16)(((I16)a & where) | ((I16)b & ~where)); }
+INLINE F16 bigger(F16 a, F16 b) { return pick(a > b, a, b); }
+INLINE F16 size_of(F16 a) { return (F16)((I16)a & 0x7fffffff); }
+INLINE F16 rounded(F16 a) { return (a + 12582912.0f) - 12582912.0f; }       // half to even, for |a| < 2^22
+
+LANEWISE F16 fma16(F16 a, F16 b, F16 c)
+{
+#ifdef __AVX512F__
+    return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    F16 r;
+    for (int i = 0; i < LANES; i++) r[i] = fmaf(a[i], b[i], c[i]);
+    return r;
+#endif
+}
+
+// table[at & 15]
+LANEWISE F16 look(F16 table, U16 at)
+{
+#ifdef __AVX512F__
+    return (F16)_mm512_permutexvar_ps((__m512i)at, (__m512)table);
+#elif defined(__AVX2__)
+    F16 r;
+    __m256 low, high;
+    memcpy(&low, &table, 32), memcpy(&high, (char *)&table + 32, 32);
+    for (int i = 0; i < 2; i++) {
+        __m256i a;
+        memcpy(&a, (char *)&at + 32 * i, 32);
+        const __m256 v = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, a), _mm256_permutevar8x32_ps(high, a),
+                                          _mm256_castsi256_ps(_mm256_slli_epi32(a, 28)));
+        memcpy((char *)&r + 32 * i, &v, 32);
+    }
+    return r;
+#else
+    F16 r;
+    for (int i = 0; i < LANES; i++) r[i] = table[at[i] & 15];
+    return r;
+#endif
+}
+
+// sum[i] += the four bytes of u[i], unsigned, times the four bytes of s[i], signed. `few`: two products fit in 16 bits.
+LANEWISE I16 dot4(I16 sum, U16 u, I16 s, int few)
+{
+#ifdef __AVX512VNNI__
+    (void)few;
+    return (I16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s);
+#elif defined(__AVX2__)
+    for (int i = 0; i < 2; i++) {
+        __m256i a, b, c;
+        memcpy(&a, (char *)&u + 32 * i, 32), memcpy(&b, (char *)&s + 32 * i, 32), memcpy(&c, (char *)&sum + 32 * i, 32);
+        if (few) c = _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+        else {
+            const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)),
+                                                   _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+            const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+            c = _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
+        }
+        memcpy((char *)&sum + 32 * i, &c, 32);
+    }
+    return sum;
+#else
+    (void)few;
+    for (int b = 0; b < 32; b += 8) sum += (I16)((u >> b) & 255) * ((s << (24 - b)) >> 24);
+    return sum;
+#endif
+}
+
+INLINE float sum_of(F16 v)
+{
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += v[i];
+    return s;
+}
+
+INLINE float top_of(F16 v)
+{
+    float m = v[0];
+    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+INLINE F16 exp16(F16 x)                                          // relative error 2.2e-7; 0 below -87
+{
+    const F16 within = bigger(x, all(-87.0f));
+    const F16 n = rounded(within * 1.44269504f);
+    const F16 r = fma16(n, all(-1.42860677e-6f), fma16(n, all(-0.693145752f), within));
+    F16 p = all(1.0f / 720);
+    p = fma16(p, r, all(1.0f / 120)), p = fma16(p, r, all(1.0f / 24)), p = fma16(p, r, all(1.0f / 6));
+    p = fma16(p, r, all(0.5f)), p = fma16(p, r, all(1.0f)), p = fma16(p, r, all(1.0f));
+    const F16 e = (F16)((I16)p + (__builtin_convertvector(n, I16) << 23));
+    return pick(x < -87.0f, all(0), e);
+}
+
+INLINE F16 gelu16(F16 x)                                         // erf: Abramowitz and Stegun 7.1.26, error 1.5e-7
+{
+    const F16 u = size_of(x) * 0.70710678f, t = 1.0f / fma16(all(0.3275911f), u, all(1.0f));
+    F16 p = all(1.061405429f);
+    p = fma16(p, t, all(-1.453152027f)), p = fma16(p, t, all(1.421413741f)), p = fma16(p, t, all(-0.284496736f));
+    p = fma16(p, t, all(0.254829592f)) * t * exp16(-u * u);     // erfc(|x| / sqrt 2)
+    return x * pick(x < 0.0f, 0.5f * p, 1.0f - 0.5f * p);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the structs that engine.py fills; fields as in its classes of the same names
+
+typedef struct { const void *at; int64_t bytes; } Array;
+
+// y = norm(act(x)) * input_scale times the matrix. CODES: any weights of 1, 2, 4, 8, 16 (bf16) or 32 bits; fp32 activations.
+// BIN: bits - 1/2, fp32 activations, the output is normalized. TERN: codes 0, 1, 2 for -1, 0, 1; int8 activations.
+// INT8: int8 weights and activations.
+typedef struct {
+    int32_t kind, act, norm, chunks, in, out, bits, group, scale_bytes;     // in: after a gate
+    float eps, out_eps, zero, levels[16];
+    Array code;         // tiles
+    Array scale;        // CODES: tiles of a scale for each group, fp32, fp16 or an index of grid; TERN, INT8: of each row
+    Array zeros;        // CODES: tiles of a uint8 for each group, or absent; w = (level - zero) * scale
+    Array grid;         // 256 floats
+    Array gain, shift;  // of the norm
+    Array input_scale, bias;
+    Array alpha;        // BIN: for each chunk
+    Array sums;         // INT8: int32, the sum of each row
+} Linear;
+
+typedef struct {
+    int32_t n_layer, n_head, n_kv_head, head_dim, n_embd, vocab, context, sequences, batch, threads, tied;
+    Array positions;    // learned (context, n_embd), or absent
+    Array cos, sin;     // rotary (context, head_dim), or absent
+} Shape;
+
+typedef struct {
+    Shape s;
+    Linear *layers;     // qkv, out, up, down of each block; head; embedding
+    int64_t wide, k_size, v_size;         // floats of a row of a buffer; of the keys and values of a head
+    float *x, *qkv, *y, *hidden, *z, *a, *tables, *group_sums, *scores, *logits, *keys, *values, *sorted;
+    int8_t *q;
+    float *q_scale;
+    int32_t *q_sum;
+    atomic_int arrived, turn;
+} Engine;
+
+INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+INLINE int64_t words_of(const Linear *l) { return ((int64_t)l->in * l->bits + 31) / 32; }
+
+// All threads wait here for each other. They spin, because the next work is microseconds away.
+static void wait_all(Engine *e, int of)
+{
+    if (of == 1) return;
+    const int turn = atomic_load(&e->turn);
+    if (atomic_fetch_add(&e->arrived, 1) == of - 1) {
+        atomic_store(&e->arrived, 0);
+        atomic_fetch_add(&e->turn, 1);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&e->turn, memory_order_acquire) == turn; spins++) {
+        if (spins > 4000) sched_yield();
+#ifdef __x86_64__
+        _mm_pause();
+#endif
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// input of a layer: activation, norm, then what its product reads
+
+// Root of the sum of squares, in the order of torch.linalg.vector_norm on a CPU: codes then rarely differ by one from torch's.
+static float norm_of(const float *a, int64_t n)
+{
+    F8 lanes = { 0 };
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) lanes += *(const F8 *)(a + i) * *(const F8 *)(a + i);
+    float sum = lanes[0];
+    for (int k = 1; k < 8; k++) sum += lanes[k];
+    for (; i < n; i++) sum += a[i] * a[i];
+    return sqrtf(sum);
+}
+
+static void prepare(Engine *e, const Linear *l, const float *x, int64_t t)
+{
+    float *a = e->a + t * e->wide;
+    const int64_t n = l->in, end = padded(n, PAD);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const F16 v = load(x + i);
+        if (l->act == GELU) store(a + i, gelu16(v));
+        else if (l->act == RELU) store(a + i, bigger(v, all(0)));
+        else if (l->act == RELU2_GLU) store(a + i, bigger(v, all(0)) * bigger(v, all(0)) * load(x + n + i));
+        else if (l->act == SILU_GLU) store(a + i, v / (1.0f + exp16(-bigger(v, all(-80)))) * load(x + n + i));
+        else store(a + i, v);
+    }
+    memset(a + n, 0, (end - n) * sizeof *a);
+    const float *gain = l->gain.at, *shift = l->shift.at, *by = l->input_scale.at;
+    if (l->norm == LAYER_NORM) {
+        F16 sum = all(0);
+        for (int64_t i = 0; i < n; i += LANES) sum += load(a + i);
+        const float mean = sum_of(sum) / n;
+        for (int64_t i = 0; i < n; i += LANES) store(a + i, load(a + i) - mean);
+        memset(a + n, 0, (end - n) * sizeof *a);
+        const float norm = norm_of(a, n), rstd = 1 / sqrtf(norm * norm / n + l->eps);
+        for (int64_t i = 0; i < n; i++) a[i] = a[i] * rstd * gain[i] + (shift ? shift[i] : 0);
+    } else if (l->norm == RMS_NORM) {
+        const float norm = norm_of(a, n), rstd = 1 / sqrtf(norm * norm / n + l->eps);
+        for (int64_t i = 0; i < n; i++) a[i] = a[i] * rstd * gain[i];
+    }
+    for (int64_t i = 0; by && i < n; i++) a[i] *= by[i];
+    if (l->kind == TERN || l->kind == INT8) {
+        // Int8 with the scale of quant.quantize_rows. Ternary: byte 4p + i of each 16 is column 4i + p, since field p of a
+        // word of codes covers the columns p, p + 4, p + 8, p + 12.
+        int8_t *q = e->q + t * e->wide;
+        F16 top = all(0);
+        for (int64_t i = 0; i < n; i += LANES) top = bigger(size_of(load(a + i)), top);
+        const float most = fmaxf(top_of(top), 1e-5f), factor = 127 / most;
+        I16 sum = { 0 };
+        for (int64_t i = 0; i < end; i += LANES) {
+            I16 v = __builtin_convertvector(rounded(load(a + i) * factor), I16);
+            sum += v;
+            if (l->kind == TERN)
+                v = __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            else
+                v += 128;                                       // unsigned: the product subtracts 128 times the row's sum
+            *(B16 *)(q + i) = __builtin_convertvector(v, B16);
+        }
+        e->q_scale[t] = most / 127;
+        e->q_sum[t] = 0;
+        for (int i = 0; i < LANES; i++) e->q_sum[t] += sum[i];
+    } else if (l->kind == BIN) {
+        // For each four columns the sums of all 16 choices of signs, halved: a nibble of code then stands for four products.
+        static const float sign[4][LANES] = {
+            { -.5, .5, -.5, .5, -.5, .5, -.5, .5, -.5, .5, -.5, .5, -.5, .5, -.5, .5 },
+            { -.5, -.5, .5, .5, -.5, -.5, .5, .5, -.5, -.5, .5, .5, -.5, -.5, .5, .5 },
+            { -.5, -.5, -.5, -.5, .5, .5, .5, .5, -.5, -.5, -.5, -.5, .5, .5, .5, .5 },
+            { -.5, -.5, -.5, -.5, -.5, -.5, -.5, -.5, .5, .5, .5, .5, .5, .5, .5, .5 } };
+        float *table = e->tables + t * e->wide * 4;
+        for (int64_t i = 0; i < words_of(l) * 32; i += 4)
+            store(table + 4 * i, (a[i] * load(sign[0]) + a[i + 1] * load(sign[1]))
+                               + (a[i + 2] * load(sign[2]) + a[i + 3] * load(sign[3])));
+    } else if (l->zeros.at)
+        for (int64_t g = 0; g < n / l->group; g++) {
+            const int64_t from = g * l->group, to = from + l->group, whole = to - l->group % LANES;
+            F16 lanes = all(0);
+            for (int64_t i = from; i < whole; i += LANES) lanes += load(a + i);
+            float sum = sum_of(lanes);
+            for (int64_t i = whole; i < to; i++) sum += a[i];
+            e->group_sums[t * e->wide + g] = sum;
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// products: T tokens times R tiles of 16 rows; T and R are constants, so that all sums stay in registers
+
+typedef struct { Engine *e; const Linear *l; float *y; int64_t stride; int add; } Job;     // add: y += product
+
+INLINE void put(const Job *j, int64_t t, int64_t tile, F16 v)
+{
+    float *y = j->y + t * j->stride + tile * LANES;
+    if (j->l->bias.at) v += load((const float *)j->l->bias.at + tile * LANES);
+    if (j->add) v += load(y);
+    store(y, v);
+}
+
+INLINE void bin_tiles(const Job *j, int64_t t, int64_t tile, int T, int R)
+{
+    const int64_t words = words_of(j->l), step = j->e->wide * 4;
+    const U16 *code = (const U16 *)j->l->code.at + tile * words;
+    const float *table = j->e->tables + t * step;
+    F16 sum[4][4];
+    for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) sum[a][r] = all(0);
+    for (int64_t w = 0; w < words; w++)
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; n++)
+            for (int r = 0; r < R; r++) {
+                const U16 at = code[r * words + w] >> 4 * n;
+                for (int a = 0; a < T; a++) sum[a][r] += look(load(table + a * step + (8 * w + n) * LANES), at);
+            }
+    for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) put(j, t + a, tile + r, sum[a][r]);
+}
+
+// One token: each of the four fields of a byte has its own sums. They are multiples of 1, 4, 16 and 64, so masks do and one
+// shift at the end suffices. Several tokens share the shift of the codes, and need one sum each.
+INLINE void tern_tiles(const Job *j, int64_t t, int64_t tile, int T, int R)
+{
+    Engine *e = j->e;
+    const int64_t words = words_of(j->l);
+    const U16 *code = (const U16 *)j->l->code.at + tile * words;
+    const int8_t *q = e->q + t * e->wide;
+    I16 sum[12][2], field[4][2];
+    for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) sum[a][r] = (I16){ 0 };
+    for (int p = 0; p < 4; p++) for (int r = 0; r < R; r++) field[p][r] = (I16){ 0 };
+    for (int64_t w = 0; w < words; w++)
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; p++)
+            for (int r = 0; r < R; r++) {
+                const U16 bits = code[r * words + w];
+                const U16 c = T == 1 ? bits & 0x03030303u << 2 * p : bits >> 2 * p & 0x03030303u;
+                for (int a = 0; a < T; a++) {
+                    int32_t x;
+                    memcpy(&x, q + a * e->wide + 16 * w + 4 * p, 4);
+                    if (T == 1) field[p][r] = dot4(field[p][r], c, (I16){ 0 } + x, 1);
+                    else sum[a][r] = dot4(sum[a][r], c, (I16){ 0 } + x, 1);
+                }
+            }
+    for (int a = 0; a < T; a++)
+        for (int r = 0; r < R; r++) {
+            if (T == 1) sum[a][r] = field[0][r] + (field[1][r] >> 2) + (field[2][r] >> 4) + (field[3][r] >> 6);
+            const F16 z = __builtin_convertvector(sum[a][r] - e->q_sum[t + a], F16), s = all(e->q_scale[t + a]);
+            const F16 of_rows = load((const float *)j->l->scale.at + (tile + r) * LANES);
+            put(j, t + a, tile + r, j->l->chunks == 1 ? z * (s * of_rows) : z * s * of_rows);  // the rounding of layers.py
+        }
+}
+
+INLINE void int8_tiles(const Job *j, int64_t t, int64_t tile, int T, int R)
+{
+    Engine *e = j->e;
+    const int64_t words = words_of(j->l);
+    const I16 *code = (const I16 *)j->l->code.at + tile * words;
+    const int8_t *q = e->q + t * e->wide;
+    I16 sum[12][4];
+    for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) sum[a][r] = (I16){ 0 };
+    for (int64_t w = 0; w < words; w++)
+        for (int a = 0; a < T; a++) {
+            uint32_t x;
+            memcpy(&x, q + a * e->wide + 4 * w, 4);
+            for (int r = 0; r < R; r++) sum[a][r] = dot4(sum[a][r], (U16){ 0 } + x, code[r * words + w], 0);
+        }
+    for (int a = 0; a < T; a++)
+        for (int r = 0; r < R; r++) {
+            const I16 of_rows = *(const I16 *)((const int32_t *)j->l->sums.at + (tile + r) * LANES);
+            const F16 z = __builtin_convertvector(sum[a][r] - 128 * of_rows, F16);
+            put(j, t + a, tile + r, z * e->q_scale[t + a] * load((const float *)j->l->scale.at + (tile + r) * LANES));
+        }
+}
+
+INLINE F16 scales(const Linear *l, int64_t at)                  // of sixteen rows
+{
+    F16 s = all(1);
+    if (l->scale_bytes == 4) s = load((const float *)l->scale.at + at);
+    else if (l->scale_bytes == 2) {
+        const uint16_t *h = (const uint16_t *)l->scale.at + at;
+#ifdef __AVX512F__
+        s = (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h));
+#else
+        const U16 u = __builtin_convertvector(*(const H16 *)h, U16);
+        s = (F16)((U16)((F16)((u & 0x7fff) << 13) * 0x1p112f) | (u & 0x8000) << 16);   // exact, but wrong for infinities
+#endif
+    } else if (l->scale_bytes == 1)
+        for (int i = 0; i < LANES; i++) s[i] = ((const float *)l->grid.at)[((const int8_t *)l->scale.at)[at + i] + 128];
+    return s;
+}
+
+INLINE F16 weights(U16 word, int column, F16 table, int bits)   // a column of sixteen rows; 8 bits: minus the table
+{
+    if (bits == 32) return (F16)word;
+    if (bits == 16 && column) return (F16)(word & 0xffff0000u);
+    if (bits == 16) return (F16)(word << 16);
+    if (bits == 8) return __builtin_convertvector((I16)(word >> 8 * column & 255), F16) - table;
+    return look(table, word >> bits * column);                  // below 4 bits the table of levels repeats
+}
+
+INLINE void codes_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int bits)
+{
+    const Linear *l = j->l;
+    const int64_t words = words_of(l), groups = l->in / l->group, columns = 32 / bits, in_group = l->group / columns;
+    const U16 *code = (const U16 *)l->code.at + tile * words;
+    const float *a = j->e->a + t * j->e->wide;
+    const F16 table = bits == 8 ? all(l->zero) : load(l->levels);
+    F16 sum[8][4], part[8][4];
+    for (int b = 0; b < T; b++) for (int r = 0; r < R; r++) sum[b][r] = all(0);
+    for (int64_t g = 0; g < groups; g++) {
+        for (int b = 0; b < T; b++) for (int r = 0; r < R; r++) part[b][r] = all(0);
+        for (int64_t w = g * in_group; w < (g + 1) * in_group; w++)
+#pragma GCC unroll 4
+            for (int c = 0; c < columns; c++)
+                for (int r = 0; r < R; r++) {
+                    const F16 v = weights(code[r * words + w], c, table, bits);
+                    for (int b = 0; b < T; b++)
+                        part[b][r] = fma16(v, all(a[b * j->e->wide + w * columns + c]), part[b][r]);
+                }
+        for (int r = 0; r < R; r++) {
+            const int64_t at = ((tile + r) * groups + g) * LANES;
+            const F16 s = scales(l, at);
+            for (int b = 0; b < T; b++) {
+                if (l->zeros.at)
+                    part[b][r] -= __builtin_convertvector(*(const UB16 *)((const uint8_t *)l->zeros.at + at), F16)
+                                * j->e->group_sums[(t + b) * j->e->wide + g];
+                sum[b][r] = fma16(part[b][r], s, sum[b][r]);
+            }
+        }
+    }
+    for (int b = 0; b < T; b++) for (int r = 0; r < R; r++) put(j, t + b, tile + r, sum[b][r]);
+}
+
+// The next tokens while T are left: tiles in steps of R, then of 1.
+#define STEPS(T, R, tiles, ...)                                      \
+    for (; n - t >= T; t += T) {                                     \
+        int64_t i = from;                                            \
+        for (; R > 1 && to - i >= R; i += R) tiles(j, t, i, T, R, ##__VA_ARGS__); \
+        for (; i < to; i++) tiles(j, t, i, T, 1, ##__VA_ARGS__);     \
+    }
+#ifdef __AVX512F__
+#define CODES_OF(bits)                                               \
+    case bits:                                                       \
+        STEPS(8, 1, codes_tiles, bits)                               \
+        STEPS(2, 1, codes_tiles, bits)                               \
+        STEPS(1, 4, codes_tiles, bits)                               \
+        break;
+#else
+#define CODES_OF(bits) case bits: STEPS(1, 1, codes_tiles, bits) break;
+#endif
+
+static void product(const Job *j, int n, int64_t from, int64_t to)
+{
+    int64_t t = 0;
+    switch (j->l->kind == CODES ? j->l->bits : -j->l->kind) {
+#ifdef __AVX512F__                              // 32 registers of 64 bytes: several tokens and tiles at once
+    case -BIN:
+        STEPS(4, 4, bin_tiles)
+        STEPS(1, 4, bin_tiles)
+        break;
+    case -TERN:
+        STEPS(12, 2, tern_tiles)
+        STEPS(4, 2, tern_tiles)
+        STEPS(1, 2, tern_tiles)
+        break;
+    case -INT8:
+        STEPS(8, 2, int8_tiles)
+        STEPS(1, 4, int8_tiles)
+        break;
+#else
+    case -BIN: STEPS(1, 1, bin_tiles) break;
+    case -TERN: STEPS(2, 1, tern_tiles) STEPS(1, 1, tern_tiles) break;
+    case -INT8: STEPS(2, 1, int8_tiles) STEPS(1, 1, int8_tiles) break;
+#endif
+    CODES_OF(1) CODES_OF(2) CODES_OF(4) CODES_OF(8) CODES_OF(16) CODES_OF(32)
+    }
+}
+
+// out (+)= alpha (z - mean) / (std + eps) over the rows of a chunk, population std; z is overwritten
+static void normalize(const Linear *l, float *z, float *out, int add)
+{
+    const int64_t n = l->out / l->chunks, whole = n / LANES * LANES;
+    for (int64_t c = 0; c < l->chunks; c++, z += n, out += n) {
+        const float first = z[0];                               // equal outputs then have a variance of exactly 0
+        F16 lanes = all(0);
+        for (int64_t i = 0; i < n; i++) z[i] -= first;
+        for (int64_t i = 0; i < whole; i += LANES) lanes += load(z + i);
+        float sum = sum_of(lanes);
+        for (int64_t i = whole; i < n; i++) sum += z[i];
+        const float mean = sum / n;
+        lanes = all(0), sum = 0;
+        for (int64_t i = 0; i < n; i++) z[i] -= mean;
+        for (int64_t i = 0; i < whole; i += LANES) lanes += load(z + i) * load(z + i);
+        for (int64_t i = whole; i < n; i++) sum += z[i] * z[i];
+        const float rstd = 1 / sqrtf((sum_of(lanes) + sum) / n + 1e-30f), alpha = ((const float *)l->alpha.at)[c];
+        const float by = (fabsf(alpha) < 1e-6f ? 1e-6f : alpha) * (rstd / (1 + l->out_eps * rstd));
+        if (add) for (int64_t i = 0; i < n; i++) out[i] += z[i] * by;
+        else for (int64_t i = 0; i < n; i++) out[i] = z[i] * by;
+    }
+}
+
+// One layer for n tokens; x has rows of x_stride, out of out_stride. `id` of `of` threads.
+static void linear(Engine *e, const Linear *l, int n, const float *x, int64_t x_stride, float *out, int64_t out_stride,
+                   int add, int id, int of)
+{
+    for (int t = id; t < n; t += of) prepare(e, l, x + t * x_stride, t);
+    wait_all(e, of);
+    const int64_t tiles = padded(l->out, LANES) / LANES;
+    const Job job = { e, l, l->kind == BIN ? e->z : out, l->kind == BIN ? e->wide : out_stride, add && l->kind != BIN };
+    product(&job, n, tiles * id / of, tiles * (id + 1) / of);
+    wait_all(e, of);
+    if (l->kind != BIN) return;
+    for (int t = id; t < n; t += of) normalize(l, e->z + t * e->wide, out + t * out_stride, add);
+    wait_all(e, of);
+}
+
+// A row of a matrix in fp32, for an embedding.
+static void look_up(const Linear *l, int64_t row, float *out)
+{
+    const int64_t words = words_of(l), columns = 32 / l->bits, tile = row / LANES, lane = row % LANES;
+    const uint32_t *code = (const uint32_t *)l->code.at + tile * words * LANES + lane;
+    for (int64_t i = 0; i < l->in; i++) {
+        const uint32_t c = code[i / columns * LANES] >> i % columns * l->bits;
+        if (l->kind == INT8) {
+            out[i] = (int8_t)c * ((const float *)l->scale.at)[row];
+            continue;
+        }
+        const int64_t g = i / l->group, at = (tile * (l->in / l->group) + g) * LANES;
+        const uint32_t shifted = c << 16;
+        float w = l->levels[c & 15], zero = l->zeros.at ? ((const uint8_t *)l->zeros.at)[at + lane] : l->zero;
+        if (l->bits == 32) memcpy(&w, &c, 4);
+        if (l->bits == 16) memcpy(&w, &shifted, 4);
+        if (l->bits == 8) w = c & 255;
+        out[i] = (w - zero) * scales(l, at)[lane];
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// attention over preallocated keys and values of each sequence, block and head
+//
+// Keys lie in tiles of 16 positions, like the rows of a matrix: [position / 16][dimension][position % 16]. So lanes are
+// positions in q k^T, and dimensions in the sum over the values [position][dimension].
+
+INLINE void scores_of(const float *q, const float *keys, int dim, float scale, float *scores, int R)
+{
+    F16 sum[4];
+    for (int r = 0; r < R; r++) sum[r] = all(0);
+    for (int d = 0; d < dim; d++)
+        for (int r = 0; r < R; r++) sum[r] = fma16(load(keys + (r * dim + d) * LANES), all(q[d]), sum[r]);
+    for (int r = 0; r < R; r++) store(scores + r * LANES, sum[r] * scale);
+}
+
+INLINE void sum_values(const float *scores, const float *values, int64_t count, int64_t stride, float divisor, F16 *out, int R)
+{
+    F16 sum[4];
+    for (int r = 0; r < R; r++) sum[r] = all(0);
+    for (int64_t i = 0; i < count; i++)
+        for (int r = 0; r < R; r++) sum[r] = fma16(load(values + i * stride + r * LANES), all(scores[i]), sum[r]);
+    for (int r = 0; r < R; r++) out[r] = sum[r] / divisor;
+}
+
+static void attend(const Shape *s, const float *q, const float *keys, const float *values, int64_t count, float *scores,
+                   float *y)
+{
+    const int dim = s->head_dim;
+    const int64_t blocks = padded(count, LANES) / LANES, stride = padded(dim, LANES);
+    const float scale = 1 / sqrtf(dim);
+    int64_t b = 0;
+    for (; b + 4 <= blocks; b += 4) scores_of(q, keys + b * dim * LANES, dim, scale, scores + b * LANES, 4);
+    for (; b < blocks; b++) scores_of(q, keys + b * dim * LANES, dim, scale, scores + b * LANES, 1);
+    for (int64_t i = count; i < blocks * LANES; i++) scores[i] = -INFINITY;
+    F16 top = all(-INFINITY), sum = all(0);
+    for (int64_t i = 0; i < count; i += LANES) top = bigger(load(scores + i), top);
+    const float most = top_of(top);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const F16 p = exp16(load(scores + i) - most);
+        sum += p;
+        store(scores + i, p);
+    }
+    const float divisor = sum_of(sum);
+    for (int64_t d = 0; d < stride; d += 4 * LANES) {
+        F16 part[4];
+        const int64_t left = stride - d;
+        if (left >= 4 * LANES) sum_values(scores, values + d, count, stride, divisor, part, 4);
+        else for (int r = 0; r * LANES < left; r++)
+            sum_values(scores, values + d + r * LANES, count, stride, divisor, part + r, 1);
+        memcpy(y + d, part, MIN(4 * LANES, dim - d) * sizeof *y);
+    }
+}
+
+static float *cache_of(const Engine *e, float *cache, int64_t size, int layer, int sequence, int head)
+{
+    return cache + (((int64_t)layer * e->s.sequences + sequence) * e->s.n_kv_head + head) * size;
+}
+
+// Rotary positions for q and k in the half-and-half layout, then keys and values of a token go to the cache.
+static void remember(Engine *e, int layer, float *qkv, int sequence, int64_t at)
+{
+    const Shape *s = &e->s;
+    const int dim = s->head_dim, half = dim / 2, heads = s->n_head + s->n_kv_head;
+    if (s->cos.at) {
+        const float *cosines = (const float *)s->cos.at + at * dim, *sines = (const float *)s->sin.at + at * dim;
+        for (int h = 0; h < heads; h++)
+            for (int d = 0; d < half; d++) {
+                const float a = qkv[h * dim + d], b = qkv[h * dim + half + d];
+                qkv[h * dim + d] = a * cosines[d] + -b * sines[d];
+                qkv[h * dim + half + d] = b * cosines[half + d] + a * sines[half + d];
+            }
+    }
+    for (int h = 0; h < s->n_kv_head; h++) {
+        const float *k = qkv + (s->n_head + h) * dim, *v = k + s->n_kv_head * dim;
+        float *keys = cache_of(e, e->keys, e->k_size, layer, sequence, h) + at / LANES * dim * LANES + at % LANES;
+        float *values = cache_of(e, e->values, e->v_size, layer, sequence, h) + at * padded(dim, LANES);
+        for (int d = 0; d < dim; d++) keys[d * LANES] = k[d];
+        memset(values, 0, padded(dim, LANES) * sizeof *values);
+        memcpy(values, v, dim * sizeof *values);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// the model
+
+typedef struct { const int32_t *id, *sequence, *at; const uint8_t *wanted; int n; } Tokens;
+
+static void forward(Engine *e, const Tokens *t, int id, int of)
+{
+    const Shape *s = &e->s;
+    const Linear *head = e->layers + 4 * s->n_layer, *embedding = s->tied ? head : head + 1;
+    const int64_t wide = e->wide, width = s->n_embd, dim = s->head_dim;
+    const int groups = s->n_head / s->n_kv_head;
+    for (int i = id; i < t->n; i += of) {
+        float *x = e->x + i * wide;
+        look_up(embedding, t->id[i], x);
+        const float *learned = s->positions.at ? (const float *)s->positions.at + t->at[i] * width : NULL;
+        for (int64_t d = 0; learned && d < width; d++) x[d] += learned[d];
+    }
+    wait_all(e, of);
+    for (int layer = 0; layer < s->n_layer; layer++) {
+        const Linear *l = e->layers + 4 * layer;
+        linear(e, l, t->n, e->x, wide, e->qkv, wide, 0, id, of);
+        for (int i = id; i < t->n; i += of) remember(e, layer, e->qkv + i * wide, t->sequence[i], t->at[i]);
+        wait_all(e, of);
+        for (int i = id; i < t->n * s->n_head; i += of) {
+            const int token = i / s->n_head, h = i % s->n_head, sequence = t->sequence[token];
+            attend(s, e->qkv + token * wide + h * dim, cache_of(e, e->keys, e->k_size, layer, sequence, h / groups),
+                   cache_of(e, e->values, e->v_size, layer, sequence, h / groups), t->at[token] + 1,
+                   e->scores + id * padded(s->context, PAD), e->y + token * wide + h * dim);
+        }
+        wait_all(e, of);
+        linear(e, l + 1, t->n, e->y, wide, e->x, wide, 1, id, of);
+        linear(e, l + 2, t->n, e->x, wide, e->hidden, wide, 0, id, of);
+        linear(e, l + 3, t->n, e->hidden, wide, e->x, wide, 1, id, of);
+    }
+    int wanted = 0;                                              // the head only for these tokens
+    for (int i = 0; i < t->n; i++)
+        if (t->wanted[i]) {
+            if (wanted % of == id) memcpy(e->y + wanted * wide, e->x + i * wide, width * sizeof *e->x);
+            wanted++;
+        }
+    wait_all(e, of);
+    if (wanted) linear(e, head, wanted, e->y, wide, e->logits, padded(s->vocab, PAD), 0, id, of);
+}
+
+// The k-th largest of n numbers (quickselect); their order changes.
+static float kth(float *v, int64_t n, int64_t k)
+{
+    for (int64_t from = 0, to = n - 1;;) {
+        const float middle = v[from + (to - from) / 2];
+        int64_t i = from, j = to;
+        while (i <= j) {
+            while (v[i] > middle) i++;
+            while (v[j] < middle) j--;
+            if (i <= j) {
+                const float other = v[i];
+                v[i++] = v[j], v[j--] = other;
+            }
+        }
+        if (k - 1 <= j) to = j;
+        else if (k - 1 >= i) from = i;
+        else return v[k - 1];
+    }
+}
+
+// Draw from softmax(logits / temperature) over the top_k most likely ids, ties with the last included; 0: the most likely id.
+static int32_t draw(Engine *e, const float *logits, int64_t n, float temperature, int64_t top_k, uint64_t seed)
+{
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
+    if (temperature <= 0) return best;
+    float least = -INFINITY;
+    if (top_k > 0 && top_k < n) {
+        memcpy(e->sorted, logits, n * sizeof *logits);
+        least = kth(e->sorted, n, top_k);
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        sum += e->sorted[i] = logits[i] >= least ? expf((logits[i] - logits[best]) / temperature) : 0;
+    seed = (seed ^ seed >> 30) * 0xbf58476d1ce4e5b9u, seed = (seed ^ seed >> 27) * 0x94d049bb133111ebu;    // splitmix64
+    double left = ((seed ^ seed >> 31) >> 11) * 0x1p-53 * sum;
+    for (int64_t i = 0; i < n; i++) if (e->sorted[i] > 0 && (left -= e->sorted[i]) < 0) return i;
+    return best;                                                 // rounding left nothing to draw, or a logit is not finite
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// what engine.py calls. Each function checks what it gets and returns NULL or a message.
+
+static const char *check(const Linear *l, int in, int out)
+{
+    const int64_t rows = padded(l->out, LANES);
+    const int codes = l->kind == CODES, int8 = l->kind == INT8;
+    if (l->in < 1 || l->in >= 1 << 17 || l->out < 1 || l->out > 1 << 24 || l->in != in || out && l->out != out) return "shape";
+    if (l->kind < CODES || l->kind > INT8 || l->act < NO_ACT || l->act > SILU_GLU || l->norm < NO_NORM || l->norm > RMS_NORM)
+        return "kind";
+    if (l->bits != 1 && l->bits != 2 && l->bits != 4 && l->bits != 8 && l->bits != 16 && l->bits != 32) return "bits";
+    if (l->kind == BIN && l->bits != 1 || l->kind == TERN && l->bits != 2 || int8 && l->bits != 8) return "bits of the kind";
+    if (codes && (l->group < 1 || l->in % l->group || l->group % (32 / l->bits) && l->bits < 32)) return "group";
+    if (l->chunks < 1 || l->out % l->chunks && l->kind == BIN) return "chunks";
+    const int64_t groups = codes ? l->in / l->group : 1, width = codes ? l->scale_bytes : 4;
+    const int has_scales = l->kind != BIN && width != 0;
+    if (codes && width != 0 && width != 1 && width != 2 && width != 4) return "bytes of a scale";
+    const struct { const Array *a; int64_t bytes; int needed; } arrays[] = {
+        { &l->code, rows * words_of(l) * 4, 1 }, { &l->scale, rows * groups * width, has_scales },
+        { &l->zeros, rows * groups, 0 }, { &l->grid, 256 * 4, codes && width == 1 },
+        { &l->gain, l->in * 4, l->norm != NO_NORM },
+        { &l->shift, l->in * 4, 0 }, { &l->input_scale, l->in * 4, 0 }, { &l->bias, rows * 4, 0 },
+        { &l->alpha, l->chunks * 4, l->kind == BIN }, { &l->sums, rows * 4, int8 } };
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
+        if (arrays[i].a->at ? arrays[i].a->bytes != arrays[i].bytes : arrays[i].needed) return "size of an array";
+    return NULL;
+}
+
+static int gated(const Linear *l) { return l->act == RELU2_GLU || l->act == SILU_GLU; }
+
+static void *room(int64_t count, int64_t size, int *failed)
+{
+    void *p = NULL;
+    if (count < 0 || count > (int64_t)1 << 40 || posix_memalign(&p, 64, padded(count * size, 64) + 256)) *failed = 1;
+    return p;
+}
+
+void engine_free(Engine *e)
+{
+    if (!e) return;
+    void *all[] = { e->layers, e->x, e->qkv, e->y, e->hidden, e->z, e->a, e->tables, e->group_sums, e->scores, e->logits,
+                    e->keys, e->values, e->sorted, e->q, e->q_scale, e->q_sum };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    free(e);
+}
+
+// layers: qkv, out, up, down of each block, the head and, if it is not tied to it, the embedding.
+const char *engine_new(const Shape *s, const Linear *layers, int n, Engine **made)
+{
+    *made = NULL;
+    if (s->n_layer < 1 || s->n_layer > 4096 || s->n_head < 1 || s->n_kv_head < 1 || s->n_head % s->n_kv_head || s->head_dim < 1
+        || s->n_embd != (int64_t)s->n_head * s->head_dim || s->context < 1 || s->context > 1 << 24 || s->vocab < 1
+        || s->sequences < 1 || s->sequences > 1 << 16 || s->batch < 1 || s->batch > 1 << 12 || s->threads < 1
+        || s->threads > 1024 || n != 4 * s->n_layer + 2 - !!s->tied)
+        return "the shape of the model is wrong";
+    if (s->positions.at && s->positions.bytes != (int64_t)s->context * s->n_embd * 4 || !s->cos.at != !s->sin.at
+        || s->cos.at && (s->head_dim % 2 || s->cos.bytes != (int64_t)s->context * s->head_dim * 4
+                         || s->sin.bytes != s->cos.bytes))
+        return "the size of the positions is wrong";
+    int64_t wide = 0;
+    for (int i = 0; i < n; i++) {
+        const Linear *l = layers + i;
+        const int block = i < 4 * s->n_layer, part = i % 4;
+        const int in = !block || part < 3 ? s->n_embd : gated(l) ? layers[i - 1].out / 2 : layers[i - 1].out;
+        const int heads = s->n_head + 2 * s->n_kv_head;
+        const int out = !block ? s->vocab : part == 0 ? heads * s->head_dim : part == 2 ? 0 : s->n_embd;
+        const char *why = check(l, in, out);
+        if (why) return why;
+        if (gated(l) && (!block || part != 3 || layers[i - 1].out % 2) || !block && l->kind != CODES && l->kind != INT8)
+            return "kind of the layer at this place";
+        const int64_t row = padded(block && l->out > l->in ? l->out : l->in, PAD);
+        wide = row > wide ? row : wide;
+    }
+    int failed = 0;
+    Engine *e = calloc(1, sizeof *e);
+    if (!e) return "there is not enough memory";
+    e->s = *s;
+    e->wide = wide + PAD;
+    const int64_t rows = s->batch * e->wide, heads = (int64_t)s->n_layer * s->sequences * s->n_kv_head;
+    e->k_size = padded(s->context, LANES) * s->head_dim;
+    e->v_size = s->context * padded(s->head_dim, LANES);
+    e->layers = room(n, sizeof *layers, &failed);
+    float **floats[] = { &e->x, &e->qkv, &e->y, &e->hidden, &e->z, &e->a, &e->group_sums };
+    for (size_t i = 0; i < sizeof floats / sizeof *floats; i++) *floats[i] = room(rows, 4, &failed);
+    e->tables = room(rows * 4, 4, &failed);
+    e->scores = room(s->threads * padded(s->context, PAD), 4, &failed);
+    e->logits = room(s->batch * padded(s->vocab, PAD), 4, &failed);
+    e->keys = room(heads * e->k_size, 4, &failed);
+    e->values = room(heads * e->v_size, 4, &failed);
+    e->sorted = room(s->vocab, 4, &failed);
+    e->q = room(rows, 1, &failed);
+    e->q_scale = room(s->batch, 4, &failed);
+    e->q_sum = room(s->batch, 4, &failed);
+    if (failed) {
+        engine_free(e);
+        return "there is not enough memory";
+    }
+    memcpy(e->layers, layers, n * sizeof *layers);
+    *made = e;
+    return NULL;
+}
+
+// n tokens, at most `batch`. sequence, at: where each token stands; earlier positions hold earlier tokens. `wanted` tokens get
+// logits: row i of `logits` (wanted, vocab) or, with `next`, an id drawn from the first `known` ones with the seed seeds[i].
+const char *engine_run(Engine *e, int n, const int32_t *id, const int32_t *sequence, const int32_t *at, const uint8_t *wanted,
+                       float *logits, int32_t *next, int known, float temperature, int top_k, const uint64_t *seeds)
+{
+    const Shape *s = &e->s;
+    if (n < 1 || n > s->batch) return "the number of tokens is not 1 to the batch";
+    if (next && (known < 1 || known > s->vocab || temperature != temperature)) return "sampling needs a vocabulary";
+    for (int i = 0; i < n; i++) {
+        if (id[i] < 0 || id[i] >= s->vocab) return "an id is not in the vocabulary";
+        if (at[i] < 0 || at[i] >= s->context) return "a position is not in the context";
+        if (sequence[i] < 0 || sequence[i] >= s->sequences) return "a sequence has no cache";
+    }
+    const Tokens t = { id, sequence, at, wanted, n };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(s->threads) if (s->threads > 1)
+    forward(e, &t, omp_get_thread_num(), omp_get_num_threads());
+#else
+    forward(e, &t, 0, 1);
+#endif
+    const int64_t stride = padded(s->vocab, PAD);
+    for (int i = 0, row = 0; i < n; i++)
+        if (wanted[i]) {
+            const float *from = e->logits + row * stride;
+            if (logits) memcpy(logits + (int64_t)row * s->vocab, from, s->vocab * sizeof *from);
+            if (next) next[row] = draw(e, from, known, temperature, top_k, seeds[row]);
+            row++;
+        }
+    return NULL;
+}
+
+// Ask for huge pages before the memory is written, so that 1,000 times fewer page entries are looked up.
+void engine_advise(void *at, int64_t bytes)
+{
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const intptr_t from = padded((intptr_t)at, 4096), to = ((intptr_t)at + bytes) / 4096 * 4096;
+    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#endif
+    (void)at, (void)bytes;
+}
+
+int64_t engine_sizes(int which) { return which ? sizeof(Shape) : sizeof(Linear); }
