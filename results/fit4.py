@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import quant  # noqa: E402
 
 
-def error(levels, group, generator, blocks=1 << 15):
+def error(levels, group, generator, blocks):
     """Quantize `blocks` new blocks: (relative RMS error, levels moved to the means of their values)."""
     w = torch.randn(blocks, group, generator=generator)
     codes, scales = quant.search4(w, levels)
@@ -31,16 +31,18 @@ def error(levels, group, generator, blocks=1 << 15):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--turns', type=int, default=200)
-    turns = parser.parse_args().turns
+    parser.add_argument('--blocks', type=int, default=1 << 15, help='in each turn')
+    a = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     levels = torch.tensor(quant.NF4)
-    for _ in range(turns):
-        _, levels = error(levels, 32, generator)
+    for _ in range(a.turns):
+        _, levels = error(levels, 32, generator, a.blocks)
         levels = levels / levels.abs().max()        # a common factor belongs to the scale
     print('FIT4 = (' + ', '.join(f'{x:.4f}' for x in levels.tolist()) + ')')
     levels = torch.tensor([round(x, 4) for x in levels.tolist()])
     for group in (16, 32, 64, 128):
-        print(f'blocks of {group}: {4 + 8 / group:g} bits, relative RMS error {error(levels, group, generator)[0]:.4f}')
+        off, _ = error(levels, group, generator, a.blocks)
+        print(f'blocks of {group}: {4 + 8 / group:g} bits, relative RMS error {off:.4f}')
 
 
 if __name__ == '__main__':

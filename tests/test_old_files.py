@@ -36,7 +36,7 @@ def test_language_models_of_old_files(name):
 
 def test_old_files_generate_the_same_text(in_turn):
     options = ('--prompt=def ', '--temperature=0', '--max_new_tokens=60', '--device=cpu')
-    results = in_turn([('sample.py', OLD, (f'--ckpt={name}', *options)) for name in LANGUAGE])
+    results = in_turn([('sample.py', OLD, (f'--ckpt={name}', '--engine=torch', *options)) for name in LANGUAGE])
     assert [(result.code, result.out) for result in results] == [(0, SAID[name]['text']) for name in LANGUAGE], results
 
 
