@@ -91,7 +91,8 @@ def test_stats_of_a_checkpoint(rows, tmp_path):
 def test_fit_learns_or_fails(rows, start, tmp_path):
     """fit exits with 0 when the form learns the noise by heart, and with 1 and its name when it does not."""
     assert rows('fit', 'qlora', '--dim=128', '--steps=120', '--lr=3e-3')[0]['qlora']['accuracy'] > 0.97
-    done = start(ROOT / 'bench.py', 'fit', 'half', '--dim=64', '--steps=2', cwd=tmp_path).wait()        # its worker is no fork
+    done = start(ROOT / 'bench.py', 'fit', 'half', '--dim=64', '--steps=2', cwd=tmp_path,
+                 patch=BENCH_FORKS).wait()
     assert done.code == 1 and 'error: did not learn: half (wanted: half above 80%)' in done.err
 
 

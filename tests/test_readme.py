@@ -175,9 +175,7 @@ def ran(copied, start):
     """{command: its Result}. Commands of one rule run one after the other."""
     def run(command):
         words, world = shlex.split(command) + rule(command)[2].split(), 1
-        if words[:2] == ['torchrun', '--nproc_per_node=8'] and words[2] == 'train_gpt.py':
-            words[:2] = 'python -m torch.distributed.run --standalone --nproc_per_node=2'.split()
-        elif words[0] == 'torchrun':                # its agent is tried once, above; these get what it gives to two ranks
+        if words[:2] == ['torchrun', '--nproc_per_node=8']:     # two ranks get what it gives them; test_train_gpt.py starts it
             words, world = words[1:], 2
         faster = {'bench.py': BENCH_FORKS, 'finetune_cls.py': SWEEP_FORKS, 'ptq.py': SHORT_TIMES}.get(words[1], '')
         patch = f'{FRESH}sys.path.insert(0, {str(copied)!r})\n{faster}'
