@@ -386,8 +386,10 @@ def main():
             if whole:
                 hf.save(whole, tokenizer, os.path.join(out_dir, 'base'))   # adapters need their base model
             if not no_training:
-                with contextlib.suppress(FileNotFoundError):           # its figures are out of date until the run ends
-                    os.remove(os.path.join(out_dir, 'results.yaml'))
+                old = ('results.yaml', *(('predictions.csv', 'flops_profiler_stats.csv') if step == 0 else ()))
+                for name in old:                    # their figures are out of date until the run ends
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.path.join(out_dir, name))
         except OSError as e:
             configurator.fail(f'cannot write to {out_dir}: {e}; type --out_dir=... for another folder')
     if wandb_log and rank_here == 0 and not no_training:

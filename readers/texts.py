@@ -194,8 +194,9 @@ def read_table(path, text, label='', header=()):
             raise ValueError(f'{path}, {unit} {places[wrong]}: {name!r} is {values[wrong]!r}, not text')
     if not label:
         return list(zip(*columns, strict=True)), None
-    labels = ['' if value is None or value != value else str(value) for value in columns[len(text)]]      # a NaN is none
-    wrong = next((i for i, value in enumerate(labels) if not value.strip() or isinstance(columns[-1][i], list | dict)), None)
+    given = columns[len(text)]
+    labels = ['' if value is None or value != value else str(value) for value in given]     # a NaN is none
+    wrong = next((i for i, value in enumerate(labels) if not value.strip() or isinstance(given[i], list | dict)), None)
     if wrong is not None:
         raise ValueError(f'{path}, {unit} {places[wrong]}: the label ({label!r}) is {labels[wrong].strip() or "empty"}')
     return list(zip(*columns[:len(text)], strict=True)), labels

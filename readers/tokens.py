@@ -45,7 +45,7 @@ from configurator import at_home, fail
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
 SPLITS = ('train', 'val')
-CHECKED_BYTES = 1 << 30  # load() compares the checksums of splits up to this size (2 seconds at most); prepare.py, of all files
+CHECKED_BYTES = 1 << 30  # load() compares the checksums of splits up to this size; prepare.py, of all files
 MAGIC, VERSION = b'nanobit\0', 1
 HEADER = struct.Struct('<8sIIQQI32s16sI36sI')
 

@@ -136,7 +136,7 @@ class StepMeter:
         """Count the FLOPs of one step whose micro-batches give these losses. Nothing is updated, and the gradients are dropped.
         torch's counter fails on some models, and a training step must not fail with it."""
         counts = lambda: collections.Counter({name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()})
-        forward, done = collections.Counter(), collections.Counter()
+        forward, done, joules, start = collections.Counter(), collections.Counter(), self.joules(), time.perf_counter()
         with unmeasured_if_it_fails('FLOPs', self.rank), flop_counter() as counter:
             for loss in losses:
                 forward += counts() - done
@@ -144,7 +144,8 @@ class StepMeter:
                 done = counts()
             self.flops = {name: (forward[name], n - forward[name] if name == 'Global' else None) for name, n in done.items()}
         self.optimizer.zero_grad(set_to_none=True)
-        self.counted = True
+        self.counted, self.seconds = True, self.seconds - (time.perf_counter() - start)         # it is no part of the training
+        self.joules_before -= (self.joules() or 0.0) - (joules or 0.0)
 
 
 def forward_row(net, x, amp, cuda):

@@ -578,7 +578,7 @@ def pickles(tally, _, n, draw):
     (place / 'raw.pt').write_bytes(pickle.dumps(Bomb(str(mark))))
     about = {'version': common.CHECKPOINT_VERSION, 'trainer': 'train_gpt', 'step': 1}
     torch.save(about | {'model': Bomb(str(mark))}, place / 'zip.pt')
-    pickle.loads((place / 'raw.pt').read_bytes())
+    pickle.loads((place / 'raw.pt').read_bytes())    # our own bytes: without an effect they prove nothing
     expect(mark.is_dir(), 'the pickle does nothing')
     mark.rmdir()
     model = whole('finetune_cls')[0] / 'out' / 'distilbert-scratch-csv-full'
