@@ -174,10 +174,8 @@ def load(name, names, dtype=torch.float32, weights=True):
         if (how := _bitnet(config)) and (config.model_type, how['quantization_mode']) != ('bitnet', 'online'):
             raise ValueError('its weights are quantized already; give a model with plain weights')
         own = [str(config.id2label[i]) for i in range(config.num_labels)]
-        fold = str.lower if len({n.lower() for n in names}) == len(names) else str
-        known = {fold(n): n for n in names}
-        same = sorted(map(fold, own)) == sorted(known)
-        names = [known[fold(n)] for n in own] if same else list(names)
+        same = matched(own, names) is not None
+        names = matched(own, names) or list(names)
         config.num_labels = len(names)
         config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
         if len(tokenizer) <= len(tokenizer.all_special_tokens):         # transformers returns an empty one if there is none
@@ -294,6 +292,13 @@ def resize(net, tokenizer):
     return more
 
 
+def matched(theirs, names):
+    """`names` in the order of `theirs`, the labels of a model, which may differ in case. None if these are other labels."""
+    fold = str.lower if len({n.lower() for n in names}) == len(names) else str
+    known = {fold(n): n for n in names}
+    return [known[fold(n)] for n in theirs] if sorted(map(fold, theirs)) == sorted(known) else None
+
+
 def _load_adapted(folder, names, dtype, weights):
     """load() of a folder of LoRA adapters. peft does not save the names of the classes; then they are those of the base model,
     or `names` in their order."""
@@ -303,19 +308,16 @@ def _load_adapted(folder, names, dtype, weights):
     net, tokenizer, order, fresh = load(base, own if kept else names, weights=weights)
     if net.config.model_type == 'bitnet':
         raise ValueError(f'{folder}: adapters do not merge into the ternary weights of a BitNet; type --out_dir=... of its run')
-    known = {n.lower(): n for n in names}
-    labels = labels or (order if {n.lower() for n in order} == known.keys() else names)
-    if len(known) < len(names):
-        known = {n: n for n in names}
-    if {n.lower() for n in labels} != {n.lower() for n in names}:
+    labels = labels or (order if matched(order, names) else names)
+    if not matched(labels, names):
         raise ValueError(f'{folder} was trained for the labels {", ".join(labels)}, not {", ".join(names)}')
+    names = matched(labels, names)
     head = head_parameters(plain_linears(net))
     for n, m in net.named_modules() if kind else ():                # the adapters were trained over quantized weights
         if layers.is_linear(m) and f'{n}.weight' not in head:
             m.weight.data = layers.as_kind(m, kind, {}, True).effective_weight()
     adapters.load_adapters(net, folder)
     adapters.merge_all(net).to(dtype)
-    names = [known.get(n.lower(), n) for n in labels]
     net.config.id2label, net.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
     return net, tokenizer, names, fresh and not head_parameters(net).keys() <= whole
 
