@@ -26,6 +26,22 @@
 #endif
 #ifdef __x86_64__
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+#ifdef __AMX_INT8__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#ifdef __AVX512F__
+enum { BIG = 12, MID = 4, ROWS = 2 };                            // tokens and tiles of an integer product: 24 of 32 registers
+#else
+enum { BIG = 2, MID = 1, ROWS = 1 };
+#endif
+#ifdef __ARM_FEATURE_DOTPROD
+enum { ARM = 1 };
+#else
+enum { ARM = 0 };
 #endif
 #define INLINE static inline __attribute__((always_inline))     // constant arguments then unroll loops
 #ifdef __AVX2__
@@ -36,7 +52,7 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 enum { LANES = 16, PAD = 64 };                                   // rows of a buffer are padded to PAD floats
-enum { CODES, BIN, TERN, INT8 };                                 // kind of a layer
+enum { CODES, BIN, BIN8, TERN, INT8 };                           // kind of a layer
 enum { NO_ACT, RELU, GELU, RELU2_GLU, SILU_GLU };
 enum { NO_NORM, LAYER_NORM, RMS_NORM };
 
@@ -94,7 +110,8 @@ LANEWISE F16 look(F16 table, U16 at)
 #endif
 }
 
-// sum[i] += the four bytes of u[i], unsigned, times the four bytes of s[i], signed. `few`: two products fit in 16 bits.
+// sum[i] += the four bytes of u[i], unsigned, times the four bytes of s[i], signed. few: 1, u is at most 128, so that two
+// products fit in 16 bits; 2, at most 3.
 LANEWISE I16 dot4(I16 sum, U16 u, I16 s, int few)
 {
 #ifdef __AVX512VNNI__
@@ -112,6 +129,20 @@ LANEWISE I16 dot4(I16 sum, U16 u, I16 s, int few)
             c = _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
         }
         memcpy((char *)&sum + 32 * i, &c, 32);
+    }
+    return sum;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    for (int i = 0; i < 4; i++) {                               // u = 128 + a signed byte
+        uint8x16_t a;
+        int8x16_t b;
+        int32x4_t c;
+        memcpy(&a, (char *)&u + 16 * i, 16), memcpy(&b, (char *)&s + 16 * i, 16), memcpy(&c, (char *)&sum + 16 * i, 16);
+        if (few == 2) c = vdotq_s32(c, vreinterpretq_s8_u8(a), b);
+        else {
+            c = vdotq_s32(c, vreinterpretq_s8_u8(veorq_u8(a, vdupq_n_u8(128))), b);
+            c = vdotq_s32(vdotq_s32(c, vdupq_n_s8(64), b), vdupq_n_s8(64), b);
+        }
+        memcpy((char *)&sum + 16 * i, &c, 16);
     }
     return sum;
 #else
@@ -162,7 +193,8 @@ INLINE F16 gelu16(F16 x)                                         // erf: Abramow
 typedef struct { const void *at; int64_t bytes; } Array;
 
 // y = norm(act(x)) * input_scale times the matrix. CODES: any weights of 1, 2, 4, 8, 16 (bf16) or 32 bits; fp32 activations.
-// BIN: bits - 1/2, fp32 activations, the output is normalized. TERN: codes 0, 1, 2 for -1, 0, 1; int8 activations.
+// BIN: bits - 1/2, fp32 activations, the output is normalized. BIN8: BIN with int8 activations. TERN: codes 0, 1, 2 for
+// -1, 0, 1; int8 activations.
 // INT8: int8 weights and activations.
 typedef struct {
     int32_t kind, act, norm, chunks, in, out, bits, group, scale_bytes;     // in: after a gate
@@ -189,8 +221,10 @@ typedef struct {
     int64_t wide, k_size, v_size;         // floats of a row of a buffer; of the keys and values of a head
     float *x, *qkv, *y, *hidden, *z, *a, *tables, *group_sums, *scores, *logits, *keys, *values, *sorted;
     int8_t *q;
+    uint8_t *unpacked;
     float *q_scale;
     int32_t *q_sum;
+    int amx;                              // the system lets us use these registers
     atomic_int arrived, turn;
 } Engine;
 
@@ -230,7 +264,17 @@ static float norm_of(const float *a, int64_t n)
     return sqrtf(sum);
 }
 
-static void prepare(Engine *e, const Linear *l, const float *x, int64_t t)
+// Integer products take 12 tokens at once, then 4, then 1 (AVX2 and others: 2, then 1; AMX: any number above 3). A panel holds
+// four bytes of each of its tokens, then the next four. Returns its number of tokens and sets its first one.
+static int panel(const Engine *e, int n, int t, int *first)
+{
+    const int big = n / BIG * BIG, mid = big + (n - big) / MID * MID;
+    *first = t < big ? t / BIG * BIG : t < mid ? big + (t - big) / MID * MID : t;
+    if (e->amx && n >= MID) *first = t;
+    return e->amx && n >= MID || t >= mid ? 1 : t < big ? BIG : MID;
+}
+
+static void prepare(Engine *e, const Linear *l, const float *x, int n_tokens, int t)
 {
     float *a = e->a + t * e->wide;
     const int64_t n = l->in, end = padded(n, PAD);
@@ -257,10 +301,13 @@ static void prepare(Engine *e, const Linear *l, const float *x, int64_t t)
         for (int64_t i = 0; i < n; i++) a[i] = a[i] * rstd * gain[i];
     }
     for (int64_t i = 0; by && i < n; i++) a[i] *= by[i];
-    if (l->kind == TERN || l->kind == INT8) {
-        // Int8 with the scale of quant.quantize_rows. Ternary: byte 4p + i of each 16 is column 4i + p, since field p of a
-        // word of codes covers the columns p, p + 4, p + 8, p + 12.
-        int8_t *q = e->q + t * e->wide;
+    if (l->kind == TERN || l->kind == INT8 || l->kind == BIN8) {
+        // Int8 with the scale of quant.quantize_rows, in the order of dot4: field p of a word of codes has four columns, one in
+        // each byte. Four bytes of one token are followed by those of the next token of its panel.
+        const int fields = l->kind == INT8 ? 1 : 8 / l->bits;
+        int first;
+        const int step = l->kind == INT8 ? 1 : panel(e, n_tokens, t, &first);
+        int8_t *q = step == 1 ? e->q + t * e->wide : e->q + first * e->wide + (t - first) * 4;
         F16 top = all(0);
         for (int64_t i = 0; i < n; i += LANES) top = bigger(size_of(load(a + i)), top);
         const float most = fmaxf(top_of(top), 1e-5f), factor = 127 / most;
@@ -268,11 +315,16 @@ static void prepare(Engine *e, const Linear *l, const float *x, int64_t t)
         for (int64_t i = 0; i < end; i += LANES) {
             I16 v = __builtin_convertvector(rounded(load(a + i) * factor), I16);
             sum += v;
-            if (l->kind == TERN)
-                v = __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            else
-                v += 128;                                       // unsigned: the product subtracts 128 times the row's sum
-            *(B16 *)(q + i) = __builtin_convertvector(v, B16);
+            if (l->kind == INT8) v += 128;                      // unsigned: the product subtracts 128 times the row's sum
+            B16 bytes = __builtin_convertvector(v, B16);
+            if (fields == 4)
+                bytes = __builtin_shufflevector(bytes, bytes, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            if (fields == 8)                                    // two bytes of each field; the other two are 16 columns on
+                for (int p = 0; p < 8; p++)
+                    for (int half = 0; half < 2; half++)
+                        q[(i / 32 * 8 + p) * 4 * step + i % 32 / 8 + half] = bytes[p + 8 * half];
+            else if (step == 1) *(B16 *)(q + i) = bytes;
+            else for (int p = 0; p < 4; p++) memcpy(q + (i / 4 + p) * 4 * step, (char *)&bytes + 4 * p, 4);
         }
         e->q_scale[t] = most / 127;
         e->q_sum[t] = 0;
@@ -329,38 +381,87 @@ INLINE void bin_tiles(const Job *j, int64_t t, int64_t tile, int T, int R)
     for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) put(j, t + a, tile + r, sum[a][r]);
 }
 
-// One token: each of the four fields of a byte has its own sums. They are multiples of 1, 4, 16 and 64, so masks do and one
+// Sums of codes times int8 activations -> outputs.
+INLINE void put_sums(const Job *j, int64_t t, int64_t tile, I16 sum)
+{
+    const F16 s = all(j->e->q_scale[t]);
+    const int32_t all_q = j->e->q_sum[t];
+    if (j->l->kind == BIN8) return put(j, t, tile, __builtin_convertvector(2 * sum - all_q, F16) * (0.5f * s));
+    const F16 z = __builtin_convertvector(sum - all_q, F16), of_rows = load((const float *)j->l->scale.at + tile * LANES);
+    put(j, t, tile, j->l->chunks == 1 ? z * (s * of_rows) : z * s * of_rows);      // the rounding of layers.py
+}
+
+// Codes of 1 or 2 bits. One token: each field of a byte has its own sums. They are multiples of 1, 2, 4 ..., so masks do and one
 // shift at the end suffices. Several tokens share the shift of the codes, and need one sum each.
-INLINE void tern_tiles(const Job *j, int64_t t, int64_t tile, int T, int R)
+INLINE void bits_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int bits)
 {
     Engine *e = j->e;
+    const int fields = 8 / bits, masks = T == 1 && !ARM;
     const int64_t words = words_of(j->l);
+    const uint32_t low = bits == 1 ? 0x01010101u : 0x03030303u;
     const U16 *code = (const U16 *)j->l->code.at + tile * words;
     const int8_t *q = e->q + t * e->wide;
-    I16 sum[12][2], field[4][2];
+    I16 sum[BIG][4], field[8][4];
     for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) sum[a][r] = (I16){ 0 };
-    for (int p = 0; p < 4; p++) for (int r = 0; r < R; r++) field[p][r] = (I16){ 0 };
+    for (int p = 0; p < fields; p++) for (int r = 0; r < R; r++) field[p][r] = (I16){ 0 };
     for (int64_t w = 0; w < words; w++)
-#pragma GCC unroll 4
-        for (int p = 0; p < 4; p++)
+#pragma GCC unroll 8
+        for (int p = 0; p < fields; p++, q += 4 * T)
             for (int r = 0; r < R; r++) {
-                const U16 bits = code[r * words + w];
-                const U16 c = T == 1 ? bits & 0x03030303u << 2 * p : bits >> 2 * p & 0x03030303u;
+                const U16 word = code[r * words + w], c = masks ? word & low << bits * p : word >> bits * p & low;
                 for (int a = 0; a < T; a++) {
                     int32_t x;
-                    memcpy(&x, q + a * e->wide + 16 * w + 4 * p, 4);
-                    if (T == 1) field[p][r] = dot4(field[p][r], c, (I16){ 0 } + x, 1);
-                    else sum[a][r] = dot4(sum[a][r], c, (I16){ 0 } + x, 1);
+                    memcpy(&x, q + 4 * a, 4);
+                    if (masks) field[p][r] = dot4(field[p][r], c, (I16){ 0 } + x, 1);
+                    else sum[a][r] = dot4(sum[a][r], c, (I16){ 0 } + x, 2);
                 }
             }
-    for (int a = 0; a < T; a++)
-        for (int r = 0; r < R; r++) {
-            if (T == 1) sum[a][r] = field[0][r] + (field[1][r] >> 2) + (field[2][r] >> 4) + (field[3][r] >> 6);
-            const F16 z = __builtin_convertvector(sum[a][r] - e->q_sum[t + a], F16), s = all(e->q_scale[t + a]);
-            const F16 of_rows = load((const float *)j->l->scale.at + (tile + r) * LANES);
-            put(j, t + a, tile + r, j->l->chunks == 1 ? z * (s * of_rows) : z * s * of_rows);  // the rounding of layers.py
-        }
+    for (int p = 0; masks && p < fields; p++) for (int r = 0; r < R; r++) sum[0][r] += field[p][r] >> bits * p;
+    for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) put_sums(j, t + a, tile + r, sum[a][r]);
 }
+
+#ifdef __AMX_INT8__
+// The same sums in AMX registers of 16 rows of 64 bytes: 32 tokens times 2 tiles. A field of a word of codes is already a row of
+// the right operand. 64 columns take a KB once unpacked.
+INLINE void amx_product(const Job *j, int n, int64_t from, int64_t to, uint8_t *unpacked, int bits)
+{
+    const Engine *e = j->e;
+    const int fields = 8 / bits;
+    const int64_t words = words_of(j->l), blocks = padded(j->l->in, 64) / 64, wide = e->wide;
+    const uint32_t low = bits == 1 ? 0x01010101u : 0x03030303u;
+    struct { uint8_t palette, start, zeros[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = { 1, 0, { 0 }, { 0 }, { 0 } };
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    __asm__ volatile("" :: "r"(&shape) : "memory");
+    _tile_loadconfig(&shape);
+    for (int64_t tile = from; tile < to; tile += 2) {
+        const int two = tile + 1 < to;
+        for (int r = 0; r <= two; r++) {
+            const U16 *code = (const U16 *)j->l->code.at + (tile + r) * words;
+            U16 *b = (U16 *)(unpacked + r * blocks * 1024);
+            for (int64_t w = 0; w < blocks * 16 / fields; w++)
+                for (int p = 0; p < fields; p++) b[w * fields + p] = (w < words ? code[w] : (U16){ 0 }) >> bits * p & low;
+        }
+        __asm__ volatile("" ::: "memory");                       // gcc does not know that tile loads read memory
+        const uint8_t *b0 = unpacked, *b1 = unpacked + two * blocks * 1024;
+        for (int t = 0; t < n; t += 32) {
+            const int8_t *a0 = e->q + t * wide, *a1 = t + 16 < n ? a0 + 16 * wide : a0;
+            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+            for (int64_t k = 0; k < blocks; k++) {
+                _tile_loadd(4, a0 + 64 * k, wide); _tile_loadd(6, b0 + 1024 * k, 64); _tile_loadd(7, b1 + 1024 * k, 64);
+                _tile_dpbsud(0, 4, 6); _tile_dpbsud(1, 4, 7);
+                if (a1 == a0) continue;
+                _tile_loadd(5, a1 + 64 * k, wide);
+                _tile_dpbsud(2, 5, 6); _tile_dpbsud(3, 5, 7);
+            }
+            I16 sum[4][16];
+            _tile_stored(0, sum[0], 64); _tile_stored(1, sum[1], 64); _tile_stored(2, sum[2], 64); _tile_stored(3, sum[3], 64);
+            for (int i = 0; i < MIN(32, n - t); i++)
+                for (int r = 0; r <= two; r++) put_sums(j, t + i, tile + r, sum[i / 16 * 2 + r][i % 16]);
+        }
+    }
+    _tile_release();
+}
+#endif
 
 INLINE void int8_tiles(const Job *j, int64_t t, int64_t tile, int T, int R)
 {
@@ -461,19 +562,29 @@ INLINE void codes_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int
 #define CODES_OF(bits) case bits: STEPS(1, 1, codes_tiles, bits) break;
 #endif
 
-static void product(const Job *j, int n, int64_t from, int64_t to)
+#define BITS_OF(kind, bits)                                          \
+    case -kind:                                                      \
+        STEPS(BIG, ROWS, bits_tiles, bits)                           \
+        if (MID > 1) STEPS(MID, ROWS, bits_tiles, bits)              \
+        STEPS(1, (ROWS == 1 ? 1 : 2 * bits), bits_tiles, bits)                  \
+        break;
+
+static void product(const Job *j, int n, int64_t from, int64_t to, uint8_t *unpacked)
 {
     int64_t t = 0;
+    (void)unpacked;
+#ifdef __AMX_INT8__
+    if (j->e->amx && n >= MID && (j->l->kind == TERN || j->l->kind == BIN8)) {
+        if (j->l->bits == 1) amx_product(j, n, from, to, unpacked, 1);
+        else amx_product(j, n, from, to, unpacked, 2);
+        return;
+    }
+#endif
     switch (j->l->kind == CODES ? j->l->bits : -j->l->kind) {
 #ifdef __AVX512F__                              // 32 registers of 64 bytes: several tokens and tiles at once
     case -BIN:
         STEPS(4, 4, bin_tiles)
         STEPS(1, 4, bin_tiles)
-        break;
-    case -TERN:
-        STEPS(12, 2, tern_tiles)
-        STEPS(4, 2, tern_tiles)
-        STEPS(1, 2, tern_tiles)
         break;
     case -INT8:
         STEPS(8, 2, int8_tiles)
@@ -481,9 +592,9 @@ static void product(const Job *j, int n, int64_t from, int64_t to)
         break;
 #else
     case -BIN: STEPS(1, 1, bin_tiles) break;
-    case -TERN: STEPS(2, 1, tern_tiles) STEPS(1, 1, tern_tiles) break;
     case -INT8: STEPS(2, 1, int8_tiles) STEPS(1, 1, int8_tiles) break;
 #endif
+    BITS_OF(TERN, 2) BITS_OF(BIN8, 1)
     CODES_OF(1) CODES_OF(2) CODES_OF(4) CODES_OF(8) CODES_OF(16) CODES_OF(32)
     }
 }
@@ -515,13 +626,14 @@ static void normalize(const Linear *l, float *z, float *out, int add)
 static void linear(Engine *e, const Linear *l, int n, const float *x, int64_t x_stride, float *out, int64_t out_stride,
                    int add, int id, int of)
 {
-    for (int t = id; t < n; t += of) prepare(e, l, x + t * x_stride, t);
+    for (int t = id; t < n; t += of) prepare(e, l, x + t * x_stride, n, t);
     wait_all(e, of);
     const int64_t tiles = padded(l->out, LANES) / LANES;
-    const Job job = { e, l, l->kind == BIN ? e->z : out, l->kind == BIN ? e->wide : out_stride, add && l->kind != BIN };
-    product(&job, n, tiles * id / of, tiles * (id + 1) / of);
+    const int binary = l->kind == BIN || l->kind == BIN8;
+    const Job job = { e, l, binary ? e->z : out, binary ? e->wide : out_stride, add && !binary };
+    product(&job, n, tiles * id / of, tiles * (id + 1) / of, e->unpacked + id * e->wide * 32);
     wait_all(e, of);
-    if (l->kind != BIN) return;
+    if (!binary) return;
     for (int t = id; t < n; t += of) normalize(l, e->z + t * e->wide, out + t * out_stride, add);
     wait_all(e, of);
 }
@@ -553,50 +665,68 @@ static void look_up(const Linear *l, int64_t row, float *out)
 // Keys lie in tiles of 16 positions, like the rows of a matrix: [position / 16][dimension][position % 16]. So lanes are
 // positions in q k^T, and dimensions in the sum over the values [position][dimension].
 
-INLINE void scores_of(const float *q, const float *keys, int dim, float scale, float *scores, int R)
+// Q queries at once: several tokens of a prompt, or heads with the same keys. No bit depends on Q.
+INLINE void scores_of(const float **q, const float *keys, int dim, float scale, float *scores, int64_t room, int Q, int R)
 {
-    F16 sum[4];
-    for (int r = 0; r < R; r++) sum[r] = all(0);
+    F16 sum[4][4];
+    for (int i = 0; i < Q; i++) for (int r = 0; r < R; r++) sum[i][r] = all(0);
     for (int d = 0; d < dim; d++)
-        for (int r = 0; r < R; r++) sum[r] = fma16(load(keys + (r * dim + d) * LANES), all(q[d]), sum[r]);
-    for (int r = 0; r < R; r++) store(scores + r * LANES, sum[r] * scale);
+        for (int r = 0; r < R; r++) {
+            const F16 k = load(keys + (r * dim + d) * LANES);
+            for (int i = 0; i < Q; i++) sum[i][r] = fma16(k, all(q[i][d]), sum[i][r]);
+        }
+    for (int i = 0; i < Q; i++) for (int r = 0; r < R; r++) store(scores + i * room + r * LANES, sum[i][r] * scale);
 }
 
-INLINE void sum_values(const float *scores, const float *values, int64_t count, int64_t stride, float divisor, F16 *out, int R)
+INLINE void sum_values(const float *scores, int64_t room, const float *values, int64_t count, int64_t stride,
+                       const float *divisor, float **y, int left, int Q, int R)
 {
-    F16 sum[4];
-    for (int r = 0; r < R; r++) sum[r] = all(0);
-    for (int64_t i = 0; i < count; i++)
-        for (int r = 0; r < R; r++) sum[r] = fma16(load(values + i * stride + r * LANES), all(scores[i]), sum[r]);
-    for (int r = 0; r < R; r++) out[r] = sum[r] / divisor;
+    F16 sum[4][4];
+    for (int i = 0; i < Q; i++) for (int r = 0; r < R; r++) sum[i][r] = all(0);
+    for (int64_t c = 0; c < count; c++)
+        for (int r = 0; r < R; r++) {
+            const F16 v = load(values + c * stride + r * LANES);
+            for (int i = 0; i < Q; i++) sum[i][r] = fma16(v, all(scores[i * room + c]), sum[i][r]);
+        }
+    for (int i = 0; i < Q; i++) {
+        for (int r = 0; r < R; r++) sum[i][r] = sum[i][r] / divisor[i];
+        memcpy(y[i], sum[i], MIN(R * LANES, left) * sizeof **y);
+    }
 }
 
-static void attend(const Shape *s, const float *q, const float *keys, const float *values, int64_t count, float *scores,
-                   float *y)
+// q, y: Q queries and outputs (head_dim); count: how many positions each of them sees.
+INLINE void attend(const Shape *s, const float **q, const float *keys, const float *values, const int64_t *count, float *scores,
+                   float **y, int Q)
 {
     const int dim = s->head_dim;
-    const int64_t blocks = padded(count, LANES) / LANES, stride = padded(dim, LANES);
+    int64_t most = 0, b = 0;
+    for (int i = 0; i < Q; i++) most = count[i] > most ? count[i] : most;
+    const int64_t blocks = padded(most, LANES) / LANES, stride = padded(dim, LANES), room = padded(s->context, PAD);
     const float scale = 1 / sqrtf(dim);
-    int64_t b = 0;
-    for (; b + 4 <= blocks; b += 4) scores_of(q, keys + b * dim * LANES, dim, scale, scores + b * LANES, 4);
-    for (; b < blocks; b++) scores_of(q, keys + b * dim * LANES, dim, scale, scores + b * LANES, 1);
-    for (int64_t i = count; i < blocks * LANES; i++) scores[i] = -INFINITY;
-    F16 top = all(-INFINITY), sum = all(0);
-    for (int64_t i = 0; i < count; i += LANES) top = bigger(load(scores + i), top);
-    const float most = top_of(top);
-    for (int64_t i = 0; i < count; i += LANES) {
-        const F16 p = exp16(load(scores + i) - most);
-        sum += p;
-        store(scores + i, p);
+    for (; b + 4 <= blocks; b += 4) scores_of(q, keys + b * dim * LANES, dim, scale, scores + b * LANES, room, Q, 4);
+    for (; b < blocks; b++) scores_of(q, keys + b * dim * LANES, dim, scale, scores + b * LANES, room, Q, 1);
+    float divisor[4];
+    for (int i = 0; i < Q; i++) {
+        float *row = scores + i * room;
+        for (int64_t c = count[i]; c < blocks * LANES; c++) row[c] = -INFINITY;
+        F16 top = all(-INFINITY), sum = all(0);
+        for (int64_t c = 0; c < most; c += LANES) top = bigger(load(row + c), top);
+        const float largest = top_of(top);
+        for (int64_t c = 0; c < most; c += LANES) {
+            const F16 p = exp16(load(row + c) - largest);
+            sum += p;
+            store(row + c, p);
+        }
+        divisor[i] = sum_of(sum);
     }
-    const float divisor = sum_of(sum);
-    for (int64_t d = 0; d < stride; d += 4 * LANES) {
-        F16 part[4];
-        const int64_t left = stride - d;
-        if (left >= 4 * LANES) sum_values(scores, values + d, count, stride, divisor, part, 4);
-        else for (int r = 0; r * LANES < left; r++)
-            sum_values(scores, values + d + r * LANES, count, stride, divisor, part + r, 1);
-        memcpy(y + d, part, MIN(4 * LANES, dim - d) * sizeof *y);
+    for (int64_t d = 0; d < dim; d += 4 * LANES) {
+        float *to[4];
+        for (int i = 0; i < Q; i++) to[i] = y[i] + d;
+        if (stride - d >= 4 * LANES) sum_values(scores, room, values + d, most, stride, divisor, to, dim - d, Q, 4);
+        else for (int64_t at = d; at < dim; at += LANES) {
+            for (int i = 0; i < Q; i++) to[i] = y[i] + at;
+            sum_values(scores, room, values + at, most, stride, divisor, to, dim - at, Q, 1);
+        }
     }
 }
 
@@ -634,12 +764,36 @@ static void remember(Engine *e, int layer, float *qkv, int sequence, int64_t at)
 
 typedef struct { const int32_t *id, *sequence, *at; const uint8_t *wanted; int n; } Tokens;
 
+// Four queries at a time: the heads of a group, of up to four tokens that follow each other in a sequence.
+static void attention(Engine *e, const Tokens *t, int layer, int id, int of)
+{
+    const Shape *s = &e->s;
+    const int groups = s->n_head / s->n_kv_head, dim = s->head_dim;
+    float *scores = e->scores + 4 * id * padded(s->context, PAD);
+    for (int h = id; h < s->n_kv_head; h += of)
+        for (int from = 0, to; from < t->n; from = to) {
+            for (to = from + 1; to < t->n && to < from + 4 && t->sequence[to] == t->sequence[from] && t->at[to] == t->at[to - 1] + 1;)
+                to++;
+            const float *keys = cache_of(e, e->keys, e->k_size, layer, t->sequence[from], h), *q[4];
+            const float *values = cache_of(e, e->values, e->v_size, layer, t->sequence[from], h);
+            float *y[4];
+            int64_t count[4];
+            int Q = 0;
+            for (int i = 0; i < (to - from) * groups; i++) {
+                const int token = from + i / groups, head = h * groups + i % groups;
+                q[Q] = e->qkv + token * e->wide + head * dim, y[Q] = e->y + token * e->wide + head * dim;
+                count[Q++] = t->at[token] + 1;
+                if (Q == 4) attend(s, q, keys, values, count, scores, y, 4), Q = 0;
+            }
+            for (int i = 0; i < Q; i++) attend(s, q + i, keys, values, count + i, scores, y + i, 1);
+        }
+}
+
 static void forward(Engine *e, const Tokens *t, int id, int of)
 {
     const Shape *s = &e->s;
     const Linear *head = e->layers + 4 * s->n_layer, *embedding = s->tied ? head : head + 1;
-    const int64_t wide = e->wide, width = s->n_embd, dim = s->head_dim;
-    const int groups = s->n_head / s->n_kv_head;
+    const int64_t wide = e->wide, width = s->n_embd;
     for (int i = id; i < t->n; i += of) {
         float *x = e->x + i * wide;
         look_up(embedding, t->id[i], x);
@@ -652,12 +806,7 @@ static void forward(Engine *e, const Tokens *t, int id, int of)
         linear(e, l, t->n, e->x, wide, e->qkv, wide, 0, id, of);
         for (int i = id; i < t->n; i += of) remember(e, layer, e->qkv + i * wide, t->sequence[i], t->at[i]);
         wait_all(e, of);
-        for (int i = id; i < t->n * s->n_head; i += of) {
-            const int token = i / s->n_head, h = i % s->n_head, sequence = t->sequence[token];
-            attend(s, e->qkv + token * wide + h * dim, cache_of(e, e->keys, e->k_size, layer, sequence, h / groups),
-                   cache_of(e, e->values, e->v_size, layer, sequence, h / groups), t->at[token] + 1,
-                   e->scores + id * padded(s->context, PAD), e->y + token * wide + h * dim);
-        }
+        attention(e, t, layer, id, of);
         wait_all(e, of);
         linear(e, l + 1, t->n, e->y, wide, e->x, wide, 1, id, of);
         linear(e, l + 2, t->n, e->x, wide, e->hidden, wide, 0, id, of);
@@ -719,23 +868,23 @@ static int32_t draw(Engine *e, const float *logits, int64_t n, float temperature
 static const char *check(const Linear *l, int in, int out)
 {
     const int64_t rows = padded(l->out, LANES);
-    const int codes = l->kind == CODES, int8 = l->kind == INT8;
+    const int codes = l->kind == CODES, int8 = l->kind == INT8, binary = l->kind == BIN || l->kind == BIN8;
     if (l->in < 1 || l->in >= 1 << 17 || l->out < 1 || l->out > 1 << 24 || l->in != in || out && l->out != out) return "shape";
     if (l->kind < CODES || l->kind > INT8 || l->act < NO_ACT || l->act > SILU_GLU || l->norm < NO_NORM || l->norm > RMS_NORM)
         return "kind";
     if (l->bits != 1 && l->bits != 2 && l->bits != 4 && l->bits != 8 && l->bits != 16 && l->bits != 32) return "bits";
-    if (l->kind == BIN && l->bits != 1 || l->kind == TERN && l->bits != 2 || int8 && l->bits != 8) return "bits of the kind";
+    if (binary && l->bits != 1 || l->kind == TERN && l->bits != 2 || int8 && l->bits != 8) return "bits of the kind";
     if (codes && (l->group < 1 || l->in % l->group || l->group % (32 / l->bits) && l->bits < 32)) return "group";
-    if (l->chunks < 1 || l->out % l->chunks && l->kind == BIN) return "chunks";
+    if (l->chunks < 1 || l->out % l->chunks && binary) return "chunks";
     const int64_t groups = codes ? l->in / l->group : 1, width = codes ? l->scale_bytes : 4;
-    const int has_scales = l->kind != BIN && width != 0;
+    const int has_scales = !binary && width != 0;
     if (codes && width != 0 && width != 1 && width != 2 && width != 4) return "bytes of a scale";
     const struct { const Array *a; int64_t bytes; int needed; } arrays[] = {
         { &l->code, rows * words_of(l) * 4, 1 }, { &l->scale, rows * groups * width, has_scales },
         { &l->zeros, rows * groups, 0 }, { &l->grid, 256 * 4, codes && width == 1 },
         { &l->gain, l->in * 4, l->norm != NO_NORM },
         { &l->shift, l->in * 4, 0 }, { &l->input_scale, l->in * 4, 0 }, { &l->bias, rows * 4, 0 },
-        { &l->alpha, l->chunks * 4, l->kind == BIN }, { &l->sums, rows * 4, int8 } };
+        { &l->alpha, l->chunks * 4, binary }, { &l->sums, rows * 4, int8 } };
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
         if (arrays[i].a->at ? arrays[i].a->bytes != arrays[i].bytes : arrays[i].needed) return "size of an array";
     return NULL;
@@ -754,7 +903,7 @@ void engine_free(Engine *e)
 {
     if (!e) return;
     void *all[] = { e->layers, e->x, e->qkv, e->y, e->hidden, e->z, e->a, e->tables, e->group_sums, e->scores, e->logits,
-                    e->keys, e->values, e->sorted, e->q, e->q_scale, e->q_sum };
+                    e->keys, e->values, e->sorted, e->q, e->q_scale, e->q_sum, e->unpacked };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(e);
 }
@@ -798,18 +947,23 @@ const char *engine_new(const Shape *s, const Linear *layers, int n, Engine **mad
     float **floats[] = { &e->x, &e->qkv, &e->y, &e->hidden, &e->z, &e->a, &e->group_sums };
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++) *floats[i] = room(rows, 4, &failed);
     e->tables = room(rows * 4, 4, &failed);
-    e->scores = room(s->threads * padded(s->context, PAD), 4, &failed);
+    e->scores = room(4 * s->threads * padded(s->context, PAD), 4, &failed);
     e->logits = room(s->batch * padded(s->vocab, PAD), 4, &failed);
     e->keys = room(heads * e->k_size, 4, &failed);
     e->values = room(heads * e->v_size, 4, &failed);
     e->sorted = room(s->vocab, 4, &failed);
-    e->q = room(rows, 1, &failed);
+    e->q = room(rows + 32 * e->wide, 1, &failed);                // AMX reads whole panels of 32 tokens
+    e->unpacked = room(s->threads * e->wide * 32, 1, &failed);
+#ifdef __AMX_INT8__
+    e->amx = !syscall(SYS_arch_prctl, 0x1023, 18);               // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA
+#endif
     e->q_scale = room(s->batch, 4, &failed);
     e->q_sum = room(s->batch, 4, &failed);
     if (failed) {
         engine_free(e);
         return "there is not enough memory";
     }
+    memset(e->q, 0, rows + 32 * e->wide);
     memcpy(e->layers, layers, n * sizeof *layers);
     *made = e;
     return NULL;

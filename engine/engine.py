@@ -23,12 +23,13 @@ import torch.nn.functional as F
 
 from quant import CODED4, GRIDS, ROOTS, compile_c, quantize_rows, scales4, unpack_bits
 
-CODES, BIN, TERN, INT8 = range(4)
+CODES, BIN, BIN8, TERN, INT8 = range(5)
 ACTS = {None: 0, 'relu': 1, 'gelu': 2, 'relu2_glu': 3, 'silu_glu': 4}
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
-BATCH = 48                     # most tokens in one call: a longer prompt takes several
+BATCH = 96                     # most tokens in one call: a longer prompt takes several
 # What the compiler may use, for tests; the results are the same bits.
-TARGETS = {'native': ('-march=native',), 'avx2': ('-march=native', '-mno-avx512f'), 'scalar': ()}
+TARGETS = {'native': ('-march=native',), 'vnni': ('-march=native', '-mno-amx-int8'),
+           'avx2': ('-march=native', '-mno-amx-int8', '-mno-avx512f'), 'scalar': ()}
 
 
 class Array(ctypes.Structure):
@@ -76,19 +77,23 @@ _lock = threading.Lock()
 
 class Engine:
     """A model in tiles of codes, with caches for `sequences` sequences of config.block_size tokens. threads=0: as torch.
-    head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them."""
+    head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them. binary='int8' rounds the inputs
+    of binary layers to int8 per token, as ternary layers always do; 'fp32' is what they were trained with."""
 
-    def __init__(self, model, head='int8', threads=0, sequences=1, target='native'):
+    def __init__(self, model, head='int8', threads=0, sequences=1, binary='fp32', target='native'):
         name, threads = type(model).__name__, threads or torch.get_num_threads()
         if name not in ('GPT', 'BitNet'):
             raise ValueError(f'the engine runs the models of train_gpt.py and train_bitnet.py, not {name}')
         if head not in ('int8', 'fp'):
             raise ValueError(f"head={head!r} must be 'int8' or 'fp'")
+        if binary not in ('fp32', 'int8'):
+            raise ValueError(f"binary={binary!r} must be 'fp32' or 'int8'")
         if not 1 <= threads <= 1024 or not 1 <= sequences <= 1 << 16:
             raise ValueError(f'threads={threads} must be 1 to 1024, sequences={sequences} 1 to 65536')
         if not all(p.device.type == 'cpu' for p in (*model.parameters(), *model.buffers())):
             raise ValueError('the engine runs on the CPU only')
         self.lib, self.kept, self.at, self.sequences, self.config = library(target), [], None, sequences, model.config
+        self.binary = BIN if binary == 'fp32' else BIN8
         c, layers = model.config, []
         with torch.no_grad():
             for i, block in enumerate(model.blocks):
@@ -183,7 +188,7 @@ class Engine:
         if getattr(m, 'bias', None) is not None and 'packed_bias' not in held:
             out.bias = self.array(m.bias.float(), full)
         if kind == 'bin':
-            out.kind, out.bits, out.chunks, out.out_eps = BIN, 1, m.chunks, m.eps
+            out.kind, out.bits, out.chunks, out.out_eps = self.binary, 1, m.chunks, m.eps
             out.code, out.alpha = self.words(held['code']), self.array(m.alpha.float())
             if 'packed_bias' in held:
                 out.bias = self.array(unpack_bits(held['packed_bias'], 1, rows).float() - 0.5, full)

@@ -91,7 +91,7 @@ def test_the_same_bits_everywhere(name, ids):
     """The instruction set, the number of threads and the size of the batch change no bit of the logits."""
     model = MODELS[name]()
     want = Engine(model, sequences=8, threads=1)(ids)
-    for target, threads in (('native', 2), ('avx2', 1), ('scalar', 1)):
+    for target, threads in (('native', 2), ('vnni', 1), ('avx2', 1), ('scalar', 1)):
         assert torch.equal(Engine(model, sequences=8, threads=threads, target=target)(ids), want), target
     alone = Engine(model, threads=1)
     assert torch.equal(alone(ids), want)
