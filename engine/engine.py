@@ -77,8 +77,8 @@ _lock = threading.Lock()
 
 class Engine:
     """A model in tiles of codes, with caches for `sequences` sequences of config.block_size tokens. threads=0: as torch.
-    head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them. binary='int8' rounds the inputs
-    of binary layers to int8 per token, as ternary layers always do; 'fp32' is what they were trained with."""
+    head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them. binary='int8' rounds the
+    inputs of binary layers to int8 per token, as ternary layers do; 'fp32' is what they were trained with."""
 
     def __init__(self, model, head='int8', threads=0, sequences=1, binary='fp32', target='native'):
         name, threads = type(model).__name__, threads or torch.get_num_threads()

@@ -1,12 +1,17 @@
 """engine/: the same tokens, logits and window as torch on models of every kind; the same bits on every instruction set and
 number of threads; one line for each mistake."""
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
 import layers
 import sample
-from engine.engine import BATCH, Engine, library
+from engine.engine import BATCH, Array, Engine, Linear, library
 from pretrained import replace
 from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
@@ -168,18 +173,62 @@ def test_mistakes_are_one_line(ids):
 
 def test_c_checks_every_size():
     """Wrong structs are refused, not read: shapes, missing arrays, arrays of another size."""
-    import ctypes
-
-    from engine.engine import Array
-    from engine.engine import Linear as Struct
     model, lib = gpt('bin'), library()
     engine = Engine(model)
     for field, value in (('in_', 31), ('out', 7), ('bits', 3), ('kind', 9), ('chunks', 0), ('alpha', Array()),
                          ('code', Array(engine.kept[0].data_ptr(), 4))):
-        shape, many, made = engine.structs[0], (Struct * len(engine.structs[1]))(*engine.structs[1]), ctypes.c_void_p()
+        shape, many, made = engine.structs[0], (Linear * len(engine.structs[1]))(*engine.structs[1]), ctypes.c_void_p()
         setattr(many[0], field, value)
         assert lib.engine_new(ctypes.byref(shape), many, len(many), ctypes.byref(made)) and not made.value, field
     assert lib.engine_new(ctypes.byref(shape), engine.structs[1], 3, ctypes.byref(made))
+
+
+def arrays_of(struct):
+    return [getattr(struct, name) for name, kind in struct._fields_ if kind is Array]
+
+
+def run_alone(engine, ids, folder, *command):
+    """Logits of engine_driver.c on a copy of the engine's model: (2, prompts, vocab), before and after the last token."""
+    shape, many = engine.structs
+    shape, many = type(shape).from_buffer_copy(shape), type(many).from_buffer_copy(many)
+    shape.sequences, shape.batch = len(ids), ids.numel()
+    tail, start = b'', 24 + ctypes.sizeof(shape) + ctypes.sizeof(many) + 4 * ids.numel()
+    for array in (a for struct in (shape, *many) for a in arrays_of(struct) if a.at):
+        tail += b'\0' * (-(start + len(tail)) % 64)
+        where = start + len(tail)
+        tail += ctypes.string_at(array.at, array.bytes)
+        array.at = where
+    head = b''.join(n.to_bytes(8, 'little') for n in (len(many), *ids.shape))
+    (folder / 'model').write_bytes(head + bytes(shape) + bytes(many) + ids.int().numpy().tobytes() + tail)
+    ran = subprocess.run([*command, 'model', 'out'], cwd=folder, capture_output=True, text=True)
+    assert not ran.returncode and not ran.stderr, ran.stderr
+    return torch.frombuffer(bytearray((folder / 'out').read_bytes()), dtype=torch.float32).view(2, len(ids), -1)
+
+
+ALONE = {'sanitizers': ('cc', '-g', '-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover', '-march=native'),
+         'ARM': ('aarch64-linux-gnu-gcc', '-O2', '-static', '-march=armv8.2-a+dotprod')}
+RUN_WITH = {'sanitizers': (), 'ARM': ('qemu-aarch64-static',)}
+
+
+@pytest.fixture(scope='module', params=ALONE)
+def alone(request, tmp_path_factory):
+    """Command of engine_driver.c, compiled for another processor or with sanitizers."""
+    compiler, run_with = ALONE[request.param], RUN_WITH[request.param]
+    if missing := [program for program in (compiler[0], *run_with) if not shutil.which(program)]:
+        pytest.skip(f'needs {missing[0]}')
+    program, source = tmp_path_factory.mktemp('alone') / 'alone', Path(__file__).with_name('engine_driver.c')
+    subprocess.run([*compiler, '-ffp-contract=off', '-Wno-psabi', '-o', program, source, '-lm'], check=True)
+    return *run_with, program
+
+
+@pytest.mark.parametrize('name', ['tern,bin,int4', 'bitnet', 'group int4', 'int8 activations'])
+@torch.no_grad()
+def test_other_processors_and_sanitizers(name, alone, ids, tmp_path):
+    """ARM's dot products (emulated) give the same bits, and the sanitizers find no wrong access and no undefined behaviour."""
+    engine = Engine(MODELS[name](), sequences=8, threads=1)
+    got = run_alone(engine, ids[:, :13], tmp_path, *alone)
+    for step, want in enumerate((engine(ids[:, :12]), engine(ids[:, :13]))):
+        assert torch.equal(got[step], want[:, 0])
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
