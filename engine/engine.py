@@ -26,6 +26,7 @@ from quant import CODED4, GRIDS, ROOTS, compile_c, quantize_rows, scales4, unpac
 CODES, BIN, BIN8, TERN, INT8 = range(5)
 ACTS = {None: 0, 'relu': 1, 'gelu': 2, 'relu2_glu': 3, 'silu_glu': 4}
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
+SEEDS = 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D, 0x1E3779B97F4A7C15     # odd numbers: all seeds, rows and steps differ
 BATCH = 96                     # most tokens in one call: a longer prompt takes several
 # What the compiler may use, for tests; the results are the same bits.
 TARGETS = {'native': ('-march=native',), 'vnni': ('-march=native', '-mno-amx-int8'),
@@ -268,17 +269,33 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # running
 
-    def run(self, ids, sequences, positions, wanted, logits=None, next=None, known=0, temperature=0.0, top_k=0, seeds=None):
-        """One call of engine.c for at most `batch` tokens; int32 tensors (n,), wanted uint8 (n,). Raises ValueError."""
-        at = lambda t: None if t is None else t.data_ptr()
-        why = self.lib.engine_run(self.at, len(ids), at(ids), at(sequences), at(positions), at(wanted), at(logits), at(next),
-                                  known, temperature, top_k, at(seeds))
-        if why:
-            raise ValueError(why.decode())
+    def calls(self, ids, sequences, positions, wanted, logits=None, next=None, known=0, temperature=0.0, top_k=0, seeds=None):
+        """Calls of engine.c for n tokens, at most `batch` in each, as functions without arguments; they read and write the
+        tensors in place. ids, sequences, positions int32 (n,), wanted uint8 (n,), logits (wanted, vocab) or next (wanted,)."""
+        at, made, done = lambda t, i: t[i:].data_ptr() if t is not None else None, [], 0
+        for i in range(0, len(ids), self.batch):
+            n, rows = min(self.batch, len(ids) - i), [at(t, i) for t in (ids, sequences, positions, wanted)]
+            made.append(functools.partial(self.lib.engine_run, self.at, n, *rows, at(logits, done), at(next, done), known,
+                                          temperature, top_k, at(seeds, done)))
+            done += int(wanted[i:i + n].sum())
+        return made
 
-    def prefill(self, ids, first, **sampling):
-        """Feed ids (B, T) at positions first .. first + T - 1, in batches. Returns the next ids (B,) int32 or, without
-        `sampling`, the logits (B, vocab) fp32 after the last position."""
+    @staticmethod
+    def run(calls):
+        """Make the calls. Raises ValueError."""
+        for call in calls:
+            if why := call():
+                raise ValueError(why.decode())
+
+    def places(self, B, T, first):
+        """sequences, positions and wanted of B sequences of T tokens from position `first`; the last of each is wanted."""
+        positions = torch.arange(first, first + T, dtype=torch.int32).repeat(B)
+        sequences = torch.arange(B, dtype=torch.int32).repeat_interleave(T)
+        return sequences, positions, (positions == first + T - 1).to(torch.uint8)
+
+    def prefill(self, ids, first, next=None, **sampling):
+        """Feed ids (B, T) at positions first .. first + T - 1. Returns the logits (B, vocab) fp32 after the last position or,
+        with `next` and `sampling`, writes an id of each row to next (B,) int32."""
         B, T = ids.shape
         if not 1 <= B <= self.sequences or not 1 <= T or not 0 <= first <= self.config.block_size - T:
             raise ValueError(f'{B} sequences of {first + T} tokens do not fit into {self.sequences} of '
@@ -286,45 +303,40 @@ class Engine:
         flat = ids.to(torch.int64).flatten()
         if flat.min() < 0 or flat.max() >= self.config.vocab_size:
             raise ValueError(f'an id is not in 0 .. {self.config.vocab_size - 1}')
-        flat, rows = flat.to(torch.int32), torch.arange(B, dtype=torch.int32)
-        sequences = rows.repeat_interleave(T)
-        positions = torch.arange(first, first + T, dtype=torch.int32).repeat(B)
-        wanted = (positions == first + T - 1).to(torch.uint8)
-        given = torch.empty(B, dtype=torch.int32) if sampling else torch.empty(B, self.config.vocab_size)
-        done = 0
-        for i in range(0, B * T, self.batch):
-            part = slice(i, i + self.batch)
-            out = given[done:]
-            extra = dict(sampling, next=out, seeds=sampling['seeds'][done:]) if sampling else {'logits': out}
-            self.run(flat[part], sequences[part], positions[part], wanted[part], **extra)
-            done += int(wanted[part].sum())
-        return given
+        logits = torch.empty(B, self.config.vocab_size) if next is None else None
+        flat, where = flat.to(torch.int32), self.places(B, T, first)
+        self.run(self.calls(flat, *where, logits, next, **sampling))
+        return logits
 
     def __call__(self, ids):
         """ids (B, T) -> logits (B, 1, vocab) after the last position, like the model's."""
-        parts = [self.prefill(part, 0) for part in ids.split(self.sequences)]
-        return torch.cat(parts)[:, None]
+        return torch.cat([self.prefill(part, 0) for part in ids.split(self.sequences)])[:, None]
 
     def generate(self, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, seed=0):
         """Yield the next ids (B,) int64, one step at a time, like sample.generate(). The same seed gives the same ids; each row
         draws its own numbers. When the context is full, its second half fills the cache anew."""
-        most, fed, filled = self.config.block_size, 0, None     # filled: positions in the cache; fed: tokens of `ids` in it
         if not 1 <= vocab_size <= self.config.vocab_size or not temperature >= 0 or top_k < 0:
             raise ValueError(f'vocab_size={vocab_size} must be 1 to {self.config.vocab_size}; temperature={temperature} and '
                              f'top_k={top_k} at least 0')
-        rows = torch.arange(len(ids), dtype=torch.int64)
-        for step in range(max_new_tokens):
-            if filled is None or filled == most:
-                keep = most if filled is None else max(1, most // 2)
-                ids, filled = ids[:, -keep:], 0
-                fed = 0
-            # splitmix64's constant, modulo 2 ** 64; a seed for each step and row
-            base = (seed * 0x2545F4914F6CDD1D + step * 0x9E3779B97F4A7C15 + 2 ** 63) % 2 ** 64 - 2 ** 63
-            new = self.prefill(ids[:, fed:], filled, known=vocab_size, temperature=max(temperature, 1e-6) if temperature else 0,
-                               top_k=min(top_k, vocab_size), seeds=base + rows * 0x5851F42D4C957F2D).to(torch.int64)
-            filled, fed = filled + ids.shape[1] - fed, ids.shape[1]
-            yield new
-            ids = torch.cat([ids, new[:, None]], 1)
+        B, most, at, parts = len(ids), self.config.block_size, None, [ids]      # at: tokens in the cache
+        new, first = torch.empty(B, dtype=torch.int32), (seed * SEEDS[0] + 2 ** 63) % 2 ** 64 - 2 ** 63
+        seeds = torch.arange(B) * SEEDS[1] + first
+        sampling = dict(known=vocab_size, temperature=max(temperature, 1e-6) if temperature else 0, seeds=seeds,
+                        top_k=min(top_k, vocab_size))
+        sequences, positions, wanted = self.places(B, 1, most)
+        one_more = self.calls(new, sequences, positions, wanted, next=new, **sampling)      # reads `new`, then overwrites it
+        for _ in range(max_new_tokens):
+            if at in (None, most):
+                parts = [torch.cat(parts, 1)[:, -(max(1, most // 2) if at else most):]]
+                self.prefill(parts[0], 0, new, **sampling)
+                at = parts[0].shape[1]
+            else:
+                positions.fill_(at)
+                self.run(one_more)
+                at += 1
+            parts.append(new[:, None].to(torch.int64))
+            yield parts[-1][:, 0]
+            seeds += SEEDS[2]
 
 
 def flat_steps(module):
