@@ -59,7 +59,8 @@ def library(target='native'):
             path = compile_c(Path(__file__).with_name('engine.c'), (*TARGETS[target], '-ffp-contract=off', '-Wno-psabi'))
             lib = ctypes.CDLL(path)
         except (OSError, RuntimeError, subprocess.SubprocessError) as e:
-            why = (getattr(e, 'stderr', None) or str(e)).strip().split('\n')[0][:150]
+            lines = (getattr(e, 'stderr', None) or str(e)).strip().split('\n')
+            why = next((line for line in lines if 'error' in line), lines[0])[:150]
             raise ValueError(f'engine.c was not compiled ({why}); install a C compiler, or set CC to one') from e
     p, i = ctypes.c_void_p, ctypes.c_int
     lib.engine_new.argtypes, lib.engine_new.restype = (p, p, i, p), ctypes.c_char_p
