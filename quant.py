@@ -406,7 +406,8 @@ def compile_c(source, options=('-march=native',)):
         cpu = next((line for line in open('/proc/cpuinfo') if line.startswith(('flags', 'Features'))), '')
     except OSError:
         cpu = platform.processor()
-    name = hashlib.sha256(repr((source.read_bytes(), flags, bundled, cpu, compiler)).encode()).hexdigest()[:16]
+    text = [p.read_bytes() for p in (source, *sorted(source.parent.glob('*.h')))]
+    name = hashlib.sha256(repr((text, flags, bundled, cpu, compiler)).encode()).hexdigest()[:16]
     try:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanobit'
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'requirements-peers.t
 ROOMS = {'readers': 'tokens documents texts images crops tasks',
          'pretrained': 'hf adapters formats calibrate replace subjects',
          'report': 'scores tables costs figure plot_cls plot_ptq plot_runs pictures',
-         'engine': 'engine engine.c',
+         'engine': 'engine engine.c lanes.h',
          'measure': 'turns forms matrices steps optimizers convolutions decode'}
 FOLDERS = {*ROOMS, 'config', 'data', 'docs', 'tests', 'results'}
 
