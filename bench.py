@@ -146,7 +146,7 @@ def main():
     p.add_argument('--threads_of', default='1,2', metavar='1,2', help='numbers of threads to measure, instead of --threads')
     p.add_argument('--prefill', default='128,512', metavar='128,512', help='tokens of the prompts')
     p.add_argument('--llama', default='', metavar='FOLDER', help='shared libraries of llama.cpp')
-    p.add_argument('--llama_types', default='', metavar='TQ2_0:F16,...', help='types of blocks and head; default: as the models')
+    p.add_argument('--llama_types', default='', metavar='TQ2_0:F16,...', help='blocks and head; default: as the models')
     p.add_argument('--folder', default='', help='where a temporary folder holds the random models')
     command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args(configurator.at_home(sys.argv[1:]))

@@ -1,10 +1,11 @@
 """
 Decode and prefill of language models by engine/, by torch and by llama.cpp, for bench.py: tokens per second, bytes, memory.
 
-Random models are written once as packed files and GGUF files, and each process loads its file. All processes of a number of threads
-take turns. Ratios are of two of them in the same round. One of them only reads memory: 512 MB, as a matrix times a vector in
-torch, which reads faster than a sum. A model that fits into the last cache can be read faster than that: shares above 100 % are
-possible. The bytes that a token reads are all weights and the cache of the keys and values of earlier tokens.
+Random models are written once, as packed files and GGUF files, and each process loads its file. All processes with the
+same number of threads take turns. One of them only reads memory: 512 MB, as a matrix times a vector in torch, which is
+faster than a sum. A model that fits into the last cache can be read faster than that, so shares of this bandwidth above
+100 % are possible. A token reads all weights, and the keys and values of the tokens before it. llama.cpp starts its threads
+anew for each call, as its library does unless a program gives it a pool of threads.
 """
 import copy
 import importlib.util
@@ -33,9 +34,11 @@ KINDS = {'bin': ('train_gpt', dict(qkv_proj='bin', c_proj='bin', mlp_proj='bin')
 SHAPES = {'1M': dict(n_layer=6, n_head=4, n_kv_head=2, n_embd=256, n_ff=768, vocab_size=256),
           '0.68B': dict(n_layer=24, n_head=24, n_kv_head=24, n_embd=1536, n_ff=4096, vocab_size=32_000),
           '2.4B': dict(n_layer=30, n_head=20, n_kv_head=5, n_embd=2560, n_ff=6912, vocab_size=128_256)}    # BitNet b1.58 2B4T
-LIKE = {'tern': ('TQ2_0:F16', 'TQ2_0:Q8_0', 'TQ1_0:Q8_0'), 'int4': ('Q4_0:F16', 'Q4_0:Q8_0')}   # type of llama.cpp : of its head
+# Types of llama.cpp that are compared with a kind: of the blocks' matrices, of the tied head.
+LIKE = {'tern': ('TQ2_0:F16', 'TQ2_0:Q8_0', 'TQ1_0:Q8_0'), 'int4': ('Q4_0:F16', 'Q4_0:Q8_0')}
 CACHE_BYTES = {'engine': 4, 'torch': 4, 'llama.cpp': 2}                 # of a key or value of one position
 AGREE_TOKENS = 64
+PROMPT = 16                                                             # tokens before those of decode
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the processes
@@ -67,7 +70,7 @@ def write_worker(a, models):
 
 
 def write_random(path, kind, shape, context, models):
-    """Write a packed file of a random model. Its blocks are copies of one, so no more than that one is ever in full precision."""
+    """Write a packed file of a random model. Its blocks are copies of one, so only one is ever in full precision."""
     trainer, options = KINDS[kind]
     make, config = models[trainer]
     options = options | shape | {'block_size': context}
@@ -114,33 +117,34 @@ def speed_worker(a, load, generate):
         steps = lambda ids, n: generate(model, torch.tensor([ids]), n, c.vocab_size, 0)
     position_bytes = 2 * shape['n_layer'] * shape['n_kv_head'] * (shape['n_embd'] // shape['n_head']) * CACHE_BYTES[a.runs]
     prompt = lambda n: [i % min(shape['vocab_size'], 256) for i in range(n)]
-    loaded, first = resident_bytes() - before, max(1, min(min(a.lengths), context // 2))
+    loaded, first = resident_bytes() - before, max(1, min(PROMPT, context // 2))
     about |= {'model_bytes': size, 'file_bytes': os.path.getsize(a.file), 'cache_bytes': context * position_bytes,
               'token_bytes': size + position_bytes * (first + min(a.tokens, context - first) // 2), 'loaded_bytes': loaded}
     rest = None
     for line in sys.stdin:
         if line.strip() == 'warm':
-            list(steps(prompt(min(8, context // 2)), 2))
+            list(steps(prompt(min(PROMPT, context // 2)), 2))
             yield {}
         else:
             idle = (time.process_time() - rest[0]) / max(1e-9, time.perf_counter() - rest[1]) if rest else 0.0
-            figures = {f'prefill_{n}': prefill_speed(steps, prompt(n)) for n in a.lengths if n <= context}
+            figures = {f'prefill_{n}': prefill_speed(steps, prompt(n), a.seconds) for n in a.lengths if n <= context}
             figures['decode'] = decode_speed(steps, prompt(first), min(a.tokens, context - first), a.seconds)
             yield figures | about | {'idle': idle, 'resident_bytes': resident_bytes() - before}
         rest = time.process_time(), time.perf_counter()
 
 
-def prefill_speed(steps, ids):
-    """Tokens per second of a prompt, repeated for at least 0.1 s."""
+def prefill_speed(steps, ids, limit):
+    """Tokens per second of a prompt, repeated for at least 0.1 s or `limit`."""
     n, start = 0, time.perf_counter()
-    while not n or time.perf_counter() - start < 0.1:
+    while not n or time.perf_counter() - start < min(0.1, limit):
         next(iter(steps(ids, 1)))
         n += len(ids)
     return n / (time.perf_counter() - start)
 
 
 def decode_speed(steps, ids, most, limit):
-    """New tokens per second after a prompt: `most` of them or as many as take `limit` seconds; repeated for at least 0.3 s."""
+    """New tokens per second after a prompt: `most` of them or as many as take `limit` seconds; repeated for at least 0.3 s or
+    `limit`."""
     n, spent = 0, 0.0
     while spent < min(0.3, limit):
         new = steps(ids, most + 1)
@@ -156,16 +160,18 @@ def decode_speed(steps, ids, most, limit):
 
 @torch.no_grad()
 def agree_worker(a, load, generate):
-    """Compare engine/ with torch on prompts that the model wrote: greedy tokens, and logits after the prompts. Answers with their
-    numbers and, for each prompt with another token, the distance of the two tokens' logits over the spread of all."""
+    """Compare engine/ with torch on prompts that the model wrote: greedy tokens, and logits after the prompts. ties: for each
+    prompt with another token, the distance of the two tokens' logits over the spread of all."""
     model = load(a.file)
-    engine, vocab, context = Engine(model, 'fp', a.threads, sequences=a.agree), model.config.vocab_size, model.config.block_size
-    length = max(1, min(16, context // 2))
+    engine = Engine(model, 'fp', a.threads, sequences=a.agree)
+    vocab, context = model.config.vocab_size, model.config.block_size
+    length = max(1, min(PROMPT, context // 2))
     new = min(AGREE_TOKENS, context - length)
     for _ in sys.stdin:
         g = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab, (a.agree, 1), generator=g)
-        ids = torch.cat([ids, *(t[:, None] for t in generate(model, ids, length - 1, vocab, 1.0, 0, g))], 1)
+        written = list(generate(model, ids, length - 1, vocab, 1.0, 0, g))
+        ids = torch.cat([ids, *(t[:, None] for t in written)], 1)
         right, ours = model(ids)[:, -1].float(), engine(ids)[:, -1]
         theirs, mine = (torch.stack(list(generate(m, ids, new, vocab, 0)), 1) for m in (model, engine))
         ties = []
@@ -191,7 +197,7 @@ def decode(a):
     kinds = [name for name in names if name in KINDS]
     like = [x for x in a.llama_types.split(',') if x] or [x for kind in kinds for x in LIKE.get(kind, ())]
     if not names or not heads or min(a.lengths) < 1 or min(counts) < 1 or not a.seconds > 0 or a.torch < 0 or a.agree < 0:
-        configurator.fail('give a model and a head; prefill, threads_of and seconds must be above 0, torch and agree not below')
+        configurator.fail('give a model and a head; prefill, threads_of, seconds must be above 0, torch and agree not below')
     if wrong := [h for h in heads if h not in ('int8', 'fp')]:
         configurator.fail(f'heads={wrong[0]!r} must be int8 or fp')
     if wrong := [x for x in like if x.partition(':')[0] not in llama.TYPES or x.partition(':')[2] not in llama.HEADS]:
@@ -203,7 +209,7 @@ def decode(a):
             configurator.fail(str(e))
         if not importlib.util.find_spec('gguf'):
             configurator.fail('--llama needs the package gguf; type: pip install gguf')
-    a.kinds, a.like, a.context = kinds, like if a.llama else [], 1 << (a.lengths[-1] + a.tokens).bit_length()
+    a.kinds, a.like, a.context = kinds, like if a.llama else [], 1 << (max(a.lengths[-1], PROMPT) + a.tokens).bit_length()
     with tempfile.TemporaryDirectory(dir=a.folder or None) as a.folder:
         if kinds or a.like:
             job = dict(vars(a), run=None, bench='decode', name='write', runs='write')
@@ -224,8 +230,8 @@ def decode(a):
         if r.get('idle', 0) > 0.05:
             print(f'note: {r["name"]} used {r["idle"]:.0%} of a core while others were measured')
         if r['runs'] == 'agree':
-            print(f'{r["model"]}: {r["same"]} of {r["prompts"]} prompts have the same {r["new_tokens"]} greedy tokens in engine/ '
-                  f'(exact head) and torch; logits differ by at most {r["logits_difference"]:.1e} of their spread'
+            print(f'{r["model"]}: {r["same"]} of {r["prompts"]} prompts have the same {r["new_tokens"]} greedy tokens in '
+                  f'engine/ (exact head) and torch; logits differ by at most {r["logits_difference"]:.1e} of their spread'
                   + ''.join(f'; a tie of {tie:.1e}' for tie in r['ties']))
 
 
@@ -265,6 +271,7 @@ def measure_group(a, names, heads, like, threads):
                     | {key: value for key, value in mine[0].items() if key not in speeds and key != 'idle'}
                     | {'idle': max(r.get('idle', 0) for r in mine), 'rounds': rounds,
                        'resident_bytes': max(r['resident_bytes'] for r in mine if r),
+                       'resident_ratio': mine[0]['loaded_bytes'] / (mine[0]['file_bytes'] + mine[0]['cache_bytes']),
                        'share': statistics.median(r['decode'] * mine[0]['token_bytes'] / r['read'] for r in done)})
     for w in workers:
         w.close()
@@ -274,8 +281,6 @@ def measure_group(a, names, heads, like, threads):
 def print_rows(rows, a):
     mb = lambda n: f'{n / 1e6:,.1f}'
     speeds = [r for r in rows if r['runs'] != 'agree']
-    for r in speeds:
-        r['resident_ratio'] = r['loaded_bytes'] / (r['file_bytes'] + r['cache_bytes'])
     show(speeds, [('name', 'model', 's'), ('threads', 'threads', 'd'), ('decode', 'decode, tokens/s', ',.1f'),
                   *((f'prefill_{n}', f'prefill {n}', ',.0f') for n in a.lengths),
                   ('model_bytes', 'weights, MB', mb), ('share', 'of read bandwidth', '.0%'), ('read', 'that is, GB/s',

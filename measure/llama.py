@@ -6,9 +6,9 @@ Stock llama.cpp for bench.py decode: random GGUF files of the shape of our rando
     for id in llama.generate([1, 2, 3], 10): ...
 
 Any folder with libllama*, libggml* and libggml-cpu* of one build will do, e.g. bins/linux-x64 of the npm package
-@node-llama-cpp/linux-x64, which has a library for every generation of CPUs. The layouts of llama.cpp's structs change with its
-versions. So this code sets only the first fields of the context's parameters, which are checked against their known defaults, and
-leaves the rest of each struct as the library's own default function filled it.
+@node-llama-cpp/linux-x64, which has a library for every generation of CPUs. The structs of llama.cpp change with its
+versions. So this code sets only the first fields of the context's parameters, and only if they hold their known defaults. The
+rest of each struct stays as the library itself fills it.
 """
 import ctypes
 import platform
@@ -36,9 +36,8 @@ def random_blocks(rng, kind, rows, columns):
         raise ValueError(f'{kind} needs rows of a multiple of {size} weights, not {columns}')
     blocks = rng.integers(0, 256, (rows * columns // size, n_bytes), np.uint8)
     if kind == 'TQ2_0':                             # four codes 0, 1, 2 a byte, not 3
-        trits = np.array([a | b << 2 | c << 4 | d << 6 for a in range(3) for b in range(3) for c in range(3) for d in range(3)],
-                         np.uint8)
-        blocks = trits[rng.integers(0, 81, blocks.shape, np.uint8)]
+        fours = np.arange(81) // [[1], [3], [9], [27]] % 3
+        blocks = (fours << [[0], [2], [4], [6]]).sum(0).astype(np.uint8)[rng.integers(0, 81, blocks.shape, np.uint8)]
     deviation = {'TQ2_0': 0.8, 'TQ1_0': 0.8, 'Q4_0': 4.6, 'Q8_0': 74}[kind]
     at = slice(0, 2) if kind in SCALE_FIRST else slice(-2, None)
     blocks[:, at] = np.array([columns ** -0.5 / deviation], np.float16).view(np.uint8)
@@ -46,8 +45,9 @@ def random_blocks(rng, kind, rows, columns):
 
 
 def write_gguf(path, kind, head, shape, context):
-    """Write a random model with blocks of type `kind` and a tied head of type `head`. shape: as in decode.SHAPES. All layers hold
-    the same random codes, at different places of the file. Raises ValueError without gguf and for widths that do not fit."""
+    """Write a random model with blocks of type `kind` and a tied head of type `head`. shape: as in decode.SHAPES. All layers
+    hold the same random codes, at different places of the file. Raises ValueError without gguf and for widths that do not
+    fit."""
     try:
         import gguf
     except ImportError:
@@ -162,15 +162,15 @@ class Llama:
         llama.llama_set_n_threads(self.context, threads, threads)
         here = llama.llama_n_ctx(self.context), llama.llama_n_ubatch(self.context), llama.llama_n_threads(self.context)
         if here[0] < max(context, 512) or here[1:] != (512, threads):
-            raise ValueError(f'llama.cpp in {folder} made a context of {here} instead of {(max(context, 512), 512, threads)} tokens, tokens '
-                             'of a batch and threads; give another --llama')
+            raise ValueError(f'llama.cpp in {folder} made a context of {here} tokens, batch and threads instead of '
+                             f'{(max(context, 512), 512, threads)}; give another --llama')
         self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
         version = getattr(llama, 'llama_version', None)
         if version:
             version.restype = ctypes.c_char_p
-        system = llama.llama_print_system_info().decode()
+        system = llama.llama_print_system_info().decode().split('|')
         self.about = ', '.join([(version() if version else b'llama.cpp').decode(), *cpu[:1],
-                                ' '.join(word.split(' = ')[0].split(':')[-1].strip() for word in system.split('|') if '= 1' in word)])
+                                ' '.join(x.split(' = ')[0].split(':')[-1].strip() for x in system if '= 1' in x)])
 
     def nbytes(self):
         """Bytes of the weights."""
