@@ -86,7 +86,7 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python bench.py optim-bytes', 2, f'{SHAPE} --ranks=4', r'left'),
     ('python bench.py optim', 2, '--dim=32 --layers=1 --threads=1 --rounds=1 --steps=1 --ranks=4', r'rsvd 4'),
     ('python bench.py finetune', 2, f'{SHAPE} --rank=4 --rounds=1 --steps=1', r'projected'),
-    ('python bench.py decode', 3, '--shape=1M --rounds=1 --prefill=4 --tokens=3 --torch=0 --threads_of=1',
+    ('python bench.py decode', 3, '--shape=1M --rounds=1 --prefill=4 --tokens=3 --torch=0 --threads_of=1 --seconds=0.1',
      r'engine int8 +1 +[\d,]+'),
     ('python bench.py bundle', 2, '', r'nanobit\.zip: \d+ files'),
     ('python plot.py bars', 3, '', r'stats\.png: actual_bytes'),
