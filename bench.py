@@ -13,8 +13,9 @@ Measure time, memory and error of variants. Each variant runs in a fresh process
     python bench.py optim-bytes                                # optimizer bytes and peak memory of DistilBERT, by rank
     python bench.py finetune                                   # DistilBERT: a training step of full, LoRA, low-rank Adam
     python bench.py conv                                       # train_cnn.py's layers, and Conv2d with BatchNorm2d
-    python bench.py decode --shape=0.2B                        # tokens/s of random models, engine/ against torch
-    python bench.py decode --models=out/pycode_bin             # the same of a trained model
+    python bench.py decode --shape=0.68B                       # tokens/s of random models, engine/ against torch
+    python bench.py decode --shape=0.68B --llama=FOLDER        # and against llama.cpp, whose shared libraries are there
+    python bench.py decode --models=out/pycode_bin             # a trained model
     python bench.py bundle nanobit.zip                         # the sources as a zip, byte for byte the same each time
 
 stats and compare also take a checkpoint or a Hugging Face folder instead of bignet. --json=PATH appends the rows to a file as
@@ -138,17 +139,20 @@ def main():
     p.add_argument('--compile', action='store_true')
     p.add_argument('--variants', default=','.join(convolutions.CONVS), help='default: all')
     p.add_argument('--dtypes', default='float32,bfloat16')
-    p = command('decode', decode.decode, prefill=128, tokens=32, rounds=5)
+    p = command('decode', decode.decode, tokens=32, rounds=5, torch=3, seconds=5.0, agree=0)
     p.add_argument('--models', default='tern,bin,int4', help=f'{", ".join(decode.KINDS)} or runs, e.g. tern,out/pycode_bin')
-    p.add_argument('--shape', default='0.2B', choices=tuple(decode.SHAPES), help='size of the random models')
-    p.add_argument('--head', default='int8', choices=('int8', 'fp'))
+    p.add_argument('--shape', default='0.68B', choices=tuple(decode.SHAPES), help='size of the random models')
+    p.add_argument('--heads', default='int8', help='heads of the engine: int8, fp')
     p.add_argument('--threads_of', default='1,2', metavar='1,2', help='numbers of threads to measure, instead of --threads')
-    p.add_argument('--torch', type=int, default=1, choices=(0, 1), help='0: only the engine')
+    p.add_argument('--prefill', default='128,512', metavar='128,512', help='tokens of the prompts')
+    p.add_argument('--llama', default='', metavar='FOLDER', help='shared libraries of llama.cpp')
+    p.add_argument('--llama_types', default='', metavar='TQ2_0:F16,...', help='blocks and head; default: as the models')
+    p.add_argument('--folder', default='', help='where a temporary folder holds the random models')
     command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args(configurator.at_home(sys.argv[1:]))
     if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():
         configurator.fail('there is no CUDA device here; type --device=cpu')
-    for key in ('batch', 'batch_size', 'steps', 'rounds', 'rank', 'dim', 'layers', 'tokens', 'prefill', 'threads'):
+    for key in ('batch', 'batch_size', 'steps', 'rounds', 'rank', 'dim', 'layers', 'tokens', 'threads'):
         if getattr(a, key, 1) < 1:
             configurator.fail(f'--{key}={getattr(a, key)} must be 1 or more; type another number')
     if getattr(a, 'json', ''):

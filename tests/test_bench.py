@@ -4,9 +4,12 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import subprocess
+import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -15,7 +18,7 @@ import bench
 import common
 import layers
 from conftest import ROOT
-from measure import forms, optimizers
+from measure import decode, forms, llama, optimizers
 from readers import tokens
 from forked import BENCH_FORKS
 from train_gpt import GPT, GPTConfig
@@ -193,6 +196,94 @@ def test_finetune_of_distilbert(rows):
     assert low['amortised_ms'] == pytest.approx(low['ms'] + low['refresh_ms'] / 200)
 
 
+# ------------------------------------------------------------------------------------------------------------- decode
+
+DECODE = ('decode', '--shape=1M', '--threads_of=1', '--prefill=8,40', '--tokens=4', '--seconds=0.02')
+
+
+def test_decode_of_random_models(rows):
+    """One row for each model, head and library. Bytes are those of the shape; ratios and shares follow from the rounds."""
+    table, out = rows(*DECODE, '--models=tern,bin', '--heads=int8,fp', '--rounds=2', '--torch=1')
+    assert list(table) == [f'{kind} {what}' for kind in ('tern', 'bin') for what in ('engine int8', 'engine fp', 'torch')]
+    blocks, head = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768), 256 * 256
+    tern, exact, torch_ = table['tern engine int8'], table['tern engine fp'], table['tern torch']
+    assert tern['model_bytes'] == pytest.approx(blocks / 4 + head, rel=0.5)
+    assert exact['model_bytes'] - tern['model_bytes'] == pytest.approx(3 * head, rel=0.05)
+    assert tern['cache_bytes'] == 64 * 2 * 6 * 128 * 4 and tern['file_bytes'] > blocks / 4
+    assert tern['token_bytes'] == tern['model_bytes'] + (16 + 2) * tern['cache_bytes'] / 64
+    for r in table.values():
+        first = r['rounds'][0]
+        assert r['decode'] > 0 and r['prefill_8'] > 0 and r['prefill_40'] > 0 and r['read'] > 0 and r['name'] in out
+        assert r['loaded_bytes'] <= r['resident_bytes'] and 0 <= r['idle']
+        assert (r['rounds'][1] is None) == (r['runs'] == 'torch')
+        if r is torch_:
+            assert r['share'] == first['decode'] * r['token_bytes'] / first['read']
+
+
+def test_decode_of_a_trained_model(rows, tmp_path):
+    """A run's packed file is measured; lengths beyond its context are left out. Greedy tokens are compared with torch's."""
+    config = GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=2, n_embd=32, binary_blocks=(0,))
+    torch.manual_seed(1)
+    size = common.save_packed(GPT(config), tmp_path / 'packed.safetensors', {
+        'trainer': 'train_gpt', 'step': 1, 'model_config': vars(config), 'tokenizer': tokens.byte().describe()})
+    table, out = rows(*DECODE, f'--models={tmp_path}', '--rounds=1', '--torch=0', '--agree=5')
+    speed, agree = table.values()
+    assert speed['file_bytes'] == size and speed['prefill_8'] > 0 and 'prefill_40' not in speed and speed['decode'] > 0
+    assert agree['prompts'] == 5 and agree['new_tokens'] == 16 and agree['same'] + len(agree['ties']) == 5
+    assert agree['logits_difference'] < 1e-4 and max(agree['ties'], default=0) < 1e-3
+    assert f'{agree["same"]} of 5 prompts have the same 16 greedy tokens' in out
+
+
+FOLDER = os.environ.get('NANOBIT_LLAMA', '')    # shared libraries of llama.cpp, see measure/llama.py
+
+
+@pytest.mark.skipif(not FOLDER, reason='NANOBIT_LLAMA names no folder with shared libraries of llama.cpp')
+def test_decode_of_llama_cpp(rows, tmp_path):
+    """llama.cpp loads each random GGUF file; its weights have the bits of their types. Threads do not change the tokens."""
+    pytest.importorskip('gguf', reason='make peers installs gguf')
+    table, _ = rows(*DECODE, '--models=tern,int4', '--rounds=1', '--torch=0', f'--llama={FOLDER}')
+    blocks, wide, head = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768), 6 * 12 * 256 * 256, 256 * 256
+    for name, bits, weights, head_bits in (('TQ2_0 F16', 2.0625, blocks, 16), ('TQ2_0 Q8_0', 2.0625, blocks, 8.5),
+                                           ('TQ1_0 Q8_0', 1.6875, blocks, 8.5), ('Q4_0 Q8_0', 4.5, wide, 8.5)):
+        r = table[f'llama.cpp {name}']
+        vectors = 64 * 256 * 4 if 'Q4' in name else 0         # learned positions
+        assert r['model_bytes'] == pytest.approx((bits * weights + head_bits * head) / 8 + vectors, rel=0.06), name
+        assert r['decode'] > 0 and r['prefill_40'] > 0 and r['about']
+    path = tmp_path / 'x.gguf'
+    llama.write_gguf(path, 'TQ1_0', 'F16', decode.SHAPES['1M'], 64)
+    one, two = (list(llama.Llama(FOLDER, path, threads, 64).generate([1, 2, 3], 9)) for threads in (1, 2))
+    assert one == two and len(set(one)) > 1
+    (tmp_path / 'bad.gguf').write_bytes(b'GGUF' + bytes(99))
+    with pytest.raises(ValueError, match='cannot load .*bad.gguf'):
+        llama.Llama(FOLDER, tmp_path / 'bad.gguf', 1, 64)
+
+
+def test_ternary_codes_are_valid():
+    """A byte of TQ2_0 holds four codes 0, 1 and 2, equally often; every row ends with the block's scale."""
+    pytest.importorskip('gguf', reason='make peers installs gguf')
+    blocks = llama.random_blocks(np.random.default_rng(0), 'TQ2_0', 64, 512).reshape(-1, 66)
+    codes = blocks[:, :64, None] >> np.array([0, 2, 4, 6]) & 3
+    assert np.bincount(codes.flatten()) / codes.size == pytest.approx([1 / 3] * 3, abs=0.02)
+    assert np.unique(blocks[:, 64:].copy().view(np.float16)) == pytest.approx(512 ** -0.5 / 0.8, rel=1e-3)
+    with pytest.raises(ValueError, match='multiple of 256'):
+        llama.random_blocks(np.random.default_rng(0), 'TQ2_0', 64, 128)
+
+
+def test_targets_are_computed_from_rounds():
+    """A ratio is the median of the ratios within rounds; rounds without a figure and runs that are missing do not count."""
+    sys.path.append(str(ROOT / 'results'))
+    import decode as page
+    row = lambda name, *speeds, **more: {'name': name, 'threads': 1, 'shape': '0.68B', 'runs': 'engine', 'resident_ratio': 1.2,
+                                         'rounds': [None if s is None else {'decode': s} for s in speeds]} | more
+    found = page.targets([row(page.TERN, 30, 10, 40), row('llama.cpp TQ2_0 Q8_0', 10, 10, 20, runs='llama.cpp'),
+                          row(page.BIN, 90, None, 40)])
+    shown = {(r['measure'], r['threads']): (r['measured'], r['reached']) for r in found}
+    assert shown['decode, ternary, 8-bit heads, over llama.cpp TQ2_0 Q8_0', 1] == ('2.00 ×', 'yes')
+    assert shown['decode, ternary, 8-bit heads, over llama.cpp TQ2_0 Q8_0', 2] == ('-', '-')
+    assert shown['decode, binary, over tern', 1] == ('2.00 ×', 'yes')
+    assert shown['resident memory over packed file and cache, the most', 1] == ('1.20 ×', '**no**')
+
+
 # ----------------------------------------------------------------------------------------------------- mistakes, bundle
 
 
@@ -210,7 +301,10 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
             ('stats bignet --device=cuda', 'CUDA'), ('bundle /nonexistent/x.zip', '/nonexistent/x.zip'), ('', 'command'),
             ('layers --shapes=4x8', '4x8'), ('fit lora --seeds=a', 'seeds'), ('train --kinds=foo', 'foo'),
             ('optim-bytes --ranks=0', 'ranks'), ('finetune --variants=foo', 'foo'), ('finetune --tokens=0', 'tokens'),
-            ('stats bignet --json=/nonexistent/x', '/nonexistent/x'), ('stats bignet tests half', 'one model')]:
+            ('decode --heads=x', 'heads'), ('decode --prefill=a', 'prefill'), ('decode --models=', 'model'),
+            ('decode --threads_of=0', 'threads_of'), ('decode --llama=/nonexistent/x', '/nonexistent/x'),
+            ('decode --llama_types=Q3:F16', 'Q3'), ('stats bignet --json=/nonexistent/x', '/nonexistent/x'),
+            ('stats bignet tests half', 'one model')]:
         monkeypatch.setattr('sys.argv', ['bench.py', *args.split()])
         mistake(says, bench.main)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)

@@ -16,7 +16,7 @@ ROOMS = {'readers': 'tokens documents texts images crops tasks',
          'pretrained': 'hf adapters formats calibrate replace subjects',
          'report': 'scores tables costs figure plot_cls plot_ptq plot_runs pictures',
          'engine': 'engine engine.c lanes.h',
-         'measure': 'turns forms matrices steps optimizers convolutions decode'}
+         'measure': 'turns forms matrices steps optimizers convolutions decode llama'}
 FOLDERS = {*ROOMS, 'config', 'data', 'docs', 'tests', 'results'}
 
 # From the ground up. A module imports only lower floors; in rooms, data/, results/ and among the tools also its neighbours.

@@ -1,0 +1,122 @@
+"""
+Decode and prefill by engine/, torch and llama.cpp: runs bench.py decode, stores results/decode.jsonl and results/decode.md.
+
+    python results/decode.py --llama=FOLDER         # 25 minutes on two idle cores; out/pycode_bin must exist: make train
+    python results/decode.py --table                # the page alone, from the stored lines
+
+FOLDER holds llama.cpp's shared libraries, see measure/llama.py. All figures of the page are computed from the log. A ratio is
+the median of the ratios within rounds.
+"""
+import argparse
+import statistics
+import subprocess
+import sys
+
+import keep
+from keep import ROOT, table
+
+COMMANDS = ['--shape=0.68B --heads=int8,fp --torch=2 --llama_types=TQ2_0:F16,TQ2_0:Q8_0,TQ1_0:Q8_0,Q4_0:Q8_0',
+            '--shape=2.4B --prefill=128 --tokens=16 --rounds=3 --torch=0 --llama_types=TQ2_0:Q8_0,TQ1_0:Q8_0,Q4_0:Q8_0',
+            '--models=out/pycode_bin --heads=int8,fp --threads_of=1 --prefill=64 --tokens=60 --rounds=9 --agree=200']
+SMALL = 'out/pycode_bin'
+TERN, BIN, INT4 = 'tern engine int8', 'bin engine int8', 'int4 engine int8'
+# label, threads, figure, at least, of which row, over which row
+RATIOS = [('decode, ternary, 8-bit heads', 1, 'decode', 1.4, TERN, 'llama.cpp TQ2_0 Q8_0'),
+          ('decode, ternary, 8-bit heads', 2, 'decode', 1.4, TERN, 'llama.cpp TQ2_0 Q8_0'),
+          ('decode, ternary, int8 head and F16 head', 2, 'decode', 1.4, TERN, 'llama.cpp TQ2_0 F16'),
+          ('prefill of 512, ternary', 1, 'prefill_512', 2.4, TERN, 'llama.cpp TQ2_0 Q8_0'),
+          ('prefill of 512, ternary', 2, 'prefill_512', 2.4, TERN, 'llama.cpp TQ2_0 Q8_0'),
+          ('prefill of 512, ternary', 1, 'prefill_512', 4, TERN, 'llama.cpp TQ1_0 Q8_0'),
+          ('prefill of 512, ternary', 2, 'prefill_512', 4, TERN, 'llama.cpp TQ1_0 Q8_0'),
+          ('decode, binary', 1, 'decode', 1.5, BIN, TERN), ('decode, binary', 2, 'decode', 1.5, BIN, TERN),
+          ('decode, 4 bits, 8-bit heads', 1, 'decode', 1.1, INT4, 'llama.cpp Q4_0 Q8_0'),
+          ('decode, 4 bits, 8-bit heads', 2, 'decode', 1.1, INT4, 'llama.cpp Q4_0 Q8_0')]
+
+
+def paired(row, base, key):
+    """Median over the rounds that both rows have of the ratio of a figure; None if there is none."""
+    pairs = zip(row['rounds'], base['rounds'], strict=True) if row and base else ()
+    ratios = [r[key] / b[key] for r, b in pairs if r and b and key in r]
+    return statistics.median(ratios) if ratios else None
+
+
+def targets(rows):
+    """[{measure, threads, must, measured, reached}]. A target whose runs are not in the log shows a dash."""
+    find = lambda name, threads, shape='0.68B': next(
+        (r for r in rows if (r['name'], r.get('threads'), r.get('shape')) == (name, threads, shape)), None)
+
+    def line(measure, threads, must, value, shown, reached):
+        none = value is None
+        return {'measure': measure, 'threads': threads, 'must': must, 'measured': '-' if none else shown(value),
+                'reached': '-' if none else 'yes' if reached(value) else '**no**'}
+    found = []
+    for label, threads, key, least, name, base in RATIOS:
+        found.append(line(f'{label}, over {base.removesuffix(" int8").removesuffix(" engine")}', threads, f'≥ {least} ×',
+                          paired(find(name, threads), find(base, threads), key), '{:.2f} ×'.format,
+                          lambda v, least=least: v >= least))
+    tern, small = find(TERN, 2), find(f'{SMALL} engine int8', 1, '')
+    agree = next((r for r in rows if r['runs'] == 'agree'), None)
+    engines = [r for r in rows if r['runs'] == 'engine' and r['shape']]
+    worst = max(engines, key=lambda r: r['resident_ratio'], default={})
+    share = lambda r: statistics.median(x['decode'] * r['token_bytes'] / x['read'] for x in r['rounds'])
+    return found + [
+        line('decode, ternary, share of the measured read bandwidth', 2, '≥ 85%', tern and share(tern), '{:.0%}'.format,
+             lambda v: v >= 0.85),
+        line('decode, 1.2M model of config/pycode_bin.py, tokens/s', 1, '≥ 5,000', small and small['decode'], '{:,.0f}'.format,
+             lambda v: v >= 5000),
+        line('greedy tokens as torch\'s, exact head, prompts', '', 'all', agree and agree['same'],
+             lambda v: f'{v} of {agree["prompts"]}' + ''.join(f', a tie of {t:.0e}' for t in agree['ties']),
+             lambda v: v == agree['prompts']),
+        line('logits, exact head: difference from torch\'s over their spread', '', '≤ 1e-4',
+             agree and agree['logits_difference'], '{:.0e}'.format, lambda v: v <= 1e-4),
+        line('resident memory over packed file and cache, the most', worst.get('threads', ''), '≤ 1.15 ×',
+             worst.get('resident_ratio'), '{:.2f} ×'.format, lambda v: v <= 1.15)]
+
+
+def lines_of(rows):
+    """Markdown lines of the page."""
+    speeds = [r for r in rows if r['runs'] != 'agree']
+    number = lambda key, spec, scale=1: lambda r: '-' if r.get(key) is None else format(r[key] / scale, spec)
+    columns = {'model': lambda r: f'{r["shape"]} {r["name"]}'.strip(), 'threads': '{threads}',
+               'decode': number('decode', ',.1f'), 'prefill 64': number('prefill_64', ',.0f'),
+               'prefill 128': number('prefill_128', ',.0f'), 'prefill 512': number('prefill_512', ',.0f'),
+               'MB a token': number('token_bytes', ',.1f', 1e6),
+               'of read bandwidth': number('share', '.0%'), 'resident MB': number('loaded_bytes', ',.0f', 1e6),
+               '× file + cache': number('resident_ratio', '.2f')}
+    about = ', '.join(dict.fromkeys(r['about'] for r in speeds if r.get('about')))
+    read = {n: statistics.median(r['read'] for r in speeds if r['threads'] == n) / 1e9 for n in (1, 2)
+            if any(r['threads'] == n for r in speeds)}
+    read = ', '.join(f'{v:.1f} GB/s on {n} thread{"s" * (n > 1)}' for n, v in read.items())
+    r = rows[-1]
+    return [f'`python results/decode.py`: {r["device"]}, torch {r["torch"]}; tokens/s, medians over rounds in turns; ratios '
+            f'are medians of ratios within rounds. Read bandwidth: {read}, a matrix of 512 MB '
+            'times a vector in torch. A smaller model that lies in the last cache can exceed it.', '',
+            *table({'target': '{measure}', 'threads': '{threads}', 'must': '{must}', 'measured': '{measured}',
+                    'reached': '{reached}'}, targets(rows)), '',
+            'Random models, but for the trained one; 0.68B: 24 layers, 1536 wide, vocabulary 32,000; 2.4B: the shape of '
+            f'BitNet b1.58 2B4T. bin and int4 are GPTs, tern is a BitNet. llama.cpp: {about}.', '', *table(columns, speeds)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--llama', default='', metavar='FOLDER', help='shared libraries of llama.cpp')
+    parser.add_argument('--table', action='store_true', help='run nothing')
+    a = parser.parse_args()
+    if not a.table:
+        if not a.llama or not (ROOT / SMALL).is_dir():
+            sys.exit(f'error: this compares with llama.cpp and runs {SMALL}; type: make train; python results/decode.py '
+                     '--llama=FOLDER')
+        log = ROOT / 'out' / 'bench' / 'decode.jsonl'
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        for command in COMMANDS:
+            llama = [f'--llama={a.llama}'] if '--llama_types' in command else []
+            words = *command.split(), *llama, f'--json={log}'
+            subprocess.run([sys.executable, 'bench.py', 'decode', *words], cwd=ROOT, check=True)
+        keep.write('decode.jsonl', log.read_text())
+    rows = keep.read('decode') or sys.exit('error: no results/decode.jsonl; type: python results/decode.py --llama=FOLDER')
+    keep.publish('decode', lines_of(rows))
+
+
+if __name__ == '__main__':
+    main()
