@@ -1,8 +1,7 @@
 """
 Engine(model): a GPT of train_gpt.py or a BitNet of train_bitnet.py on the CPU, computed by engine.c from its packed codes.
 
-    model, tokenizer, about = sample.load('out/pycode_bin/packed.safetensors')
-    engine = Engine(model)                                      # head='fp' for the same logits as the model, up to rounding
+    engine, tokenizer, about = load.engine('out/pycode_bin')    # Engine(model) for a model in memory
     for new in engine.generate(ids, 100, tokenizer.vocab_size, temperature=0.8, top_k=200, seed=1): ...
     logits = engine(ids)                                        # (B, T) -> (B, 1, vocab), like the model
 
@@ -76,9 +75,10 @@ _lock = threading.Lock()
 
 class Engine:
     """A model in tiles of codes, with caches for `sequences` sequences of config.block_size tokens. threads=0: as torch.
-    head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them."""
+    head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them: the same logits as the model,
+    up to rounding. used(block): called when the weights of a block are copied."""
 
-    def __init__(self, model, head='int8', threads=0, sequences=1, target='native'):
+    def __init__(self, model, head='int8', threads=0, sequences=1, target='native', used=lambda block: None):
         name, threads = type(model).__name__, threads or torch.get_num_threads()
         if name not in ('GPT', 'BitNet'):
             raise ValueError(f'the engine runs the models of train_gpt.py and train_bitnet.py, not {name}')
@@ -94,6 +94,7 @@ class Engine:
             for i, block in enumerate(model.blocks):
                 steps = gpt_steps(block) if name == 'GPT' else bitnet_steps(block)
                 layers += [self.linear(f'blocks.{i}.{part}', *steps[part]) for part in steps]
+                used(block)
             norm = (model.ln_f, None) if name == 'GPT' else (model.norm, None)
             embedding = getattr(model.wte, 'layer', model.wte)         # the packed layer, or nn.Embedding
             tied = embedding is model.lm_head or embedding.weight is not None and embedding.weight is model.lm_head.weight
@@ -203,7 +204,8 @@ class Engine:
         elif kind == 'group':
             self.groups(out, m, held, rows, columns)
         elif to_int8 and kind == 'fp':
-            self.int8(out, *quantize_rows(m.weight.float(), tiny=1e-30), full)
+            parts = [quantize_rows(part.float(), tiny=1e-30) for part in m.weight.split(1 << 12)]      # little memory at a time
+            self.int8(out, *map(torch.cat, zip(*parts, strict=True)), full)
         else:
             self.full(out, m, rows, columns)
 
