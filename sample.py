@@ -30,7 +30,7 @@ from engine.engine import Engine
 from readers import tasks
 
 mode = 'generate'              # generate | chat | play; the word alone, without --mode=, works too
-ckpt = 'out/gpt'               # folder of a run (best.pt, else last.pt, else packed.safetensors) or a file in it | BitNet's folder
+ckpt = 'out/gpt'               # folder of a run (best.pt, else last.pt, else packed.safetensors) or a file in it | see above
 prompt = ''                    # text to continue, also in chat | FILE:path of a text file | '': the start of a document
 num_samples = 1                # one is printed as it grows, several at the end
 max_new_tokens = 500           # tokens per sample or answer; fewer if the model ends the text

@@ -419,7 +419,7 @@ def main():
         return common.mean_over_ranks(total, n)
 
     def predictor():
-        """A function from n texts of equal length to the most likely next byte of each. engine/ is faster, also with packing."""
+        """A function from n texts of equal length to the most likely next byte of each. On a CPU engine/ is the faster one."""
         scored = raw_model
         if dev.type == 'cpu' and dtype != 'bfloat16':
             with contextlib.suppress(ValueError):   # no compiler, or a shape that it cannot run

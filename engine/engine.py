@@ -53,8 +53,7 @@ def library(target='native'):
         try:
             if os.environ.get('NANOBIT_KERNELS') == '0':
                 raise OSError('NANOBIT_KERNELS=0')
-            path = compile_c(Path(__file__).with_name('engine.c'), (*TARGETS[target], '-ffp-contract=off', '-Wno-psabi'))
-            lib = ctypes.CDLL(path)
+            lib = compile_c(Path(__file__).with_name('engine.c'), (*TARGETS[target], '-ffp-contract=off', '-Wno-psabi'))
         except (OSError, RuntimeError, subprocess.SubprocessError) as e:
             why = (getattr(e, 'stderr', None) or str(e)).strip().split('\n')[0][:150]
             raise ValueError(f'engine.c was not compiled ({why}); install a C compiler, or set CC to one') from e
@@ -146,7 +145,8 @@ class Engine:
     def words(self, code):
         """Tiles of code (rows, bytes): its words of 32 bits."""
         code = code.view(torch.uint8) if code.element_size() == 1 else code.contiguous().view(torch.uint8)
-        return self.tiles(F.pad(code, (0, -code.shape[1] % 4)).contiguous().view(torch.int32))
+        code = F.pad(code, (0, -code.shape[1] % 4)) if code.shape[1] % 4 else code          # pad() always copies
+        return self.tiles(code.contiguous().view(torch.int32))
 
     def linear(self, name, steps, to_int8=False):
         """Linear of [norm, activation, ..., layer], in this order. Raises ValueError that names the layer."""
@@ -204,8 +204,11 @@ class Engine:
         elif kind == 'group':
             self.groups(out, m, held, rows, columns)
         elif to_int8 and kind == 'fp':
-            parts = [quantize_rows(part.float(), tiny=1e-30) for part in m.weight.split(1 << 12)]      # little memory at a time
-            self.int8(out, *map(torch.cat, zip(*parts, strict=True)), full)
+            codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
+            for parts in zip(m.weight.split(1 << 10), codes.split(1 << 10), scale.split(1 << 10), strict=True):
+                for to, new in zip(parts[1:], quantize_rows(parts[0].float(), tiny=1e-30), strict=True):
+                    to.copy_(new)
+            self.int8(out, codes, scale, full)
         else:
             self.full(out, m, rows, columns)
 
@@ -225,7 +228,7 @@ class Engine:
     def int8(self, out, codes, scale, full):
         out.kind, out.bits = INT8, 8
         out.code, out.scale = self.words(codes), self.array(scale.flatten().float(), full)
-        out.sums = self.array(codes.sum(1, dtype=torch.int32), full)
+        out.sums = self.array(torch.cat([part.sum(1, dtype=torch.int32) for part in codes.split(1 << 10)]), full)
 
     def four_bits(self, out, m, held, rows, columns):
         group = math.gcd(columns, m.group)                      # a group may go on in the next row

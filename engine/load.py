@@ -111,15 +111,21 @@ def release(t):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)      # MADV_DONTNEED
 
 
+def trim():
+    """Let glibc give freed memory back to the system."""
+    if sys.platform == 'linux':
+        getattr(ctypes.CDLL(None), 'malloc_trim', int)(0)
+
+
 def into_engine(model, head='int8', threads=0, sequences=1):
     """Engine of a model of load(), whose weights are given back block by block: do not use the model any more."""
     def used(block):
         for t in (*block.parameters(), *block.buffers()):
             release(t)
         block.to('meta')
+        trim()
     made = Engine(model, head, threads, sequences, used=used)
-    if sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'malloc_trim'):
-        ctypes.CDLL(None).malloc_trim(0)            # glibc keeps freed memory
+    trim()
     return made
 
 
