@@ -22,7 +22,7 @@ import layers
 import sample
 from data.tictactoe import prepare as tictactoe
 from engine import load
-from engine.engine import library
+from engine.engine import Engine, library
 from readers import tasks, tokens
 from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
@@ -512,3 +512,15 @@ def test_without_a_compiler_torch_computes(cli, monkeypatch):
         assert done[:2] == (2, '') and re.fullmatch(r'error: engine.c was not compiled .*; type --engine=torch\n', done[2])
     finally:
         library.cache_clear()
+
+
+def test_a_layer_that_the_engine_lacks(cli, monkeypatch):
+    """The note names it, and torch writes the same text, although the engine used up the first blocks; --engine=c is an error."""
+    def fill(self, name, *rest, plain=Engine.fill):
+        if name == 'lm_head':
+            raise ValueError('lm_head: the engine has no such layer; use torch')
+        plain(self, name, *rest)
+    monkeypatch.setattr(Engine, 'fill', fill)
+    done = cli('--prompt=a', *GREEDY)
+    assert done[1] == CYCLE + 'a\n' and done[2].startswith('note: lm_head: the engine has no such layer')
+    assert cli('--prompt=a', '--engine=c') == (2, '', 'error: lm_head: the engine has no such layer; use torch; type --engine=torch\n')
