@@ -515,7 +515,7 @@ def test_without_a_compiler_torch_computes(cli, monkeypatch):
 
 
 def test_a_layer_that_the_engine_lacks(cli, monkeypatch):
-    """The note names it, and torch writes the same text, although the engine used up the first blocks; --engine=c is an error."""
+    """The note names it, and torch writes the same text, although the engine used up the blocks; --engine=c is an error."""
     def fill(self, name, *rest, plain=Engine.fill):
         if name == 'lm_head':
             raise ValueError('lm_head: the engine has no such layer; use torch')
@@ -523,4 +523,5 @@ def test_a_layer_that_the_engine_lacks(cli, monkeypatch):
     monkeypatch.setattr(Engine, 'fill', fill)
     done = cli('--prompt=a', *GREEDY)
     assert done[1] == CYCLE + 'a\n' and done[2].startswith('note: lm_head: the engine has no such layer')
-    assert cli('--prompt=a', '--engine=c') == (2, '', 'error: lm_head: the engine has no such layer; use torch; type --engine=torch\n')
+    why = 'error: lm_head: the engine has no such layer; use torch; type --engine=torch\n'
+    assert cli('--prompt=a', '--engine=c') == (2, '', why)
