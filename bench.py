@@ -34,6 +34,7 @@ import torch
 import configurator
 import sample
 from common import atomic_write
+from engine import load
 from measure import convolutions, decode, forms, matrices, optimizers, steps
 
 BUNDLED = ('*.py', '*.c', '*.md', '*.txt', '*.toml', 'LICENSE', 'Makefile', 'readers/*.py', 'pretrained/*.py', 'report/*.py',
@@ -63,18 +64,21 @@ def bundle(a):
     print('to check it, unpack it and type: sha256sum -c MANIFEST.sha256')
 
 
-# The generators that run in the fresh processes. measure/ imports no tool, so it gets the models of sample.py as arguments.
-WORKERS = {'stats': lambda a: forms.stats_worker(a, load), 'compare': lambda a: forms.compare_worker(a, load),
-           'fit': forms.fit_worker, 'layers': matrices.layers_worker, 'train': lambda a: steps.train_worker(a, sample.MODELS),
+# The generators that run in the fresh processes. measure/ imports no tool, so it gets the models as arguments.
+WORKERS = {'stats': lambda a: forms.stats_worker(a, trained), 'compare': lambda a: forms.compare_worker(a, trained),
+           'fit': forms.fit_worker, 'layers': matrices.layers_worker, 'train': lambda a: steps.train_worker(a, load.MODELS),
            'optim': optimizers.optim_worker, 'optim_bytes': optimizers.optim_bytes_worker,
            'finetune': optimizers.finetune_worker, 'finetune_memory': optimizers.finetune_memory_worker,
            'conv': convolutions.conv_worker,
-           'decode': lambda a: decode.decode_worker(a, sample.MODELS, load, sample.generate)}
+           'decode': lambda a: decode.decode_worker(a, load.MODELS, trained, sample.generate)}
 
 
-def load(path):
+def trained(path):
     """Load the language model of a run's folder or of one of its files."""
-    return sample.load(sample.find_checkpoint(path))[0]
+    try:
+        return load.load(path)[0]
+    except ValueError as e:
+        configurator.fail(str(e))
 
 
 def worker(a):

@@ -455,13 +455,15 @@ def contents_crc(tensors, about=None):
 
 
 def load_packed(model, tensors):
-    """Copy the tensors of read_packed into a new model of the same shape, in place; returns it packed.
-
-    Raises ValueError if they do not fit."""
+    """Copy the tensors of read_packed into a new model of the same shape, in place; returns it packed. A model on the meta
+    device uses the tensors themselves, which unties tied weights; tie them again. Raises ValueError if they do not fit."""
     wanted = _parameters_once(pack(model))
     alike = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
     if wrong := sorted(wanted.keys() ^ tensors.keys()) or [n for n in wanted if not alike(wanted[n], tensors[n])]:
         raise ValueError(f'packed file and model do not fit each other: {wrong[:4]}')
+    if any(t.is_meta for t in wanted.values()):
+        model.load_state_dict(tensors, strict=False, assign=True)
+        return model
     for name, t in wanted.items():
         t.copy_(tensors[name])
     return model

@@ -465,8 +465,8 @@ def in_blocks(encode, rows, size=1 << 20):
 
 
 def all_finite(tensors):
-    """True when all tensors are finite. Copies none of them."""
-    return all(torch.isfinite(torch.stack(t.aminmax())).all() for t in tensors if t.numel())
+    """True when all tensors are finite, or on the meta device. Copies none of them."""
+    return all(torch.isfinite(torch.stack(t.aminmax())).all() for t in tensors if t.numel() and not t.is_meta)
 
 
 class LowBit(nn.Module):
@@ -734,7 +734,7 @@ class FourBit(LowBit):
         # '8bit' scales depend on 256 groups, which the parts keep together; 'log8' scales depend on the whole tensor
         whole = self.scales == 'log8' or self.weight.numel() % self.group
         held = part(self.weight) if whole else in_blocks(part, self.weight.reshape(-1, self.group))
-        if not torch.isfinite(scales4({k: t for k, t in held.items() if k != 'code'})).all():
+        if not all_finite([scales4({k: t for k, t in held.items() if k != 'code'})]):
             raise ValueError(f'{type(self).__name__}: weights must be at most 65504 in size for scales={self.scales!r}')
         return held
 

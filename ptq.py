@@ -35,7 +35,7 @@ import torch.nn as nn
 import common
 import configurator
 import layers
-import sample
+from engine import load
 from measure.turns import median_ms, resident_bytes, show
 from pretrained import calibrate, replace, subjects
 from pretrained.formats import GroupLinear
@@ -570,8 +570,11 @@ def main():
     start, before = time.perf_counter(), resident_bytes()
     dev = common.setup_processes(device)[-1]
     if subjects.is_ours(ckpt):
-        path = sample.find_checkpoint(ckpt)
-        subject = subjects.Trained(path, *sample.load(path), dev, config)
+        try:
+            model, tokenizer, about = load.load(ckpt)
+        except ValueError as e:
+            configurator.fail(f'{e}; give another --ckpt')
+        subject = subjects.Trained(about['path'], model, tokenizer, about, dev, config)
     else:
         subject = subjects.load(ckpt, dev, config)
     for key in sorted(_changed & subject.unused):

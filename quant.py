@@ -12,6 +12,7 @@ On the CPU, kernels.c decodes packed weights of 1 to 4 bits. It is compiled on f
 other devices and under torch.compile, torch does the same arithmetic. Both give the same bits, with two exceptions: bf16
 weights below 1e-38, and product4, which multiplies a few tokens without decoding first and sums in another order.
 """
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -385,7 +386,7 @@ def _compiled():
     if os.environ.get('NANOBIT_KERNELS') == '0':
         return None
     try:
-        library = ctypes.CDLL(compile_c(Path(__file__).with_name('kernels.c')))
+        library = compile_c(Path(__file__).with_name('kernels.c'))
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         why = getattr(e, 'stderr', None) or str(e)
         warnings.warn(f'kernels.c was not compiled; packed layers are slower on the CPU: {why.strip()[:200]}', stacklevel=2)
@@ -398,7 +399,8 @@ def _compiled():
 
 
 def compile_c(source, options=('-march=native',)):
-    """Path of the shared library of a C file, which is compiled if missing. Raises OSError, RuntimeError or SubprocessError."""
+    """The library of a C file, compiled if the cache folder has none, as ctypes.CDLL. Raises OSError, RuntimeError or
+    SubprocessError."""
     bundled = [str(p) for p in sorted((Path(torch.__file__).parent / 'lib').glob('libgomp*'))[:1]]
     compiler = os.environ.get('CC', 'cc').split()
     flags = ['-O3', *options, '-shared', '-fPIC']
@@ -408,17 +410,18 @@ def compile_c(source, options=('-march=native',)):
         cpu = platform.processor()
     text = [p.read_bytes() for p in (source, *sorted(source.parent.glob('*.h')))]
     name = hashlib.sha256(repr((text, flags, bundled, cpu, compiler)).encode()).hexdigest()[:16]
-    try:
-        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanobit'
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, RuntimeError):                 # no home folder, or it is not writable
-        folder = Path(tempfile.mkdtemp(prefix='nanobit-'))
-    path = folder / f'{source.stem}-{name}.so'
-    if not path.exists():
-        handle, tmp = tempfile.mkstemp(dir=folder)
-        os.close(handle)
+    name = f'{source.stem}-{name}.so'
+    with contextlib.ExitStack() as after:
+        try:
+            path = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanobit' / name
+            if path.exists():
+                return ctypes.CDLL(str(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, tmp = tempfile.mkstemp(dir=path.parent)
+            os.close(handle)
+        except (OSError, RuntimeError):             # no home folder, a read-only one, or a damaged library in it
+            scratch = Path(after.enter_context(tempfile.TemporaryDirectory(prefix='nanobit-')))  # removed below: it is loaded
+            path, tmp = scratch / name, str(scratch / 'tmp')
         try:
             with_openmp = [*compiler, *flags, '-fopenmp', str(source), '-o', tmp, *bundled, '-lm']
             if subprocess.run(with_openmp, capture_output=True).returncode:         # Apple's clang has no -fopenmp
@@ -427,4 +430,4 @@ def compile_c(source, options=('-march=native',)):
         finally:
             if os.path.exists(tmp):
                 os.remove(tmp)
-    return str(path)
+        return ctypes.CDLL(str(path))

@@ -9,7 +9,8 @@ Generate text with a model of train_gpt.py or train_bitnet.py, chat with it, or 
     python sample.py play --ckpt=out/tictactoe                                       # you against the model
     python sample.py play --ckpt=out/tictactoe --against=perfect --games=200         # a perfect player against it
 
-best.pt, last.pt and packed.safetensors each contain the model and its tokenizer. All samples are one batch: most of the time
+best.pt, last.pt and packed.safetensors each contain the model and its tokenizer. --ckpt may also be a Hugging Face folder of
+BitNetForCausalLM, like microsoft/bitnet-b1.58-2B-4T. All samples are one batch: most of the time
 is the fixed cost of a pass through the layers, so ten samples take little longer than one. Runs on the CPU or a GPU. On a CPU
 engine/ computes from the packed codes; it needs a C compiler.
 """
@@ -24,14 +25,12 @@ import torch
 
 import common
 import configurator
+from engine import load
 from engine.engine import Engine
-from pretrained import replace
-from readers import tasks, tokens
-from train_bitnet import HEAD, BitNet, BitNetConfig
-from train_gpt import GPT, GPTConfig
+from readers import tasks
 
 mode = 'generate'              # generate | chat | play; the word alone, without --mode=, works too
-ckpt = 'out/gpt'               # folder of a run (best.pt, else last.pt, else packed.safetensors) or one of its files
+ckpt = 'out/gpt'               # folder of a run (best.pt, else last.pt, else packed.safetensors) or a file in it | see above
 prompt = ''                    # text to continue, also in chat | FILE:path of a text file | '': the start of a document
 num_samples = 1                # one is printed as it grows, several at the end
 max_new_tokens = 500           # tokens per sample or answer; fewer if the model ends the text
@@ -50,47 +49,6 @@ _MODES = ('generate', 'chat', 'play')
 _defaults = dict(globals())
 _words = [f'--mode={word}' if word in _MODES else word for word in sys.argv[1:]]
 config = configurator.override(globals(), _words, quiet=True)   # file.py ... --key=value, later wins; stdout is only for text
-
-# {trainer: (model class, config class)} of the language models, also for ptq.py and bench.py
-MODELS = {'train_gpt': (GPT, GPTConfig), 'train_bitnet': (BitNet, BitNetConfig)}
-
-
-def find_checkpoint(path):
-    """Path of a checkpoint: `path` if it is no folder, else best.pt, last.pt or packed.safetensors in it, in this order."""
-    if not os.path.isdir(path):
-        return path
-    for name in ('best.pt', 'last.pt', 'packed.safetensors'):
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
-    configurator.fail(f"{path} holds no best.pt, last.pt or packed.safetensors; type --ckpt=... and a run's out_dir")
-
-
-def load(path):
-    """Load a checkpoint or packed file of a trainer of MODELS or of ptq.py -> (model on the CPU in eval mode, Tokenizer, dict)
-    with step, trainer, task, config of the training or {}, best val_loss or None, quantized: what ptq.py replaced or {}."""
-    if not os.path.isfile(path):
-        configurator.fail(f"{path} does not exist; type --ckpt=... and a run's out_dir, or make one with train_gpt.py")
-    try:
-        packed = path.endswith('.safetensors')
-        state, tensors = common.read_packed(path) if packed else (common.read_last_checkpoint(path, mmap=True), None)
-        if state['trainer'] not in MODELS:
-            raise ValueError(f'{path} was written by {state["trainer"]}.py, which trains no language model')
-        make, shape = MODELS[state['trainer']]
-        model = make(shape(**state['model_config']))
-        replaced = state.get('quantized', {}) if packed else {}
-        if packed:
-            common.load_packed(replace.restore(model, replaced, tensors), tensors)
-        else:
-            common.load_model_state(model, state['model'], path, HEAD, assign=True)
-            model.lm_head.weight = model.wte.weight
-        settings = state.get('config', {})
-        about = {'step': state['step'], 'trainer': state['trainer'], 'task': state.get('task', settings.get('task', '')),
-                 'config': settings, 'val_loss': state.get('best_val_loss'), 'quantized': replaced}
-        return model.eval(), tokens.from_description(state['tokenizer']), about
-    except (OSError, ValueError) as e:
-        configurator.fail(f'{e}; give another --ckpt')
-    except (KeyError, TypeError) as e:              # a complete file with other metadata than this code writes
-        configurator.fail(f'{path} is damaged or of another version ({type(e).__name__}: {e}); give another --ckpt')
 
 
 def read_prompt(prompt):
@@ -145,7 +103,7 @@ def write(model, tokenizer, dev, generator, begin):
         print(f'note: the prompt has {len(given):,} tokens, the context {model.config.block_size:,}; '
               'only the last ones are used', file=sys.stderr)
         given = given[-model.config.block_size:]
-    ids = torch.tensor([given or begin] * num_samples, device=dev)
+    ids = torch.tensor([tokenizer.begin + given or begin] * num_samples, device=dev)
     rows, live, n_tokens = [[] for _ in range(num_samples)], set(range(num_samples)), 0
     decoder = codecs.getincrementaldecoder('utf-8')('replace')         # waits for all bytes of a character
     streaming = num_samples == 1
@@ -265,19 +223,25 @@ def play(model, tokenizer, dev, about, path):
     print(f'{games} games against {against} play: {found}; {hits:,} of {n:,} moves legal ({hits / max(1, n):.2%})')
 
 
-def to_engine(model, dev):
-    """The Engine of the model or, where it cannot be used, the model on the device. Says why, unless the user asked for it."""
-    if engine == 'torch' or not engine and (dev.type != 'cpu' or dtype == 'bfloat16'):
-        return model.to(dev)
+def read(path, dev):
+    """(Engine or, where it cannot be used, the model on the device, Tokenizer, dict of load.load). Says why it cannot, unless
+    the user asked for torch."""
+    wanted = engine != 'torch' and (engine or dev.type == 'cpu' and dtype != 'bfloat16')
     try:
-        if dev.type != 'cpu' or dtype == 'bfloat16':
-            raise ValueError('the engine computes on the CPU in float32')
-        return Engine(model, head, sequences=64 if mode == 'play' else num_samples)
+        model, tokenizer, about = load.load(path, as_stored=wanted)
+        if not wanted:
+            return model.to(dev), tokenizer, about
+        try:
+            if dev.type != 'cpu' or dtype == 'bfloat16':
+                raise ValueError('the engine computes on the CPU in float32')
+            return load.into_engine(model, head, sequences=64 if mode == 'play' else num_samples), tokenizer, about
+        except ValueError as e:
+            if engine:
+                configurator.fail(f'{e}; type --engine=torch')
+            print(f'note: {e}; torch computes instead, slowly', file=sys.stderr)
+            return load.load(path)[0].to(dev), tokenizer, about        # the engine used up the first one
     except ValueError as e:
-        if engine:
-            configurator.fail(f'{e}; type --engine=torch')
-        print(f'note: {e}; torch computes instead, slowly', file=sys.stderr)
-        return model.to(dev)
+        configurator.fail(f'{e}; give another --ckpt')
 
 
 def main():
@@ -299,23 +263,22 @@ def main():
             configurator.fail(f'{key} has no use in {mode}{" --against" * bool(against)}; leave --{key} out')
     dev = common.setup_processes(device)[-1]
     amp = common.autocast(dev, dtype)
-    path = find_checkpoint(ckpt)
     if mode != 'play':
         read_prompt(prompt)                         # reports a mistake before the model is loaded
-    model, tokenizer, about = load(path)
-    model = to_engine(model, dev)
+    model, tokenizer, about = read(ckpt, dev)
+    path = about['path']
     sys.stdout.reconfigure(errors='replace')        # replaces characters that the terminal lacks by ?
     clock, generator = time.perf_counter(), torch.Generator(dev).manual_seed(seed % 2 ** 63)
     with amp:
         if mode == 'play':
             return play(model, tokenizer, dev, about, path)
         # Start of a document as in training: the end of the text before it, or a line end if each line has an answer.
-        begin = to_ids(tokenizer, b'\n') if about['task'] else [tokenizer.eot]
+        begin = to_ids(tokenizer, b'\n') if about['task'] else tokenizer.begin or [tokenizer.eot]
         n_tokens = {'generate': write, 'chat': chat}[mode](model, tokenizer, dev, generator, begin)
     seconds = time.perf_counter() - clock
     if mode == 'generate':
-        print(f'{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s on {dev}; {path}, '
-              f'step {about["step"]}', file=sys.stderr)
+        print(f'{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s on {dev}; {path}'
+              + (f', step {about["step"]}' if about['step'] is not None else ''), file=sys.stderr)
 
 
 if __name__ == '__main__':

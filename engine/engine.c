@@ -29,7 +29,7 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 enum { PAD = 64 };                                               // rows of a buffer are padded to PAD floats
-enum { CODES, BIN, BIN8, TERN, INT8 };                           // kind of a layer
+enum { CODES, BIN, TERN, INT8 };                                 // kind of a layer
 enum { NO_ACT, RELU, GELU, RELU2_GLU, SILU_GLU };
 enum { NO_NORM, LAYER_NORM, RMS_NORM };
 
@@ -38,12 +38,11 @@ enum { NO_NORM, LAYER_NORM, RMS_NORM };
 
 typedef struct { const void *at; int64_t bytes; } Array;
 
-// y = norm(act(x)) * input_scale times the matrix. CODES: any weights of 1, 2, 4, 8, 16 (bf16) or 32 bits; fp32 activations.
-// BIN: bits - 1/2, fp32 activations, the output is normalized. BIN8: BIN with int8 activations. TERN: codes 0, 1, 2 for
-// -1, 0, 1; int8 activations.
-// INT8: int8 weights and activations.
+// y = norm(act(x)) * input_scale times the matrix. CODES: any weights of 1, 2, 4, 8, 16 (bf16) or 32 bits. BIN: bits - 1/2, the
+// output is normalized. TERN: codes 0, 1, 2 for -1, 0, 1. INT8: int8 weights. `rounded`: int8 activations; always for TERN and
+// INT8, for CODES only if the levels of 1, 2 or 4 bits are evenly spaced. Else activations are fp32.
 typedef struct {
-    int32_t kind, act, norm, chunks, in, out, bits, group, scale_bytes;     // in: after a gate
+    int32_t kind, act, norm, chunks, in, out, bits, group, scale_bytes, rounded;     // in: after a gate
     float eps, out_eps, zero, levels[16];
     Array code;         // tiles
     Array scale;        // CODES: tiles of a scale for each group, fp32, fp16 or an index of grid; TERN, INT8: of each row
@@ -112,12 +111,13 @@ static float norm_of(const float *a, int64_t n)
 
 // Integer products take 12 tokens at once, then 4, then 1 (AVX2 and others: 2, then 1; AMX: any number above 3). A panel holds
 // four bytes of each of its tokens, then the next four. Returns its number of tokens and sets its first one.
-static int panel(const Engine *e, int n, int t, int *first)
+static int panel(const Engine *e, const Linear *l, int n, int t, int *first)
 {
+    const int amx = e->amx && n >= MID && l->kind != CODES;
     const int big = n / BIG * BIG, mid = big + (n - big) / MID * MID;
     *first = t < big ? t / BIG * BIG : t < mid ? big + (t - big) / MID * MID : t;
-    if (e->amx && n >= MID) *first = t;
-    return e->amx && n >= MID || t >= mid ? 1 : t < big ? BIG : MID;
+    if (amx) *first = t;
+    return amx || t >= mid ? 1 : t < big ? BIG : MID;
 }
 
 static void prepare(Engine *e, const Linear *l, const float *x, int n_tokens, int t)
@@ -147,12 +147,12 @@ static void prepare(Engine *e, const Linear *l, const float *x, int n_tokens, in
         for (int64_t i = 0; i < n; i++) a[i] = a[i] * rstd * gain[i];
     }
     for (int64_t i = 0; by && i < n; i++) a[i] *= by[i];
-    if (l->kind == TERN || l->kind == INT8 || l->kind == BIN8) {
+    if (l->rounded) {
         // Int8 with the scale of quant.quantize_rows, in the order of dot4: field p of a word of codes has four columns, one in
         // each byte. Four bytes of one token are followed by those of the next token of its panel.
         const int fields = l->kind == INT8 ? 1 : 8 / l->bits;
         int first;
-        const int step = l->kind == INT8 ? 1 : panel(e, n_tokens, t, &first);
+        const int step = l->kind == INT8 ? 1 : panel(e, l, n_tokens, t, &first);
         int8_t *q = step == 1 ? e->q + t * e->wide : e->q + first * e->wide + (t - first) * 4;
         F16 top = all(0);
         for (int64_t i = 0; i < n; i += LANES) top = bigger(size_of(load(a + i)), top);
@@ -165,6 +165,8 @@ static void prepare(Engine *e, const Linear *l, const float *x, int n_tokens, in
             B16 bytes = __builtin_convertvector(v, B16);
             if (fields == 4)
                 bytes = __builtin_shufflevector(bytes, bytes, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            if (fields == 2)
+                bytes = __builtin_shufflevector(bytes, bytes, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
             if (fields == 8)                                    // two bytes of each field; the other two are 16 columns on
                 for (int p = 0; p < 8; p++)
                     for (int half = 0; half < 2; half++)
@@ -175,6 +177,12 @@ static void prepare(Engine *e, const Linear *l, const float *x, int n_tokens, in
         e->q_scale[t] = most / 127;
         e->q_sum[t] = 0;
         for (int i = 0; i < LANES; i++) e->q_sum[t] += sum[i];
+        for (int64_t g = 0; l->kind == CODES && g < n / l->group; g++) {
+            int32_t of_group = 0;
+            for (int64_t k = g * l->group / 4; k < (g + 1) * l->group / 4; k++)
+                for (int i = 0; i < 4; i++) of_group += q[4 * k * step + i];
+            e->group_sums[t * e->wide + g] = of_group;
+        }
     } else if (l->kind == BIN) {
         // For each four columns the sums of all 16 choices of signs, halved: a nibble of code then stands for four products.
         static const float sign[4][LANES] = {
@@ -232,7 +240,7 @@ INLINE void put_sums(const Job *j, int64_t t, int64_t tile, I16 sum)
 {
     const F16 s = all(j->e->q_scale[t]);
     const int32_t all_q = j->e->q_sum[t];
-    if (j->l->kind == BIN8) return put(j, t, tile, __builtin_convertvector(2 * sum - all_q, F16) * (0.5f * s));
+    if (j->l->kind == BIN) return put(j, t, tile, __builtin_convertvector(2 * sum - all_q, F16) * (0.5f * s));
     const F16 z = __builtin_convertvector(sum - all_q, F16), of_rows = load((const float *)j->l->scale.at + tile * LANES);
     put(j, t, tile, j->l->chunks == 1 ? z * (s * of_rows) : z * s * of_rows);      // the rounding of layers.py
 }
@@ -348,6 +356,46 @@ INLINE F16 scales(const Linear *l, int64_t at)                  // of sixteen ro
     return s;
 }
 
+// Evenly spaced levels and int8 activations: an integer sum for each group.
+INLINE void even_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int bits)
+{
+    Engine *e = j->e;
+    const Linear *l = j->l;
+    const int fields = 8 / bits;
+    const int64_t words = words_of(l), groups = l->in / l->group, in_group = l->group * bits / 32;
+    const uint32_t low = bits == 1 ? 0x01010101u : bits == 2 ? 0x03030303u : 0x0f0f0f0fu;
+    const float least = l->levels[0], step = l->levels[1] - l->levels[0];
+    const U16 *code = (const U16 *)l->code.at + tile * words;
+    const int8_t *q = e->q + t * e->wide;
+    F16 sum[BIG][4];
+    for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) sum[a][r] = all(0);
+    for (int64_t g = 0; g < groups; g++) {
+        I16 part[BIG][4];
+        for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) part[a][r] = (I16){ 0 };
+        for (int64_t w = g * in_group; w < (g + 1) * in_group; w++)
+#pragma GCC unroll 8
+            for (int p = 0; p < fields; p++, q += 4 * T)
+                for (int r = 0; r < R; r++) {
+                    const U16 c = code[r * words + w] >> bits * p & low;
+                    for (int a = 0; a < T; a++) {
+                        int32_t x;
+                        memcpy(&x, q + 4 * a, 4);
+                        part[a][r] = dot4(part[a][r], c, (I16){ 0 } + x, 2);
+                    }
+                }
+        for (int r = 0; r < R; r++) {
+            const int64_t at = ((tile + r) * groups + g) * LANES;
+            const F16 s = scales(l, at);
+            F16 shift = all(least);
+            if (l->zeros.at) shift -= __builtin_convertvector(*(const UB16 *)((const uint8_t *)l->zeros.at + at), F16);
+            for (int a = 0; a < T; a++)
+                sum[a][r] = fma16(fma16(__builtin_convertvector(part[a][r], F16), all(step),
+                                        shift * e->group_sums[(t + a) * e->wide + g]), s, sum[a][r]);
+        }
+    }
+    for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) put(j, t + a, tile + r, sum[a][r] * e->q_scale[t + a]);
+}
+
 INLINE F16 weights(U16 word, int column, F16 table, int bits)   // a column of sixteen rows; 8 bits: minus the table
 {
     if (bits == 32) return (F16)word;
@@ -408,39 +456,42 @@ INLINE void codes_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int
 #define CODES_OF(bits) case bits: STEPS(1, 1, codes_tiles, bits) break;
 #endif
 
-#define BITS_OF(kind, bits)                                          \
-    case -kind:                                                      \
-        STEPS(BIG, ROWS, bits_tiles, bits)                           \
-        if (MID > 1) STEPS(MID, ROWS, bits_tiles, bits)              \
-        STEPS(1, (ROWS == 1 ? 1 : 2 * bits), bits_tiles, bits)                  \
-        break;
+#define ROUNDED_OF(tiles, bits)                                      \
+        STEPS(BIG, ROWS, tiles, bits)                                \
+        if (MID > 1) STEPS(MID, ROWS, tiles, bits)                   \
+        STEPS(1, (ROWS == 1 ? 1 : bits == 1 ? 2 : 4), tiles, bits)
 
 static void product(const Job *j, int n, int64_t from, int64_t to, uint8_t *unpacked)
 {
     int64_t t = 0;
     (void)unpacked;
 #ifdef __AMX_INT8__
-    if (j->e->amx && n >= MID && (j->l->kind == TERN || j->l->kind == BIN8)) {
+    if (j->e->amx && n >= MID && j->l->rounded && (j->l->kind == TERN || j->l->kind == BIN)) {
         if (j->l->bits == 1) amx_product(j, n, from, to, unpacked, 1);
         else amx_product(j, n, from, to, unpacked, 2);
         return;
     }
 #endif
-    switch (j->l->kind == CODES ? j->l->bits : -j->l->kind) {
+    const int rounded = j->l->rounded ? 100 : 0;
+    switch (j->l->kind == CODES ? j->l->bits + rounded : -j->l->kind - rounded) {
+    case -TERN - 100: ROUNDED_OF(bits_tiles, 2) break;
+    case -BIN - 100: ROUNDED_OF(bits_tiles, 1) break;
+    case 101: ROUNDED_OF(even_tiles, 1) break;
+    case 102: ROUNDED_OF(even_tiles, 2) break;
+    case 104: ROUNDED_OF(even_tiles, 4) break;
 #ifdef __AVX512F__                              // 32 registers of 64 bytes: several tokens and tiles at once
     case -BIN:
         STEPS(4, 4, bin_tiles)
         STEPS(1, 4, bin_tiles)
         break;
-    case -INT8:
+    case -INT8 - 100:
         STEPS(8, 2, int8_tiles)
         STEPS(1, 4, int8_tiles)
         break;
 #else
     case -BIN: STEPS(1, 1, bin_tiles) break;
-    case -INT8: STEPS(2, 1, int8_tiles) STEPS(1, 1, int8_tiles) break;
+    case -INT8 - 100: STEPS(2, 1, int8_tiles) STEPS(1, 1, int8_tiles) break;
 #endif
-    BITS_OF(TERN, 2) BITS_OF(BIN8, 1)
     CODES_OF(1) CODES_OF(2) CODES_OF(4) CODES_OF(8) CODES_OF(16) CODES_OF(32)
     }
 }
@@ -475,7 +526,7 @@ static void linear(Engine *e, const Linear *l, int n, const float *x, int64_t x_
     for (int t = id; t < n; t += of) prepare(e, l, x + t * x_stride, n, t);
     wait_all(e, of);
     const int64_t tiles = padded(l->out, LANES) / LANES;
-    const int binary = l->kind == BIN || l->kind == BIN8;
+    const int binary = l->kind == BIN;
     const Job job = { e, l, binary ? e->z : out, binary ? e->wide : out_stride, add && !binary };
     product(&job, n, tiles * id / of, tiles * (id + 1) / of, e->unpacked + id * e->wide * 32);
     wait_all(e, of);
@@ -714,13 +765,15 @@ static int32_t draw(Engine *e, const float *logits, int64_t n, float temperature
 static const char *check(const Linear *l, int in, int out)
 {
     const int64_t rows = padded(l->out, LANES);
-    const int codes = l->kind == CODES, int8 = l->kind == INT8, binary = l->kind == BIN || l->kind == BIN8;
+    const int codes = l->kind == CODES, int8 = l->kind == INT8, binary = l->kind == BIN;
     if (l->in < 1 || l->in >= 1 << 17 || l->out < 1 || l->out > 1 << 24 || l->in != in || out && l->out != out) return "shape";
     if (l->kind < CODES || l->kind > INT8 || l->act < NO_ACT || l->act > SILU_GLU || l->norm < NO_NORM || l->norm > RMS_NORM)
         return "kind";
     if (l->bits != 1 && l->bits != 2 && l->bits != 4 && l->bits != 8 && l->bits != 16 && l->bits != 32) return "bits";
     if (binary && l->bits != 1 || l->kind == TERN && l->bits != 2 || int8 && l->bits != 8) return "bits of the kind";
     if (codes && (l->group < 1 || l->in % l->group || l->group % (32 / l->bits) && l->bits < 32)) return "group";
+    if (l->rounded < 0 || l->rounded > 1 || !l->rounded && (int8 || l->kind == TERN) || codes && l->rounded && l->bits > 4)
+        return "rounded";
     if (l->chunks < 1 || l->out % l->chunks && binary) return "chunks";
     const int64_t groups = codes ? l->in / l->group : 1, width = codes ? l->scale_bytes : 4;
     const int has_scales = !binary && width != 0;

@@ -1,8 +1,7 @@
 """
 Engine(model): a GPT of train_gpt.py or a BitNet of train_bitnet.py on the CPU, computed by engine.c from its packed codes.
 
-    model, tokenizer, about = sample.load('out/pycode_bin/packed.safetensors')
-    engine = Engine(model)                                      # head='fp' for the same logits as the model, up to rounding
+    engine, tokenizer, about = load.engine('out/pycode_bin')    # Engine(model) for a model in memory
     for new in engine.generate(ids, 100, tokenizer.vocab_size, temperature=0.8, top_k=200, seed=1): ...
     logits = engine(ids)                                        # (B, T) -> (B, 1, vocab), like the model
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 from quant import CODED4, GRIDS, ROOTS, compile_c, quantize_rows, scales4, unpack_bits
 
-CODES, BIN, BIN8, TERN, INT8 = range(5)
+CODES, BIN, TERN, INT8 = range(4)
 ACTS = {None: 0, 'relu': 1, 'gelu': 2, 'relu2_glu': 3, 'silu_glu': 4}
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
 SEEDS = 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D, 0x1E3779B97F4A7C15     # odd numbers: all seeds, rows and steps differ
@@ -38,7 +37,7 @@ class Array(ctypes.Structure):
 
 
 class Linear(ctypes.Structure):
-    _fields_ = ([(name, ctypes.c_int32) for name in 'kind act norm chunks in_ out bits group scale_bytes'.split()]
+    _fields_ = ([(name, ctypes.c_int32) for name in 'kind act norm chunks in_ out bits group scale_bytes rounded'.split()]
                 + [(name, ctypes.c_float) for name in ('eps', 'out_eps', 'zero')] + [('levels', ctypes.c_float * 16)]
                 + [(name, Array) for name in 'code scale zeros grid gain shift input_scale bias alpha sums'.split()])
 
@@ -56,8 +55,7 @@ def library(target='native'):
         try:
             if os.environ.get('NANOBIT_KERNELS') == '0':
                 raise OSError('NANOBIT_KERNELS=0')
-            path = compile_c(Path(__file__).with_name('engine.c'), (*TARGETS[target], '-ffp-contract=off', '-Wno-psabi'))
-            lib = ctypes.CDLL(path)
+            lib = compile_c(Path(__file__).with_name('engine.c'), (*TARGETS[target], '-ffp-contract=off', '-Wno-psabi'))
         except (OSError, RuntimeError, subprocess.SubprocessError) as e:
             lines = (getattr(e, 'stderr', None) or str(e)).strip().split('\n')
             why = next((line for line in lines if 'error' in line), lines[0])[:150]
@@ -79,28 +77,30 @@ _lock = threading.Lock()
 
 class Engine:
     """A model in tiles of codes, with caches for `sequences` sequences of config.block_size tokens. threads=0: as torch.
-    head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them. binary='int8' rounds the
-    inputs of binary layers to int8 per token, as ternary layers do; 'fp32' is what they were trained with."""
+    head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them: the same logits as the model,
+    up to rounding. inputs='int8' rounds the inputs of binary layers and of those with evenly spaced levels to int8 per token,
+    as ternary layers do: faster, but not what they were trained with. used(block): called when its weights are copied."""
 
-    def __init__(self, model, head='int8', threads=0, sequences=1, binary='fp32', target='native'):
+    def __init__(self, model, head='int8', threads=0, sequences=1, inputs='fp32', target='native', used=lambda block: None):
         name, threads = type(model).__name__, threads or torch.get_num_threads()
         if name not in ('GPT', 'BitNet'):
             raise ValueError(f'the engine runs the models of train_gpt.py and train_bitnet.py, not {name}')
         if head not in ('int8', 'fp'):
             raise ValueError(f"head={head!r} must be 'int8' or 'fp'")
-        if binary not in ('fp32', 'int8'):
-            raise ValueError(f"binary={binary!r} must be 'fp32' or 'int8'")
+        if inputs not in ('fp32', 'int8'):
+            raise ValueError(f"inputs={inputs!r} must be 'fp32' or 'int8'")
         if not 1 <= threads <= 1024 or not 1 <= sequences <= 1 << 16:
             raise ValueError(f'threads={threads} must be 1 to 1024, sequences={sequences} 1 to 65536')
         if not all(p.device.type == 'cpu' for p in (*model.parameters(), *model.buffers())):
             raise ValueError('the engine runs on the CPU only')
         self.lib, self.kept, self.at, self.sequences, self.config = library(target), [], None, sequences, model.config
-        self.binary = BIN if binary == 'fp32' else BIN8
+        self.rounded = inputs == 'int8'
         c, layers = model.config, []
         with torch.no_grad():
             for i, block in enumerate(model.blocks):
                 steps = gpt_steps(block) if name == 'GPT' else bitnet_steps(block)
                 layers += [self.linear(f'blocks.{i}.{part}', *steps[part]) for part in steps]
+                used(block)
             norm = (model.ln_f, None) if name == 'GPT' else (model.norm, None)
             embedding = getattr(model.wte, 'layer', model.wte)         # the packed layer, or nn.Embedding
             tied = embedding is model.lm_head or embedding.weight is not None and embedding.weight is model.lm_head.weight
@@ -152,7 +152,8 @@ class Engine:
     def words(self, code):
         """Tiles of code (rows, bytes): its words of 32 bits."""
         code = code.view(torch.uint8) if code.element_size() == 1 else code.contiguous().view(torch.uint8)
-        return self.tiles(F.pad(code, (0, -code.shape[1] % 4)).contiguous().view(torch.int32))
+        code = F.pad(code, (0, -code.shape[1] % 4)) if code.shape[1] % 4 else code          # pad() always copies
+        return self.tiles(code.contiguous().view(torch.int32))
 
     def linear(self, name, steps, to_int8=False):
         """Linear of [norm, activation, ..., layer], in this order. Raises ValueError that names the layer."""
@@ -190,12 +191,12 @@ class Engine:
         if getattr(m, 'bias', None) is not None and 'packed_bias' not in held:
             out.bias = self.array(m.bias.float(), full)
         if kind == 'bin':
-            out.kind, out.bits, out.chunks, out.out_eps = self.binary, 1, m.chunks, m.eps
+            out.kind, out.bits, out.rounded, out.chunks, out.out_eps = BIN, 1, self.rounded, m.chunks, m.eps
             out.code, out.alpha = self.words(held['code']), self.array(m.alpha.float())
             if 'packed_bias' in held:
                 out.bias = self.array(unpack_bits(held['packed_bias'], 1, rows).float() - 0.5, full)
         elif kind == 'tern':
-            out.kind, out.bits, out.chunks = TERN, 2, len(m.rows)
+            out.kind, out.bits, out.rounded, out.chunks = TERN, 2, True, len(m.rows)
             scale = torch.cat([s.expand(n) for s, n in zip(held['weight_scale'], m.rows, strict=True)])
             out.code, out.scale = self.words(held['code']), self.array(scale.float(), full)
         elif kind == 'int8' and m.activations:
@@ -210,7 +211,11 @@ class Engine:
         elif kind == 'group':
             self.groups(out, m, held, rows, columns)
         elif to_int8 and kind == 'fp':
-            self.int8(out, *quantize_rows(m.weight.float(), tiny=1e-30), full)
+            codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
+            for parts in zip(m.weight.split(1 << 10), codes.split(1 << 10), scale.split(1 << 10), strict=True):
+                for to, new in zip(parts[1:], quantize_rows(parts[0].float(), tiny=1e-30), strict=True):
+                    to.copy_(new)
+            self.int8(out, codes, scale, full)
         else:
             self.full(out, m, rows, columns)
 
@@ -228,9 +233,9 @@ class Engine:
         out.code = self.words(weight if half else weight.float())
 
     def int8(self, out, codes, scale, full):
-        out.kind, out.bits = INT8, 8
+        out.kind, out.bits, out.rounded = INT8, 8, True
         out.code, out.scale = self.words(codes), self.array(scale.flatten().float(), full)
-        out.sums = self.array(codes.sum(1, dtype=torch.int32), full)
+        out.sums = self.array(torch.cat([part.sum(1, dtype=torch.int32) for part in codes.split(1 << 10)]), full)
 
     def four_bits(self, out, m, held, rows, columns):
         group = math.gcd(columns, m.group)                      # a group may go on in the next row
@@ -248,6 +253,7 @@ class Engine:
             scale = scales4({k: t for k, t in held.items() if k != 'code'})
         scale = scale.repeat_interleave(m.group // group)[:rows * columns // group].view(rows, -1)
         out.bits, out.group, out.scale_bytes, out.levels = 4, group, scale.element_size(), tuple(form.levels)
+        out.rounded = self.rounded and m.format == 'uniform'
         out.code, out.scale = self.words(code), self.tiles(scale.view(torch.int16) if out.scale_bytes == 2 else scale)
 
     def groups(self, out, m, held, rows, columns):
@@ -259,7 +265,7 @@ class Engine:
         if m.group % (32 // bits):
             self.full(out, m, rows, columns)
         else:
-            out.bits, out.group, out.scale_bytes = bits, m.group, 2
+            out.bits, out.group, out.scale_bytes, out.rounded = bits, m.group, 2, self.rounded and bits < 8
             out.levels = tuple(float(i % (1 << bits)) - (zero or 0) for i in range(16))
             out.code, out.scale = self.words(code), self.tiles(held['weight_scale'].view(torch.int16))
             if zero is None:

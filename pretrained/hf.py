@@ -11,6 +11,7 @@ LastTokenClassifier puts a linear head on the last token.
 """
 import collections
 import json
+import math
 import os
 import re
 
@@ -21,6 +22,7 @@ import torch.nn as nn
 import layers
 from common import atomic_write, contents_crc
 from pretrained import adapters
+from quant import pack_bits, ternarize
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # otherwise each fork after its threads start prints a warning
 HEAD = 'last_token_head.safetensors'
@@ -117,22 +119,44 @@ def _load_plain(auto, name, config, weights, **options):
     kept = how.get('modules_to_not_convert') or ['lm_head']
     linears = [n for n, m in net.named_modules() if type(m) is nn.Linear and not any(f'.{k}.' in f'.{n}.' for k in kept)]
     if weights and how['quantization_mode'] == 'offline':
-        scales, packed = _stored(name, '.weight_scale'), _stored(name, '_proj.weight')
+        stored = _stored(name, '.weight_scale') | _stored(name, '_proj.weight')
         for n in linears:
-            key = next((k for k in (n, f'{net.base_model_prefix}.{n}') if f'{k}.weight_scale' in scales), None)
-            if key is None:
-                raise ValueError(f'the weights there lack {n}.weight_scale')
-            codes, scale, linear = packed[f'{key}.weight'], scales[f'{key}.weight_scale'].float(), net.get_submodule(n)
-            if codes.dtype == torch.uint8:          # 2 bits each, the first quarter of the rows in the lowest bits
-                codes = torch.cat([(codes >> shift & 3).float() - 1 for shift in (0, 2, 4, 6)])[:linear.out_features]
-            if codes.shape != linear.weight.shape or not (codes.float().round().clamp(-1, 1) == codes).all():
-                raise ValueError(f'{n} holds no ternary weights')
-            # TernaryLinear rounds by mean|w|; divided by the share of nonzero weights, mean|w| is the scale
-            scale = 1 / scale if how['linear_class'] == 'bitlinear' else scale
-            linear.weight.data = (codes.float() * scale / (codes != 0).float().mean().clamp(min=1e-9)).to(linear.weight.dtype)
+            linear = net.get_submodule(n)
+            key = next((k for k in (n, f'{net.base_model_prefix}.{n}') if f'{k}.weight_scale' in stored), n)
+            linear.weight.data = _latent(*_ternary(stored, key, linear.weight.shape, how)).to(linear.weight.dtype)
     layers.convert(net, {n: ('tern', dict(norm=False)) for n in linears}, verbose=False)
     config.quantization_config = net.config.quantization_config = ONLINE | {'modules_to_not_convert': kept}
     return net
+
+
+def _ternary(state, name, shape, how):
+    """(int8 codes (rows, columns), scale) of the ternary matrix `name` in a state dict of transformers. how: see _bitnet()."""
+    weight = _get(state, f'{name}.weight')
+    if how['quantization_mode'] == 'online':
+        if weight.shape != shape or not weight.is_floating_point() or not layers.all_finite([weight]):
+            raise ValueError(f'{name}.weight is no finite matrix of {shape[0]} x {shape[1]}')
+        codes, scale = ternarize(weight)
+        return codes, scale[0]
+    scale = _get(state, f'{name}.weight_scale').float().flatten()
+    if weight.dtype == torch.uint8:                 # 2 bits each, the first quarter of the rows in the lowest bits
+        codes = torch.cat([(weight >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])[:shape[0]]
+    else:
+        codes = weight.to(torch.int8) if (weight == weight.round()).all() and weight.abs().max() < 2 else weight
+    whole = codes.shape == shape and codes.dtype == torch.int8 and codes.max() < 2 and len(scale) == 1
+    if not (whole and 0 < scale.item() < math.inf):
+        raise ValueError(f'{name} holds no ternary weights of {shape[0]} x {shape[1]} and one scale')
+    return codes, 1 / scale[0] if how['linear_class'] == 'bitlinear' else scale[0]
+
+
+def _latent(codes, scale):
+    """Weights that TernaryLinear rounds to these codes and this scale. Divided by the share of nonzero ones, mean|w| is it."""
+    return codes.float() * (scale / (codes != 0).float().mean().clamp(min=1e-9))
+
+
+def _get(state, name):
+    if name not in state:
+        raise ValueError(f'the weights there lack {name}')
+    return state[name]
 
 
 def head_parameters(net):
@@ -519,19 +543,137 @@ def save_tokenizer(tokenizer, folder):
         raise OSError(f'could not write the tokenizer to {folder}: {e}') from None
 
 
+# Layers of train_bitnet.py's block: the RMSNorm and the matrices of transformers that each contains.
+BITNET = {'attn.qkv_proj': ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+          'attn.o_proj': ('self_attn.attn_sub_norm', 'self_attn.o_proj'),
+          'mlp.gate_up_proj': ('post_attention_layernorm', 'mlp.gate_proj', 'mlp.up_proj'),
+          'mlp.down_proj': ('mlp.ffn_sub_norm', 'mlp.down_proj')}
+
+
+def _bitnet_layers(c):
+    """Yield (our name, name of the norm, {name of a matrix: its (rows, columns)}) for each layer. c: BitNetConfig."""
+    kv = c.n_embd // c.n_head * c.n_kv_head
+    rows = {'attn.qkv_proj': (c.n_embd, kv, kv), 'attn.o_proj': (c.n_embd,), 'mlp.gate_up_proj': (c.n_ff, c.n_ff),
+            'mlp.down_proj': (c.n_embd,)}
+    for i in range(c.n_layer):
+        for name, (norm, *parts) in BITNET.items():
+            at, columns = f'model.layers.{i}.', c.n_ff if name == 'mlp.down_proj' else c.n_embd
+            yield f'blocks.{i}.{name}', at + norm, {at + p: (n, columns) for p, n in zip(parts, rows[name], strict=True)}
+
+
 def bitnet_state(state, c):
     """Convert a state dict of train_bitnet.py's BitNet, or a dict of its gradients, to the names of transformers'
     BitNetForCausalLM. Fused tensors are split. c: BitNetConfig."""
-    kv, out = c.n_embd // c.n_head * c.n_kv_head, {'model.embed_tokens.weight': state['wte.weight']}
-    out |= {'lm_head.weight': state['wte.weight'], 'model.norm.weight': state['norm.weight']}
-    for i in range(c.n_layer):
-        one = {k.removeprefix(f'blocks.{i}.'): t for k, t in state.items() if k.startswith(f'blocks.{i}.')}
-        q, k, v = one['attn.qkv_proj.weight'].split((c.n_embd, kv, kv))
-        gate, up = one['mlp.gate_up_proj.weight'].chunk(2)
-        layer = {'input_layernorm': one['attn.qkv_proj.gain'], 'post_attention_layernorm': one['mlp.gate_up_proj.gain'],
-                 'self_attn.q_proj': q, 'self_attn.k_proj': k, 'self_attn.v_proj': v,
-                 'self_attn.attn_sub_norm': one['attn.o_proj.gain'], 'self_attn.o_proj': one['attn.o_proj.weight'],
-                 'mlp.gate_proj': gate, 'mlp.up_proj': up, 'mlp.ffn_sub_norm': one['mlp.down_proj.gain'],
-                 'mlp.down_proj': one['mlp.down_proj.weight']}
-        out |= {f'model.layers.{i}.{name}.weight': t for name, t in layer.items()}
+    out = {'model.embed_tokens.weight': state['wte.weight'], 'lm_head.weight': state['wte.weight'],
+           'model.norm.weight': state['norm.weight']}
+    for ours, norm, parts in _bitnet_layers(c):
+        out[f'{norm}.weight'] = state[f'{ours}.gain']
+        split = state[f'{ours}.weight'].split([rows for rows, _ in parts.values()])
+        out |= {f'{part}.weight': t for part, t in zip(parts, split, strict=True)}
     return out
+
+
+def from_bitnet(state, c, how=None, packed=True, done=lambda t: None):
+    """Convert tensors of a BitNetForCausalLM to a state dict of train_bitnet.py's BitNet: the inverse of bitnet_state().
+
+    how: the quantization of bitnet_config(); None: full precision. packed: ternary layers as codes and scales, bit for bit;
+    else latent weights. Other tensors keep their dtype, norms become fp32. `lm_head.weight` is in the result if it is not tied.
+    done(t) is called with each stored matrix that the result does not use. Raises a ValueError that names the tensor."""
+    def vector(name, n):
+        t = _get(state, name)
+        if t.shape != (n,) or not layers.all_finite([t]):
+            raise ValueError(f'{name} is no finite vector of {n}')
+        return t.float()
+
+    def matrix(name, shape):
+        t = _get(state, name)
+        if t.shape != shape or not t.is_floating_point() or not layers.all_finite([t]):
+            raise ValueError(f'{name} is no finite matrix of {shape[0]} x {shape[1]}')
+        return t
+
+    table, used = (c.vocab_size, c.n_embd), {'model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'}
+    out = {'wte.weight': matrix('model.embed_tokens.weight', table), 'norm.weight': vector('model.norm.weight', c.n_embd)}
+    if 'lm_head.weight' in state and not torch.equal(matrix('lm_head.weight', table), out['wte.weight']):
+        out['lm_head.weight'] = state['lm_head.weight']
+    for ours, norm, parts in _bitnet_layers(c):
+        out[f'{ours}.gain'] = vector(f'{norm}.weight', parts[next(iter(parts))][1])
+        used |= {f'{norm}.weight', *(f'{part}.weight' for part in parts), *(f'{part}.weight_scale' for part in parts)}
+        if how is None:
+            out[f'{ours}.weight'] = torch.cat([matrix(f'{part}.weight', shape) for part, shape in parts.items()])
+        elif packed:
+            codes, scales = zip(*(_ternary(state, part, shape, how) for part, shape in parts.items()), strict=True)
+            out |= {f'{ours}.code': pack_bits(torch.cat(codes) + 1, 2), f'{ours}.weight_scale': torch.stack(scales)}
+        else:
+            out[f'{ours}.weight'] = torch.cat([_latent(*_ternary(state, part, shape, how)) for part, shape in parts.items()])
+        for part in parts:
+            done(state[f'{part}.weight'])
+    if left := sorted(k for k in state.keys() - used if not k.endswith('rotary_emb.inv_freq')):
+        raise ValueError(f'the model has no place for {left[0]}')
+    return out
+
+
+def bitnet_config(folder):
+    """Read config.json of a BitNetForCausalLM: (dict for train_bitnet.py's BitNetConfig, quantization for from_bitnet(), the
+    whole config). Needs no transformers. Raises a ValueError that names what this model cannot do."""
+    try:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            about = json.load(f)
+        kind, made = about.get('model_type'), (about.get('architectures') or ['BitNetForCausalLM'])[0]
+        if (kind, made) == ('bitnet', 'BitNetForCausalLM'):
+            return *_bitnet_shape(about), about
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+        raise ValueError(f'{folder}/config.json cannot be used: {_why(e)}') from None
+    raise ValueError(f'{folder} holds {made if kind == "bitnet" else kind}; of Hugging Face folders only BitNetForCausalLM '
+                     'runs here. ptq.py reads others, and train_gpt.py --init_from those of gpt2')
+
+
+def _bitnet_shape(about):
+    """The first two results of bitnet_config()."""
+    sizes = {'vocab_size': 128_256, 'max_position_embeddings': 2048, 'num_hidden_layers': 30, 'num_attention_heads': 20,
+             'hidden_size': 2560, 'intermediate_size': 6912} | about
+    sizes['num_key_value_heads'] = about.get('num_key_value_heads') or sizes['num_attention_heads']
+    ours = {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
+            'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size',
+            'n_ff': 'intermediate_size'}
+    shape = {key: sizes[name] for key, name in ours.items()}
+    for key, value in shape.items():
+        if type(value) is not int or not 1 <= value < 1 << 24:
+            raise ValueError(f'{ours[key]}={value!r} is no size')
+    rope, how = (about.get('rope_scaling') or {}) | (about.get('rope_parameters') or {}), about.get('quantization_config')
+    act, width = about.get('hidden_act', 'relu2'), about.get('head_dim') or shape['n_embd'] // shape['n_head']
+    needs = [('rope_type', rope.get('rope_type', rope.get('type', 'default')), ['default']),
+             ('attention_bias', about.get('attention_bias', False), [False]), ('hidden_act', act, ['relu2', 'silu']),
+             ('head_dim', width, [shape['n_embd'] / shape['n_head']] if width % 2 == 0 else []),
+             ('num_key_value_heads', shape['n_kv_head'], [n for n in (shape['n_kv_head'],) if shape['n_head'] % n == 0])]
+    if how is not None:                             # with the defaults of transformers
+        how = dict(quant_method='bitnet', linear_class='bitlinear', quantization_mode='offline', use_rms_norm=False) | how
+        modes = ['offline'] if how['linear_class'] == 'bitlinear' else ['offline', 'online']
+        needs += [('quant_method', how['quant_method'], ['bitnet']), ('use_rms_norm', how['use_rms_norm'], [False]),
+                  ('linear_class', how['linear_class'], ['bitlinear', 'autobitlinear']),
+                  ('quantization_mode', how['quantization_mode'], modes),
+                  ('modules_to_not_convert', how.get('modules_to_not_convert') or ['lm_head'], [['lm_head']])]
+    for key, value, known in needs:
+        if value not in known:
+            raise ValueError(f'{key}={value!r} is not possible here')
+    return shape | {'act': act, 'norm_eps': float(about.get('rms_norm_eps', 1e-5)), 'quant': 'fp' if how is None else 'tern',
+                    'rope_theta': float(rope.get('rope_theta', about.get('rope_theta', 500_000.0)))}, how
+
+
+def mapped_state(folder):
+    """{name: tensor} of a folder's model.safetensors, or of the files that its index names. The tensors are mapped, not read.
+    Raises ValueError."""
+    from safetensors import SafetensorError, safe_open
+    index, state, part = os.path.join(folder, 'model.safetensors.index.json'), {}, 'model.safetensors.index.json'
+    try:
+        parts = ['model.safetensors']
+        if os.path.isfile(index):
+            with open(index, encoding='utf-8') as f:
+                parts = sorted(set(json.load(f)['weight_map'].values()))
+        for part in parts:
+            if os.path.basename(part) != part:
+                raise ValueError('a path in its index')
+            with safe_open(os.path.join(folder, part), 'pt') as f:
+                state |= {name: f.get_tensor(name) for name in f.keys()}       # noqa: SIM118  not a dict
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f'{folder}/{part} cannot be read ({_why(e)})') from None
+    return state

@@ -259,8 +259,8 @@ def restore(model, described, tensors):
         if isinstance(new, layers.LowBit):
             if own_tensors['code'].numel() * 8 < rows * columns * new.bits:
                 raise ValueError(f'{name}: {own_tensors["code"].numel()} bytes of codes for {rows} x {columns} weights')
-            new.hold_({key: torch.empty_like(t) for key, t in own_tensors.items() if key != 'bias'})
-        new.to_empty(device='cpu').requires_grad_(False)
+            new.hold_({key: torch.empty_like(t, device='meta') for key, t in own_tensors.items() if key != 'bias'})
+        new.to_empty(device=old.weight.device).requires_grad_(False)
         embedding = PackedEmbedding(new, old.weight.dtype) if tied or entry.get('embedding') else None
         for partner in tied:
             set_module(model, partner, embedding)

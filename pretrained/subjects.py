@@ -30,7 +30,7 @@ PACKED = 'packed.safetensors'    # the weights in a folder of transformers that 
 class Trained:
     """Language model of one of our trainers, evaluated on the evaluation batches of that trainer.
 
-    path: a checkpoint. model, tokenizer, about: from sample.load(path). Attributes: name (path), model (evaluation mode, on
+    path: a checkpoint. model, tokenizer, about: from load.load(path). Attributes: name (path), model (evaluation mode, on
     `dev`), meta (dict for the header of a packed file), about, trained (the loss that the trainer recorded for the same
     batches, or None)."""
     unit, causal, accuracy = 'nats per token', True, None

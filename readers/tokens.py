@@ -65,11 +65,12 @@ TOKENIZER_FILE = {'byte': None, 'gpt2': 'gpt2.tiktoken', 'bpe': 'tokenizer.json'
 class Tokenizer:
     """Tokenizer with name, vocab_size, eot (id of end-of-text) and token_bytes: int64 (vocab_size,), text bytes, 0 for eot.
 
-    encode() treats '<|endoftext|>' in a text as plain characters. Only a writer puts `eot` between documents.
+    encode() treats '<|endoftext|>' in a text as plain characters. Only a writer puts `eot` between documents. begin: ids that a
+    Hugging Face model expects before a text; [] for models that are trained here.
     """
 
-    def __init__(self, name, table, eot, encode_batch, text=''):
-        self.name, self.eot, self.vocab_size, self.text = name, eot, len(table), text
+    def __init__(self, name, table, eot, encode_batch, text='', begin=()):
+        self.name, self.eot, self.vocab_size, self.text, self.begin = name, eot, len(table), text, list(begin)
         self._table, self._encode_batch = table, encode_batch
         self.token_bytes = np.array([len(b) for b in table], dtype=np.int64)
         self.token_bytes[eot] = 0
@@ -101,7 +102,8 @@ def from_description(description):
     name = description.get('name')
     if name not in TOKENIZER_FILE:
         fail(f'unknown tokenizer {name!r}; there are: {", ".join(TOKENIZER_FILE)}')
-    return {'byte': byte, 'gpt2': gpt2, 'bpe': bpe}[name](description.get('text', ''))
+    text = description.get('text', '')
+    return bpe(text, description.get('eot')) if name == 'bpe' else {'byte': byte, 'gpt2': gpt2}[name](text)
 
 
 def byte(text=''):
@@ -141,20 +143,40 @@ def _gpt2_ranks():
              f'put vocab.bpe and encoder.json from {GPT2_URL} into {GPT2_BPE}')
 
 
-def bpe(text):
-    """Byte-level BPE from the JSON of the `tokenizers` library. eot is its <|endoftext|> token."""
+def bpe(text, eot=None):
+    """Byte-level BPE from the JSON of the `tokenizers` library. eot: id of end-of-text; None: of its <|endoftext|>."""
     model = _import('tokenizers').Tokenizer.from_str(text)
     model.encode_special_tokens = True  # encode '<|endoftext|>' inside a text as plain text
     plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']  # GPT-2 writes each byte as a character
     shifted = [b for b in range(256) if b not in plain]
     byte_of = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(shifted)}
-    eot = model.token_to_id(EOT)
-    table = [EOT.encode() if i == eot else bytes(byte_of[c] for c in model.id_to_token(i))
-             for i in range(model.get_vocab_size())]
+    eot = model.token_to_id(EOT) if eot is None else eot
+    added = {i: token.content.encode() for i, token in model.get_added_tokens_decoder().items()}
+    spelled = {i: added[i] if i in added else bytes(byte_of[c] for c in token) for token, i in model.get_vocab().items()}
+    first = model.encode('a')
 
     def encode_batch(texts):
         return [e.ids for e in model.encode_batch_fast(texts, add_special_tokens=False)]
-    return Tokenizer('bpe', table, eot, encode_batch, text)
+    return Tokenizer('bpe', [spelled.get(i, b'') for i in range(max(spelled) + 1)], eot, encode_batch, text,
+                     first.ids[:first.special_tokens_mask.index(0)])
+
+
+def of_folder(folder, about):
+    """The byte-level BPE in tokenizer.json of a Hugging Face folder. about: its config.json. Raises ValueError."""
+    path = Path(folder) / 'tokenizer.json'
+    try:
+        text = path.read_text(encoding='utf-8')
+        if '"ByteLevel"' not in json.dumps(json.loads(text)['decoder']):
+            raise ValueError('it is no byte-level BPE')
+        eot = about.get('eos_token_id')
+        made = bpe(text, eot[0] if isinstance(eot, list) and eot else eot)
+    except Exception as e:                          # noqa: BLE001  tokenizers raises Exception itself
+        why = e.strerror if isinstance(e, OSError) else f'{e}'.split('\n')[0][:90]
+        raise ValueError(f'{path} cannot be used ({why})') from None
+    if type(made.eot) is not int or not 0 <= made.eot < made.vocab_size <= about['vocab_size']:
+        raise ValueError(f'{path} does not fit config.json: eos_token_id={made.eot}, {made.vocab_size} tokens, '
+                         f'vocab_size={about["vocab_size"]}')
+    return made
 
 
 def train_bpe(texts, vocab_size):

@@ -126,5 +126,5 @@ def test_kernels_are_compiled_wherever_they_can_be(start, tmp_path):
     for name in ('slow', 'with', 'openmp'):
         assert [p.suffix for p in (tmp_path / name / 'nanobit').iterdir()] == ['.so']
     assert not (tmp_path / 'off').exists() and len((tmp_path / 'copycc.log').read_text().splitlines()) == 3
-    assert [p.suffix for p in tmp_path.glob('T/nanobit-*/*')] == ['.so'] * 2
+    assert not list((tmp_path / 'T').iterdir())     # a loaded library needs no file
     assert [list(p.iterdir()) for p in tmp_path.glob('[bm]*/nanobit')] == [[], []]          # no half of a library is left

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import layers
+import quant
 import sample
 from engine.engine import BATCH, Array, Engine, Linear, library
 from pretrained import replace
@@ -132,6 +133,25 @@ def test_int8_head():
     ids = torch.arange(8)[:, None]
     far = relative(Engine(model, sequences=8)(ids), Engine(model, 'fp', sequences=8)(ids))
     assert 1e-4 < far.max() < 0.1
+
+
+ROUNDED = {'bin': lambda: gpt('bin,bin,fp'), 'int4': lambda: gpt('int4,int4,fp'), 'odd': lambda: gpt('bin,bin,fp', 36),
+           **{f'group {levels}': lambda levels=levels: replaced(gpt('fp'), 'group', levels=levels, group=32)
+              for levels in ('int4', 'int3', 'int2', 'tern', 'bin')}}
+
+
+@pytest.mark.parametrize('name', ROUNDED)
+@torch.no_grad()
+def test_int8_inputs(name, ids):
+    """inputs='int8' computes what torch does with rounded inputs, on all processors; layers with uneven levels keep theirs."""
+    model = ROUNDED[name]()
+    got = Engine(model, 'fp', sequences=8, inputs='int8')(ids)
+    for target in ('vnni', 'avx2', 'scalar'):
+        assert torch.equal(Engine(model, 'fp', sequences=8, inputs='int8', target=target)(ids), got), target
+    for module in model.modules():
+        if getattr(module, 'kind', '') in ('bin', 'int4', 'group'):
+            module.register_forward_pre_hook(lambda m, x: (torch.mul(*quant.quantize_rows(x[0])),))
+    assert (relative(got, model(ids)) < 1e-4).float().mean() >= 0.75
 
 
 @torch.no_grad()

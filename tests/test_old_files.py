@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import common
-import sample
 import train_cnn
+from engine import load
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD = ROOT / 'tests/old'
@@ -24,7 +24,7 @@ LANGUAGE = ['gpt_last.pt', 'gptq3.safetensors', 'bitnet_packed.safetensors']
 def test_language_models_of_old_files(name):
     """A checkpoint with binary, ternary, 4-bit and full-precision layers, a file of ptq.py in groups, a packed BitNet: the same
     logits and loss. old.json has the logits of the letters a to f at the last position."""
-    model, _, about = sample.load(str(OLD / name))
+    model, _, about = load.load(str(OLD / name))
     said = SAID[name]
     n = torch.arange(32).view(2, 16)
     ids, targets = n * n * 7 % 251, (n * n * 7 + 14 * n + 7) % 251

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 
 import common
+import engine.load
 import layers
 import ptq
-import sample
 from conftest import ROOT, one_error
 from forked import SHORT_TIMES
 from pretrained import adapters, calibrate, hf, replace, subjects
 from readers import tokens
 from readers.texts import load, read_table, write_table
-from train_gpt import GPT
+from train_gpt import GPT, GPTConfig
 
 QUICK = ['--group=32', '--windows=8', '--time_rounds=1']
 SCHEMES = [s for s in ptq.SCHEMES if not s.startswith('bnb')]
@@ -125,12 +125,12 @@ def test_a_saved_model_comes_back(saved, home, table, monkeypatch, scheme):
     assert os.path.getsize(path) == int(size.replace(',', '')) == row['file_bytes'] and f'{row["loss"]:.4f}' == loss
     assert not skip or row['loss'] == table[1][scheme]['loss']
     assert 'as saved' in again and text.startswith('one two') and len(text) > 8
-    model, _, about = sample.load(str(path))
+    model, _, about = engine.load.load(str(path))
     assert about['quantized'] and (skip == '') == isinstance(model.wte, replace.PackedEmbedding)
     for key, value in {'skip': skip, 'group': 32, 'windows': 8}.items():
         monkeypatch.setattr(ptq, key, value)
     best = str(home / 'out/gpt/best.pt')
-    subject = subjects.Trained(best, *sample.load(best), torch.device('cpu'), dict.fromkeys(ptq.config, ''))
+    subject = subjects.Trained(best, *engine.load.load(best), torch.device('cpu'), dict.fromkeys(ptq.config, ''))
     replace.unfuse(subject.model)
     ptq.quantize(subject, subject.model, scheme)
     ids = subject.ids(24)
@@ -188,7 +188,7 @@ def test_quantizing_takes_little_memory_beside_the_model(monkeypatch):
     monkeypatch.setattr(calibrate, 'PART', 1 << 18)
     head, rest = 4 * 50_000 * 128, 4 * 12 * 2 * 128 * 128
     for scheme in ('nf4', 'gptq3'):
-        model = GPT(sample.GPTConfig(vocab_size=50_000, block_size=32, n_layer=2, n_head=2, n_embd=128)).eval()
+        model = GPT(GPTConfig(vocab_size=50_000, block_size=32, n_layer=2, n_head=2, n_embd=128)).eval()
         with common.peak_meter(False) as peak:
             ptq.quantize(Text(), model.requires_grad_(False), scheme)
         assert peak['bytes'] < (head + rest) * 9 / 32 + head / 2, scheme
@@ -240,7 +240,7 @@ def test_prune(pruned, home):
 def test_a_saved_pruned_model_has_these_zeros(pruned):
     """Two of every four weights are 0 in the file, and ptq.py measures the loss that was printed."""
     *_, rows, path = pruned
-    model, _, about = sample.load(str(path))
+    model, _, about = engine.load.load(str(path))
     for name in about['quantized']:
         weight = model.get_submodule(name).decode()[0]
         assert torch.equal((weight.unflatten(1, (-1, 4)) == 0).sum(-1).unique(), torch.tensor([2]))
@@ -308,7 +308,7 @@ def test_choose_writes_a_config_that_trains(calls, call, home):
     trained, again = calls((['train_gpt.py', *words, '--max_iters=2', '--eval_interval=2', '--save_interval=2'], home, 0),
                            (['choose', '--bits=17', '--ckpt=out/chosen'], home, 2))
     assert 'packed into out/chosen' in trained.out
-    model = GPT(sample.GPTConfig(**common.read_checkpoint(str(home / 'out/chosen/last.pt'))['model_config']))
+    model = GPT(GPTConfig(**common.read_checkpoint(str(home / 'out/chosen/last.pt'))['model_config']))
     low = [any(isinstance(m, layers.LowBit) for m in b.modules()) for b in model.blocks]
     assert low == [best == 'blocks.0', best == 'blocks.1'] and 'no full-precision model' in one_error(again)
 

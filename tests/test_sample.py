@@ -21,7 +21,8 @@ import common
 import layers
 import sample
 from data.tictactoe import prepare as tictactoe
-from engine.engine import library
+from engine import load
+from engine.engine import Engine, library
 from readers import tasks, tokens
 from train_bitnet import BitNet, BitNetConfig
 from train_gpt import GPT, GPTConfig
@@ -174,8 +175,8 @@ def test_packed_file_is_the_same_model(request, cli, name, trainer, task, loss):
     """best.pt and packed.safetensors give equal logits, bit for bit, and the same text for the same seed. Greedy text with
     cached keys and values is that of full passes."""
     folder = request.getfixturevalue(name)
-    best, tokenizer, about = sample.load(str(folder / 'best.pt'))
-    packed, same_tokenizer, same_about = sample.load(str(folder / 'packed.safetensors'))
+    best, tokenizer, about = load.load(str(folder / 'best.pt'))
+    packed, same_tokenizer, same_about = load.load(str(folder / 'packed.safetensors'))
     for seen in (about, same_about):
         assert (seen['step'], seen['trainer'], seen['task'], seen['quantized']) == (100, trainer, task, {})
     assert about['config']['max_iters'] == 100 and about['val_loss'] < loss
@@ -352,8 +353,7 @@ def scripted(monkeypatch, tmp_path):
                 row[0, say(text)] = 5.0
             return logits
         monkeypatch.setattr(BitNet, 'forward', forward)
-        stand_in = type('Engine', (), {'__new__': lambda cls, model, *args, **options: model})     # it would not call forward
-        monkeypatch.setattr('engine.engine.Engine', stand_in)
+        monkeypatch.setattr('engine.load.into_engine', lambda model, *args, **options: model)      # it would not call forward
         make.seen = []
         return bitnet_file(tmp_path / 'last.pt', task, **shape)
     return make
@@ -451,7 +451,7 @@ def test_a_game_may_be_left(cli, scripted):
 @pytest.mark.parametrize('against', ['random', 'perfect'])
 def test_other_players_play_the_model(player, cli, against):
     """The counts are those of tasks.score_games() with that seed, from best.pt as from the packed file."""
-    model, _, _ = sample.load(str(player / 'best.pt'))
+    model, _, _ = load.load(str(player / 'best.pt'))
 
     def predict(texts):
         with torch.no_grad():
@@ -512,3 +512,16 @@ def test_without_a_compiler_torch_computes(cli, monkeypatch):
         assert done[:2] == (2, '') and re.fullmatch(r'error: engine.c was not compiled .*; type --engine=torch\n', done[2])
     finally:
         library.cache_clear()
+
+
+def test_a_layer_that_the_engine_lacks(cli, monkeypatch):
+    """The note names it, and torch writes the same text, although the engine used up the blocks; --engine=c is an error."""
+    def fill(self, name, *rest, plain=Engine.fill):
+        if name == 'lm_head':
+            raise ValueError('lm_head: the engine has no such layer; use torch')
+        plain(self, name, *rest)
+    monkeypatch.setattr(Engine, 'fill', fill)
+    done = cli('--prompt=a', *GREEDY)
+    assert done[1] == CYCLE + 'a\n' and done[2].startswith('note: lm_head: the engine has no such layer')
+    why = 'error: lm_head: the engine has no such layer; use torch; type --engine=torch\n'
+    assert cli('--prompt=a', '--engine=c') == (2, '', why)

@@ -257,14 +257,15 @@ def test_logged_scores_are_those_of_the_saved_weights(unbroken, sums, games):
     assert log(unbroken(*LEARNED), 'exact_match')[0] == 0
 
 
-def test_tasks_are_scored_in_evaluation_mode(train, folder):
-    """Every answer comes from a model in evaluation, from what a context shorter than the problems shows of them; it trains on
-    in training mode."""
+@pytest.mark.parametrize('kernels, scored', [('1', 'Engine'), ('0', 'BitNet')])
+def test_tasks_are_scored_in_evaluation_mode(train, folder, kernels, scored):
+    """Every answer comes from the engine or, without a compiler, from the model in evaluation, and from what a context shorter
+    than the problems shows of them; it trains on in training mode."""
     cwd = folder()
-    train('--max_iters=2', '--block_size=4', cwd=cwd, patch="""
+    train('--max_iters=2', '--block_size=4', cwd=cwd, NANOBIT_KERNELS=kernels, patch=f"""
 from readers import tasks
 def next_logits(model, *args, plain=tasks.next_logits):
-    assert not model.training
+    assert type(model).__name__ == {scored!r} and not getattr(model, 'training', False)
     return plain(model, *args)
 tasks.next_logits = next_logits
 import common, sys
