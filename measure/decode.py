@@ -253,9 +253,10 @@ def measure_group(a, names, heads, like, threads):
         jobs += [dict(ours, name=f'{name} torch', runs='torch', head='')] if a.torch else []
     jobs += [dict(base, name=f'llama.cpp {x.replace(":", " ")}', runs='llama.cpp', model=x.partition(':')[0], head_of=x,
                   head=x.partition(':')[2], file=f'{a.folder}/{x}.gguf') for x in like]
-    workers, answers = [Worker(job) for job in jobs], [[] for _ in jobs]
-    for w in workers:
-        w.ask('warm')
+    workers, answers = [], [[] for _ in jobs]
+    for job in jobs:                                # one loads at a time: loading takes more memory than a loaded model
+        workers.append(Worker(job))
+        workers[-1].ask('warm')
     for turn in range(a.rounds):
         for w, mine in zip(workers, answers, strict=True):
             mine.append(w.ask('measure') if w.job['runs'] != 'torch' or turn < a.torch else {})
