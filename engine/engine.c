@@ -210,6 +210,13 @@ static void prepare(Engine *e, const Linear *l, const float *x, int n_tokens, in
 
 typedef struct { Engine *e; const Linear *l; float *y; int64_t stride; int add; } Job;     // add: y += product
 
+// One token reads each code once, in streams too short for a processor to foresee. So word w of R tiles asks for the same words of
+// the next R tiles. An address past the end does no harm.
+INLINE void ask_next(const U16 *code, int64_t words, int64_t w, int T, int R)
+{
+    for (int r = 0; T == 1 && r < R; r++) __builtin_prefetch((const void *)((intptr_t)code + ((R + r) * words + w) * 64), 0, 2);
+}
+
 INLINE void put(const Job *j, int64_t t, int64_t tile, F16 v)
 {
     float *y = j->y + t * j->stride + tile * LANES;
@@ -225,13 +232,15 @@ INLINE void bin_tiles(const Job *j, int64_t t, int64_t tile, int T, int R)
     const float *table = j->e->tables + t * step;
     F16 sum[4][4];
     for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) sum[a][r] = all(0);
-    for (int64_t w = 0; w < words; w++)
+    for (int64_t w = 0; w < words; w++) {
+        ask_next(code, words, w, T, R);
 #pragma GCC unroll 8
         for (int n = 0; n < 8; n++)
             for (int r = 0; r < R; r++) {
                 const U16 at = code[r * words + w] >> 4 * n;
                 for (int a = 0; a < T; a++) sum[a][r] += look(load(table + a * step + (8 * w + n) * LANES), at);
             }
+    }
     for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) put(j, t + a, tile + r, sum[a][r]);
 }
 
@@ -258,7 +267,8 @@ INLINE void bits_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int 
     I16 sum[BIG][4], field[8][4];
     for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) sum[a][r] = (I16){ 0 };
     for (int p = 0; p < fields; p++) for (int r = 0; r < R; r++) field[p][r] = (I16){ 0 };
-    for (int64_t w = 0; w < words; w++)
+    for (int64_t w = 0; w < words; w++) {
+        ask_next(code, words, w, T, R);
 #pragma GCC unroll 8
         for (int p = 0; p < fields; p++, q += 4 * T)
             for (int r = 0; r < R; r++) {
@@ -270,6 +280,7 @@ INLINE void bits_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int 
                     else sum[a][r] = dot4(sum[a][r], c, (I16){ 0 } + x, 2);
                 }
             }
+    }
     for (int p = 0; masks && p < fields; p++) for (int r = 0; r < R; r++) sum[0][r] += field[p][r] >> bits * p;
     for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) put_sums(j, t + a, tile + r, sum[a][r]);
 }
@@ -325,12 +336,14 @@ INLINE void int8_tiles(const Job *j, int64_t t, int64_t tile, int T, int R)
     const int8_t *q = e->q + t * e->wide;
     I16 sum[12][4];
     for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) sum[a][r] = (I16){ 0 };
-    for (int64_t w = 0; w < words; w++)
+    for (int64_t w = 0; w < words; w++) {
+        ask_next((const U16 *)code, words, w, T, R);
         for (int a = 0; a < T; a++) {
             uint32_t x;
             memcpy(&x, q + a * e->wide + 4 * w, 4);
             for (int r = 0; r < R; r++) sum[a][r] = dot4(sum[a][r], (U16){ 0 } + x, code[r * words + w], 0);
         }
+    }
     for (int a = 0; a < T; a++)
         for (int r = 0; r < R; r++) {
             const I16 of_rows = *(const I16 *)((const int32_t *)j->l->sums.at + (tile + r) * LANES);
@@ -372,7 +385,8 @@ INLINE void even_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int 
     for (int64_t g = 0; g < groups; g++) {
         I16 part[BIG][4];
         for (int a = 0; a < T; a++) for (int r = 0; r < R; r++) part[a][r] = (I16){ 0 };
-        for (int64_t w = g * in_group; w < (g + 1) * in_group; w++)
+        for (int64_t w = g * in_group; w < (g + 1) * in_group; w++) {
+            ask_next(code, words, w, T, R);
 #pragma GCC unroll 8
             for (int p = 0; p < fields; p++, q += 4 * T)
                 for (int r = 0; r < R; r++) {
@@ -383,6 +397,7 @@ INLINE void even_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int 
                         part[a][r] = dot4(part[a][r], c, (I16){ 0 } + x, 2);
                     }
                 }
+        }
         for (int r = 0; r < R; r++) {
             const int64_t at = ((tile + r) * groups + g) * LANES;
             const F16 s = scales(l, at);
@@ -416,7 +431,8 @@ INLINE void codes_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int
     for (int b = 0; b < T; b++) for (int r = 0; r < R; r++) sum[b][r] = all(0);
     for (int64_t g = 0; g < groups; g++) {
         for (int b = 0; b < T; b++) for (int r = 0; r < R; r++) part[b][r] = all(0);
-        for (int64_t w = g * in_group; w < (g + 1) * in_group; w++)
+        for (int64_t w = g * in_group; w < (g + 1) * in_group; w++) {
+            ask_next(code, words, w, T, R);
 #pragma GCC unroll 4
             for (int c = 0; c < columns; c++)
                 for (int r = 0; r < R; r++) {
@@ -424,6 +440,7 @@ INLINE void codes_tiles(const Job *j, int64_t t, int64_t tile, int T, int R, int
                     for (int b = 0; b < T; b++)
                         part[b][r] = fma16(v, all(a[b * j->e->wide + w * columns + c]), part[b][r]);
                 }
+        }
         for (int r = 0; r < R; r++) {
             const int64_t at = ((tile + r) * groups + g) * LANES;
             const F16 s = scales(l, at);

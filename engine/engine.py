@@ -25,6 +25,7 @@ from quant import CODED4, GRIDS, ROOTS, compile_c, quantize_rows, scales4, unpac
 CODES, BIN, TERN, INT8 = range(4)
 ACTS = {None: 0, 'relu': 1, 'gelu': 2, 'relu2_glu': 3, 'silu_glu': 4}
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
+ARENA = 1 << 26                # bytes of memory that arrays share
 SEEDS = 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D, 0x1E3779B97F4A7C15     # odd numbers: all seeds, rows and steps differ
 BATCH = 96                     # most tokens in one call: a longer prompt takes several
 # What the compiler may use, for tests; the results are the same bits.
@@ -94,7 +95,7 @@ class Engine:
         if not all(p.device.type == 'cpu' for p in (*model.parameters(), *model.buffers())):
             raise ValueError('the engine runs on the CPU only')
         self.lib, self.kept, self.at, self.sequences, self.config = library(target), [], None, sequences, model.config
-        self.rounded = inputs == 'int8'
+        self.rounded, self.arena = inputs == 'int8', torch.empty(0, dtype=torch.uint8)
         c, layers = model.config, []
         with torch.no_grad():
             for i, block in enumerate(model.blocks):
@@ -131,22 +132,32 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # layers to structs
 
+    def room(self, shape, dtype):
+        """An empty tensor that is kept. Many share one piece of memory, so that huge pages can hold them."""
+        n = math.prod(shape) * dtype.itemsize
+        if len(self.arena) < n:
+            self.arena = torch.empty(max(n, ARENA) + 64, dtype=torch.uint8)
+            self.arena = self.arena[-self.arena.data_ptr() % 64:]
+            self.lib.engine_advise(self.arena.data_ptr(), self.arena.nbytes)
+        self.kept.append(self.arena[:n].view(dtype).view(shape))
+        self.arena = self.arena[-(-n // 64) * 64:]
+        return self.kept[-1]
+
     def array(self, t, rows=0):
-        """Array of a copy of t, which is kept; with `rows` zeros pad it to this length."""
-        t = F.pad(t.detach(), (0, rows - len(t))) if rows else t.detach()
-        self.kept.append(t.clone(memory_format=torch.contiguous_format))
-        return Array(self.kept[-1].data_ptr(), self.kept[-1].nbytes)
+        """Array of a copy of t; with `rows` zeros pad it to this length."""
+        kept = self.room((rows or len(t), *t.shape[1:]), t.dtype)
+        kept[:len(t)] = t.detach()
+        kept[len(t):] = 0
+        return Array(kept.data_ptr(), kept.nbytes)
 
     def tiles(self, t):
         """Array of t (rows, n), with the n-th values of 16 rows next to each other, see engine.c."""
         rows, n = t.shape
-        kept = torch.empty(-(-rows // 16), n, 16, dtype=t.dtype)
-        self.lib.engine_advise(kept.data_ptr(), kept.nbytes)
+        kept = self.room((-(-rows // 16), n, 16), t.dtype)
         whole = rows // 16
         kept[:whole] = t[:whole * 16].view(-1, 16, n).transpose(1, 2)
         if whole < len(kept):
             kept[whole] = F.pad(t[whole * 16:], (0, 0, 0, 16 - rows % 16)).T
-        self.kept.append(kept)
         return Array(kept.data_ptr(), kept.nbytes)
 
     def words(self, code):
