@@ -38,7 +38,7 @@ from engine import load
 from measure import convolutions, decode, forms, matrices, optimizers, steps
 
 BUNDLED = ('*.py', '*.c', '*.md', '*.txt', '*.toml', 'LICENSE', 'Makefile', 'readers/*.py', 'pretrained/*.py', 'report/*.py',
-           'measure/*.py', 'engine/*', 'config/*.py', 'data/*/prepare.py', 'tests/*.py', 'tests/old/**/*',
+           'measure/*.py', 'engine/*', 'config/*.py', 'data/*/prepare.py', 'tests/*.py', 'tests/*.c', 'tests/old/**/*',
            'results/*')
 
 
@@ -70,7 +70,7 @@ WORKERS = {'stats': lambda a: forms.stats_worker(a, trained), 'compare': lambda 
            'optim': optimizers.optim_worker, 'optim_bytes': optimizers.optim_bytes_worker,
            'finetune': optimizers.finetune_worker, 'finetune_memory': optimizers.finetune_memory_worker,
            'conv': convolutions.conv_worker,
-           'decode': lambda a: decode.decode_worker(a, load.MODELS, trained, sample.generate)}
+           'decode': lambda a: decode.decode_worker(a, sample.generate)}
 
 
 def trained(path):
@@ -146,7 +146,7 @@ def main():
     p = command('decode', decode.decode, tokens=32, rounds=5, torch=3, seconds=5.0)
     p.add_argument('--models', default='tern,bin,int4', help=f'{", ".join(decode.KINDS)} or runs, e.g. tern,out/pycode_bin')
     p.add_argument('--shape', default='0.68B', choices=tuple(decode.SHAPES), help='size of the random models')
-    p.add_argument('--heads', default='int8', help='heads of the engine: int8, fp')
+    p.add_argument('--heads', default='int8', help='head:inputs of the engine, e.g. int8,fp,int8:int8')
     p.add_argument('--threads_of', default='1,2', metavar='1,2', help='numbers of threads to measure, instead of --threads')
     p.add_argument('--prefill', default='128,512', metavar='128,512', help='tokens of the prompts')
     p.add_argument('--agree', type=int, default=0, help='prompts whose greedy tokens are compared with those of torch')

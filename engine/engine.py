@@ -305,15 +305,16 @@ class Engine:
             if why := call():
                 raise ValueError(why.decode())
 
-    def places(self, B, T, first):
-        """sequences, positions and wanted of B sequences of T tokens from position `first`; the last of each is wanted."""
+    def places(self, B, T, first, every=False):
+        """sequences, positions and wanted of B sequences of T tokens from position `first`; the last of each is wanted, or
+        every one."""
         positions = torch.arange(first, first + T, dtype=torch.int32).repeat(B)
         sequences = torch.arange(B, dtype=torch.int32).repeat_interleave(T)
-        return sequences, positions, (positions == first + T - 1).to(torch.uint8)
+        return sequences, positions, (positions >= (0 if every else first + T - 1)).to(torch.uint8)
 
-    def prefill(self, ids, first, next=None, **sampling):
-        """Feed ids (B, T) at positions first .. first + T - 1. Returns the logits (B, vocab) fp32 after the last position or,
-        with `next` and `sampling`, writes an id of each row to next (B,) int32."""
+    def prefill(self, ids, first, next=None, every=False, **sampling):
+        """Feed ids (B, T) at positions first .. first + T - 1. Returns the logits (B, vocab) fp32 after the last position, with
+        `every` (B * T, vocab) after each. With `next` and `sampling`, writes an id of each row to next (B,) int32."""
         B, T = ids.shape
         if not 1 <= B <= self.sequences or not 1 <= T or not 0 <= first <= self.config.block_size - T:
             raise ValueError(f'{B} sequences of {first + T} tokens do not fit into {self.sequences} of '
@@ -321,14 +322,15 @@ class Engine:
         flat = ids.to(torch.int64).flatten()
         if flat.min() < 0 or flat.max() >= self.config.vocab_size:
             raise ValueError(f'an id is not in 0 .. {self.config.vocab_size - 1}')
-        logits = torch.empty(B, self.config.vocab_size) if next is None else None
-        flat, where = flat.to(torch.int32), self.places(B, T, first)
+        logits = torch.empty(B * T if every else B, self.config.vocab_size) if next is None else None
+        flat, where = flat.to(torch.int32), self.places(B, T, first, every)
         self.run(self.calls(flat, *where, logits, next, **sampling))
         return logits
 
-    def __call__(self, ids):
-        """ids (B, T) -> logits (B, 1, vocab) after the last position, like the model's."""
-        return torch.cat([self.prefill(part, 0) for part in ids.split(self.sequences)])[:, None]
+    def __call__(self, ids, every=False):
+        """ids (B, T) -> logits (B, 1, vocab) after the last position, like the model's; every=True: (B, T, vocab)."""
+        parts = [self.prefill(part, 0, every=every) for part in ids.split(self.sequences)]
+        return torch.cat(parts).view(len(ids), -1, self.config.vocab_size)
 
     def generate(self, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, seed=0):
         """Yield the next ids (B,) int64, one step at a time, like sample.generate(). The same seed gives the same ids; each row

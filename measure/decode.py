@@ -18,70 +18,82 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import common
 import configurator
 import layers
+from engine import load
 from engine.engine import Engine
 from measure import llama
 from measure.turns import Worker, device_name, resident_bytes, show
+from pretrained import replace
 from readers import tokens
 
 # Random models: the class in MODELS, its options. SHAPES adds the sizes.
 KINDS = {'bin': ('train_gpt', dict(qkv_proj='bin', c_proj='bin', mlp_proj='bin')), 'tern': ('train_bitnet', {}),
-         'int4': ('train_gpt', dict(qkv_proj='int4', c_proj='int4', mlp_proj='int4')), 'fp': ('train_bitnet', dict(quant='fp'))}
+         'int4': ('train_gpt', dict(qkv_proj='int4', c_proj='int4', mlp_proj='int4')), 'fp': ('train_bitnet', dict(quant='fp')),
+         'int4g128': ('train_gpt', dict(qkv_proj='fp', c_proj='fp', mlp_proj='fp'))}        # rounded as by ptq.py
 # The models of train_gpt.py ignore n_kv_head and n_ff; n_ff = 8/3 n_embd with all heads gives both the same number of weights.
 SHAPES = {'1M': dict(n_layer=6, n_head=4, n_kv_head=2, n_embd=256, n_ff=768, vocab_size=256),
           '0.68B': dict(n_layer=24, n_head=24, n_kv_head=24, n_embd=1536, n_ff=4096, vocab_size=32_000),
           '2.4B': dict(n_layer=30, n_head=20, n_kv_head=5, n_embd=2560, n_ff=6912, vocab_size=128_256)}    # BitNet b1.58 2B4T
 # Types of llama.cpp that are compared with a kind: of the blocks' matrices, of the tied head.
 LIKE = {'tern': ('TQ2_0:F16', 'TQ2_0:Q8_0', 'TQ1_0:Q8_0'), 'int4': ('Q4_0:F16', 'Q4_0:Q8_0')}
+HEADS = ('int8', 'fp', 'int8:int8', 'fp:int8')                          # head:inputs of the engine
 CACHE_BYTES = {'engine': 4, 'torch': 4, 'llama.cpp': 2}                 # of a key or value of one position
 AGREE_TOKENS = 64
+WINDOWS = 64                                                            # of the validation split, for a loss
 PROMPT = 16                                                             # tokens before those of decode
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the processes
 
 
-def decode_worker(a, models, load, generate):
+def decode_worker(a, generate):
     """Answer each line on stdin by the figures of one round; the line 'warm' warms up."""
     try:
         if a.runs == 'write':
-            yield from write_worker(a, models)
+            yield from write_worker(a)
         elif a.runs == 'read':
             yield from read_worker()
         elif a.runs == 'agree':
-            yield from agree_worker(a, load, generate)
+            yield from agree_worker(a, generate)
         else:
-            yield from speed_worker(a, load, generate)
+            yield from speed_worker(a, generate)
     except ValueError as e:
         configurator.fail(f'{a.name}: {e}')
 
 
-def write_worker(a, models):
+def write_worker(a):
     """Write the random models of a shape: packed files and GGUF files."""
     for _ in sys.stdin:
         for kind in a.kinds:
-            write_random(Path(a.folder, f'{kind}.safetensors'), kind, SHAPES[a.shape], a.context, models)
+            write_random(Path(a.folder, f'{kind}.safetensors'), kind, SHAPES[a.shape], a.context)
         for name in a.like:
             llama.write_gguf(Path(a.folder, f'{name}.gguf'), *name.split(':'), SHAPES[a.shape], a.context)
         yield {}
 
 
-def write_random(path, kind, shape, context, models):
+def write_random(path, kind, shape, context):
     """Write a packed file of a random model. Its blocks are copies of one, so only one is ever in full precision."""
     trainer, options = KINDS[kind]
-    make, config = models[trainer]
+    make, config = load.MODELS[trainer]
     options = options | shape | {'block_size': context}
     if trainer == 'train_gpt':
         options = {k: v for k, v in options.items() if k not in ('n_kv_head', 'n_ff')}
         options['binary_blocks'] = tuple(range(options['n_layer']))
     torch.manual_seed(0)
-    model = layers.pack(make(config(**options | {'n_layer': 1})))
+    model, described = make(config(**options | {'n_layer': 1})), {}
+    if kind == 'int4g128':
+        replace.unfuse(model)
+        for name in replace.layers_of(model, 'head,embd'):
+            described |= replace.replace(model, name, 'group', {'levels': 'int4', 'group': 128})
+    layers.pack(model)
     model.blocks.extend(copy.deepcopy(model.blocks[0]) for _ in range(options['n_layer'] - 1))
+    described = {name.replace('.0.', f'.{i}.'): entry for i in range(options['n_layer']) for name, entry in described.items()}
     common.save_packed(model, path, {'trainer': trainer, 'step': 0, 'model_config': options,
-                                     'tokenizer': tokens.byte().describe()})
+                                     'tokenizer': tokens.byte().describe(), 'quantized': described})
 
 
 def read_worker():
@@ -96,12 +108,7 @@ def read_worker():
         yield {'read': matrix.nbytes / min(seconds)}
 
 
-def start_engine(a, load):
-    """The Engine of the worker's file."""
-    return Engine(load(a.file), a.head, a.threads)
-
-
-def speed_worker(a, load, generate):
+def speed_worker(a, generate):
     before = resident_bytes()
     if a.runs == 'llama.cpp':
         model = llama.Llama(a.llama, a.file, a.threads, a.context)
@@ -110,7 +117,8 @@ def speed_worker(a, load, generate):
         if a.head_of.startswith('Q4_0'):
             shape['n_kv_head'] = shape['n_head']
     else:
-        model = start_engine(a, load) if a.runs == 'engine' else load(a.file)
+        head, _, inputs = a.head.partition(':')
+        model = (load.engine(a.file, head, a.threads, inputs=inputs or 'fp32') if a.runs == 'engine' else load.load(a.file))[0]
         c, about = model.config, {}
         size = model.nbytes() if a.runs == 'engine' else sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         context, shape = c.block_size, vars(c) | {'n_kv_head': getattr(c, 'n_kv_head', c.n_head)}
@@ -159,11 +167,11 @@ def decode_speed(steps, ids, most, limit):
 
 
 @torch.no_grad()
-def agree_worker(a, load, generate):
+def agree_worker(a, generate):
     """Compare engine/ with torch on prompts that the model wrote: greedy tokens, and logits after the prompts. ties: for each
     prompt with another token, the distance of the two tokens' logits over the spread of all."""
-    model = load(a.file)
-    engine = Engine(model, 'fp', a.threads, sequences=a.agree)
+    model = load.load(a.file)[0]
+    exact = Engine(model, 'fp', a.threads, sequences=a.agree)
     vocab, context = model.config.vocab_size, model.config.block_size
     length = max(1, min(PROMPT, context // 2))
     new = min(AGREE_TOKENS, context - length)
@@ -172,15 +180,31 @@ def agree_worker(a, load, generate):
         ids = torch.randint(vocab, (a.agree, 1), generator=g)
         written = list(generate(model, ids, length - 1, vocab, 1.0, 0, g))
         ids = torch.cat([ids, *(t[:, None] for t in written)], 1)
-        right, ours = model(ids)[:, -1].float(), engine(ids)[:, -1]
-        theirs, mine = (torch.stack(list(generate(m, ids, new, vocab, 0)), 1) for m in (model, engine))
+        right, ours = model(ids)[:, -1].float(), exact(ids)[:, -1]
+        theirs, mine = (torch.stack(list(generate(m, ids, new, vocab, 0)), 1) for m in (model, exact))
         ties = []
         for i in (theirs != mine).any(1).nonzero().flatten().tolist():
             at = (theirs[i] != mine[i]).nonzero()[0].item()
             logits = model(torch.cat([ids[i], theirs[i, :at]])[None])[0, -1]
             ties.append(((logits[theirs[i, at]] - logits[mine[i, at]]).abs() / logits.std()).item())
         yield {'prompts': a.agree, 'new_tokens': new, 'same': a.agree - len(ties), 'ties': ties,
-               'logits_difference': ((right - ours).abs().amax(1) / right.std(1)).max().item()}
+               'logits_difference': ((right - ours).abs().amax(1) / right.std(1)).max().item(), **losses(model, a)}
+
+
+def losses(model, a):
+    """{'losses': nats per token on WINDOWS windows of the validation split of a trained model, of torch and of the engine with
+    each head and kind of inputs}, or {} for a random model."""
+    about = {} if a.model in KINDS else load.load(a.model)[2]['config']
+    if not about:                                   # a random model, or a packed file alone
+        return {}
+    data, context = tokens.load(tokens.dataset_dir(about['dataset']), 'val'), model.config.block_size
+    step = (len(data) - context - 1) // WINDOWS
+    xy = data.windows([i * step for i in range(WINDOWS)], context + 1)
+    found = {'torch': statistics.mean(model(part[:, :-1], part[:, 1:]).item() for part in xy.split(1))}
+    for head, inputs in (('fp', 'fp32'), ('int8', 'fp32'), ('fp', 'int8'), ('int8', 'int8')):
+        logits = Engine(model, head, a.threads, sequences=8, inputs=inputs)(xy[:, :-1], every=True)
+        found[f'{head} head, {inputs} inputs'] = F.cross_entropy(logits.flatten(0, 1), xy[:, 1:].flatten()).item()
+    return {'losses': found}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,8 +222,8 @@ def decode(a):
     like = [x for x in a.llama_types.split(',') if x] or [x for kind in kinds for x in LIKE.get(kind, ())]
     if not names or not heads or min(a.lengths) < 1 or min(counts) < 1 or not a.seconds > 0 or a.torch < 0 or a.agree < 0:
         configurator.fail('give a model and a head; prefill, threads_of, seconds must be above 0, torch and agree not below')
-    if wrong := [h for h in heads if h not in ('int8', 'fp')]:
-        configurator.fail(f'heads={wrong[0]!r} must be int8 or fp')
+    if wrong := [h for h in heads if h not in HEADS]:
+        configurator.fail(f'heads={wrong[0]!r} must be one of {", ".join(HEADS)}')
     if wrong := [x for x in like if x.partition(':')[0] not in llama.TYPES or x.partition(':')[2] not in llama.HEADS]:
         configurator.fail(f'llama_types={wrong[0]!r} must be one of {", ".join(llama.TYPES)}, a colon and F16 or Q8_0')
     if a.llama:
@@ -221,7 +245,8 @@ def decode(a):
             for group in ([*([kinds] if kinds or a.like else []), *([name] for name in names if name not in KINDS)]):
                 rows += measure_group(a, group, heads, a.like if group is kinds else [], threads)
         for name in names if a.agree else []:
-            worker = Worker(dict(vars(a), run=None, bench='decode', name=f'{name} agree', runs='agree', file=file_of(a, name)))
+            worker = Worker(dict(vars(a), run=None, bench='decode', name=f'{name} agree', runs='agree', model=name,
+                                 file=file_of(a, name)))
             rows.append({'bench': 'decode', 'name': f'{name} agree', 'model': name, 'runs': 'agree', **worker.ask()})
             worker.close()
     rows = [r | {'device': device_name(a), 'torch': torch.__version__} for r in rows]
@@ -232,7 +257,8 @@ def decode(a):
         if r['runs'] == 'agree':
             print(f'{r["model"]}: {r["same"]} of {r["prompts"]} prompts have the same {r["new_tokens"]} greedy tokens in '
                   f'engine/ (exact head) and torch; logits differ by at most {r["logits_difference"]:.1e} of their spread'
-                  + ''.join(f'; a tie of {tie:.1e}' for tie in r['ties']))
+                  + ''.join(f'; a tie of {tie:.1e}' for tie in r['ties'])
+                  + ''.join(f'\n  loss, {name}: {loss:.4f}' for name, loss in r.get('losses', {}).items()))
 
 
 def file_of(a, name):
@@ -249,7 +275,8 @@ def measure_group(a, names, heads, like, threads):
     jobs = [dict(base, name='read', runs='read')]
     for name in names:
         ours = dict(base, model=name, file=file_of(a, name))
-        jobs += [dict(ours, name=f'{name} engine {head}', runs='engine', head=head) for head in heads]
+        jobs += [dict(ours, name=f'{name} engine {head.replace(":", " inputs ")}', runs='engine', head=head) for head in heads
+                 if ':' not in head or name not in ('tern', 'fp')]
         jobs += [dict(ours, name=f'{name} torch', runs='torch', head='')] if a.torch else []
     jobs += [dict(base, name=f'llama.cpp {x.replace(":", " ")}', runs='llama.cpp', model=x.partition(':')[0], head_of=x,
                   head=x.partition(':')[2], file=f'{a.folder}/{x}.gguf') for x in like]

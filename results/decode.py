@@ -1,11 +1,12 @@
 """
 Decode and prefill by engine/, torch and llama.cpp: runs bench.py decode, stores results/decode.jsonl and results/decode.md.
 
-    python results/decode.py --llama=FOLDER         # 25 minutes on two idle cores; out/pycode_bin must exist: make train
+    python results/decode.py --llama=FOLDER         # 25 minutes on two idle cores
     python results/decode.py --table                # the page alone, from the stored lines
 
-FOLDER holds llama.cpp's shared libraries, see measure/llama.py. All figures of the page are computed from the log. A ratio is
-the median of the ratios within rounds.
+FOLDER holds llama.cpp's shared libraries, see measure/llama.py. The runs of TRAINED must exist, e.g. by train_gpt.py
+config/pycode_bin.py. Each command has its own log in out/bench; one that exists is not measured again. All figures of the page
+are computed from the logs. A ratio is the median of the ratios within rounds.
 """
 import argparse
 import statistics
@@ -15,11 +16,17 @@ import sys
 import keep
 from keep import ROOT, table
 
-COMMANDS = ['--shape=0.68B --heads=int8,fp --torch=2 --llama_types=TQ2_0:F16,TQ2_0:Q8_0,TQ1_0:Q8_0,Q4_0:Q8_0',
-            '--shape=2.4B --prefill=128 --tokens=16 --rounds=3 --torch=0 --llama_types=TQ2_0:Q8_0,TQ1_0:Q8_0,Q4_0:Q8_0',
-            '--models=out/pycode_bin --heads=int8,fp --threads_of=1 --prefill=64 --tokens=60 --rounds=9 --agree=200']
-SMALL = 'out/pycode_bin'
+TRAINED = ('out/pycode_bin', 'out/pycode_tern', 'out/pycode_int4')
+COMMANDS = {'small': '--models=out/pycode_bin --heads=int8,fp,int8:int8 --threads_of=1 --prefill=64 --tokens=60 --rounds=9 '
+                     '--torch=9',
+            '0.68B': '--shape=0.68B --models=tern,bin,int4,int4g128 --heads=int8,int8:int8 --torch=1 '
+                     '--llama_types=TQ2_0:F16,TQ2_0:Q8_0,TQ1_0:Q8_0,Q4_0:Q8_0',
+            '2.4B': '--shape=2.4B --models=tern,bin,int4g128 --heads=int8,int8:int8 --prefill=128 --tokens=16 --rounds=3 '
+                    '--torch=0 --llama_types=TQ2_0:Q8_0,TQ1_0:Q8_0,Q4_0:Q8_0',
+            'agree': f'--models={",".join(TRAINED)} --threads_of=1 --prefill=64 --rounds=1 --torch=0 --agree=200'}
+SMALL = TRAINED[0]
 TERN, BIN, INT4 = 'tern engine int8', 'bin engine int8', 'int4 engine int8'
+BIN8, G128 = 'bin engine int8 inputs int8', 'int4g128 engine int8 inputs int8'
 # label, threads, figure, at least, of which row, over which row
 RATIOS = [('decode, ternary, 8-bit heads', 1, 'decode', 1.4, TERN, 'llama.cpp TQ2_0 Q8_0'),
           ('decode, ternary, 8-bit heads', 2, 'decode', 1.4, TERN, 'llama.cpp TQ2_0 Q8_0'),
@@ -28,9 +35,11 @@ RATIOS = [('decode, ternary, 8-bit heads', 1, 'decode', 1.4, TERN, 'llama.cpp TQ
           ('prefill of 512, ternary', 2, 'prefill_512', 2.4, TERN, 'llama.cpp TQ2_0 Q8_0'),
           ('prefill of 512, ternary', 1, 'prefill_512', 4, TERN, 'llama.cpp TQ1_0 Q8_0'),
           ('prefill of 512, ternary', 2, 'prefill_512', 4, TERN, 'llama.cpp TQ1_0 Q8_0'),
-          ('decode, binary', 1, 'decode', 1.5, BIN, TERN), ('decode, binary', 2, 'decode', 1.5, BIN, TERN),
-          ('decode, 4 bits, 8-bit heads', 1, 'decode', 1.1, INT4, 'llama.cpp Q4_0 Q8_0'),
-          ('decode, 4 bits, 8-bit heads', 2, 'decode', 1.1, INT4, 'llama.cpp Q4_0 Q8_0')]
+          *(row for threads in (1, 2) for row in [
+              ('decode, binary', threads, 'decode', 1.5, BIN, TERN),
+              ('decode, binary with int8 inputs', threads, 'decode', 1.5, BIN8, TERN),
+              ('decode, 4 bits in groups of 16', threads, 'decode', 1.1, INT4, 'llama.cpp Q4_0 Q8_0'),
+              ('decode, 4 bits in groups of 128, int8 inputs', threads, 'decode', 1.1, G128, 'llama.cpp Q4_0 Q8_0')])]
 
 
 def paired(row, base, key):
@@ -55,7 +64,6 @@ def targets(rows):
                           paired(find(name, threads), find(base, threads), key), '{:.2f} ×'.format,
                           lambda v, least=least: v >= least))
     tern, small = find(TERN, 2), find(f'{SMALL} engine int8', 1, '')
-    agree = next((r for r in rows if r['runs'] == 'agree'), None)
     engines = [r for r in rows if r['runs'] == 'engine' and r['shape']]
     worst = max(engines, key=lambda r: r['resident_ratio'], default={})
     share = lambda r: statistics.median(x['decode'] * r['token_bytes'] / x['read'] for x in r['rounds'])
@@ -64,18 +72,18 @@ def targets(rows):
              lambda v: v >= 0.85),
         line('decode, 1.2M model of config/pycode_bin.py, tokens/s', 1, '≥ 5,000', small and small['decode'], '{:,.0f}'.format,
              lambda v: v >= 5000),
-        line('greedy tokens as torch\'s, exact head, prompts', '', 'all', agree and agree['same'],
-             lambda v: f'{v} of {agree["prompts"]}' + ''.join(f', a tie of {t:.0e}' for t in agree['ties']),
-             lambda v: v == agree['prompts']),
-        line('logits, exact head: difference from torch\'s over their spread', '', '≤ 1e-4',
-             agree and agree['logits_difference'], '{:.0e}'.format, lambda v: v <= 1e-4),
+        *(line(f'greedy tokens as torch\'s, exact head, prompts, {r["model"]}', '', 'all', r['same'],
+               lambda v, r=r: f'{v} of {r["prompts"]}' + ''.join(f', a tie of {t:.0e}' for t in r['ties']),
+               lambda v, r=r: v == r['prompts']) for r in rows if r['runs'] == 'agree'),
+        *(line(f'logits, exact head: difference from torch\'s over their spread, {r["model"]}', '', '≤ 1e-4',
+               r['logits_difference'], '{:.0e}'.format, lambda v: v <= 1e-4) for r in rows if r['runs'] == 'agree'),
         line('resident memory over packed file and cache, the most', worst.get('threads', ''), '≤ 1.15 ×',
              worst.get('resident_ratio'), '{:.2f} ×'.format, lambda v: v <= 1.15)]
 
 
 def lines_of(rows):
     """Markdown lines of the page."""
-    speeds = [r for r in rows if r['runs'] != 'agree']
+    speeds, losses = [r for r in rows if r['runs'] != 'agree'], [r for r in rows if r.get('losses')]
     number = lambda key, spec, scale=1: lambda r: '-' if r.get(key) is None else format(r[key] / scale, spec)
     columns = {'model': lambda r: f'{r["shape"]} {r["name"]}'.strip(), 'threads': '{threads}',
                'decode': number('decode', ',.1f'), 'prefill 64': number('prefill_64', ',.0f'),
@@ -94,7 +102,9 @@ def lines_of(rows):
             *table({'target': '{measure}', 'threads': '{threads}', 'must': '{must}', 'measured': '{measured}',
                     'reached': '{reached}'}, targets(rows)), '',
             'Random models, but for the trained one; 0.68B: 24 layers, 1536 wide, vocabulary 32,000; 2.4B: the shape of '
-            f'BitNet b1.58 2B4T. bin and int4 are GPTs, tern is a BitNet. llama.cpp: {about}.', '', *table(columns, speeds)]
+            f'BitNet b1.58 2B4T. bin and int4 are GPTs, tern is a BitNet. llama.cpp: {about}.', '', *table(columns, speeds), '',
+            'Loss of trained models, nats per token, 64 windows of the validation split:', '',
+            *table({'model': '{model}', **{name: f'{{losses[{name}]:.4f}}' for name in losses[0]['losses']}}, losses)]
 
 
 def main():
@@ -103,17 +113,17 @@ def main():
     parser.add_argument('--table', action='store_true', help='run nothing')
     a = parser.parse_args()
     if not a.table:
-        if not a.llama or not (ROOT / SMALL).is_dir():
-            sys.exit(f'error: this compares with llama.cpp and runs {SMALL}; type: make train; python results/decode.py '
-                     '--llama=FOLDER')
-        log = ROOT / 'out' / 'bench' / 'decode.jsonl'
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
-        for command in COMMANDS:
-            llama = [f'--llama={a.llama}'] if '--llama_types' in command else []
-            words = *command.split(), *llama, f'--json={log}'
-            subprocess.run([sys.executable, 'bench.py', 'decode', *words], cwd=ROOT, check=True)
-        keep.write('decode.jsonl', log.read_text())
+        if not a.llama or not all((ROOT / run).is_dir() for run in TRAINED):
+            sys.exit(f'error: this compares with llama.cpp and runs {", ".join(TRAINED)}; train them and type: '
+                     'python results/decode.py --llama=FOLDER')
+        logs = {name: ROOT / 'out' / 'bench' / f'decode_{name}.jsonl' for name in COMMANDS}
+        for name, command in COMMANDS.items():
+            if not logs[name].exists():
+                logs[name].parent.mkdir(parents=True, exist_ok=True)
+                llama = [f'--llama={a.llama}'] if '--llama_types' in command else []
+                words = *command.split(), *llama, f'--json={logs[name]}'
+                subprocess.run([sys.executable, 'bench.py', 'decode', *words], cwd=ROOT, check=True)
+        keep.write('decode.jsonl', ''.join(log.read_text() for log in logs.values()))
     rows = keep.read('decode') or sys.exit('error: no results/decode.jsonl; type: python results/decode.py --llama=FOLDER')
     keep.publish('decode', lines_of(rows))
 
