@@ -56,6 +56,10 @@ INDEX = {
     'blocks': ('Do blocks chosen by sensitivity train better as binary?',
                'val loss', 'the half chosen by ptq.py', 'the first half'),
     'ptq_big': ('What does ptq.py need at the size of GPT-2?', 'seconds', 'gptq4', 'rtn4'),
+    'decode': ('How fast does a packed model run on a CPU, next to llama.cpp?', 'measured',
+               'decode, ternary, 8-bit heads, over llama.cpp TQ2_0 Q8_0, 1',
+               'prefill of 512, ternary, over llama.cpp TQ2_0 Q8_0, 1',
+               'decode, binary, over tern, 1'),
     'faults': ('Does a run survive kills, full disks, NaNs and damaged files?', 'as promised', 'SIGKILL', 'full disk',
                'damaged checkpoint'),
 }
@@ -68,7 +72,8 @@ Beside them:
 - [precision.txt](precision.txt): the error that the common term of {0, 1} weights causes in bf16, by
   `python results/precision.py > results/precision.txt`.
 - `python results/fit4.py` computes the levels of the format fit4.
-- `--table` of `python results/runs.py`, `results/ptq.py` and `results/faults.py` makes all tables and pictures, and this page.
+- `--table` of `python results/runs.py`, `results/ptq.py`, `results/decode.py` and
+  `results/faults.py` makes all tables and pictures, and this page.
 """
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +193,8 @@ def index():
         files = [p.name for p in (ROOT / 'results' / f'{name}.{end}' for end in ('md', 'jsonl', 'png')) if p.exists()]
         if f'{name}.md' in files:
             script, part = ('ptq.py', name[4:].replace('schemes', 'ptq')) if name.startswith('ptq_') else ('runs.py', name)
-            command = 'make faults' if name == 'faults' else f'python results/{script} {part}'
+            command = {'faults': 'make faults', 'decode': 'python results/decode.py --llama=FOLDER'}.get(
+                name, f'python results/{script} {part}')
             links = ', '.join(f'[{file.rpartition(".")[2]}]({file})' for file in files)
             lines.append(f'| {name}: {links} | {question} | `{command}` | {headline(name)} |')
     return '\n'.join(lines) + '\n' + MORE
