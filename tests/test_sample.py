@@ -494,11 +494,14 @@ def test_a_model_that_cannot_play_is_one_line(run, cli, tmp_path):
             assert f'error: {ckpt} was not trained to play; type --ckpt=... of a run of train_bitnet.py' in err
 
 
-def test_engine_and_torch_write_the_same_text(cli):
-    """With the exact head the most likely text of engine/ is torch's, past the context too; also in a chat."""
+def test_engine_and_torch_write_the_same_text(cli, monkeypatch):
+    """With the exact head the most likely text of engine/ is torch's, past the context too; --head and --inputs reach it."""
+    made, into = [], load.into_engine
+    monkeypatch.setattr(load, 'into_engine', lambda *a: made.append(into(*a)) or made[-1])
     texts = [cli('--prompt=a', '--temperature=0', '--max_new_tokens=40', *options)[1]
-             for options in (('--engine=torch',), ('--engine=c', '--head=fp'), ('--engine=c',))]
-    assert texts[0] == texts[1] == texts[2] == CYCLE * 5 + 'a\n'
+             for options in (('--engine=torch',), ('--engine=c', '--head=fp'), ('--engine=c',), ('--inputs=int8',))]
+    assert texts == [CYCLE * 5 + 'a\n'] * 4
+    assert [(e.structs[1][-1].bits, e.structs[1][0].rounded) for e in made] == [(32, 0), (8, 0), (8, 1)]
 
 
 def test_without_a_compiler_torch_computes(cli, monkeypatch):
