@@ -94,6 +94,24 @@ static void wait_all(Engine *e, int of)
     }
 }
 
+// With -DSTAGES: seconds of the first thread by stage, waiting included.
+enum { EMBEDDING, INPUTS, PRODUCTS, NORMALIZATION, ATTENTION, HEAD, N_STAGES };
+#ifdef STAGES
+#include <time.h>
+static double spent[N_STAGES], since;
+static void stage(int id, int which)
+{
+    struct timespec t;
+    if (id || clock_gettime(CLOCK_MONOTONIC, &t)) return;
+    const double now = t.tv_sec + 1e-9 * t.tv_nsec;
+    if (which >= 0) spent[which] += now - since;
+    since = now;
+}
+void engine_stages(double *to) { memcpy(to, spent, sizeof spent), memset(spent, 0, sizeof spent); }
+#else
+#define stage(id, which)
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // input of a layer: activation, norm, then what its product reads
 
@@ -542,14 +560,18 @@ static void linear(Engine *e, const Linear *l, int n, const float *x, int64_t x_
 {
     for (int t = id; t < n; t += of) prepare(e, l, x + t * x_stride, n, t);
     wait_all(e, of);
+    stage(id, INPUTS);
     const int64_t tiles = padded(l->out, LANES) / LANES;
-    const int binary = l->kind == BIN;
+    const int binary = l->kind == BIN, head = l == e->layers + 4 * e->s.n_layer;
+    (void)head;
     const Job job = { e, l, binary ? e->z : out, binary ? e->wide : out_stride, add && !binary };
     product(&job, n, tiles * id / of, tiles * (id + 1) / of, e->unpacked + id * e->wide * 32);
     wait_all(e, of);
+    stage(id, head ? HEAD : PRODUCTS);
     if (!binary) return;
     for (int t = id; t < n; t += of) normalize(l, e->z + t * e->wide, out + t * out_stride, add);
     wait_all(e, of);
+    stage(id, NORMALIZATION);
 }
 
 // A row of a matrix in fp32, for an embedding.
@@ -708,6 +730,7 @@ static void forward(Engine *e, const Tokens *t, int id, int of)
     const Shape *s = &e->s;
     const Linear *head = e->layers + 4 * s->n_layer, *embedding = s->tied ? head : head + 1;
     const int64_t wide = e->wide, width = s->n_embd;
+    stage(id, -1);
     for (int i = id; i < t->n; i += of) {
         float *x = e->x + i * wide;
         look_up(embedding, t->id[i], x);
@@ -715,6 +738,7 @@ static void forward(Engine *e, const Tokens *t, int id, int of)
         for (int64_t d = 0; learned && d < width; d++) x[d] += learned[d];
     }
     wait_all(e, of);
+    stage(id, EMBEDDING);
     for (int layer = 0; layer < s->n_layer; layer++) {
         const Linear *l = e->layers + 4 * layer;
         linear(e, l, t->n, e->x, wide, e->qkv, wide, 0, id, of);
@@ -722,6 +746,7 @@ static void forward(Engine *e, const Tokens *t, int id, int of)
         wait_all(e, of);
         attention(e, t, layer, id, of);
         wait_all(e, of);
+        stage(id, ATTENTION);
         linear(e, l + 1, t->n, e->y, wide, e->x, wide, 1, id, of);
         linear(e, l + 2, t->n, e->x, wide, e->hidden, wide, 0, id, of);
         linear(e, l + 3, t->n, e->hidden, wide, e->x, wide, 1, id, of);

@@ -28,9 +28,11 @@ NO_NORM, LAYER_NORM, RMS_NORM = range(3)
 ARENA = 1 << 26                # bytes of memory that arrays share
 SEEDS = 0x2545F4914F6CDD1D, 0x5851F42D4C957F2D, 0x1E3779B97F4A7C15     # odd numbers: all seeds, rows and steps differ
 BATCH = 96                     # most tokens in one call: a longer prompt takes several
-# What the compiler may use, for tests; the results are the same bits.
+STAGES = 'embedding', 'inputs', 'products', 'normalization', 'attention', 'head'         # as in engine.c
+# What the compiler may use, for tests; the results are the same bits. stages: with clocks.
 TARGETS = {'native': ('-march=native',), 'vnni': ('-march=native', '-mno-amx-int8'),
-           'avx2': ('-march=native', '-mno-amx-int8', '-mno-avx512f'), 'scalar': ()}
+           'avx2': ('-march=native', '-mno-amx-int8', '-mno-avx512f'), 'scalar': (),
+           'stages': ('-march=native', '-DSTAGES')}
 
 
 class Array(ctypes.Structure):
@@ -68,6 +70,8 @@ def library(target='native'):
     lib.engine_free.argtypes, lib.engine_free.restype = (p,), None
     lib.engine_advise.argtypes, lib.engine_advise.restype = (p, ctypes.c_int64), None
     lib.engine_sizes.restype = ctypes.c_int64
+    if target == 'stages':
+        lib.engine_stages.argtypes, lib.engine_stages.restype = (p,), None
     if (lib.engine_sizes(0), lib.engine_sizes(1)) != (ctypes.sizeof(Linear), ctypes.sizeof(Shape)):
         raise ValueError('engine.c and engine.py are of different versions')
     return lib
@@ -128,6 +132,12 @@ class Engine:
     def nbytes(self):
         """Bytes of the codes, scales and other arrays."""
         return sum(t.nbytes for t in self.kept)
+
+    def stages(self):
+        """{stage: seconds since the last call} with target='stages'."""
+        spent = torch.empty(len(STAGES), dtype=torch.float64)
+        self.lib.engine_stages(spent.data_ptr())
+        return dict(zip(STAGES, spent.tolist(), strict=True))
 
     # -----------------------------------------------------------------------------------------------------------------
     # layers to structs

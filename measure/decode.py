@@ -59,6 +59,8 @@ def decode_worker(a, generate):
             yield from read_worker()
         elif a.runs == 'agree':
             yield from agree_worker(a, generate)
+        elif a.runs == 'stages':
+            yield from stages_worker(a)
         else:
             yield from speed_worker(a, generate)
     except ValueError as e:
@@ -166,6 +168,20 @@ def decode_speed(steps, ids, most, limit):
     return n / spent
 
 
+def stages_worker(a):
+    """Answer each line by {'ms': milliseconds of a token by stage, 'of': the whole}, over a.stages tokens."""
+    head, _, inputs = a.head.partition(':')
+    model = Engine(load.load(a.file)[0], head, a.threads, inputs=inputs or 'fp32', target='stages')
+    for _ in sys.stdin:
+        new = model.generate(torch.zeros(1, PROMPT, dtype=torch.int64), a.stages + 1, model.config.vocab_size, 0)
+        next(new)
+        model.stages()
+        start = time.perf_counter()
+        n = sum(1 for _ in new)
+        whole = (time.perf_counter() - start) / n * 1e3
+        yield {'ms': {stage: seconds / n * 1e3 for stage, seconds in model.stages().items()}, 'of': whole}
+
+
 @torch.no_grad()
 def agree_worker(a, generate):
     """Compare engine/ with torch on prompts that the model wrote: greedy tokens, and logits after the prompts. ties: for each
@@ -220,8 +236,8 @@ def decode(a):
     names, heads = ([x for x in text.split(',') if x] for text in (a.models, a.heads))
     kinds = [name for name in names if name in KINDS]
     like = [x for x in a.llama_types.split(',') if x] or [x for kind in kinds for x in LIKE.get(kind, ())]
-    if not names or not heads or min(a.lengths) < 1 or min(counts) < 1 or not a.seconds > 0 or a.torch < 0 or a.agree < 0:
-        configurator.fail('give a model and a head; prefill, threads_of, seconds must be above 0, torch and agree not below')
+    if not names or not heads or min(*a.lengths, *counts) < 1 or not a.seconds > 0 or min(a.torch, a.agree, a.stages) < 0:
+        configurator.fail('give a model and a head; prefill, threads_of, seconds must be above 0, the other numbers not below')
     if wrong := [h for h in heads if h not in HEADS]:
         configurator.fail(f'heads={wrong[0]!r} must be one of {", ".join(HEADS)}')
     if wrong := [x for x in like if x.partition(':')[0] not in llama.TYPES or x.partition(':')[2] not in llama.HEADS]:
@@ -241,7 +257,7 @@ def decode(a):
             writer.ask()
             writer.close()
         rows = []
-        for threads in counts:
+        for threads in counts if not a.agree and not a.stages else []:
             for group in ([*([kinds] if kinds or a.like else []), *([name] for name in names if name not in KINDS)]):
                 rows += measure_group(a, group, heads, a.like if group is kinds else [], threads)
         for name in names if a.agree else []:
@@ -249,11 +265,20 @@ def decode(a):
                                  file=file_of(a, name)))
             rows.append({'bench': 'decode', 'name': f'{name} agree', 'model': name, 'runs': 'agree', **worker.ask()})
             worker.close()
+        for job in [j for n in counts for j in engine_jobs(a, names, heads, n)] if a.stages else []:
+            worker = Worker(job | {'name': f'{job["name"]} stages', 'runs': 'stages'})
+            worker.ask()
+            rows.append({'bench': 'decode', **{key: job[key] for key in ('name', 'model', 'head', 'threads')}, 'runs': 'stages',
+                         'shape': a.shape, **worker.ask()})
+            worker.close()
     rows = [r | {'device': device_name(a), 'torch': torch.__version__} for r in rows]
     print_rows(rows, a)
     for r in rows:
         if r.get('idle', 0) > 0.05:
             print(f'note: {r["name"]} used {r["idle"]:.0%} of a core while others were measured')
+        if r['runs'] == 'stages':
+            print(f'{r["name"]}, {r["threads"]} threads: {r["of"]:.2f} ms a token; '
+                  + ', '.join(f'{stage} {ms:.2f}' for stage, ms in r['ms'].items()))
         if r['runs'] == 'agree':
             print(f'{r["model"]}: {r["same"]} of {r["prompts"]} prompts have the same {r["new_tokens"]} greedy tokens in '
                   f'engine/ (exact head) and torch; logits differ by at most {r["logits_difference"]:.1e} of their spread'
@@ -269,14 +294,20 @@ def file_of(a, name):
     return str(packed) if packed.is_file() else name
 
 
+def engine_jobs(a, names, heads, threads):
+    """Jobs of the models `names` in engine/ with each head and kind of inputs that makes a difference."""
+    return [dict(vars(a), run=None, bench='decode', threads=threads, head_of='', model=name, file=file_of(a, name),
+                 runs='engine', name=f'{name} engine {head.replace(":", " inputs ")}', head=head)
+            for name in names for head in heads if ':' not in head or name not in ('tern', 'fp')]
+
+
 def measure_group(a, names, heads, like, threads):
     """Rows of the models `names` in engine/ and torch and of the types `like` in llama.cpp, measured in turns."""
     base = dict(vars(a), run=None, bench='decode', threads=threads, head_of='')
     jobs = [dict(base, name='read', runs='read')]
     for name in names:
         ours = dict(base, model=name, file=file_of(a, name))
-        jobs += [dict(ours, name=f'{name} engine {head.replace(":", " inputs ")}', runs='engine', head=head) for head in heads
-                 if ':' not in head or name not in ('tern', 'fp')]
+        jobs += engine_jobs(a, [name], heads, threads)
         jobs += [dict(ours, name=f'{name} torch', runs='torch', head='')] if a.torch else []
     jobs += [dict(base, name=f'llama.cpp {x.replace(":", " ")}', runs='llama.cpp', model=x.partition(':')[0], head_of=x,
                   head=x.partition(':')[2], file=f'{a.folder}/{x}.gguf') for x in like]
@@ -308,7 +339,7 @@ def measure_group(a, names, heads, like, threads):
 
 def print_rows(rows, a):
     mb = lambda n: f'{n / 1e6:,.1f}'
-    speeds = [r for r in rows if r['runs'] != 'agree']
+    speeds = [r for r in rows if r['runs'] not in ('agree', 'stages')]
     show(speeds, [('name', 'model', 's'), ('threads', 'threads', 'd'), ('decode', 'decode, tokens/s', ',.1f'),
                   *((f'prefill_{n}', f'prefill {n}', ',.0f') for n in a.lengths),
                   ('model_bytes', 'weights, MB', mb), ('share', 'of read bandwidth', '.0%'), ('read', 'that is, GB/s',

@@ -23,7 +23,8 @@ COMMANDS = {'small': '--models=out/pycode_bin --heads=int8,fp,int8:int8 --thread
                      '--llama_types=TQ2_0:F16,TQ2_0:Q8_0,TQ1_0:Q8_0,Q4_0:Q8_0',
             '2.4B': '--shape=2.4B --models=tern,bin,int4g128 --heads=int8,int8:int8 --prefill=128 --tokens=16 --rounds=3 '
                     '--torch=0 --llama_types=TQ2_0:Q8_0,TQ1_0:Q8_0,Q4_0:Q8_0',
-            'agree': f'--models={",".join(TRAINED)} --threads_of=1 --prefill=64 --rounds=1 --torch=0 --agree=200'}
+            'stages': '--shape=0.68B --models=tern,bin,int4,int4g128 --heads=int8,int8:int8 --stages=64',
+            'agree': f'--models={",".join(TRAINED)} --threads_of=1 --agree=200'}
 SMALL = TRAINED[0]
 TERN, BIN, INT4 = 'tern engine int8', 'bin engine int8', 'int4 engine int8'
 BIN8, G128 = 'bin engine int8 inputs int8', 'int4g128 engine int8 inputs int8'
@@ -83,7 +84,8 @@ def targets(rows):
 
 def lines_of(rows):
     """Markdown lines of the page."""
-    speeds, losses = [r for r in rows if r['runs'] != 'agree'], [r for r in rows if r.get('losses')]
+    speeds, losses = [r for r in rows if r['runs'] not in ('agree', 'stages')], [r for r in rows if r.get('losses')]
+    stages = [r for r in rows if r['runs'] == 'stages']
     number = lambda key, spec, scale=1: lambda r: '-' if r.get(key) is None else format(r[key] / scale, spec)
     columns = {'model': lambda r: f'{r["shape"]} {r["name"]}'.strip(), 'threads': '{threads}',
                'decode': number('decode', ',.1f'), 'prefill 64': number('prefill_64', ',.0f'),
@@ -103,6 +105,9 @@ def lines_of(rows):
                     'reached': '{reached}'}, targets(rows)), '',
             'Random models, but for the trained one; 0.68B: 24 layers, 1536 wide, vocabulary 32,000; 2.4B: the shape of '
             f'BitNet b1.58 2B4T. bin and int4 are GPTs, tern is a BitNet. llama.cpp: {about}.', '', *table(columns, speeds), '',
+            'Milliseconds of a token by stage, 0.68B, the waiting of the first thread included:', '',
+            *table({'model': '{name}', 'threads': '{threads}', **{s: f'{{ms[{s}]:.2f}}' for s in stages[0]['ms']},
+                    'whole': '{of:.2f}'}, stages), '',
             'Loss of trained models, nats per token, 64 windows of the validation split:', '',
             *table({'model': '{model}', **{name: f'{{losses[{name}]:.4f}}' for name in losses[0]['losses']}}, losses)]
 

@@ -221,17 +221,21 @@ def test_decode_of_random_models(rows):
 
 
 def test_decode_of_a_trained_model(rows, tmp_path):
-    """A run's packed file is measured; lengths beyond its context are left out. Greedy tokens are compared with torch's."""
+    """A run's packed file is measured; lengths beyond its context are left out. Greedy tokens are compared with torch's. The
+    stages of a token add up to its time, but for Python's part."""
     config = GPTConfig(vocab_size=256, block_size=32, n_layer=1, n_head=2, n_embd=32, binary_blocks=(0,))
     torch.manual_seed(1)
     size = common.save_packed(GPT(config), tmp_path / 'packed.safetensors', {
         'trainer': 'train_gpt', 'step': 1, 'model_config': vars(config), 'tokenizer': tokens.byte().describe()})
-    table, out = rows(*DECODE, f'--models={tmp_path}', '--rounds=1', '--torch=0', '--agree=5')
-    speed, agree = table.values()
+    (speed,) = rows(*DECODE, f'--models={tmp_path}', '--rounds=1', '--torch=0')[0].values()
+    (agree, *stages), out = (lambda table, out: (table.values(), out))(
+        *rows(*DECODE, f'--models={tmp_path}', '--agree=5', '--stages=8', '--heads=int8,int8:int8'))
     assert speed['file_bytes'] == size and speed['prefill_8'] > 0 and 'prefill_40' not in speed and speed['decode'] > 0
     assert agree['prompts'] == 5 and agree['new_tokens'] == 16 and agree['same'] + len(agree['ties']) == 5
     assert agree['logits_difference'] < 1e-4 and max(agree['ties'], default=0) < 1e-3
     assert f'{agree["same"]} of 5 prompts have the same 16 greedy tokens' in out
+    for r in stages:
+        assert 0 < r['ms']['products'] < sum(r['ms'].values()) < r['of'] and r['ms']['head'] > 0 < r['ms']['normalization']
 
 
 FOLDER = os.environ.get('NANOBIT_LLAMA', '')    # shared libraries of llama.cpp, see measure/llama.py

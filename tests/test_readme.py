@@ -87,7 +87,7 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python bench.py optim', 2, '--dim=32 --layers=1 --threads=1 --rounds=1 --steps=1 --ranks=4', r'rsvd 4'),
     ('python bench.py finetune', 2, f'{SHAPE} --rank=4 --rounds=1 --steps=1', r'projected'),
     ('python bench.py decode', 3, '--shape=1M --rounds=1 --prefill=4 --tokens=3 --torch=0 --threads_of=1 --seconds=0.1',
-     r'engine int8 +1 +[\d,]+'),
+     r'engine int8 +1 +[\d,]+|prompts have the same'),
     ('python bench.py bundle', 2, '', r'nanobit\.zip: \d+ files'),
     ('python plot.py bars', 3, '', r'stats\.png: actual_bytes'),
     ('python ptq.py --ckpt=out/pycode_fp --schemes=gptq4 --save', 3, '--group=16 --windows=4', r'gptq4: 5\.\d+ bits'),
