@@ -239,7 +239,7 @@ def read(path, dev):
         except ValueError as e:
             if engine:
                 configurator.fail(f'{e}; type --engine=torch')
-            print(f'note: {e}; torch computes instead, slowly', file=sys.stderr)
+            print(f'note: {e}; torch computes instead, slowly, without --head and --inputs', file=sys.stderr)
             return load.load(path)[0].to(dev), tokenizer, about        # the engine used up the first one
     except ValueError as e:
         configurator.fail(f'{e}; give another --ckpt')
@@ -263,6 +263,9 @@ def main():
         if globals()[key] != _defaults[key]:
             configurator.fail(f'{key} has no use in {mode}{" --against" * bool(against)}; leave --{key} out')
     dev = common.setup_processes(device)[-1]
+    for key in ('head', 'inputs') if engine == 'torch' or dev.type != 'cpu' or dtype == 'bfloat16' else ():
+        if globals()[key] != _defaults[key]:
+            configurator.fail(f'{key} is of the engine, which computes on the CPU in float32; leave --{key} out')
     amp = common.autocast(dev, dtype)
     if mode != 'play':
         read_prompt(prompt)                         # reports a mistake before the model is loaded

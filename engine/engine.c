@@ -579,6 +579,7 @@ static void look_up(const Linear *l, int64_t row, float *out)
 {
     const int64_t words = words_of(l), columns = 32 / l->bits, tile = row / LANES, lane = row % LANES;
     const uint32_t *code = (const uint32_t *)l->code.at + tile * words * LANES + lane;
+    const float *by = l->input_scale.at;
     for (int64_t i = 0; i < l->in; i++) {
         const uint32_t c = code[i / columns * LANES] >> i % columns * l->bits;
         if (l->kind == INT8) {
@@ -591,7 +592,7 @@ static void look_up(const Linear *l, int64_t row, float *out)
         if (l->bits == 32) memcpy(&w, &c, 4);
         if (l->bits == 16) memcpy(&w, &shifted, 4);
         if (l->bits == 8) w = c & 255;
-        out[i] = (w - zero) * scales(l, at)[lane];
+        out[i] = (w - zero) * scales(l, at)[lane] * (by ? by[i] : 1);
     }
 }
 
@@ -795,6 +796,7 @@ static int32_t draw(Engine *e, const float *logits, int64_t n, float temperature
     double sum = 0;
     for (int64_t i = 0; i < n; i++)
         sum += e->sorted[i] = logits[i] >= least ? expf((logits[i] - logits[best]) / temperature) : 0;
+    seed += 0x9e3779b97f4a7c15u;                                 // else seed 0 would draw 0
     seed = (seed ^ seed >> 30) * 0xbf58476d1ce4e5b9u, seed = (seed ^ seed >> 27) * 0x94d049bb133111ebu;    // splitmix64
     double left = ((seed ^ seed >> 31) >> 11) * 0x1p-53 * sum;
     for (int64_t i = 0; i < n; i++) if (e->sorted[i] > 0 && (left -= e->sorted[i]) < 0) return i;
@@ -854,7 +856,8 @@ const char *engine_new(const Shape *s, const Linear *layers, int n, Engine **mad
 {
     *made = NULL;
     if (s->n_layer < 1 || s->n_layer > 4096 || s->n_head < 1 || s->n_kv_head < 1 || s->n_head % s->n_kv_head || s->head_dim < 1
-        || s->n_embd != (int64_t)s->n_head * s->head_dim || s->context < 1 || s->context > 1 << 24 || s->vocab < 1
+        || s->n_head > 1 << 14 || s->n_embd >= 1 << 17 || s->n_embd != (int64_t)s->n_head * s->head_dim || s->context < 1
+        || s->context > 1 << 24 || s->vocab < 1
         || s->sequences < 1 || s->sequences > 1 << 16 || s->batch < 1 || s->batch > 1 << 12 || s->threads < 1
         || s->threads > 1024 || n != 4 * s->n_layer + 2 - !!s->tied)
         return "the shape of the model is wrong";
@@ -881,7 +884,10 @@ const char *engine_new(const Shape *s, const Linear *layers, int n, Engine **mad
     if (!e) return "there is not enough memory";
     e->s = *s;
     e->wide = wide + PAD;
-    const int64_t rows = s->batch * e->wide, heads = (int64_t)s->n_layer * s->sequences * s->n_kv_head;
+    int64_t heads = (int64_t)s->n_layer * s->sequences * s->n_kv_head, cache;
+    if (__builtin_mul_overflow(heads, padded(s->context, LANES) * padded(s->head_dim, LANES), &cache) || cache > (int64_t)1 << 40)
+        failed = 1, heads = 0;
+    const int64_t rows = s->batch * e->wide;
     e->k_size = padded(s->context, LANES) * s->head_dim;
     e->v_size = s->context * padded(s->head_dim, LANES);
     e->layers = room(n, sizeof *layers, &failed);
@@ -917,7 +923,8 @@ const char *engine_run(Engine *e, int n, const int32_t *id, const int32_t *seque
 {
     const Shape *s = &e->s;
     if (n < 1 || n > s->batch) return "the number of tokens is not 1 to the batch";
-    if (next && (known < 1 || known > s->vocab || temperature != temperature)) return "sampling needs a vocabulary";
+    if (next && (known < 1 || known > s->vocab || temperature != temperature || temperature > 0 && !seeds))
+        return "sampling needs a vocabulary, a temperature and seeds";
     for (int i = 0; i < n; i++) {
         if (id[i] < 0 || id[i] >= s->vocab) return "an id is not in the vocabulary";
         if (at[i] < 0 || at[i] >= s->context) return "a position is not in the context";
@@ -935,7 +942,7 @@ const char *engine_run(Engine *e, int n, const int32_t *id, const int32_t *seque
         if (wanted[i]) {
             const float *from = e->logits + row * stride;
             if (logits) memcpy(logits + (int64_t)row * s->vocab, from, s->vocab * sizeof *from);
-            if (next) next[row] = draw(e, from, known, temperature, top_k, seeds[row]);
+            if (next) next[row] = draw(e, from, known, temperature, top_k, seeds ? seeds[row] : 0);
             row++;
         }
     return NULL;

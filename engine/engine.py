@@ -62,7 +62,8 @@ def library(target='native'):
         except (OSError, RuntimeError, subprocess.SubprocessError) as e:
             lines = (getattr(e, 'stderr', None) or str(e)).strip().split('\n')
             why = next((line for line in lines if 'error' in line), lines[0])[:150]
-            raise ValueError(f'engine.c was not compiled ({why}); install a C compiler, or set CC to one') from e
+            what = 'unset it' if 'NANOBIT_KERNELS' in why else 'install a C compiler, or set CC to one'
+            raise ValueError(f'engine.c was not compiled ({why}); {what}') from e
     p, i = ctypes.c_void_p, ctypes.c_int
     lib.engine_new.argtypes, lib.engine_new.restype = (p, p, i, p), ctypes.c_char_p
     lib.engine_run.argtypes = (p, i, p, p, p, p, p, p, i, ctypes.c_float, i, p)
@@ -84,7 +85,8 @@ class Engine:
     """A model in tiles of codes, with caches for `sequences` sequences of config.block_size tokens. threads=0: as torch.
     head='int8' rounds a full-precision head and embedding to int8 per row; head='fp' keeps them: the same logits as the model,
     up to rounding. inputs='int8' rounds the inputs of binary layers and of those with evenly spaced levels to int8 per token,
-    as ternary layers do: faster, but not what they were trained with. used(block): called when its weights are copied."""
+    as ternary layers do: faster, but not what they were trained with. used(block): called when its weights are copied. One
+    thread at a time may use an Engine. Raises ValueError for what the engine does not do."""
 
     def __init__(self, model, head='int8', threads=0, sequences=1, inputs='fp32', target='native', used=lambda block: None):
         name, threads = type(model).__name__, threads or torch.get_num_threads()
@@ -99,6 +101,7 @@ class Engine:
         if not all(p.device.type == 'cpu' for p in (*model.parameters(), *model.buffers())):
             raise ValueError('the engine runs on the CPU only')
         self.lib, self.kept, self.at, self.sequences, self.config = library(target), [], None, sequences, model.config
+        self.filled = 0                                         # positions in the cache
         self.rounded, self.arena = inputs == 'int8', torch.empty(0, dtype=torch.uint8)
         c, layers = model.config, []
         with torch.no_grad():
@@ -222,11 +225,9 @@ class Engine:
             out.code, out.scale = self.words(held['code']), self.array(scale.float(), full)
         elif kind == 'int8' and m.activations:
             self.int8(out, held['code'], held['weight_scale'], full)
-        elif kind == 'int8':
+        elif kind == 'int8' and columns % 4 == 0:
             out.bits, out.group, out.scale_bytes, out.zero = 8, columns, 4, 128
             out.code, out.scale = self.words(held['code'].view(torch.uint8) ^ 128), self.tiles(held['weight_scale'].float())
-            if columns % 4:
-                self.full(out, m, rows, columns)
         elif kind in ('int4', 'nf4', 'fit4'):
             self.four_bits(out, m, held, rows, columns)
         elif kind == 'group':
@@ -332,6 +333,12 @@ class Engine:
         flat = ids.to(torch.int64).flatten()
         if flat.min() < 0 or flat.max() >= self.config.vocab_size:
             raise ValueError(f'an id is not in 0 .. {self.config.vocab_size - 1}')
+        if first > self.filled:
+            raise ValueError(f'position {first} follows {self.filled} positions in the cache')
+        for t, dtype in ((next, torch.int32), (sampling.get('seeds'), torch.int64)):
+            if t is not None and (t.dtype != dtype or t.shape != (B,) or not t.is_contiguous()):
+                raise ValueError(f'next must be int32 and seeds int64, each with {B} values')
+        self.filled = first + T
         logits = torch.empty(B * T if every else B, self.config.vocab_size) if next is None else None
         flat, where = flat.to(torch.int32), self.places(B, T, first, every)
         self.run(self.calls(flat, *where, logits, next, **sampling))
@@ -363,7 +370,7 @@ class Engine:
             else:
                 positions.fill_(at)
                 self.run(one_more)
-                at += 1
+                at = self.filled = at + 1
             parts.append(new[:, None].to(torch.int64))
             yield parts[-1][:, 0]
             seeds += SEEDS[2]

@@ -79,7 +79,7 @@ LANEWISE F16 look(F16 table, U16 at)
 }
 
 // sum[i] += the four bytes of u[i], unsigned, times the four bytes of s[i], signed. few: 1, u is at most 128, so that two
-// products fit in 16 bits; 2, at most 3.
+// products fit in 16 bits; 2, at most 15.
 LANEWISE I16 dot4(I16 sum, U16 u, I16 s, int few)
 {
 #ifdef __AVX512VNNI__

@@ -42,10 +42,13 @@ def noisy(model):
 
 
 def replaced(model, kind, skip='head,embd', **options):
-    """As ptq.py does it."""
+    """As ptq.py does it, but scales of inputs are random."""
     replace.unfuse(model)
     for name in replace.layers_of(model, skip):
         replace.replace(model, name, kind, options)
+    for module in model.modules():
+        if getattr(module, 'input_scale', None) is not None:
+            module.input_scale.uniform_(0.5, 1.5)
     return model.eval()
 
 
@@ -59,11 +62,15 @@ MODELS = {
     'bf16': lambda: replaced(gpt('fp'), 'half', dtype=torch.bfloat16),
     'lowrank': lambda: replaced(gpt('fp'), 'lowrank', rank=8),
     'packed head': lambda: replaced(gpt('fp'), 'fit4', ''),
+    'packed scaled head': lambda: replaced(gpt('fp'), 'group', '', levels='int4', group=16, scaled_input=True),
     **{f'group {levels}': lambda levels=levels: replaced(gpt('fp'), 'group', levels=levels, group=16, scaled_input=True)
        for levels in ('int8', 'int4', 'int3', 'int2')},
     **{f'group {levels}': lambda levels=levels: replaced(gpt('fp'), 'group', levels=levels, group=32)
        for levels in ('tern', 'bin')},
 }
+
+
+INT8 = ('tern', 'tern,bin,int4', 'int4,fp,tern', 'odd sizes', 'bitnet', 'silu', 'int8 activations')    # int8 activations
 
 
 @pytest.fixture(scope='module')
@@ -84,7 +91,7 @@ def test_the_same_logits_and_tokens_as_torch(name, ids):
     model = MODELS[name]()
     engine = Engine(model, head='fp', sequences=8)
     far = torch.cat([relative(engine(ids[:, :n]), model(ids[:, :n])) for n in (1, 5, CONTEXT)])
-    assert (far < 1e-4).float().mean() >= (0.85 if 'tern' in name or 'bitnet' in name or 'silu' in name else 1)
+    assert (far < 1e-4).float().mean() >= (0.85 if name in INT8 else 1) and far.max() < 0.1
     want, got = (torch.stack(list(new)) for new in (sample.generate(model, ids[:, :9], 24, VOCAB - 3, 0),
                                                     engine.generate(ids[:, :9], 24, VOCAB - 3, 0)))
     assert torch.equal(want, got)
@@ -104,6 +111,33 @@ def test_the_same_bits_everywhere(name, ids):
     for i in range(CONTEXT):
         stepped = alone.prefill(ids[:1, i:i + 1], i)
     assert torch.equal(stepped, want[0])
+
+
+@pytest.mark.parametrize('inputs', ['fp32', 'int8'])
+@pytest.mark.parametrize('make', [
+    lambda: bitnet(n_head=10, n_kv_head=2, n_embd=720, n_ff=96, n_layer=1, block_size=90, vocab_size=200),
+    lambda: gpt('bin,int4,bin', 144), lambda: replaced(gpt('fp', 64), 'group', levels='int4', group=32)])
+@torch.no_grad()
+def test_more_threads_and_single_tokens(make, inputs):
+    """Heads of 72, groups of 5 heads, 90 positions, more threads than heads; calls of 17, 4, 2 and 1 tokens: the same bits."""
+    model = make()
+    ids = torch.randint(VOCAB, (1, model.config.block_size), generator=torch.Generator().manual_seed(4))
+    want = Engine(model, threads=1, inputs=inputs)(ids)
+    for threads, target, steps in ((3, 'native', (17, 4, 2)), (7, 'native', ()), (1, 'vnni', (17, 4)), (2, 'avx2', (3,))):
+        engine, at = Engine(model, threads=threads, inputs=inputs, target=target), 0
+        for n in (*steps, *[1] * (ids.shape[1] - sum(steps))) if steps else (ids.shape[1],):
+            got = engine.prefill(ids[:, at:at + n], at)
+            at += n
+        assert torch.equal(got, want[0]), (threads, target)
+
+
+@torch.no_grad()
+def test_a_context_of_one():
+    """Each new token stands alone."""
+    model = bitnet(block_size=1)
+    want, got = (list(f(torch.tensor([[5]]), 4, VOCAB, 0)) for f in (
+        lambda *a: sample.generate(model, *a), lambda *a: Engine(model, 'fp').generate(*a)))
+    assert want == got
 
 
 @torch.no_grad()
@@ -165,6 +199,8 @@ def test_sampling_follows_the_softmax_and_the_seed():
     start = torch.full((200, 1), 3)
     draw = lambda seed, n=1: torch.stack(list(engine.generate(start, n, VOCAB, 0.3, 5, seed)))
     assert torch.equal(draw(1, 3), draw(1, 3)) and not torch.equal(draw(1, 3), draw(2, 3))
+    first = [next(engine.generate(start[:1], 1, VOCAB, 50.0, 0, seed)).item() for seed in range(12)]
+    assert first[0] != 0 and len(set(first)) > 5    # a seed of 0 is as good as any
     counts = sum(torch.bincount(draw(seed)[0], minlength=VOCAB) for seed in range(20))
     assert (counts / 4000 - logits.softmax(0)).abs().max() < 0.03
 
@@ -180,6 +216,10 @@ def test_mistakes_are_one_line(ids):
                       (r'an id is not in 0 \.\. 69', lambda: engine(torch.tensor([[-1]]))),
                       ('1 sequences of 25 tokens do not fit', lambda: engine(ids.repeat(1, 2)[:1, :25])),
                       ('0 tokens do not fit', lambda: engine(ids[:1, :0])),
+                      ('position 5 follows 0 positions', lambda: Engine(gpt('fp')).prefill(ids[:1, :1], 5)),
+                      ('needs a vocabulary, a temperature and seeds', lambda: engine.prefill(
+                          ids[:1], 0, torch.empty(1).int(), known=VOCAB, temperature=1.0)),
+                      ('next must be int32', lambda: engine.prefill(ids[:1], 0, torch.empty(2).int(), known=VOCAB)),
                       ('vocab_size=99 must be', lambda: next(engine.generate(ids[:1], 1, 99))),
                       ('runs the models of train_gpt.py and train_bitnet.py, not', lambda: Engine(torch.nn.Linear(2, 2))),
                       ('threads=-1 must be 1 to 1024', lambda: Engine(gpt('fp'), threads=-1)),

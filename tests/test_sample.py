@@ -510,9 +510,11 @@ def test_without_a_compiler_torch_computes(cli, monkeypatch):
     library.cache_clear()
     try:
         done = cli('--prompt=a', *GREEDY)
-        assert done[1] == CYCLE + 'a\n' and done[2].startswith('note: engine.c was not compiled (NANOBIT_KERNELS=0); install')
+        assert done[1] == CYCLE + 'a\n' and done[2].startswith('note: engine.c was not compiled (NANOBIT_KERNELS=0); unset')
         done = cli('--prompt=a', '--engine=c')
         assert done[:2] == (2, '') and re.fullmatch(r'error: engine.c was not compiled .*; type --engine=torch\n', done[2])
+        done = cli('--prompt=a', '--engine=torch', '--inputs=int8')
+        assert done[:2] == (2, '') and done[2].startswith('error: inputs is of the engine')
     finally:
         library.cache_clear()
 
