@@ -13,7 +13,7 @@ TOOLS = ('ptq', 'sample', 'bench', 'plot')
 ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'requirements-peers.txt', 'pyproject.toml', 'LICENSE', 'kernels.c',
               *(f'{name}.py' for name in ('configurator', 'common', 'layers', 'quant', 'optim', *TRAINERS, *TOOLS))}
 ROOMS = {'readers': 'tokens documents texts images crops tasks',
-         'pretrained': 'hf adapters formats calibrate replace subjects',
+         'pretrained': 'hf adapters folders formats calibrate replace subjects',
          'report': 'scores tables costs figure plot_cls plot_ptq plot_runs pictures',
          'engine': 'engine load engine.c lanes.h',
          'measure': 'turns forms matrices steps optimizers convolutions decode llama'}
