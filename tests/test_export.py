@@ -254,6 +254,23 @@ def test_a_file_of_another_model_is_named(cli, saved):
     assert 'x.gguf differs from x/best.pt in blk.1.ffn_down' in cli('--ckpt=x', '--verify=x.gguf', fails=True)
 
 
+@pytest.mark.parametrize('make, options', [(bitnet, ('--type=packed',)), (bitnet, ('--type=fp32',)), (gpt, ())])
+def test_folders_are_verified_by_transformers(make, options, cli, saved, tmp_path):
+    """A Hugging Face folder has the tensors of the model, transformers its loss (an activation at a border of int8 codes changes
+    some logits), and --from brings it back."""
+    pytest.importorskip('transformers')
+    model = saved(make())
+    cli('--ckpt=x', '--to=hf', '--out=f', *options)
+    out = cli('--ckpt=x', '--verify=f', '--prompts=4', '--new_tokens=2')
+    assert re.search(r'(\d+) of \1 tensors are those of x/best.pt, bit for bit', out)
+    row = re.search(r'file -> transformers +([\d.e+-]+) +[\d.]+ +([+-][\d.]+)', out)
+    assert float(row[1]) < (0.1 if make is bitnet else 1e-4) and abs(float(row[2])) < 5e-4, out
+    cli('--from=f', '--out=y')
+    again, ours = load.load(str(tmp_path / 'y'))[0].state_dict(), model.state_dict()
+    ours = packed_state(model) if 'blocks.0.attn.qkv_proj.code' in again else ours
+    assert all(torch.equal(t, again[n]) for n, t in ours.items())
+
+
 @pytest.mark.skipif(not FOLDER, reason='NANOBIT_LLAMA names no folder with shared libraries of llama.cpp')
 @pytest.mark.parametrize('make, tokenizer, options', [
     (bitnet, 'bpe', ()), (bitnet, 'byte', ('--type=TQ1_0', '--head=Q8_0')), (bitnet, 'gpt2', ('--type=Q4_0',)),
