@@ -41,7 +41,7 @@ FILE_TYPES = {'F32': 0, 'F16': 1, 'Q4_0': 2, 'Q8_0': 7, 'TQ1_0': 36, 'TQ2_0': 37
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5                                      # tokenizer.ggml.token_type
 NO_MERGE = '\u2581 \u2581'     # never applied: no byte has this character. A list without merges does not load
 MOST = 1 << 24                 # no size in a file is larger
-HIDDEN = 1 << 20               # no context is longer
+LONGEST = 1 << 20              # no context is longer
 
 
 def _package():
@@ -399,7 +399,7 @@ def _config(fields, held, arch):
     decimal = lambda key: float(str(np.float32(get(key, float, least=1e-12))))          # 1e-5, not its fp32 neighbour
     if 'token_embd.weight' not in held or len(held['token_embd.weight'].shape) != 2:
         raise ValueError('it lacks token_embd.weight')
-    c = {'vocab_size': int(held['token_embd.weight'].shape[1]), 'block_size': get('context_length', most=HIDDEN),
+    c = {'vocab_size': int(held['token_embd.weight'].shape[1]), 'block_size': get('context_length', most=LONGEST),
          'n_layer': get('block_count', most=len(held)), 'n_head': get('attention.head_count'),
          'n_embd': get('embedding_length')}
     width = 4 * c['n_embd'] if arch == 'gpt2' else get('feed_forward_length')
