@@ -256,8 +256,8 @@ def test_a_file_of_another_model_is_named(cli, saved):
 
 @pytest.mark.parametrize('make, options', [(bitnet, ('--type=packed',)), (bitnet, ('--type=fp32',)), (gpt, ())])
 def test_folders_are_verified_by_transformers(make, options, cli, saved, tmp_path):
-    """A Hugging Face folder has the tensors of the model, transformers gives its loss, and --from brings it back. Some logits of
-    a ternary model move: an activation at a border of int8 codes crosses it."""
+    """A Hugging Face folder has the tensors of the model, transformers gives its loss, and --from brings it back. A few logits
+    of a ternary model move: an activation crosses the border of two int8 codes."""
     pytest.importorskip('transformers')
     model = saved(make())
     cli('--ckpt=x', '--to=hf', '--out=f', *options)
