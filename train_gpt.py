@@ -22,6 +22,7 @@ import common
 import configurator
 import layers
 import optim
+from pretrained import folders
 from readers import tokens
 
 # run
@@ -208,11 +209,6 @@ def to_kinds_of(model, state):
     return out
 
 
-# What a GPT-2 computes and its shapes do not show, as this trainer does it.
-FUNCTION = {'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
-            'tie_word_embeddings': True}
-
-
 def load_gpt2(model, name):
     """Copy Hugging Face GPT-2 weights into a GPT of the same shape. name: gpt2, gpt2-medium, ... or a folder gpt2*. Raises
     ValueError if this trainer would compute another function from them."""
@@ -221,15 +217,12 @@ def load_gpt2(model, name):
     except ImportError:
         configurator.fail(f'--init_from={name} needs transformers; type: pip install transformers')
     theirs, c = AutoConfig.from_pretrained(name).to_dict(), model.config
-    common.check_same(name, theirs, {'model_type': 'gpt2'}, 'only GPT-2 fits this trainer')
+    note = folders.check_gpt2(name, theirs)
     shape = {key: theirs[key] for key in ('n_layer', 'n_head', 'n_embd')} | {'bias': True}
     if any(getattr(c, key) != value for key, value in shape.items()):
         raise ValueError(f'{name} has another shape; type {" ".join(f"--{key}={value}" for key, value in shape.items())}')
-    common.check_same(name, theirs, FUNCTION, 'this trainer computes it in one way only')
-    if theirs['activation_function'] not in ('gelu', 'gelu_new'):
-        raise ValueError(f'{name} has activation_function={theirs["activation_function"]}, this trainer has GELU only')
-    if theirs['activation_function'] == 'gelu_new' and os.environ.get('RANK', '0') == '0':
-        print(f'{name} was trained with a tanh approximation of GELU; here GELU is exact, so outputs differ slightly')
+    if note and os.environ.get('RANK', '0') == '0':
+        print(note)
     if theirs['n_positions'] < c.block_size:
         raise ValueError(f'{name} has {theirs["n_positions"]} positions; type --block_size={theirs["n_positions"]} or less')
     if theirs['vocab_size'] > c.vocab_size:
@@ -240,15 +233,9 @@ def load_gpt2(model, name):
         raise ValueError(f'cannot load the weights of {name}: {" ".join(str(e).split())[:200]}') from None
     if missing := sorted(info['missing_keys']):
         raise ValueError(f'{name} lacks the weights {missing[0]}')
-    state = {}
-    for key, t in source.state_dict().items():
-        key = key.removeprefix('transformer.')
-        key = 'blocks.' + key[2:] if key.startswith('h.') else key
-        if not key.endswith(('.attn.bias', '.attn.masked_bias')):
-            transposed = key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))    # GPT-2 stores (in, out)
-            state[key] = t.T.contiguous() if transposed else t
+    state = folders.from_gpt2(source.state_dict())
     for key in ('wte.weight', 'lm_head.weight'):    # this trainer pads the vocabulary to a multiple of 64
-        state[key] = F.pad(state[key], (0, 0, 0, c.vocab_size - state[key].shape[0]))
+        state[key] = folders.pad_rows(state[key], c.vocab_size)
     state['wpe.weight'] = state['wpe.weight'][:c.block_size]
     common.load_model_state(model, to_kinds_of(model, state), name, allow_missing=('alpha', 'gain'))
 

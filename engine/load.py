@@ -85,6 +85,8 @@ def _load_folder(path, as_stored):
         stored.pop('lm_head.weight', None)
     elif 'lm_head.weight' not in stored:
         raise ValueError(f'{path} has tie_word_embeddings=False and no lm_head.weight')
+    if (last := f'model.layers.{shape["n_layer"] - 1}.input_layernorm.weight') not in stored:
+        raise ValueError(f'{path}: the weights there lack {last}')         # before millions of layers are made
     with torch.device('meta'):
         model = BitNet(BitNetConfig(**shape)).eval()
     try:

@@ -105,7 +105,9 @@ FUNCTIONS = {                                       # name: (result, arguments)
     'llama_set_n_threads': (None, [POINTER, INT, INT]), 'llama_n_ctx': (ctypes.c_uint32, [POINTER]),
     'llama_n_ubatch': (ctypes.c_uint32, [POINTER]), 'llama_n_threads': (INT, [POINTER]),
     'llama_model_size': (ctypes.c_uint64, [POINTER]), 'llama_model_get_vocab': (POINTER, [POINTER]),
-    'llama_vocab_n_tokens': (INT, [POINTER]), 'llama_batch_get_one': (Batch, [POINTER, ctypes.c_int32]),
+    'llama_vocab_n_tokens': (INT, [POINTER]),
+    'llama_tokenize': (INT, [POINTER, ctypes.c_char_p, INT, ctypes.POINTER(ctypes.c_int32), INT, ctypes.c_bool, ctypes.c_bool]),
+    'llama_batch_get_one': (Batch, [POINTER, ctypes.c_int32]),
     'llama_decode': (INT, [POINTER, Batch]), 'llama_get_logits_ith': (ctypes.POINTER(ctypes.c_float), [POINTER, INT]),
     'llama_get_memory': (POINTER, [POINTER]), 'llama_memory_clear': (None, [POINTER, ctypes.c_bool]),
     'llama_print_system_info': (ctypes.c_char_p, []), 'llama_free': (None, [POINTER]), 'llama_model_free': (None, [POINTER])}
@@ -164,7 +166,8 @@ class Llama:
         if here[0] < max(context, 512) or here[1:] != (512, threads):
             raise ValueError(f'llama.cpp in {folder} made a context of {here} tokens, batch and threads instead of '
                              f'{(max(context, 512), 512, threads)}; give another --llama')
-        self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
+        self.vocab_at = llama.llama_model_get_vocab(self.model)
+        self.vocab = llama.llama_vocab_n_tokens(self.vocab_at)
         version = getattr(llama, 'llama_version', None)
         if version:
             version.restype = ctypes.c_char_p
@@ -183,9 +186,37 @@ class Llama:
             raise ValueError(f'llama_decode failed with {code}')
         return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, -1), (self.vocab,))
 
+    def clear(self):
+        """Empty the context."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def all_logits(self, ids):
+        """Logits (tokens, vocab) after each of the ids, in an empty context of at least as many tokens."""
+        self.clear()
+        array, wanted = (ctypes.c_int32 * len(ids))(*ids), (ctypes.c_int8 * len(ids))(*[1] * len(ids))
+        batch = self.lib.llama_batch_get_one(array, len(ids))
+        if batch.n_tokens != len(ids) or batch.arrays[:6] != [ctypes.addressof(array), *[None] * 5]:
+            raise ValueError('this llama.cpp has another llama_batch than this code knows; give another --llama')
+        batch.arrays[5] = ctypes.addressof(wanted)  # the flags of the tokens whose logits are wanted
+        if code := self.lib.llama_decode(self.context, batch):
+            raise ValueError(f'llama_decode failed with {code}')
+        rows = [self.lib.llama_get_logits_ith(self.context, i) for i in range(len(ids))]
+        if not all(rows):
+            raise ValueError('this llama.cpp gives the logits of the last token only; give another --llama')
+        return np.stack([np.ctypeslib.as_array(row, (self.vocab,)) for row in rows])
+
+    def tokenize(self, text):
+        """Ids of a text, without ids that the model puts before or after it. Special tokens in it are plain text."""
+        raw = text.encode()
+        ids = (ctypes.c_int32 * (len(raw) + 1))()
+        n = self.lib.llama_tokenize(self.vocab_at, raw, len(raw), ids, len(ids), False, False)
+        if n < 0:
+            raise ValueError(f'llama_tokenize failed with {n}')
+        return ids[:n]
+
     def generate(self, ids, most):
         """Yield `most` ids, greedily, after the prompt `ids` in an empty context."""
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        self.clear()
         for _ in range(most):
             ids = [int(self.logits(ids).argmax())]
             yield ids[0]

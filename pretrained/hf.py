@@ -28,7 +28,7 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # otherwise each for
 HEAD = 'last_token_head.safetensors'
 
 
-def _transformers():
+def import_transformers():
     """Import transformers without progress bars and warnings."""
     try:
         import transformers
@@ -145,7 +145,34 @@ def _ternary(state, name, shape, how):
     whole = codes.shape == shape and codes.dtype == torch.int8 and codes.max() < 2 and len(scale) == 1
     if not (whole and 0 < scale.item() < math.inf):
         raise ValueError(f'{name} holds no ternary weights of {shape[0]} x {shape[1]} and one scale')
-    return codes, 1 / scale[0] if how['linear_class'] == 'bitlinear' else scale[0]
+    if how['linear_class'] != 'bitlinear':
+        return codes, scale[0]
+    exact = (how.get('scales') or {}).get(name)     # 1 / (1 / s) often differs from s in the last bit
+    if isinstance(exact, float) and abs(exact * scale.item() - 1) < 1e-6:
+        return codes, torch.tensor(exact)
+    return codes, 1 / scale[0]
+
+
+def pack_rows(codes):
+    """Pack ternary codes (rows, columns) as transformers does: uint8 (rows / 4, columns), the first quarter of the rows in the
+    lowest bits. Raises ValueError if the rows are no multiple of 4."""
+    if len(codes) % 4:
+        raise ValueError(f'{len(codes)} rows are no multiple of 4')
+    quarters = (codes + 1).to(torch.uint8).chunk(4)
+    return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+
+
+def bf16_with_codes(weight):
+    """Round a latent matrix to bf16 so that its ternary codes stay. Where the nearest value has another code, the next value
+    towards the border between the codes is taken."""
+    codes, low = ternarize(weight)[0], weight.bfloat16()
+    for _ in range(8):
+        now = ternarize(low)[0]
+        if torch.equal(now, codes):
+            return low
+        step = (codes.abs() - now.abs()).to(torch.int16)               # of the magnitude, in its last bit
+        low = (low.view(torch.int16) + step).view(torch.bfloat16)
+    raise ValueError('a matrix cannot be rounded to bf16 without a change of its codes; type --type=fp32')
 
 
 def _latent(codes, scale):
@@ -188,7 +215,7 @@ def load(name, names, dtype=torch.float32, weights=True):
     LoRA adapters is its base model with the adapters merged.
     weights=False: random weights from torch's generator. Raises a one-line ValueError if the model cannot be used.
     """
-    t = _transformers()
+    t = import_transformers()
     if adapters.is_adapters(name):
         return _load_adapted(name, names, dtype, weights)
     try:
@@ -352,7 +379,7 @@ def labels_of(name):
         base, labels, *_ = adapters.base_of(name)
         return labels or labels_of(base)
     try:
-        config = _transformers().AutoConfig.from_pretrained(name)
+        config = import_transformers().AutoConfig.from_pretrained(name)
     except Exception as e:                          # noqa: BLE001  see load()
         raise ValueError(f'cannot load model {name!r}: {_why(e)}') from None
     return [str(config.id2label[i]) for i in range(config.num_labels)]
@@ -360,7 +387,7 @@ def labels_of(name):
 
 def kind_of(name):
     """Whether a Hub id or folder was saved as a 'classifier' or as a 'causal' language model. Raises ValueError."""
-    t = _transformers()
+    t = import_transformers()
     if adapters.is_adapters(name):
         base, labels, *_ = adapters.base_of(name)
         return 'classifier' if labels or adapters.task_of(name) == 'SEQ_CLS' else kind_of(base)
@@ -399,7 +426,7 @@ def _sees_ahead(net):
 def load_causal(name, weights=True):
     """Load a language model in fp32 and evaluation mode: (net, tokenizer). A folder of LoRA adapters is its base model with the
     adapters merged. weights=False: random weights. Raises ValueError."""
-    t = _transformers()
+    t = import_transformers()
     if adapters.is_adapters(name):
         net, tokenizer = load_causal(adapters.base_of(name)[0], weights)
         adapters.load_adapters(plain_linears(net), name)
@@ -422,7 +449,7 @@ def load_causal(name, weights=True):
 
 def load_bare(name):
     """Load any model of transformers without its head, in fp32. Raises ValueError."""
-    t = _transformers()
+    t = import_transformers()
     try:
         return _load_plain(t.AutoModel, name, t.AutoConfig.from_pretrained(name), True, dtype=torch.float32)
     except Exception as e:                          # noqa: BLE001  see load()
@@ -453,7 +480,7 @@ def small(texts, names, *, n_layer, n_head, n_embd, dropout, vocab_size, max_len
     """Make a small DistilBERT with random weights, and a WordPiece tokenizer trained on texts: (net, tokenizer). texts: tuples
     of str. The vocabulary has at most vocab_size entries. The same texts give the same vocabulary."""
     from tokenizers import BertWordPieceTokenizer
-    t, special = _transformers(), ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+    t, special = import_transformers(), ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
     wordpiece = BertWordPieceTokenizer(lowercase=True)
     parts = [part for text in texts for part in text]
     # The trainer numbers the letters inside words in the random order of a hash table, and breaks ties by these numbers.
@@ -550,7 +577,7 @@ BITNET = {'attn.qkv_proj': ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_
           'mlp.down_proj': ('mlp.ffn_sub_norm', 'mlp.down_proj')}
 
 
-def _bitnet_layers(c):
+def bitnet_layers(c):
     """Yield (our name, name of the norm, {name of a matrix: its (rows, columns)}) for each layer. c: BitNetConfig."""
     kv = c.n_embd // c.n_head * c.n_kv_head
     rows = {'attn.qkv_proj': (c.n_embd, kv, kv), 'attn.o_proj': (c.n_embd,), 'mlp.gate_up_proj': (c.n_ff, c.n_ff),
@@ -566,7 +593,7 @@ def bitnet_state(state, c):
     BitNetForCausalLM. Fused tensors are split. c: BitNetConfig."""
     out = {'model.embed_tokens.weight': state['wte.weight'], 'lm_head.weight': state['wte.weight'],
            'model.norm.weight': state['norm.weight']}
-    for ours, norm, parts in _bitnet_layers(c):
+    for ours, norm, parts in bitnet_layers(c):
         out[f'{norm}.weight'] = state[f'{ours}.gain']
         split = state[f'{ours}.weight'].split([rows for rows, _ in parts.values()])
         out |= {f'{part}.weight': t for part, t in zip(parts, split, strict=True)}
@@ -595,7 +622,7 @@ def from_bitnet(state, c, how=None, packed=True, done=lambda t: None):
     out = {'wte.weight': matrix('model.embed_tokens.weight', table), 'norm.weight': vector('model.norm.weight', c.n_embd)}
     if 'lm_head.weight' in state and not torch.equal(matrix('lm_head.weight', table), out['wte.weight']):
         out['lm_head.weight'] = state['lm_head.weight']
-    for ours, norm, parts in _bitnet_layers(c):
+    for ours, norm, parts in bitnet_layers(c):
         out[f'{ours}.gain'] = vector(f'{norm}.weight', parts[next(iter(parts))][1])
         used |= {f'{norm}.weight', *(f'{part}.weight' for part in parts), *(f'{part}.weight_scale' for part in parts)}
         if how is None:
@@ -615,16 +642,32 @@ def from_bitnet(state, c, how=None, packed=True, done=lambda t: None):
 def bitnet_config(folder):
     """Read config.json of a BitNetForCausalLM: (dict for train_bitnet.py's BitNetConfig, quantization for from_bitnet(), the
     whole config). Needs no transformers. Raises a ValueError that names what this model cannot do."""
+    about = read_config(folder)
     try:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            about = json.load(f)
         kind, made = about.get('model_type'), (about.get('architectures') or ['BitNetForCausalLM'])[0]
+        if kind == 'llama' and {'weight_bits', 'input_bits'} <= about.keys():     # like 1bitLLM/bitnet_b1_58-large
+            about = dict(hidden_act='silu', rope_theta=10_000.0, rms_norm_eps=1e-6) | about | {'quantization_config': ONLINE}
+            return *_bitnet_shape(about), about
         if (kind, made) == ('bitnet', 'BitNetForCausalLM'):
             return *_bitnet_shape(about), about
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+        if kind == 'llama' and about.get('quantization_config'):
+            raise ValueError(f'{made} has no RMSNorm of its own before o_proj and down_proj, and the layers here have one')
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as e:
         raise ValueError(f'{folder}/config.json cannot be used: {_why(e)}') from None
     raise ValueError(f'{folder} holds {made if kind == "bitnet" else kind}; of Hugging Face folders only BitNetForCausalLM '
                      'runs here. ptq.py reads others, and train_gpt.py --init_from those of gpt2')
+
+
+def read_config(folder):
+    """config.json of a folder, a dict. Raises ValueError."""
+    try:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            about = json.load(f)
+        if not isinstance(about, dict):
+            raise ValueError('it holds no table')
+        return about
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f'{folder}/config.json cannot be used: {_why(e)}') from None
 
 
 def _bitnet_shape(about):
@@ -641,7 +684,11 @@ def _bitnet_shape(about):
             raise ValueError(f'{ours[key]}={value!r} is no size')
     rope, how = (about.get('rope_scaling') or {}) | (about.get('rope_parameters') or {}), about.get('quantization_config')
     act, width = about.get('hidden_act', 'relu2'), about.get('head_dim') or shape['n_embd'] // shape['n_head']
+    theta, eps = float(rope.get('rope_theta', about.get('rope_theta', 500_000.0))), float(about.get('rms_norm_eps', 1e-5))
     needs = [('rope_type', rope.get('rope_type', rope.get('type', 'default')), ['default']),
+             ('rope_theta', theta, [theta] * (0 < theta < math.inf)), ('rms_norm_eps', eps, [eps] * (0 <= eps < math.inf)),
+             ('weight_bits', about.get('weight_bits', 1), [1]), ('input_bits', about.get('input_bits', 8), [8]),
+             ('max_position_embeddings', shape['block_size'], range((1 << 28) // max(1, width))),
              ('attention_bias', about.get('attention_bias', False), [False]), ('hidden_act', act, ['relu2', 'silu']),
              ('head_dim', width, [shape['n_embd'] / shape['n_head']] if width % 2 == 0 else []),
              ('num_key_value_heads', shape['n_kv_head'], [n for n in (shape['n_kv_head'],) if shape['n_head'] % n == 0])]
@@ -655,14 +702,14 @@ def _bitnet_shape(about):
     for key, value, known in needs:
         if value not in known:
             raise ValueError(f'{key}={value!r} is not possible here')
-    return shape | {'act': act, 'norm_eps': float(about.get('rms_norm_eps', 1e-5)), 'quant': 'fp' if how is None else 'tern',
-                    'rope_theta': float(rope.get('rope_theta', about.get('rope_theta', 500_000.0)))}, how
+    return shape | {'act': act, 'norm_eps': eps, 'quant': 'fp' if how is None else 'tern', 'rope_theta': theta}, how
 
 
 def mapped_state(folder):
     """{name: tensor} of a folder's model.safetensors, or of the files that its index names. The tensors are mapped, not read.
-    Raises ValueError."""
+    The norms of 1bitLLM's models get the names of transformers. Raises ValueError."""
     from safetensors import SafetensorError, safe_open
+    named = lambda name: name.replace('.inner_attn_ln.', '.attn_sub_norm.').replace('.ffn_layernorm.', '.ffn_sub_norm.')
     index, state, part = os.path.join(folder, 'model.safetensors.index.json'), {}, 'model.safetensors.index.json'
     try:
         parts = ['model.safetensors']
@@ -673,7 +720,10 @@ def mapped_state(folder):
             if os.path.basename(part) != part:
                 raise ValueError('a path in its index')
             with safe_open(os.path.join(folder, part), 'pt') as f:
-                state |= {name: f.get_tensor(name) for name in f.keys()}       # noqa: SIM118  not a dict
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as e:
+                for name in f.keys():               # noqa: SIM118  not a dict
+                    if named(name) in state:
+                        raise ValueError(f'{name} is there twice')
+                    state[named(name)] = f.get_tensor(name)
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise ValueError(f'{folder}/{part} cannot be read ({_why(e)})') from None
     return state

@@ -29,6 +29,8 @@ import base64
 import functools
 import hashlib
 import importlib
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -60,6 +62,11 @@ GPT2_FILES = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0b
 GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 TOKENIZER_FILE = {'byte': None, 'gpt2': 'gpt2.tiktoken', 'bpe': 'tokenizer.json'}
+# Byte-level BPEs write each byte as a character: a printable one as itself, the others from U+0100 on, in order.
+PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
+SHIFTED = [b for b in range(256) if b not in PRINTABLE]
+CHARACTER_OF = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(SHIFTED)}
+BYTE_OF = {c: b for b, c in CHARACTER_OF.items()}
 
 
 class Tokenizer:
@@ -147,12 +154,9 @@ def bpe(text, eot=None):
     """Byte-level BPE from the JSON of the `tokenizers` library. eot: id of end-of-text; None: of its <|endoftext|>."""
     model = _import('tokenizers').Tokenizer.from_str(text)
     model.encode_special_tokens = True  # encode '<|endoftext|>' inside a text as plain text
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']  # GPT-2 writes each byte as a character
-    shifted = [b for b in range(256) if b not in plain]
-    byte_of = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(shifted)}
     eot = model.token_to_id(EOT) if eot is None else eot
     added = {i: token.content.encode() for i, token in model.get_added_tokens_decoder().items()}
-    spelled = {i: added[i] if i in added else bytes(byte_of[c] for c in token) for token, i in model.get_vocab().items()}
+    spelled = {i: added[i] if i in added else bytes(BYTE_OF[c] for c in token) for token, i in model.get_vocab().items()}
     first = model.encode('a')
 
     def encode_batch(texts):
@@ -161,15 +165,77 @@ def bpe(text, eot=None):
                      first.ids[:first.special_tokens_mask.index(0)])
 
 
+def as_json(tokenizer):
+    """tokenizer.json, for the `tokenizers` library, of a Tokenizer: the same ids. of_folder() is the inverse. Raises
+    ValueError."""
+    if tokenizer.name == 'bpe':
+        return tokenizer.text
+    lib = _import('tokenizers')
+    table = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+    names, merges = [''.join(map(CHARACTER_OF.get, token)) for token in table], []
+    if tokenizer.name == 'gpt2':
+        merges = [tuple(''.join(map(CHARACTER_OF.get, part)) for part in pair)
+                  for pair in _merges({token: i for i, token in enumerate(table) if i != tokenizer.eot})]
+        names[tokenizer.eot] = EOT
+    model = lib.Tokenizer(lib.models.BPE({name: i for i, name in enumerate(names)}, merges))
+    model.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer.name == 'gpt2')
+    model.decoder = lib.decoders.ByteLevel()
+    if tokenizer.name == 'gpt2':
+        model.add_special_tokens([EOT])
+    return model.to_str()
+
+
+def _merges(ranks):
+    """The list of merges, pairs of bytes, of a BPE that has ranks {bytes: rank}. Raises ValueError if a token has no pair."""
+    found = []
+    for token, rank in ranks.items():
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:                       # by the merges before its own
+            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            at = joined.index(min(joined))
+            if joined[at] >= rank:
+                raise ValueError(f'token {rank} of the gpt2 tokenizer is not made of two earlier ones')
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        found += [tuple(parts)] if len(parts) == 2 else []
+    return found
+
+
+def of_json(text, eot=None):
+    """The Tokenizer of a tokenizer.json with a byte-level BPE: byte(), gpt2() or bpe(). eot: as in bpe()."""
+    return _ours(text, eot) or bpe(text, eot)
+
+
+def _ours(text, eot):
+    """byte() or gpt2() if the tokenizer.json `text` is theirs, else None."""
+    names = json.loads(text)['model']['vocab']
+    plain = isinstance(names, dict) and type(eot) is int
+    if not plain or (len(names), eot) != (256, 0) and (names.get(EOT), eot) != (len(names) - 1,) * 2:
+        return None
+    wanted = json.loads(_import('tokenizers').Tokenizer.from_str(text).to_str())       # earlier versions wrote it otherwise
+    split, model = wanted['pre_tokenizer'] or {}, wanted['model']
+    if model['type'] != 'BPE' or split['type'] != 'ByteLevel' or split['add_prefix_space'] or wanted['normalizer']:
+        return None
+    made = byte()
+    if names.get(EOT) == eot and importlib.util.find_spec('tiktoken'):
+        order = sorted(names, key=names.get)[:eot]
+        made = gpt2(''.join(f'{base64.b64encode(bytes(BYTE_OF[c] for c in name)).decode()} {i}\n'
+                            for i, name in enumerate(order)))
+    same = json.loads(as_json(made))
+    alike = all(same['model'][key] == model[key] for key in ('vocab', 'merges'))
+    return made if alike and same['pre_tokenizer']['use_regex'] == split['use_regex'] else None
+
+
 def of_folder(folder, about):
-    """The byte-level BPE in tokenizer.json of a Hugging Face folder. about: its config.json. Raises ValueError."""
+    """The Tokenizer in tokenizer.json of a Hugging Face folder: byte(), gpt2() or another byte-level BPE. about: its
+    config.json. Raises ValueError."""
     path = Path(folder) / 'tokenizer.json'
     try:
         text = path.read_text(encoding='utf-8')
         if '"ByteLevel"' not in json.dumps(json.loads(text)['decoder']):
             raise ValueError('it is no byte-level BPE')
         eot = about.get('eos_token_id')
-        made = bpe(text, eot[0] if isinstance(eot, list) and eot else eot)
+        eot = eot[0] if isinstance(eot, list) and eot else eot
+        made = of_json(text, eot)
     except Exception as e:                          # noqa: BLE001  tokenizers raises Exception itself
         why = e.strerror if isinstance(e, OSError) else f'{e}'.split('\n')[0][:90]
         raise ValueError(f'{path} cannot be used ({why})') from None

@@ -277,7 +277,7 @@ def test_gpt2_weights_give_gpt2_logits(tmp_path, tiny_data, start):
     ids = random_ids(2, 16)
     ours, theirs = all_logits(model, ids), source(ids).logits.detach()
     assert_close(ours[..., :250], theirs, rtol=0, atol=1e-4)
-    assert not ours[..., 250:].any()
+    assert_close(ours[..., 250:], theirs.mean(-1, keepdim=True).expand(-1, -1, 6), rtol=0, atol=1e-4)
     shape = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--bias=True', '--device=cpu')
     done = start(ROOT / 'train_gpt.py', '--init_from=gpt2-tiny', f'--dataset={tiny_data}', *shape, cwd=tmp_path).wait()
     assert done.code == 2 and 'error: gpt2-tiny needs GPT-2 tokens' in done.err          # below transformers' progress bar

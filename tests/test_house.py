@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT
 
 TRAINERS = ('train_gpt', 'train_bitnet', 'train_cnn', 'finetune_cls')
-TOOLS = ('ptq', 'sample', 'bench', 'plot')
+TOOLS = ('ptq', 'sample', 'bench', 'plot', 'export')
 ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'requirements-peers.txt', 'pyproject.toml', 'LICENSE', 'kernels.c',
               *(f'{name}.py' for name in ('configurator', 'common', 'layers', 'quant', 'optim', *TRAINERS, *TOOLS))}
 ROOMS = {'readers': 'tokens documents texts images crops tasks',
-         'pretrained': 'hf adapters formats calibrate replace subjects',
+         'pretrained': 'hf adapters folders ggufs formats calibrate replace subjects',
          'report': 'scores tables costs figure plot_cls plot_ptq plot_runs pictures',
          'engine': 'engine load engine.c lanes.h',
          'measure': 'turns forms matrices steps optimizers convolutions decode llama'}
@@ -26,7 +26,7 @@ FLOORS = (('quant', 'configurator', 'optim'), ('layers',), ('common',), ('reader
 NEIGHBOURS = {*ROOMS, 'data', 'tools', 'results', 'tests'}
 # Stricter than the floors: the only modules that a module may import, and the only users of a room or a trainer.
 IMPORTS_ONLY = {'layers': {'quant'}, 'optim': set()}
-IMPORTED_ONLY_BY = {'measure': {'measure', 'bench', 'ptq', 'results', 'tests'},
+IMPORTED_ONLY_BY = {'measure': {'measure', 'bench', 'ptq', 'export', 'results', 'tests'},
                     **{trainer: {'engine.load', 'measure', 'results', 'tests'} for trainer in TRAINERS}}
 
 

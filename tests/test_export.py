@@ -1,0 +1,385 @@
+"""export.py: codes and scales survive a GGUF file bit for bit; llama.cpp computes what the model does; refusals are a line."""
+import os
+import re
+import runpy
+import struct
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import layers
+from conftest import ROOT, Result, one_error, tiny_bitnet, tiny_gpt
+from engine import load
+from pretrained import ggufs
+from readers import tokens
+
+gguf = pytest.importorskip('gguf', reason='make peers installs gguf')
+FOLDER = os.environ.get('NANOBIT_LLAMA', '')    # shared libraries of llama.cpp, see measure/llama.py
+TEXT = "One day, a cat's kitten saw 12 birds.\n\n  They didn't fly: é, 漢字 and  € too!\tThe end. " * 40
+
+
+@pytest.fixture(scope='module')
+def tokenizers():
+    """{name: Tokenizer}: bytes, a trained BPE of 300 tokens, and the ranks of another one as GPT-2's are stored."""
+    trained = tokens.train_bpe([TEXT], 300)
+    ranked = tokens.train_bpe([TEXT], 290)
+    pieces = [bytes([b]) for b in range(256)] + [ranked.decode_bytes([i]) for i in range(257, 290)]
+    text = ''.join(f'{tokens.base64.b64encode(p).decode()} {i}\n' for i, p in enumerate(pieces))
+    return {'byte': tokens.byte(), 'bpe': trained, 'gpt2': tokens.gpt2(text)}
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """cli('--key=value', ...) -> stdout of export.py in tmp_path, in this process; fails=True: the line on stderr."""
+    def call(*options, fails=False):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', ['export.py', *map(str, options)])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / 'export.py'), run_name='__main__')
+        except SystemExit as e:
+            code = e.code
+        done = Result(code, *capsys.readouterr())
+        assert fails or done.code == 0, done.err
+        return one_error(done) if fails else done.out
+    return call
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizers):
+    """saved(model, tokenizer='bpe') writes the run out/x with best.pt and a validation split; returns the model."""
+    def write(model, tokenizer='bpe'):
+        tokenizer = tokenizers[tokenizer]
+        (tmp_path / 'x').mkdir(exist_ok=True)
+        for split in tokens.SPLITS:
+            tokens.write(tmp_path / 'data', split, [tokenizer.encode(TEXT)], tokenizer)
+        common.save_checkpoint(tmp_path / 'x' / 'best.pt', {
+            'trainer': 'train_bitnet' if hasattr(model.config, 'quant') else 'train_gpt', 'step': 1, 'best_val_loss': 1.0,
+            'model_config': asdict(model.config), 'model': model.state_dict(), 'tokenizer': tokenizer.describe(),
+            'config': {'dataset': str(tmp_path / 'data'), 'block_size': model.config.block_size}})
+        return model
+    return write
+
+
+def bitnet(**options):
+    """A ternary model whose rows fill the blocks of TQ2_0; one block of codes is all zero."""
+    model = tiny_bitnet(**dict(act='silu', n_embd=256, n_ff=512, vocab_size=320, block_size=32) | options)
+    with torch.no_grad():
+        model.wte.weight.mul_(3)
+        for block in model.blocks:
+            block.attn.o_proj.weight[1] = 0
+            for m in (block.attn.qkv_proj, block.attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj):
+                m.gain.uniform_(0.5, 1.5)
+    return model
+
+
+def gpt(kind='fp', **options):
+    model = tiny_gpt(kind, **dict(vocab_size=320, n_embd=64, block_size=32) | options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+ABOUT = {'trainer': 'train_gpt', 'task': '', 'quantized': {}}
+
+
+def packed_state(model):
+    return {n: t.clone() for n, t in layers.pack(model).state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# round trips
+
+
+@pytest.mark.parametrize('kind', ggufs.TERNARY)
+def test_codes_and_scales_survive_each_type(kind, cli, saved, tmp_path):
+    """nanobit -> GGUF -> nanobit: all ternary codes, scales and norms are equal, in every type; the embedding is that of the
+    file."""
+    model = saved(bitnet())
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf', f'--type={kind}', '--head=F32')
+    cli('--from=x.gguf', '--out=y')
+    again, tokenizer, about = load.load(str(tmp_path / 'y'))
+    ours, theirs = packed_state(model), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
+    assert again.config == model.config and about['trainer'] == 'train_bitnet'
+    assert tokenizer.describe() == load.load(str(tmp_path / 'x'))[1].describe()
+
+
+@pytest.mark.parametrize('make, options', [(bitnet, ()), (bitnet, ('--type=TQ1_0', '--head=Q8_0')), (gpt, ('--type=Q8_0',))])
+def test_a_second_file_is_equal(make, options, cli, saved, tmp_path):
+    """Two exports of one model are equal byte by byte, and so is the export of what was read back."""
+    saved(make())
+    for name in 'ab':
+        cli('--ckpt=x', '--to=gguf', f'--out=new/{name}.gguf', *options)
+    cli('--from=new/a.gguf', '--out=y')
+    cli('--ckpt=y', '--to=gguf', '--out=new/c.gguf', *options)
+    one, two, three = ((tmp_path / f'new/{name}.gguf').read_bytes() for name in 'abc')
+    assert one == two == three
+    assert sorted(os.listdir(tmp_path)) == ['data', 'new', 'x', 'y'] and len(os.listdir(tmp_path / 'new')) == 3
+
+
+@pytest.mark.parametrize('name', ['byte', 'bpe', 'gpt2'])
+@pytest.mark.parametrize('padding', [0, 64])
+def test_tokenizers_survive(name, padding, tokenizers, tmp_path):
+    """Each tokenizer is read back as itself; rows of padding have distinct unused tokens; there is always a merge."""
+    tokenizer = tokenizers[name]
+    model = gpt(vocab_size=tokenizer.vocab_size + padding)
+    ggufs.write(model, tokenizer, ABOUT, str(tmp_path / 'x.gguf'))
+    assert ggufs.read(str(tmp_path / 'x.gguf'))[3].describe() == tokenizer.describe()
+    fields, _ = ggufs.opened(str(tmp_path / 'x.gguf'))
+    get = lambda key: fields[f'tokenizer.ggml.{key}']
+    assert len(set(get('tokens'))) == model.config.vocab_size and get('merges') and not get('add_bos_token')
+    assert get('token_type')[tokenizer.vocab_size:] == [ggufs.UNUSED] * padding
+    assert get('eos_token_id') == get('bos_token_id') == tokenizer.eot
+
+
+@pytest.mark.parametrize('kind, tolerance', [('F32', 0), ('F16', 2 ** -11), ('Q8_0', 1 / 127)])
+@pytest.mark.parametrize('bias', [False, True])
+def test_a_gpt_survives(kind, tolerance, bias, cli, saved, tmp_path):
+    """A full-precision GPT comes back with the error of its type, as a checkpoint of the same shape; missing biases are zeros
+    in the file and missing again."""
+    model = saved(gpt(bias=bias))
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf', f'--type={kind}', '--head=F32')
+    assert ggufs.opened(str(tmp_path / 'x.gguf'))[1]['blk.1.ffn_up.bias'].data.any() == bias
+    cli('--from=x.gguf', '--out=y')
+    again = load.load(str(tmp_path / 'y'))[0]
+    assert again.config.bias == bias and again.state_dict().keys() == model.state_dict().keys()
+    for name, t in model.state_dict().items():
+        most = tolerance * t.abs().max() if '_' in name.rpartition('.')[0] and t.dim() > 1 and 'lm' not in name else 0
+        assert (again.state_dict()[name] - t).abs().max() <= most, name
+
+
+def test_training_goes_on_from_a_file(cli, saved, start, tmp_path):
+    """train_gpt.py --init_from takes what --from writes."""
+    saved(gpt())
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf', '--type=F32')
+    assert 'train_gpt.py --init_from=y/best.pt' in cli('--from=x.gguf', '--out=y')
+    done = start(ROOT / 'train_gpt.py', '--init_from=y/best.pt', '--dataset=./data', '--out_dir=z', '--n_layer=2',
+                 '--n_head=2', '--n_embd=64', '--block_size=32', '--max_iters=1', '--batch_size=2', '--eval_iters=1',
+                 '--device=cpu', '--n_binary=0', cwd=tmp_path).wait()
+    assert done.code == 0 and 'packed into' in done.out, done.err
+
+
+@pytest.mark.parametrize('levels, exact', [('int3', True), ('int2', True), ('tern', True), ('int4', False)])
+def test_integers_in_groups_fit_q4_0(levels, exact, tmp_path, tokenizers):
+    """Integers of ptq.py within -8 .. 7 are Q4_0 without rounding; others, and full-precision matrices, are F16 and named."""
+    model = gpt()
+    rules = {'blocks.*': ('group', {'levels': levels, 'group': 32})}
+    names = layers.convert(model, rules, verbose=False, packed=True)
+    notes = ggufs.write(model, tokenizers['bpe'], ABOUT, str(tmp_path / 'x.gguf'), 'Q4_0', 'F32')
+    held, state = ggufs.opened(str(tmp_path / 'x.gguf'))[1], ggufs.read(str(tmp_path / 'x.gguf'))[2]
+    kinds = {t.tensor_type.name for n, t in held.items() if n.startswith('blk') and len(t.shape) == 2}
+    assert kinds == {'Q4_0' if exact else 'F16'} and bool(notes) != exact
+    for name in names:
+        off = (state[f'{name}.weight'] - model.get_submodule(name).effective_weight()).abs().max()
+        assert off <= (0 if exact else 2e-4), name
+    if not exact:
+        assert notes == [f'{names[0]} and 7 more: int4 dequantized, written as F16, because Q4_0 would round them']
+
+
+def test_four_bit_layers_of_training_are_dequantized(cli, saved):
+    """int4 layers of train_gpt.py have 16 even levels without a 0, which no type of ggml has: a note says F16."""
+    model = saved(gpt('int4'))
+    out = cli('--ckpt=x', '--to=gguf', '--out=x.gguf')
+    assert 'note: blocks.0.attn.c_attn and 7 more: int4 dequantized, written as F16' in out
+    assert 'note' in cli('--ckpt=x', '--verify=x.gguf', '--prompts=4') and model.blocks[0].attn.c_attn.kind == 'int4'
+
+
+def test_the_graph_without_scales_gets_codes_times_scale(cli, saved, tmp_path):
+    """bitnet-b1.58: no tensor is named .scale; codes and scales come back from F32; relu2 stays relu2."""
+    model = saved(bitnet(act='relu2'))
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf', '--arch=bitnet-b1.58', '--head=F32')
+    fields, held = ggufs.opened(str(tmp_path / 'x.gguf'))
+    assert fields['general.architecture'] == 'bitnet-b1.58' and not [n for n in held if n.endswith('scale')]
+    cli('--from=x.gguf', '--out=y')
+    again = load.load(str(tmp_path / 'y'))[0]
+    assert again.config == model.config
+    for name, t in packed_state(model).items():
+        assert torch.equal(t, again.state_dict()[name]), name
+    assert 'rounded to fp16' in cli('--ckpt=x', '--to=gguf', '--out=z.gguf', '--arch=bitnet-b1.58', '--type=F16')
+
+
+def test_a_full_precision_bitnet(cli, saved, tmp_path):
+    """--quant=fp is the arch bitnet without scales; it comes back as a checkpoint."""
+    model = saved(tiny_bitnet('fp', act='silu', vocab_size=320))
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf', '--type=F32', '--head=F32')
+    assert 'best.pt' in cli('--from=x.gguf', '--out=y')
+    again = load.load(str(tmp_path / 'y'))[0]
+    assert again.config == model.config
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a file computes
+
+
+def test_verify_is_an_error_budget(cli, saved):
+    """Packing and an F32 head change nothing, an F16 head a little: activations at a border of int8 codes cross it. The engine
+    with its fp head is torch. All tensors are equal."""
+    saved(bitnet())
+    rows = {}
+    for head in ('F32', 'F16'):
+        cli('--ckpt=x', '--to=gguf', '--out=x.gguf', f'--head={head}')
+        out = cli('--ckpt=x', '--verify=x.gguf', '--prompts=6', '--new_tokens=4')
+        assert re.search(r'(\d+) of \1 tensors are those of x/best.pt, bit for bit', out)
+        rows[head] = {m[1]: (float(m[2]), float(m[3]), float(m[4])) for m in re.finditer(
+            r'(?m)^(.*?->.*?) {2,}([\d.e+-]+) +[\d.]+ +([+-][\d.]+) +([\d.]+)%', out)}
+    assert rows['F32']['trained -> packed'] == rows['F32']['packed -> file'] == (0, 0, 100) == rows['F16']['trained -> packed']
+    assert 0 < rows['F16']['packed -> file'][0] < 0.5 and abs(rows['F16']['packed -> file'][1]) < 5e-3
+    fp, int8 = (rows['F32'][f'file -> engine, {form} head'] for form in ('fp', 'int8'))
+    assert fp[0] < int8[0] and abs(fp[1]) < 1e-3 and fp[2] > 99
+
+
+def test_the_tanh_of_gelu_is_measured(cli, saved):
+    """llama.cpp's GELU of GPT-2 is the tanh approximation; a row shows its difference, which is small and not zero."""
+    saved(gpt())
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf', '--type=F32')
+    found = re.search(r'file -> GELU by tanh +([\d.e+-]+)', cli('--ckpt=x', '--verify=x.gguf', '--prompts=4'))
+    assert 0 < float(found[1]) < 1e-2
+
+
+def test_a_file_of_another_model_is_named(cli, saved):
+    """--verify ends with one line that names the first tensor that differs."""
+    model = saved(bitnet())
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf')
+    with torch.no_grad():
+        model.blocks[1].mlp.down_proj.weight[0, 0] *= -5
+    saved(model)
+    assert 'x.gguf differs from x/best.pt in blk.1.ffn_down' in cli('--ckpt=x', '--verify=x.gguf', fails=True)
+
+
+@pytest.mark.parametrize('make, options', [(bitnet, ('--type=packed',)), (bitnet, ('--type=fp32',)), (gpt, ())])
+def test_folders_are_verified_by_transformers(make, options, cli, saved, tmp_path):
+    """A Hugging Face folder has the tensors of the model, transformers gives its loss, and --from brings it back. A few logits
+    of a ternary model move: an activation crosses the border of two int8 codes."""
+    pytest.importorskip('transformers')
+    model = saved(make())
+    cli('--ckpt=x', '--to=hf', '--out=f', *options)
+    out = cli('--ckpt=x', '--verify=f', '--prompts=4', '--new_tokens=2')
+    assert re.search(r'(\d+) of \1 tensors are those of x/best.pt, bit for bit', out)
+    row = re.search(r'file -> transformers +([\d.e+-]+) +[\d.]+ +([+-][\d.]+)', out)
+    assert float(row[1]) < (0.1 if make is bitnet else 1e-4) and abs(float(row[2])) < 5e-4, out
+    cli('--from=f', '--out=y')
+    again, ours = load.load(str(tmp_path / 'y'))[0].state_dict(), model.state_dict()
+    ours = packed_state(model) if 'blocks.0.attn.qkv_proj.code' in again else ours
+    assert all(torch.equal(t, again[n]) for n, t in ours.items())
+
+
+@pytest.mark.skipif(not FOLDER, reason='NANOBIT_LLAMA names no folder with shared libraries of llama.cpp')
+@pytest.mark.parametrize('make, tokenizer, options', [
+    (bitnet, 'bpe', ()), (bitnet, 'byte', ('--type=TQ1_0', '--head=Q8_0')), (bitnet, 'gpt2', ('--type=Q4_0',)),
+    (bitnet, 'bpe', ('--type=F16',)), (gpt, 'bpe', ('--type=F32', '--head=F32')), (gpt, 'byte', ('--type=Q8_0',)),
+    (gpt, 'gpt2', ())])
+def test_llama_cpp_computes_the_same(make, tokenizer, options, cli, saved):
+    """Stock llama.cpp gives the same tokens for each prompt, and losses within a hundredth of those of the file in torch."""
+    saved(make(), tokenizer)
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf', *options)
+    out = cli('--ckpt=x', '--verify=x.gguf', '--prompts=8', '--new_tokens=4', f'--llama={FOLDER}')
+    row = re.search(r'-> llama.cpp +([\d.e+-]+) +([\d.]+) +([+-][\d.]+) +([\d.]+)%', out)
+    assert abs(float(row[3])) < 1e-2 and float(row[4]) > 90, out
+    assert '8 of 8 prompts have the same tokens in llama.cpp' in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# refusals and damaged files
+
+
+@pytest.mark.parametrize('make, options, says', [
+    (lambda: bitnet(act='relu2'), (), 'act=relu2: the arch bitnet of llama.cpp computes SiLU only; type --arch=bitnet-b1.58'),
+    (bitnet, ('--arch=bitnet-b1.58',), 'act=silu: the arch bitnet-b1.58 computes the square of ReLU'),
+    (bitnet, ('--arch=llama',), "arch='llama' is none of bitnet, bitnet-b1.58"),
+    (bitnet, ('--type=Q8_0',), "type='Q8_0' is none of TQ2_0, TQ1_0, Q4_0, F16, F32"),
+    (bitnet, ('--head=TQ2_0',), "head='TQ2_0' is none of F16, F32, Q8_0"),
+    (lambda: tiny_bitnet(act='silu', vocab_size=320), (),
+     'blk.0.attn_q.weight has rows of 32 weights, TQ2_0 needs a multiple of 256; type --type=Q4_0, which holds codes exactly'),
+    (lambda: tiny_bitnet(act='silu', vocab_size=320, n_embd=48), (), 'multiple of 256; type --type=F16'),
+    (lambda: gpt('bin'), (), 'blocks.0.attn.c_attn is binary and normalizes its output, which no arch of llama.cpp computes'),
+    (lambda: gpt('tern'), (), 'blocks.0.attn.c_attn is ternary and contains an RMSNorm'),
+    (lambda: gpt(n_embd=48), ('--type=Q8_0',), 'rows of 48 weights, Q8_0 needs a multiple of 32; type --type=F16'),
+    (gpt, ('--type=TQ2_0',), "type='TQ2_0' is none of F16, F32, Q8_0, Q4_0"),
+    (lambda: gpt(vocab_size=256), (), '256 rows of the embedding')])
+def test_a_model_that_does_not_fit(make, options, says, cli, saved, tmp_path):
+    """What llama.cpp cannot compute or hold is one line with the reason and what would fit; no file is left."""
+    saved(make())
+    assert says in cli('--ckpt=x', '--to=gguf', '--out=x.gguf', *options, fails=True)
+    assert not (tmp_path / 'x.gguf').exists()
+
+
+@pytest.mark.parametrize('options, says', [
+    ((), 'type one of --to=gguf'), (('--to=gguf', '--from=a', '--out=b'), 'type one of --to=gguf'),
+    (('--to=onnx', '--out=b'), "to='onnx' is none of gguf, hf"), (('--to=gguf',), '--out is missing'),
+    (('--to=gguf', '--out=b'), "out='b' is no file that ends in .gguf"), (('--from=no.gguf', '--out=b'), 'no.gguf'),
+    (('--from=no.gguf', '--out=x'), 'x exists'), (('--from=no.gguf', '--out=b', '--type=F16'), 'type has no use with --from'),
+    (('--verify=no.gguf', '--ckpt=x'), 'no.gguf does not exist'), (('--verify=x', '--prompts=0'), 'prompts=0 is too low'),
+    (('--to=hf', '--out=b', '--head=F16'), 'head has no use'),
+    (('--to=gguf', '--out=b.gguf', '--ckpt=no'), 'no does not exist')])
+def test_a_wrong_command_is_one_line(options, says, cli, saved):
+    saved(bitnet())
+    assert says in cli(*options, fails=True)
+
+
+def test_damaged_files(cli, saved, tmp_path):
+    """A truncated file, wrong lengths, a name twice, a path as a name, dims that overflow: one line each, and nothing is
+    written."""
+    saved(gpt())
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf')
+    whole, name = (tmp_path / 'x.gguf').read_bytes(), b'blk.0.attn_qkv.weight'
+    at = whole.index(name) + len(name) + 4          # of the dims
+    put = lambda i, raw: whole[:i] + raw + whole[i + len(raw):]
+    count = whole.index(b'tokenizer.ggml.tokens') + len('tokenizer.ggml.tokens') + 8
+    bad = {'name twice': whole.replace(name, b'blk.1.attn_qkv.weight', 1),
+           'path': whole.replace(name, b'../../../../../x.wght', 1),
+           'dims overflow': put(at, struct.pack('<QQ', 2 ** 63, 2)),
+           'dims wrap to 0': put(at, struct.pack('<QQ', 2 ** 32, 2 ** 32)),
+           'dims swapped': put(at, struct.pack('<QQ', 192, 64)), 'zero rows': put(at, struct.pack('<QQ', 64, 0)),
+           'many tokens': put(count, struct.pack('<Q', 2 ** 60)), 'many tensors': put(8, struct.pack('<Q', 2 ** 60)),
+           'many keys': put(16, struct.pack('<Q', 2 ** 60)), 'offset': put(at + 20, struct.pack('<Q', 2 ** 62)),
+           'type': put(at + 16, struct.pack('<I', 36)), 'magic': put(0, b'GGML'), 'version': put(4, struct.pack('<I', 99)),
+           'empty': b'', 'big endian': whole[:4] + whole[4:8][::-1] + whole[8:]}
+    bad |= {f'cut at {n}': whole[:n] for n in (1, 7, 20, 100, at, len(whole) // 2, len(whole) - 1)}
+    for what, raw in bad.items():
+        (tmp_path / 'bad.gguf').write_bytes(raw)
+        assert 'bad.gguf' in cli('--from=bad.gguf', '--out=y', fails=True), what
+    assert sorted(os.listdir(tmp_path)) == ['bad.gguf', 'data', 'x', 'x.gguf']
+
+
+def test_flipped_bits_never_crash(tmp_path, tokenizers):
+    """A header with any byte changed is read or refused by a ValueError of one line."""
+    path = str(tmp_path / 'x.gguf')
+    ggufs.write(gpt(n_layer=1), tokenizers['bpe'], ABOUT, path)
+    whole, random = bytearray(open(path, 'rb').read()), np.random.default_rng(0)
+    end, refused = whole.index(b'output_norm.bias') + 200, 0
+    for at in random.integers(0, end, 25):
+        raw = bytearray(whole)
+        raw[at] ^= 1 << random.integers(8)
+        (tmp_path / 'bad.gguf').write_bytes(raw)
+        try:
+            ggufs.read(str(tmp_path / 'bad.gguf'))
+        except ValueError as e:
+            refused += 1
+            assert '\n' not in str(e) and 'bad.gguf' in str(e)
+    assert refused > 2
+
+
+@pytest.mark.parametrize('changes, says', [
+    ({'general.architecture': 'llama'}, "its arch is 'llama'"), ({'tokenizer.ggml.pre': 'llama-bpe'}, 'pre=llama-bpe'),
+    ({'bitnet.attention.head_count': 3}, 'heads'), ({'bitnet.block_count': 7}, 'it lacks blk.2.attn_norm.weight'),
+    ({'bitnet.context_length': 2 ** 31}, 'context_length is no possible value'),
+    ({'bitnet.rope.dimension_count': 32}, 'rotary positions'),
+    ({'bitnet.feed_forward_length': 256}, 'blk.0.ffn_gate.weight has')])
+def test_files_of_other_models(changes, says, tmp_path, tokenizers):
+    """A file that does not fit the trainers names what does not fit."""
+    path = tmp_path / 'x.gguf'
+    plain = gguf.GGUFWriter.add_key_value
+    put = lambda self, key, value, *rest: plain(self, key, changes.get(key, value), *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, 'add_key_value', put)
+        ggufs.write(bitnet(), tokenizers['bpe'], ABOUT | {'trainer': 'train_bitnet'}, str(path))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        ggufs.read(str(path))
