@@ -278,7 +278,8 @@ def test_targets_are_computed_from_rounds():
     sys.path.append(str(ROOT / 'results'))
     import decode as page
     row = lambda name, *speeds, **more: {'name': name, 'threads': 1, 'shape': '0.68B', 'runs': 'engine', 'resident_bytes': 12,
-                                         'file_bytes': 6, 'cache_bytes': 4, 'rounds': [None if s is None else {'decode': s} for s in speeds]} | more
+                                         'file_bytes': 6, 'cache_bytes': 4,
+                                         'rounds': [None if s is None else {'decode': s} for s in speeds]} | more
     found = page.targets([row(page.TERN, 30, 10, 40), row('llama.cpp TQ2_0 Q8_0', 10, 10, 20, runs='llama.cpp'),
                           row(page.BIN, 90, None, 40)])
     shown = {(r['measure'], r['threads']): (r['measured'], r['reached']) for r in found}
