@@ -234,7 +234,7 @@ def test_command_runs(command, ran, copied):
 
 @pytest.mark.parametrize('command', [c for c in commands() if rule(c) and not isinstance(rule(c)[1], int)])
 def test_installation_command(command, copied):
-    """make runs the commands that the README gives for use without make, and pip installs what requirements.txt names."""
+    """make runs the commands that the README gives for use without make, and pip installs what a requirements file names."""
     kind = rule(command)[1]
     if kind == 'make':
         blocks = FENCE.findall(PAGES['README.md'])
@@ -245,7 +245,8 @@ def test_installation_command(command, copied):
         by_make = '\n'.join(make_n(kind, copied)).replace('python -m pip', 'pip')
         assert not [part for part in command.split(' && ') if part not in by_make and part != '. .venv/bin/activate']
     else:
-        assert re.search(rf'^(#  +)?{re.escape(command.split()[-1])}\s', (ROOT / 'requirements.txt').read_text(), re.M)
+        listed = ''.join((ROOT / name).read_text() for name in ('requirements.txt', 'requirements-peers.txt'))
+        assert re.search(rf'^(#  +)?{re.escape(command.split()[-1])}\s', listed, re.M)
 
 
 @pytest.mark.parametrize('page', [page for page, text in PAGES.items() if '```python' in text])
