@@ -204,8 +204,8 @@ def sides_of(path, model, known):
 
 
 def in_a_thread():
-    """A function that calls f(*args) in one thread of its own. llama.cpp configures AMX registers of a thread once, and the
-    engine, in the main thread, configures them anew: its next product would be an illegal instruction."""
+    """A function that calls f(*args) in one thread of its own. llama.cpp configures AMX registers of a thread once. Other
+    code of the main thread, such as torch, configures them anew; then its next product is an illegal instruction."""
     pool = ThreadPoolExecutor(1)
     return lambda f, *args: pool.submit(f, *args).result()
 

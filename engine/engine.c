@@ -314,6 +314,8 @@ INLINE void amx_product(const Job *j, int n, int64_t from, int64_t to, uint8_t *
     const uint32_t low = bits == 1 ? 0x01010101u : 0x03030303u;
     struct { uint8_t palette, start, zeros[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = { 1, 0, { 0 }, { 0 }, { 0 } };
     for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    char before[64] __attribute__((aligned(64)));                // other code of this thread may rely on its own shape
+    _tile_storeconfig(before);
     __asm__ volatile("" :: "r"(&shape) : "memory");
     _tile_loadconfig(&shape);
     for (int64_t tile = from; tile < to; tile += 2) {
@@ -342,7 +344,8 @@ INLINE void amx_product(const Job *j, int n, int64_t from, int64_t to, uint8_t *
                 for (int r = 0; r <= two; r++) put_sums(j, t + i, tile + r, sum[i / 16 * 2 + r][i % 16]);
         }
     }
-    _tile_release();
+    __asm__ volatile("" :: "r"(before) : "memory");
+    _tile_loadconfig(before);
 }
 #endif
 

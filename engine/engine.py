@@ -121,7 +121,7 @@ class Engine:
                 shape.positions = self.array(model.wpe(torch.arange(c.block_size)).float())
             else:
                 shape.cos, shape.sin = self.array(model.cos), self.array(model.sin)
-        self.batch, self.tied = shape.batch, tied
+        self.batch = shape.batch
         made, self.structs = ctypes.c_void_p(), (shape, (Linear * len(layers))(*layers))
         why = self.lib.engine_new(ctypes.byref(shape), self.structs[1], len(layers), ctypes.byref(made))
         if why:

@@ -225,7 +225,7 @@ def test_bad_files_are_one_line(tmp_path):
         for at in (whole.index(b'model_config') + 1, len(whole) // 2):
             bad.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
             assert str(bad) in said(bad)
-    torch.save(torch.load(pt) | {'version': 99}, bad := tmp_path / 'new.pt')
+    torch.save(torch.load(pt, weights_only=True) | {'version': 99}, bad := tmp_path / 'new.pt')
     assert 'has checkpoint version 99, this code reads 1' in said(bad)
     for trainer, words in (('train_cnn', 'written by train_cnn.py, which trains no language model'), ('ptq', 'python ptq.py')):
         common.save_packed(tiny_bitnet(), bad := tmp_path / 'x.safetensors', meta | {'trainer': trainer})
