@@ -12,6 +12,7 @@ that runs it. A model that the other side does not compute is refused with the r
 """
 import copy
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -50,13 +51,14 @@ prompts = 200                  # verify: windows of the validation split
 block_size = 0                 # verify: tokens per window; 0: as in training
 new_tokens = 16                # verify: tokens to generate greedily after the first half of each window
 threads = 1                    # verify: threads of engine and llama.cpp
+json = ''                      # verify: file to which the rows of the table are appended, one JSON line each
 seed = 1337                    # verify: chooses the windows
 _defaults = dict(globals())
 _words = [f'--source={word[7:]}' if word.partition('=')[0] == '--from' else word for word in sys.argv[1:]]
 config = configurator.override(globals(), _words, quiet=True)   # file.py ... --key=value, later wins
 
 MODES = {'to': ('ckpt', 'out', 'type', 'head', 'arch'), 'source': ('out',),
-         'verify': ('ckpt', 'llama', 'dataset', 'text', 'prompts', 'block_size', 'new_tokens', 'threads', 'seed')}
+         'verify': ('ckpt', 'llama', 'dataset', 'text', 'prompts', 'block_size', 'new_tokens', 'threads', 'seed', 'json')}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,10 +226,11 @@ def by_llama(runner, there, known, ids, n):
 
 
 def measured(steps, data, known):
-    """(a row for each step of sides_of(), the loss of the first side). Rows have the largest difference of a logit, loss, its
-    change, and the share of positions with the same most likely token. known: rows of the embedding."""
+    """(a row for each step of sides_of(), the loss of the first side). Rows have the largest difference of a logit, the share
+    of positions with no difference above 1e-4 and with the same most likely token, loss and its change. known: rows of the
+    embedding."""
     sides = list({id(s): s for pair in steps for s in pair}.values())
-    rows = [{'arrow': f'{a.name} -> {b.name}', 'max': 0.0, 'same': 0} for a, b in steps]
+    rows = [{'arrow': f'{a.name} -> {b.name}', 'max': 0.0, 'close': 0, 'same': 0} for a, b in steps]
     loss, batch, count = dict.fromkeys(map(id, sides), 0.0), None, 0
     size = max(1, 2 ** 21 // (data.shape[1] * known))
     for xy in data.split(size):
@@ -237,34 +240,37 @@ def measured(steps, data, known):
             loss[key] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction='sum').item()
         for row, (a, b) in zip(rows, steps, strict=True):
             one, two = batch[id(a)], batch[id(b)]
-            row['max'] = max(row['max'], (one - two).abs().max().item())
+            off = (one - two).abs().amax(-1)
+            row['max'], row['close'] = max(row['max'], off.max().item()), row['close'] + (off <= 1e-4).sum().item()
             row['same'] += (one.argmax(-1) == two.argmax(-1)).sum().item()
         count += y.numel()
     for row, (a, b) in zip(rows, steps, strict=True):
         row['loss'], row['delta'] = loss[id(b)] / count, (loss[id(b)] - loss[id(a)]) / count
-        row['same'] /= count
+        row['same'], row['close'] = row['same'] / count, row['close'] / count
     return rows, loss[id(steps[0][0])] / count
 
 
 def continued(steps, rows, data, known):
     """Add to the rows how many prompts have the greedy continuation of torch, and the tokens per second of one sequence after
-    the first new token. Returns the lengths of prompts and continuations."""
+    the first new token, the median over the prompts. All sides continue a prompt in turn. Returns the lengths of prompts and
+    continuations."""
     half = max(1, (data.shape[1] - 1) // 2)
     n = min(new_tokens, data.shape[1] - 1 - half)
     net = next(side.net for pair in steps for side in pair if side.name == 'file')
     wanted = torch.stack(list(sample.generate(net, data[:, :half], n, known, temperature=0)), 1).tolist()
-    for row, (_, side) in zip(rows, steps, strict=True):
-        if side.greedy is None:
-            continue
-        same, seconds = 0, 0.0
-        for ids, text in zip(data[:, :half].split(1), wanted, strict=True):
-            new = side.greedy(ids, n)
+    able = [(row, side.greedy, []) for row, (_, side) in zip(rows, steps, strict=True) if side.greedy]
+    for row, _, _ in able:
+        row['continued'] = 0
+    for ids, text in zip(data[:, :half].split(1), wanted, strict=True):
+        for row, greedy, seconds in able:
+            new = greedy(ids, n)
             found = [next(new)]                     # reads the prompt too
             clock = time.perf_counter()
             found += list(new)
-            seconds += time.perf_counter() - clock
-            same += found == text
-        row |= {'continued': same, 'speed': len(data) * (n - 1) / seconds if n > 1 else None}
+            seconds.append(time.perf_counter() - clock)
+            row['continued'] += found == text
+    for row, _, seconds in able:
+        row['speed'] = (n - 1) / statistics.median(seconds) if n > 1 else None
     return half, n
 
 
@@ -306,13 +312,19 @@ def check():
     rows, loss = measured(steps, data, model.config.vocab_size)
     half, n = continued(steps, rows, data, tokenizer.vocab_size)
     print(f'{len(data)} windows of {data.shape[1] - 1} tokens; loss of {steps[0][0].name}: {loss:.5f}')
-    show(rows, [('arrow', 'arrow', ''), ('max', 'max |dlogit|', '.2e'), ('loss', 'loss', '.5f'), ('delta', 'dloss', '+.5f'),
-                ('same', 'same next token', '.2%'), ('continued', f'same {n} tokens', 'd'), ('speed', 'tokens/s', ',.0f')], '')
-    print(f'same {n} tokens: prompts of {half} tokens that torch continues greedily in the same way; tokens/s: one sequence, '
-          f'{threads} thread{"s" * (threads > 1)}')
+    about_it = {'file': verify, 'bytes': _bytes(verify), 'tensors': len(names), 'windows': len(data),
+                'window': data.shape[1] - 1, 'first_loss': loss, 'prompt': half, 'new_tokens': n, 'threads': threads}
     if runner:
         texts = [tokenizer.decode(row) for row in data[:, :-1].tolist()]
         alike = sum(runner.tokenize(t) == tokenizer.encode(t).tolist() for t in texts)
+        about_it |= {'tokenized_alike': alike, 'llama_cpp': runner.about}
+    show([about_it | row for row in rows],
+         [('arrow', 'arrow', ''), ('max', 'max |dlogit|', '.2e'), ('loss', 'loss', '.5f'), ('delta', 'dloss', '+.5f'),
+          ('same', 'same next token', '.2%'), ('close', '<= 1e-4', '.2%'), ('continued', f'same {n} tokens', 'd'),
+          ('speed', 'tokens/s', ',.0f')], json)
+    print(f'<= 1e-4: positions where no logit differs by more; same {n} tokens: prompts of {half} tokens that torch continues '
+          f'greedily in the same way; tokens/s: one sequence, {threads} thread{"s" * (threads > 1)}')
+    if runner:
         print(f'{alike} of {len(texts)} prompts have the same tokens in llama.cpp; {runner.about}')
 
 

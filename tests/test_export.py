@@ -1,4 +1,5 @@
 """export.py: codes and scales survive a GGUF file bit for bit; llama.cpp computes what the model does; refusals are a line."""
+import json
 import os
 import re
 import runpy
@@ -219,19 +220,21 @@ def test_a_full_precision_bitnet(cli, saved, tmp_path):
 # what a file computes
 
 
-def test_verify_is_an_error_budget(cli, saved):
+def test_verify_is_an_error_budget(cli, saved, tmp_path):
     """Packing and an F32 head change nothing, an F16 head a little: activations at a border of int8 codes cross it. The engine
     with its fp head is torch. All tensors are equal."""
     saved(bitnet())
     rows = {}
     for head in ('F32', 'F16'):
         cli('--ckpt=x', '--to=gguf', '--out=x.gguf', f'--head={head}')
-        out = cli('--ckpt=x', '--verify=x.gguf', '--prompts=6', '--new_tokens=4')
+        out = cli('--ckpt=x', '--verify=x.gguf', '--prompts=6', '--new_tokens=4', f'--json={head}.jsonl')
         assert re.search(r'(\d+) of \1 tensors are those of x/best.pt, bit for bit', out)
         rows[head] = {m[1]: (float(m[2]), float(m[3]), float(m[4])) for m in re.finditer(
             r'(?m)^(.*?->.*?) {2,}([\d.e+-]+) +[\d.]+ +([+-][\d.]+) +([\d.]+)%', out)}
     assert rows['F32']['trained -> packed'] == rows['F32']['packed -> file'] == (0, 0, 100) == rows['F16']['trained -> packed']
     assert 0 < rows['F16']['packed -> file'][0] < 0.5 and abs(rows['F16']['packed -> file'][1]) < 5e-3
+    stored = [json.loads(line) for line in (tmp_path / 'F32.jsonl').read_text().splitlines()]
+    assert {r['arrow']: (r['close'], r['windows'], r['new_tokens']) for r in stored}['packed -> file'] == (1, 6, 4)
     fp, int8 = (rows['F32'][f'file -> engine, {form} head'] for form in ('fp', 'int8'))
     assert fp[0] < int8[0] and abs(fp[1]) < 1e-3 and fp[2] > 99
 
