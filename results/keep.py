@@ -60,6 +60,8 @@ INDEX = {
                'decode, ternary, 8-bit heads, over llama.cpp TQ2_0 Q8_0, 1',
                'prefill of 512, ternary, over llama.cpp TQ2_0 Q8_0, 1',
                'decode, binary, over tern, 1'),
+    'export': ('Do exported files compute what was trained, in llama.cpp and transformers?', 'rise',
+               'tinystories_TQ2_0_F16.gguf, file -> llama.cpp', 'tinystories_packed, file -> transformers'),
     'faults': ('Does a run survive kills, full disks, NaNs and damaged files?', 'as promised', 'SIGKILL', 'full disk',
                'damaged checkpoint'),
 }
@@ -72,7 +74,7 @@ Beside them:
 - [precision.txt](precision.txt): the error that the common term of {0, 1} weights causes in bf16, by
   `python results/precision.py > results/precision.txt`.
 - `python results/fit4.py` computes the levels of the format fit4.
-- `--table` of `python results/runs.py`, `results/ptq.py`, `results/decode.py` and
+- `--table` of `python results/runs.py`, `results/ptq.py`, `results/decode.py`, `results/export.py` and
   `results/faults.py` makes all tables and pictures, and this page.
 """
 
@@ -193,8 +195,10 @@ def index():
         files = [p.name for p in (ROOT / 'results' / f'{name}.{end}' for end in ('md', 'jsonl', 'png')) if p.exists()]
         if f'{name}.md' in files:
             script, part = ('ptq.py', name[4:].replace('schemes', 'ptq')) if name.startswith('ptq_') else ('runs.py', name)
-            command = {'faults': 'make faults', 'decode': 'python results/decode.py --llama=FOLDER'}.get(
-                name, f'python results/{script} {part}')
+            command = f'python results/{script} {part}'
+            if name in ('decode', 'export'):
+                command = f'python results/{name}.py --llama=FOLDER'
+            command = 'make faults' if name == 'faults' else command
             links = ', '.join(f'[{file.rpartition(".")[2]}]({file})' for file in files)
             lines.append(f'| {name}: {links} | {question} | `{command}` | {headline(name)} |')
     return '\n'.join(lines) + '\n' + MORE

@@ -33,7 +33,7 @@ def test_tables_are_what_the_runs_give(in_turn, tmp_path):
         emptied = re.sub(r'(<!-- (?!end)\w+ -->\n).*?(?=<!-- end -->)', r'\1', text, flags=re.S)
         assert ('<!-- end -->' in text) == (len(emptied) < len(text))
         (tmp_path / page).write_text(emptied, encoding='utf-8')
-    scripts = 'runs.py', 'ptq.py', 'decode.py', 'faults.py'
+    scripts = 'runs.py', 'ptq.py', 'decode.py', 'export.py', 'faults.py'
     commands = [(tmp_path / 'results' / script, tmp_path, ['--table']) for script in scripts]
     for done in in_turn(commands, patch=f'import sys; sys.path.insert(0, {str(tmp_path / "results")!r})'):
         assert done.code == 0, done.err
