@@ -79,14 +79,7 @@ def load(path, as_stored=False):
 
 def _load_folder(path, as_stored):
     """load() of a Hugging Face folder."""
-    shape, how, about = hf.bitnet_config(path)
-    tokenizer, stored = tokens.of_folder(path, about | shape), hf.mapped_state(path)
-    if about.get('tie_word_embeddings'):
-        stored.pop('lm_head.weight', None)
-    elif 'lm_head.weight' not in stored:
-        raise ValueError(f'{path} has tie_word_embeddings=False and no lm_head.weight')
-    if (last := f'model.layers.{shape["n_layer"] - 1}.input_layernorm.weight') not in stored:
-        raise ValueError(f'{path}: the weights there lack {last}')         # before millions of layers are made
+    shape, how, tokenizer, stored = hf.open_bitnet(path)
     with torch.device('meta'):
         model = BitNet(BitNetConfig(**shape)).eval()
     try:

@@ -15,6 +15,8 @@ A BitNet is written in one of four forms. `write` and `read` keep every code, an
 A full-precision model of train_gpt.py becomes a GPT2LMHeadModel in fp32 or bf16. The folders of finetune_cls.py need nothing:
 they are Hugging Face folders already.
 """
+import ast
+import contextlib
 import glob
 import json
 import math
@@ -27,7 +29,7 @@ import torch.nn as nn
 
 import common
 import layers
-from pretrained import hf
+from pretrained import adapters, hf
 from readers import tokens
 
 FORMS = ('fp32', 'bf16', 'packed', 'bitlinear')
@@ -67,8 +69,9 @@ def write(model, tokenizer, about, out, form):
     texts = {'config.json': _json(config), 'generation_config.json': _json(generation), 'tokenizer_config.json': _json(words),
              'tokenizer.json': tokens.as_json(tokenizer),
              'README.md': _card(os.path.basename(out), model, tokenizer, about, form, config, tensors)}
-    for left in glob.glob(f'{glob.escape(out)}.tmp[0-9]*'):            # from a process that was killed while writing
-        shutil.rmtree(left)
+    for left in glob.glob(f'{glob.escape(out)}.tmp*'):                 # from a process that was killed while writing
+        if left.removeprefix(f'{out}.tmp').isdecimal() and not os.path.islink(left):
+            shutil.rmtree(left)
     folder = f'{out}.tmp{os.getpid()}'
     try:
         os.makedirs(folder)
@@ -163,18 +166,21 @@ def _gpt2(model, form):
 
 
 def _card(name, model, tokenizer, about, form, config, tensors):
-    """README.md: what the model is and the figures of its run."""
+    """README.md: what the model is and the figures of its run, where its folder has them."""
     folder = about['path'] if os.path.isdir(about['path']) else os.path.dirname(about['path'])
-    best = next((r for r in reversed(common.read_log(folder)) if r['step'] == about['step'] and 'val_loss' in r), {})
+    found = next((r for r in reversed(common.read_log(folder)) if r['step'] == about['step'] and 'val_loss' in r), {})
+    # the checkpoint last.pt holds the loss of the best step, not of its own
+    best = None if os.path.basename(about['path']).startswith('last') else about['val_loss']
     n_bytes, n_params = sum(t.nbytes for t in tensors.values()), sum(p.numel() for p in _sizes(model))
     ternary = sum(math.prod(m.shape) for m in model.modules() if isinstance(m, layers.TernaryLinear))
-    loss = about['val_loss'] if about['val_loss'] is not None else best.get('val_loss')
-    rows = [('trainer', f'{about["trainer"]}.py of nanobit'), ('data set', about['config'].get('dataset')),
+    loss, data = found.get('val_loss', best), about['config'].get('dataset') or _data_set(folder) or ''
+    rows = [('trainer', about['step'] and f'{about["trainer"]}.py of nanobit'),
+            ('data set', about['step'] and os.path.basename(data.rstrip('/'))),
             ('parameters', f'{n_params:,}'), ('of them ternary', f'{ternary:,}' if ternary else None),
             ('bytes of the weights', f'{n_bytes:,}'), ('bits per parameter', f'{n_bytes * 8 / n_params:.2f}'),
-            ('training steps', about['step'] and f'{about["step"]:,}'), ('training tokens', best and f'{best["tokens"]:,}'),
+            ('training steps', about['step'] and f'{about["step"]:,}'), ('training tokens', found and f'{found["tokens"]:,}'),
             ('validation loss, nats per token', loss is not None and f'{loss:.4f}'),
-            ('bits per byte of text', best and f'{best["val_bpb"]:.4f}'),
+            ('bits per byte of text', found and f'{found["val_bpb"]:.4f}'),
             ('context, tokens', f'{model.config.block_size:,}'),
             ('vocabulary', f'{tokenizer.vocab_size:,} tokens ({tokenizer.name}), {model.config.vocab_size:,} rows')]
     what = {'train_bitnet': 'A BitNet b1.58' if ternary else 'The full-precision baseline of a BitNet b1.58',
@@ -209,10 +215,31 @@ padding; `generation_config.json` suppresses them.
 """
 
 
+def _data_set(folder):
+    """`dataset` in the config.py of a run's folder, which a packed file does not hold, or None."""
+    try:
+        with open(os.path.join(folder, 'config.py'), encoding='utf-8') as f:
+            return next((ast.literal_eval(line[10:]) for line in f if line.startswith('dataset = ')), None)
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
 def _sizes(model):
     """Parameters of a model, each once; of a packed layer, an empty tensor of the weight's shape."""
     return [*model.parameters(), *(torch.empty(m.shape, device='meta') for m in model.modules()
                                    if isinstance(m, layers.LowBit) and m.packed)]
+
+
+def ready(path):
+    """A line on the folder of finetune_cls.py at `path` or inside the run there, which needs no export; '' if there is none."""
+    at = path if os.path.isdir(path) else os.path.dirname(path) or '.'
+    for name in ('', *sorted(set(os.listdir(at)) - {'base'})) if os.path.isdir(at) else ():
+        folder = os.path.join(at, name).rstrip('/')
+        with contextlib.suppress(ValueError):       # no config.json
+            if adapters.is_adapters(folder) or os.path.isfile(os.path.join(folder, hf.HEAD)) or (
+                    'ForSequenceClassification' in str(hf.read_config(folder).get('architectures'))):
+                return f'{folder} is a Hugging Face folder already, of finetune_cls.py; copy it: cp -r {folder} x-hf'
+    return ''
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,12 +254,7 @@ def read(path):
     fit."""
     if hf.read_config(path).get('model_type') == 'gpt2':
         return _read_gpt2(path)
-    shape, how, about = hf.bitnet_config(path)
-    tokenizer, stored = tokens.of_folder(path, about | shape), hf.mapped_state(path)
-    if about.get('tie_word_embeddings'):
-        stored.pop('lm_head.weight', None)
-    elif 'lm_head.weight' not in stored:
-        raise ValueError(f'{path} has tie_word_embeddings=False and no lm_head.weight')
+    shape, how, tokenizer, stored = hf.open_bitnet(path)
     packed = how is not None and how['quantization_mode'] == 'offline'
     try:
         tensors = hf.from_bitnet(stored, SimpleNamespace(**shape), how if packed else None)
@@ -270,6 +292,8 @@ def from_gpt2(state):
     for key, t in state.items():
         key = key.removeprefix('transformer.')
         key = 'blocks.' + key[2:] if key.startswith('h.') else key
+        if key in out:
+            raise ValueError(f'{key} is there twice, with and without transformer.')
         if not key.endswith(('.attn.bias', '.attn.masked_bias')):
             out[key] = t.T.contiguous() if key.endswith(TRANSPOSED) and t.dim() == 2 else t
     return out
@@ -299,27 +323,32 @@ def _read_gpt2(path):
              *((key, key) for key in ('n_layer', 'n_head', 'n_embd')))}
     for key, value in shape.items():
         if type(value) is not int or not 1 <= value < 1 << 24:
-            raise ValueError(f'{path}/config.json: {key}={value!r} is no size')
-    if shape['n_embd'] % shape['n_head'] or about.get('n_inner') not in (None, 4 * shape['n_embd']):
-        raise ValueError(f'{path}/config.json: n_head={shape["n_head"]} and n_inner={about.get("n_inner")} do not fit '
+            raise ValueError(f'{path}/config.json: {key}={value!r:.40} is no size')
+    inner, drop = about.get('n_inner'), about.get('resid_pdrop', 0.1)
+    if shape['n_embd'] % shape['n_head'] or inner not in (None, 4 * shape['n_embd']):
+        raise ValueError(f'{path}/config.json: n_head={shape["n_head"]} and n_inner={inner!s:.40} do not fit '
                          f'n_embd={shape["n_embd"]}, or are not possible here')
+    if type(drop) not in (int, float) or not 0 <= drop < 1:
+        raise ValueError(f'{path}/config.json: resid_pdrop={drop!r:.40} is no share')
     if note := check_gpt2(path, about):
         print(note)
-    tokenizer, state = tokens.of_folder(path, about), from_gpt2(hf.mapped_state(path))
-    head, tensors, last = state.pop('lm_head.weight', None), {}, f'blocks.{shape["n_layer"] - 1}.ln_1.weight'
-    if last not in state:                           # before a table of millions of names
-        raise ValueError(f'{path}: {last} is missing')
-    for name, size in _gpt2_shapes(SimpleNamespace(**shape)).items():
-        t = state.pop(name, None)
-        if t is None or t.shape != size or not t.is_floating_point() or not layers.all_finite([t]):
-            raise ValueError(f'{path}: {name} is {"missing" if t is None else f"no finite tensor of {size}"}')
-        tensors[name] = t.float()
+    tokenizer, state = tokens.of_folder(path, about), hf.mapped_state(path)
+    tensors, last = {}, f'blocks.{shape["n_layer"] - 1}.ln_1.weight'
+    try:
+        state = from_gpt2(state)
+        head = state.pop('lm_head.weight', None)
+        if last not in state:                       # before a table of millions of names
+            raise ValueError(f'{last} is missing')
+        for name, size in _gpt2_shapes(SimpleNamespace(**shape)).items():
+            tensors[name] = hf.finite(state, name, size).float()
+            del state[name]
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from None
     if state or head is not None and not torch.equal(head.float(), tensors['wte.weight']):
         raise ValueError(f'{path}: the model has no place for {next(iter(state), "a head that is not the embedding")}')
     bias = any(t.any().item() for name, t in tensors.items() if name.endswith('.bias'))
     tensors = {name: t for name, t in tensors.items() if bias or not name.endswith('.bias')}
     tensors['lm_head.weight'] = tensors['wte.weight']
-    drop = about.get('resid_pdrop', 0.1)
     return 'train_gpt', shape | {'bias': bias, 'dropout': float(drop), 'binary_blocks': (), **dict.fromkeys(
         ('qkv_proj', 'c_proj', 'mlp_proj'), 'fp')}, tensors, tokenizer
 

@@ -23,9 +23,11 @@ import layers
 from common import atomic_write, contents_crc
 from pretrained import adapters
 from quant import pack_bits, ternarize
+from readers import tokens
 
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')    # otherwise each fork after its threads start prints a warning
 HEAD = 'last_token_head.safetensors'
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)             # of stored weights; fp8 has no arithmetic here
 
 
 def import_transformers():
@@ -131,26 +133,22 @@ def _load_plain(auto, name, config, weights, **options):
 
 def _ternary(state, name, shape, how):
     """(int8 codes (rows, columns), scale) of the ternary matrix `name` in a state dict of transformers. how: see _bitnet()."""
-    weight = _get(state, f'{name}.weight')
     if how['quantization_mode'] == 'online':
-        if weight.shape != shape or not weight.is_floating_point() or not layers.all_finite([weight]):
-            raise ValueError(f'{name}.weight is no finite matrix of {shape[0]} x {shape[1]}')
-        codes, scale = ternarize(weight)
+        codes, scale = ternarize(finite(state, f'{name}.weight', shape))
         return codes, scale[0]
-    scale = _get(state, f'{name}.weight_scale').float().flatten()
-    if weight.dtype == torch.uint8:                 # 2 bits each, the first quarter of the rows in the lowest bits
+    weight, stored, codes = _get(state, f'{name}.weight'), _get(state, f'{name}.weight_scale'), torch.tensor(2)
+    if weight.dtype == torch.uint8 and weight.shape == (-(-shape[0] // 4), shape[1]):      # see pack_rows()
         codes = torch.cat([(weight >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])[:shape[0]]
-    else:
-        codes = weight.to(torch.int8) if (weight == weight.round()).all() and weight.abs().max() < 2 else weight
-    whole = codes.shape == shape and codes.dtype == torch.int8 and codes.max() < 2 and len(scale) == 1
-    if not (whole and 0 < scale.item() < math.inf):
+    elif weight.dtype in (torch.int8, *FLOATS) and weight.shape == shape and torch.equal(weight.to(torch.int8), weight):
+        codes = weight.to(torch.int8)
+    inverse = how['linear_class'] == 'bitlinear'
+    scale = stored.float().flatten()[0] if stored.dtype in FLOATS and stored.numel() == 1 else torch.tensor(0.0)
+    scale = 1 / scale if inverse else scale
+    if not (codes.min() > -2 and codes.max() < 2 and 0 < scale.item() < math.inf):
         raise ValueError(f'{name} holds no ternary weights of {shape[0]} x {shape[1]} and one scale')
-    if how['linear_class'] != 'bitlinear':
-        return codes, scale[0]
-    exact = (how.get('scales') or {}).get(name)     # 1 / (1 / s) often differs from s in the last bit
-    if isinstance(exact, float) and abs(exact * scale.item() - 1) < 1e-6:
-        return codes, torch.tensor(exact)
-    return codes, 1 / scale[0]
+    exact = how.get('scales') if inverse else None  # 1 / (1 / s) often differs from s in the last bit
+    exact = exact.get(name) if isinstance(exact, dict) else None
+    return codes, torch.tensor(exact) if isinstance(exact, float) and abs(exact / scale.item() - 1) < 1e-6 else scale
 
 
 def pack_rows(codes):
@@ -184,6 +182,15 @@ def _get(state, name):
     if name not in state:
         raise ValueError(f'the weights there lack {name}')
     return state[name]
+
+
+def finite(state, name, shape):
+    """The tensor `name` of a state dict: fp32, bf16 or fp16, of this shape, all numbers finite. Raises ValueError."""
+    t = _get(state, name)
+    if t.shape != shape or t.dtype not in FLOATS or not layers.all_finite([t]):
+        raise ValueError(f'{name} is no finite {"matrix" if len(shape) == 2 else "vector"} of {" x ".join(map(str, shape))} '
+                         'in fp32, bf16 or fp16')
+    return t
 
 
 def head_parameters(net):
@@ -606,27 +613,16 @@ def from_bitnet(state, c, how=None, packed=True, done=lambda t: None):
     how: the quantization of bitnet_config(); None: full precision. packed: ternary layers as codes and scales, bit for bit;
     else latent weights. Other tensors keep their dtype, norms become fp32. `lm_head.weight` is in the result if it is not tied.
     done(t) is called with each stored matrix that the result does not use. Raises a ValueError that names the tensor."""
-    def vector(name, n):
-        t = _get(state, name)
-        if t.shape != (n,) or not layers.all_finite([t]):
-            raise ValueError(f'{name} is no finite vector of {n}')
-        return t.float()
-
-    def matrix(name, shape):
-        t = _get(state, name)
-        if t.shape != shape or not t.is_floating_point() or not layers.all_finite([t]):
-            raise ValueError(f'{name} is no finite matrix of {shape[0]} x {shape[1]}')
-        return t
-
     table, used = (c.vocab_size, c.n_embd), {'model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'}
-    out = {'wte.weight': matrix('model.embed_tokens.weight', table), 'norm.weight': vector('model.norm.weight', c.n_embd)}
-    if 'lm_head.weight' in state and not torch.equal(matrix('lm_head.weight', table), out['wte.weight']):
+    out = {'wte.weight': finite(state, 'model.embed_tokens.weight', table),
+           'norm.weight': finite(state, 'model.norm.weight', table[1:]).float()}
+    if 'lm_head.weight' in state and not torch.equal(finite(state, 'lm_head.weight', table), out['wte.weight']):
         out['lm_head.weight'] = state['lm_head.weight']
     for ours, norm, parts in bitnet_layers(c):
-        out[f'{ours}.gain'] = vector(f'{norm}.weight', parts[next(iter(parts))][1])
+        out[f'{ours}.gain'] = finite(state, f'{norm}.weight', parts[next(iter(parts))][1:]).float()
         used |= {f'{norm}.weight', *(f'{part}.weight' for part in parts), *(f'{part}.weight_scale' for part in parts)}
         if how is None:
-            out[f'{ours}.weight'] = torch.cat([matrix(f'{part}.weight', shape) for part, shape in parts.items()])
+            out[f'{ours}.weight'] = torch.cat([finite(state, f'{part}.weight', shape) for part, shape in parts.items()])
         elif packed:
             codes, scales = zip(*(_ternary(state, part, shape, how) for part, shape in parts.items()), strict=True)
             out |= {f'{ours}.code': pack_bits(torch.cat(codes) + 1, 2), f'{ours}.weight_scale': torch.stack(scales)}
@@ -654,13 +650,17 @@ def bitnet_config(folder):
             raise ValueError(f'{made} has no RMSNorm of its own before o_proj and down_proj, and the layers here have one')
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as e:
         raise ValueError(f'{folder}/config.json cannot be used: {_why(e)}') from None
-    raise ValueError(f'{folder} holds {made if kind == "bitnet" else kind}; of Hugging Face folders only BitNetForCausalLM '
-                     'runs here. ptq.py reads others, and train_gpt.py --init_from those of gpt2')
+    what = ' '.join(f'{made if kind == "bitnet" else kind!s:.40}'.split())
+    raise ValueError(f'{folder} holds {what}; of Hugging Face folders only BitNetForCausalLM runs here. '
+                     'ptq.py reads others, and train_gpt.py --init_from those of gpt2')
 
 
 def read_config(folder):
     """config.json of a folder, a dict. Raises ValueError."""
     try:
+        for entry in os.scandir(folder):            # reading a FIFO or a device can last for ever
+            if os.path.exists(entry) and not (os.path.isfile(entry) or os.path.isdir(entry)):
+                raise ValueError(f'{entry.name} beside it is no file')
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             about = json.load(f)
         if not isinstance(about, dict):
@@ -668,6 +668,20 @@ def read_config(folder):
         return about
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f'{folder}/config.json cannot be used: {_why(e)}') from None
+
+
+def open_bitnet(folder):
+    """Open a folder of BitNetForCausalLM: (dict for BitNetConfig, quantization for from_bitnet(), Tokenizer, {name: mapped
+    tensor}). A tied head is not among the tensors. Raises ValueError."""
+    shape, how, about = bitnet_config(folder)
+    tokenizer, stored = tokens.of_folder(folder, about | shape), mapped_state(folder)
+    if about.get('tie_word_embeddings'):
+        stored.pop('lm_head.weight', None)
+    elif 'lm_head.weight' not in stored:
+        raise ValueError(f'{folder} has tie_word_embeddings=False and no lm_head.weight')
+    if (last := f'model.layers.{shape["n_layer"] - 1}.input_layernorm.weight') not in stored:
+        raise ValueError(f'{folder}: the weights there lack {last}')       # before millions of layers are made
+    return shape, how, tokenizer, stored
 
 
 def _bitnet_shape(about):
@@ -686,9 +700,9 @@ def _bitnet_shape(about):
     act, width = about.get('hidden_act', 'relu2'), about.get('head_dim') or shape['n_embd'] // shape['n_head']
     theta, eps = float(rope.get('rope_theta', about.get('rope_theta', 500_000.0))), float(about.get('rms_norm_eps', 1e-5))
     needs = [('rope_type', rope.get('rope_type', rope.get('type', 'default')), ['default']),
-             ('rope_theta', theta, [theta] * (0 < theta < math.inf)), ('rms_norm_eps', eps, [eps] * (0 <= eps < math.inf)),
+             ('rope_theta', theta, [theta] * (1e-9 < theta < math.inf)), ('rms_norm_eps', eps, [eps] * (0 <= eps < math.inf)),
              ('weight_bits', about.get('weight_bits', 1), [1]), ('input_bits', about.get('input_bits', 8), [8]),
-             ('max_position_embeddings', shape['block_size'], range((1 << 28) // max(1, width))),
+             ('max_position_embeddings', shape['block_size'], range((1 << 26) // max(1, width))),
              ('attention_bias', about.get('attention_bias', False), [False]), ('hidden_act', act, ['relu2', 'silu']),
              ('head_dim', width, [shape['n_embd'] / shape['n_head']] if width % 2 == 0 else []),
              ('num_key_value_heads', shape['n_kv_head'], [n for n in (shape['n_kv_head'],) if shape['n_head'] % n == 0])]
@@ -716,13 +730,15 @@ def mapped_state(folder):
         if os.path.isfile(index):
             with open(index, encoding='utf-8') as f:
                 parts = sorted(set(json.load(f)['weight_map'].values()))
-        for part in parts:
-            if os.path.basename(part) != part:
+            if any(os.path.basename(name) != name or not name.isprintable() or len(name) > 255 for name in parts):
                 raise ValueError('a path in its index')
+        for part in parts:
             with safe_open(os.path.join(folder, part), 'pt') as f:
                 for name in f.keys():               # noqa: SIM118  not a dict
                     if named(name) in state:
                         raise ValueError(f'{name} is there twice')
+                    if not name.isprintable() or len(name) > 200:
+                        raise ValueError(f'the name {name[:40]!r} is too long or not printable')
                     state[named(name)] = f.get_tensor(name)
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise ValueError(f'{folder}/{part} cannot be read ({_why(e)})') from None

@@ -154,9 +154,13 @@ def bpe(text, eot=None):
     """Byte-level BPE from the JSON of the `tokenizers` library. eot: id of end-of-text; None: of its <|endoftext|>."""
     model = _import('tokenizers').Tokenizer.from_str(text)
     model.encode_special_tokens = True  # encode '<|endoftext|>' inside a text as plain text
+    model.no_truncation()               # published files may hold settings for batches, which transformers resets too
+    model.no_padding()
     eot = model.token_to_id(EOT) if eot is None else eot
     added = {i: token.content.encode() for i, token in model.get_added_tokens_decoder().items()}
     spelled = {i: added[i] if i in added else bytes(BYTE_OF[c] for c in token) for token, i in model.get_vocab().items()}
+    if max(spelled) >= 1 << 24:
+        raise ValueError(f'token {max(spelled)} is beyond any vocabulary')
     first = model.encode('a')
 
     def encode_batch(texts):
@@ -213,7 +217,8 @@ def _ours(text, eot):
         return None
     wanted = json.loads(_import('tokenizers').Tokenizer.from_str(text).to_str())       # earlier versions wrote it otherwise
     split, model = wanted['pre_tokenizer'] or {}, wanted['model']
-    if model['type'] != 'BPE' or split['type'] != 'ByteLevel' or split['add_prefix_space'] or wanted['normalizer']:
+    if model['type'] != 'BPE' or split['type'] != 'ByteLevel' or split['add_prefix_space'] or wanted['normalizer'] \
+            or (wanted['post_processor'] or {'type': 'ByteLevel'})['type'] != 'ByteLevel':
         return None
     made = byte()
     if names.get(EOT) == eot and importlib.util.find_spec('tiktoken'):
@@ -231,15 +236,19 @@ def of_folder(folder, about):
     path = Path(folder) / 'tokenizer.json'
     try:
         text = path.read_text(encoding='utf-8')
-        if '"ByteLevel"' not in json.dumps(json.loads(text)['decoder']):
+        made = json.loads(text)                     # the library panics at parts of words and some replacements
+        odd = [made['model'].get(key) for key in ('continuing_subword_prefix', 'end_of_word_suffix')]
+        if '"ByteLevel"' not in json.dumps(made['decoder']) or any(odd) or '"Replace"' in json.dumps(made.get('normalizer')):
             raise ValueError('it is no byte-level BPE')
         eot = about.get('eos_token_id')
         eot = eot[0] if isinstance(eot, list) and eot else eot
         made = of_json(text, eot)
-    except Exception as e:                          # noqa: BLE001  tokenizers raises Exception itself
+    except BaseException as e:                      # tokenizers raises Exception itself, and a panic of Rust is not even one
+        if isinstance(e, KeyboardInterrupt | SystemExit):
+            raise
         why = e.strerror if isinstance(e, OSError) else f'{e}'.split('\n')[0][:90]
         raise ValueError(f'{path} cannot be used ({why})') from None
-    if type(made.eot) is not int or not 0 <= made.eot < made.vocab_size <= about['vocab_size']:
+    if any(type(i) is not int or not 0 <= i < made.vocab_size <= about['vocab_size'] for i in (made.eot, *made.begin)):
         raise ValueError(f'{path} does not fit config.json: eos_token_id={made.eot}, {made.vocab_size} tokens, '
                          f'vocab_size={about["vocab_size"]}')
     return made

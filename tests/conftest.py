@@ -261,7 +261,7 @@ def all_logits(model, ids):
     handle = norm.register_forward_hook(lambda module, args, out: seen.append(out))
     model(ids, ids)
     handle.remove()
-    return seen[0] @ model.wte.weight.T
+    return seen[0] @ model.lm_head.weight.T
 
 
 def random_ids(*shape, seed=1):
