@@ -413,20 +413,25 @@ def save_packed(model, path, meta):
 
     Returns the size of the file in bytes. The write is atomic: the file is complete or absent.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
     tensors = {name: t.contiguous().cpu() for name, t in _parameters_once(pack(model)).items()}
     # The safetensors format has no checksum. Earlier versions read `checksum`, which does not cover the header.
     meta = json.loads(json.dumps(dict(meta, checksum=_named_checksum(tensors))))
     meta['crc32'] = contents_crc(tensors, meta)
+    save_tensors(tensors, path, {'nanobit': json.dumps(meta)})          # safetensors writes several keys in random order
+    return os.path.getsize(path)
+
+
+def save_tensors(tensors, path, header):
+    """Write {name: contiguous tensor} and header {str: str} to a safetensors file, complete or absent. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     def write(tmp):
         try:
-            save_file(tensors, tmp, {'nanobit': json.dumps(meta)})      # safetensors writes several keys in random order
+            save_file(tensors, tmp, header)
         except SafetensorError as e:                # a full disk, for one
             raise OSError(e) from e
     atomic_write(path, write)
-    return os.path.getsize(path)
 
 
 def read_packed(path, tensors_too=True):

@@ -15,13 +15,14 @@ A BitNet is written in one of four forms. `write` and `read` keep every code, an
 A full-precision model of train_gpt.py becomes a GPT2LMHeadModel in fp32 or bf16. The folders of finetune_cls.py need nothing:
 they are Hugging Face folders already.
 """
-import ast
 import contextlib
 import glob
 import json
 import math
 import os
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -75,9 +76,9 @@ def write(model, tokenizer, about, out, form):
     folder = f'{out}.tmp{os.getpid()}'
     try:
         os.makedirs(folder)
-        common.atomic_write(os.path.join(folder, WEIGHTS), lambda path: _save(tensors, path))
+        common.save_tensors(tensors, os.path.join(folder, WEIGHTS), {'format': 'pt'})
         for name, text in texts.items():
-            common.atomic_write(os.path.join(folder, name), lambda path, text=text: _write_text(path, text))
+            common.atomic_write(os.path.join(folder, name), lambda path, text=text: Path(path).write_text(text, 'utf-8'))
         os.replace(folder, out)
     except OSError as e:
         raise OSError(str(e).replace(folder, out)) from e
@@ -88,20 +89,6 @@ def write(model, tokenizer, about, out, form):
 
 def _json(table):
     return json.dumps(table, indent=2, sort_keys=True) + '\n'
-
-
-def _save(tensors, path):
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    try:
-        save_file(tensors, path, {'format': 'pt'})
-    except SafetensorError as e:                    # a full disk, for one
-        raise OSError(e) from e
-
-
-def _write_text(path, text):
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(text)
 
 
 def _bitnet(model, form):
@@ -156,7 +143,7 @@ def _gpt2(model, form):
             raise ValueError(f'{name} is a {getattr(m, "kind", type(m).__name__)} layer, and GPT2LMHeadModel has '
                              'full-precision ones only; train with --n_binary=0, or type --to=gguf for 4-bit layers')
     state, tensors = model.state_dict(), {}
-    for name, shape in _gpt2_shapes(c).items():
+    for name, shape in _gpt2_shapes(c):
         t = state[name] if name in state else torch.zeros(shape)
         tensors['transformer.' + name.replace('blocks.', 'h.')] = t.T if name.endswith(TRANSPOSED) else t
     config = {'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2', 'n_positions': c.block_size, 'n_ctx': c.block_size,
@@ -169,13 +156,14 @@ def _card(name, model, tokenizer, about, form, config, tensors):
     """README.md: what the model is and the figures of its run, where its folder has them."""
     folder = about['path'] if os.path.isdir(about['path']) else os.path.dirname(about['path'])
     found = next((r for r in reversed(common.read_log(folder)) if r['step'] == about['step'] and 'val_loss' in r), {})
-    # the checkpoint last.pt holds the loss of the best step, not of its own
-    best = None if os.path.basename(about['path']).startswith('last') else about['val_loss']
-    n_bytes, n_params = sum(t.nbytes for t in tensors.values()), sum(p.numel() for p in _sizes(model))
+    if os.path.basename(about['path']).startswith('last'):             # it holds the loss of the best step, not of its own
+        about = about | {'val_loss': None}
+    n_bytes, n_params = sum(t.nbytes for t in tensors.values()), layers.model_bytes(model)[1] // 4
     ternary = sum(math.prod(m.shape) for m in model.modules() if isinstance(m, layers.TernaryLinear))
-    loss, data = found.get('val_loss', best), about['config'].get('dataset') or _data_set(folder) or ''
-    rows = [('trainer', about['step'] and f'{about["trainer"]}.py of nanobit'),
-            ('data set', about['step'] and os.path.basename(data.rstrip('/'))),
+    loss, made = found.get('val_loss', about['val_loss']), Path(folder, 'config.py')      # packed files hold no data set
+    data = re.search("^dataset = '(.+)'", made.read_text('utf-8', 'replace') if made.is_file() else '', re.M)
+    data = os.path.basename((about['config'].get('dataset') or data and data[1] or '').rstrip('/'))
+    rows = [('trainer', about['step'] and f'{about["trainer"]}.py of nanobit'), ('data set', about['step'] and data),
             ('parameters', f'{n_params:,}'), ('of them ternary', f'{ternary:,}' if ternary else None),
             ('bytes of the weights', f'{n_bytes:,}'), ('bits per parameter', f'{n_bytes * 8 / n_params:.2f}'),
             ('training steps', about['step'] and f'{about["step"]:,}'), ('training tokens', found and f'{found["tokens"]:,}'),
@@ -213,21 +201,6 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 A special token inside a text is encoded as plain characters, as in training. Rows of the embedding beyond the vocabulary are
 padding; `generation_config.json` suppresses them.
 """
-
-
-def _data_set(folder):
-    """`dataset` in the config.py of a run's folder, which a packed file does not hold, or None."""
-    try:
-        with open(os.path.join(folder, 'config.py'), encoding='utf-8') as f:
-            return next((ast.literal_eval(line[10:]) for line in f if line.startswith('dataset = ')), None)
-    except (OSError, ValueError, SyntaxError):
-        return None
-
-
-def _sizes(model):
-    """Parameters of a model, each once; of a packed layer, an empty tensor of the weight's shape."""
-    return [*model.parameters(), *(torch.empty(m.shape, device='meta') for m in model.modules()
-                                   if isinstance(m, layers.LowBit) and m.packed)]
 
 
 def ready(path):
@@ -275,9 +248,7 @@ TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')         # GPT-2 s
 def check_gpt2(name, about):
     """Raises ValueError if train_gpt.py would compute another function from a GPT-2 with the config `about`. Returns what
     differs slightly, or ''."""
-    defaults = {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'tie_word_embeddings': True,
-                'layer_norm_epsilon': 1e-5, 'activation_function': 'gelu_new'}
-    about = defaults | about
+    about = FUNCTION | {'activation_function': 'gelu_new'} | about         # FUNCTION holds the defaults of transformers
     common.check_same(name, about, {'model_type': 'gpt2'}, 'only GPT-2 fits this trainer')
     common.check_same(name, about, FUNCTION, 'this trainer computes it in one way only')
     if about['activation_function'] not in ('gelu', 'gelu_new'):
@@ -307,13 +278,15 @@ def pad_rows(table, rows):
 
 
 def _gpt2_shapes(c):
-    """{name in train_gpt.py: shape} of all tensors of a GPT-2 with biases, but for the head."""
-    e, shapes = c.n_embd, {'wte.weight': (c.vocab_size, c.n_embd), 'wpe.weight': (c.block_size, c.n_embd)}
+    """Yield (name in train_gpt.py, shape) of all tensors of a GPT-2 with biases, but for the head."""
+    e = c.n_embd
+    yield from {'wte.weight': (c.vocab_size, e), 'wpe.weight': (c.block_size, e)}.items()
+    yield from {'ln_f.weight': (e,), 'ln_f.bias': (e,)}.items()
     for i in range(c.n_layer):
         for name, size in (('ln_1', (e,)), ('attn.c_attn', (3 * e, e)), ('attn.c_proj', (e, e)), ('ln_2', (e,)),
                            ('mlp.c_fc', (4 * e, e)), ('mlp.c_proj', (e, 4 * e))):
-            shapes |= {f'blocks.{i}.{name}.weight': size, f'blocks.{i}.{name}.bias': size[:1]}
-    return shapes | {'ln_f.weight': (e,), 'ln_f.bias': (e,)}
+            yield f'blocks.{i}.{name}.weight', size
+            yield f'blocks.{i}.{name}.bias', size[:1]
 
 
 def _read_gpt2(path):
@@ -329,17 +302,14 @@ def _read_gpt2(path):
         raise ValueError(f'{path}/config.json: n_head={shape["n_head"]} and n_inner={inner!s:.40} do not fit '
                          f'n_embd={shape["n_embd"]}, or are not possible here')
     if type(drop) not in (int, float) or not 0 <= drop < 1:
-        raise ValueError(f'{path}/config.json: resid_pdrop={drop!r:.40} is no share')
+        raise ValueError(f'{path}/config.json: resid_pdrop={drop!r:.40} is not between 0 and 1')
     if note := check_gpt2(path, about):
         print(note)
     tokenizer, state = tokens.of_folder(path, about), hf.mapped_state(path)
-    tensors, last = {}, f'blocks.{shape["n_layer"] - 1}.ln_1.weight'
     try:
-        state = from_gpt2(state)
+        state, tensors = from_gpt2(state), {}
         head = state.pop('lm_head.weight', None)
-        if last not in state:                       # before a table of millions of names
-            raise ValueError(f'{last} is missing')
-        for name, size in _gpt2_shapes(SimpleNamespace(**shape)).items():
+        for name, size in _gpt2_shapes(SimpleNamespace(**shape)):
             tensors[name] = hf.finite(state, name, size).float()
             del state[name]
     except ValueError as e:

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 
 import layers
-from common import atomic_write, contents_crc
+from common import contents_crc, save_tensors
 from pretrained import adapters
 from quant import pack_bits, ternarize
 from readers import tokens
@@ -540,7 +540,6 @@ def save(net, tokenizer, folder):
     """Save the model and its tokenizer as a folder for from_pretrained() and load(). LowRankLinear layers are saved as dense
     weights, with their factors in another file; ternary layers as their unrounded weights. Raises OSError."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
     state, factors = {}, {}
     for key, tensor in net.state_dict().items():
         module, _, leaf = key.rpartition('.')
@@ -550,8 +549,7 @@ def save(net, tokenizer, folder):
             key, tensor = f'{module}.weight', ((layer.A * layer.c) @ layer.B).detach()
         state[key] = (tensor.T if key in getattr(net, 'transposed', ()) else tensor).cpu().contiguous()
     os.makedirs(folder, exist_ok=True)
-    write = lambda name, it: atomic_write(os.path.join(folder, name), lambda tmp: save_file(
-        it, tmp, {'crc32': contents_crc(it)}))
+    write = lambda name, it: save_tensors(it, os.path.join(folder, name), {'crc32': contents_crc(it)})
     bare = net.backbone if isinstance(net, LastTokenClassifier) else net
     prefix = f'{net.base_model_prefix}.' if bare is not net else ''
     if net.config.model_type == 'bitnet':           # without it, readers would not round the weights

@@ -422,7 +422,7 @@ def test_a_killed_write_leaves_no_folder(tmp_path, monkeypatch):
     """SIGTERM in the middle leaves a temporary folder, which the next write deletes. It deletes no other folder beside it."""
     (tmp_path / 'x.tmp1-notes').mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(folders, '_write_text', lambda path, text: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(os, 'replace', lambda *paths: os.kill(os.getpid(), signal.SIGTERM))
         if not (pid := os.fork()):
             written(bitnet(), tmp_path / 'x', 'packed')
             os._exit(0)                             # not reached
@@ -545,7 +545,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
 @pytest.mark.parametrize('more, words', [
     ({'model_type': 'mamba'}, 'holds mamba; of Hugging Face folders'), ({'n_head': 3}, 'n_head=3'),
     ({'n_layer': 0}, 'n_layer=0'), ({'n_embd': 1 << 30}, 'is no size'), ({'n_inner': 7}, 'n_inner=7'),
-    ({'n_layer': 3}, 'blocks.2.ln_1.weight is missing'),
+    ({'n_layer': 3}, 'the weights there lack blocks.2.ln_1.weight'),
     ({'n_layer': 1}, 'no place for blocks.1.'), ({'vocab_size': 330}, 'wte.weight is no finite matrix of 330 x 32'),
     ({'resid_pdrop': None}, 'resid_pdrop=None'), ({'n_head': 'x' * 9999}, 'n_head='),
     ({'activation_function': 'relu'}, 'activation_function=relu'), ({'layer_norm_epsilon': 1}, 'another layer_norm_epsilon'),
