@@ -184,7 +184,7 @@ tags: [nanobit{", bitnet" if about["trainer"] == "train_bitnet" else ""}]
 ---
 # {name}
 
-{what}, with {how}. It is a base model: it continues text.
+{what}, with {how}.{' It is a base model: it continues text.' * bool(about['step'])}
 
 | | |
 |---|---|

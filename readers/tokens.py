@@ -236,9 +236,10 @@ def of_folder(folder, about):
     path = Path(folder) / 'tokenizer.json'
     try:
         text = path.read_text(encoding='utf-8')
-        made = json.loads(text)                     # the library panics at parts of words and some replacements
-        odd = [made['model'].get(key) for key in ('continuing_subword_prefix', 'end_of_word_suffix')]
-        if '"ByteLevel"' not in json.dumps(made['decoder']) or any(odd) or '"Replace"' in json.dumps(made.get('normalizer')):
+        it = json.loads(text)
+        parts = [it.get('model', {}).get(key) for key in ('continuing_subword_prefix', 'end_of_word_suffix')]
+        replaced = '"Replace"' in json.dumps(it.get('normalizer'))     # the library panics at some of these
+        if '"ByteLevel"' not in json.dumps(it['decoder']) or any(parts) or replaced:
             raise ValueError('it is no byte-level BPE')
         eot = about.get('eos_token_id')
         eot = eot[0] if isinstance(eot, list) and eot else eot
