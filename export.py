@@ -69,7 +69,10 @@ def write():
     """Mode --to: write the model to --out."""
     if to == 'gguf' and (not out.endswith('.gguf') or os.path.isdir(out)):
         raise ValueError(f'out={out!r} is no file that ends in .gguf; type --out=x.gguf')
-    model, tokenizer, about = load.load(ckpt)
+    try:
+        model, tokenizer, about = load.load(ckpt)
+    except ValueError as e:
+        raise ValueError(folders.ready(ckpt) or e) from None
     if to == 'hf':
         folders.write(model, tokenizer, about, out, type or ('packed' if _packed(model) else 'fp32'))
         size = sum(entry.stat().st_size for entry in os.scandir(out))
