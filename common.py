@@ -294,6 +294,9 @@ def read_checkpoint(path, trainer=None, mmap=False):
     if os.path.isdir(path):
         inside = sorted(glob.glob(os.path.join(glob.escape(path), '*.pt')))
         raise ValueError(f'{path} is a folder; type {" or ".join(inside) or "the path of a checkpoint in a run folder"}')
+    if str(path).endswith('.gguf') and os.path.isfile(path):
+        name = os.path.basename(path).removesuffix('.gguf')
+        raise ValueError(f'{path} is a GGUF file; first type: python export.py --from={path} --out=out/{name}')
     try:
         with zipfile.ZipFile(path) as z:
             # torch treats a record with the DOS folder bit as empty and leaves its tensor uninitialized

@@ -10,8 +10,11 @@ A file of a ternary model holds its codes and scales, bit for bit. --verify read
 prints where a difference enters: in packing, in the file (types of the embedding and of GPT-2's matrices), or in the program
 that runs it. A model that the other side does not compute is refused with the reason.
 """
+import contextlib
 import copy
 import os
+import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -88,9 +91,9 @@ def _packed(model):
 
 
 def built(path, pad=False):
-    """(trainer, model in eval mode, Tokenizer) of a GGUF file or a Hugging Face folder. Layers are packed if it holds codes.
-    pad: to a vocabulary as the trainers have it, a multiple of 64. Raises ValueError."""
-    trainer, shape, state, tokenizer = (folders if os.path.isdir(path) else ggufs).read(path)
+    """(trainer, model in eval mode, Tokenizer, figures of its run) of a GGUF file or a Hugging Face folder. Layers are packed
+    if it holds codes. pad: to a vocabulary as the trainers have it, a multiple of 64. Raises ValueError."""
+    trainer, shape, state, tokenizer, *figures = (folders if os.path.isdir(path) else ggufs).read(path)
     table, (make, shape_of) = state['wte.weight'], load.MODELS[trainer]
     if pad:
         table = folders.pad_rows(table, -(-len(table) // 64) * 64)
@@ -102,24 +105,29 @@ def built(path, pad=False):
     else:
         common.load_model_state(model, state, path, load.HEAD, assign=True)
     model.lm_head.weight = model.wte.weight
-    return trainer, model, tokenizer
+    return trainer, model, tokenizer, *(figures or [{'step': 0, 'val_loss': None, 'task': '', 'config': {}}])
 
 
 def read():
     """Mode --from: write a packed file or, if the weights are not packed, a checkpoint into the folder --out."""
-    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    killed = re.compile(r'(best\.pt|packed\.safetensors)\.tmp\d+')      # files of a process that was killed; overwritten
+    if os.path.lexists(out) and (not os.path.isdir(out) or not all(map(killed.fullmatch, os.listdir(out)))):
         raise ValueError(f'{out} exists; type --out= and a new folder')
-    trainer, model, tokenizer = built(source, pad=True)
-    meta = {'trainer': trainer, 'step': 0, 'model_config': asdict(model.config), 'tokenizer': tokenizer.describe()}
+    trainer, model, tokenizer, figures = built(source, pad=True)
+    meta = {'trainer': trainer, 'model_config': asdict(model.config), 'tokenizer': tokenizer.describe()} | figures
     os.makedirs(out, exist_ok=True)
-    if _packed(model):
-        path = os.path.join(out, 'packed.safetensors')
-        common.save_packed(model, path, meta | {'val_loss': None, 'task': ''})
-        then = f'sample.py --ckpt={out}'
-    else:
-        path = os.path.join(out, 'best.pt')
-        common.save_checkpoint(path, meta | {'model': model.state_dict(), 'best_val_loss': None, 'config': {}})
-        then = f'{trainer}.py --init_from={path}'
+    try:
+        if _packed(model):
+            path, then = os.path.join(out, 'packed.safetensors'), f'sample.py --ckpt={out}'
+            common.save_packed(model, path, meta)
+        else:
+            path = os.path.join(out, 'best.pt')
+            then = f'{trainer}.py --init_from={path}'
+            common.save_checkpoint(path, meta | {'model': model.state_dict(), 'best_val_loss': meta.pop('val_loss')})
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rmdir(out)
+        raise
     print(f'wrote {path}, {os.path.getsize(path):,} bytes; use it: python {then}')
 
 
@@ -182,7 +190,7 @@ def windows(tokenizer, about, block):
 def sides_of(path, model, known):
     """([(Side before, Side after)] of the arrows, the Llama or None). known: tokens of the tokenizer."""
     side = lambda name, net: Side(name, partial(all_logits, net), net=net)
-    trainer, net, _ = built(path)
+    trainer, net, *_ = built(path)
     packed, file, runner = side('packed', layers.pack(copy.deepcopy(model))), side('file', net), None
     steps = [(side('trained', model), packed)] * (not _packed(model)) + [(packed, file)]
     as_there = file
@@ -354,8 +362,11 @@ def main():
         configurator.fail(f'{verify} does not exist; type --verify=PATH of a GGUF file or a folder')
     if verify:
         torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # as Ctrl-C: what is half-written is removed
     try:
         {'to': write, 'source': read, 'verify': check}[chosen[0]]()
+    except KeyboardInterrupt:
+        configurator.fail('interrupted; run the same command again')
     except (ValueError, OSError) as e:
         configurator.fail(str(e))
 

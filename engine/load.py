@@ -69,7 +69,7 @@ def load(path, as_stored=False):
             model.lm_head.weight = model.wte.weight
         settings = state.get('config', {})
         about = {'path': path, 'step': state['step'], 'trainer': trainer, 'task': state.get('task', settings.get('task', '')),
-                 'config': settings, 'val_loss': state.get('best_val_loss'), 'quantized': replaced}
+                 'config': settings, 'val_loss': state.get('best_val_loss', state.get('val_loss')), 'quantized': replaced}
         return model.eval(), tokens.from_description(state['tokenizer']), about
     except OSError as e:
         raise ValueError(f'{path}: {e}') from e

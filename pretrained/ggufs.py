@@ -7,10 +7,14 @@ GGUF files of llama.cpp: write a language model of this project as one, and read
 A ternary matrix is stored as its codes -1, 0 and 1, which each of TERNARY holds exactly, and its scale as a tensor of one fp32
 number, so no weight is rounded. (A block's own scale is fp16.) A graph without such tensors, that of bitnet-b1.58, gets codes
 times scale. Rotary positions of both BitNets pair the halves of a head, as here, so q and k keep the order of their rows.
-Errors are a ValueError of one line.
+Errors are a ValueError of one line. Files come from strangers: each length, count and place is compared with the file's size.
 """
 import json
+import math
 import os
+import re
+import struct
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ import common
 import layers
 from pretrained.formats import GroupLinear
 from quant import GRIDS, pack_bits, unpack_bits
-from readers import tokens
+from readers import tasks, tokens
 
 # Layers of train_bitnet.py: the norm and the matrices of GGUF that each contains. Layers and norms of train_gpt.py.
 BITNET = {'attn.qkv_proj': ('attn_norm', 'attn_q', 'attn_k', 'attn_v'), 'attn.o_proj': ('attn_sub_norm', 'attn_output'),
@@ -40,8 +44,16 @@ OWN = {'bin': 'binary and normalizes its output', 'tern': 'ternary and contains 
 FILE_TYPES = {'F32': 0, 'F16': 1, 'Q4_0': 2, 'Q8_0': 7, 'TQ1_0': 36, 'TQ2_0': 37}      # general.file_type
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5                                      # tokenizer.ggml.token_type
 NO_MERGE = '\u2581 \u2581'     # never applied: no byte has this character. A list without merges does not load
-MOST = 1 << 24                 # no size in a file is larger
-LONGEST = 1 << 20              # no context is longer
+# {regular expression that splits a text before merges: its name in llama.cpp, tokenizer.ggml.pre}
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PRES = {GPT2_PATTERN: 'gpt-2', _WORDS + r'\p{N}{1,3}' + _REST: 'llama-bpe', _WORDS + r'\p{N}' + _REST: 'qwen2'}
+WHOLE_FIRST = ('llama-bpe',)   # with these, llama.cpp takes a piece that is a token as it is, whatever the merges
+MOST = 1 << 24                 # no size in a file is larger; nor is positions * width of a head, the table of rotary positions
+DEEPEST = 1024                 # no model has more blocks
+PLAIN_NAME = re.compile(r'\w[\w.-]*')     # of a data set, not a path
+LONGEST_LIST = 1 << 19         # no list is longer, be it of tokens or merges
 
 
 def _package():
@@ -213,62 +225,99 @@ def encoded(name, weight, kind, option='type', codes=False):
 
 
 def vocabulary(tokenizer, rows):
-    """(texts, types, merges) of a tokenizer for llama.cpp, with a distinct unused token for each row of padding."""
+    """{key of tokenizer.ggml: value} of a tokenizer for llama.cpp: pre, tokens, token_type and merges. Each row of padding has
+    a distinct unused token. Raises ValueError."""
     if tokenizer.name == 'byte':
-        texts, types, merges = dict(tokens.CHARACTER_OF), dict.fromkeys(range(256), NORMAL) | {tokenizer.eot: CONTROL}, []
+        pre, texts, merges = 'gpt-2', dict(tokens.CHARACTER_OF), []
+        types = dict.fromkeys(range(256), NORMAL) | {tokenizer.eot: CONTROL}
     else:
-        texts, types, merges = _of_json(tokens.as_json(tokenizer))
+        pre, texts, types, merges = _of_json(tokens.as_json(tokenizer))
     unused = {i: f'[PAD{i}]' for i in range(rows) if i not in texts}
     texts, types = texts | unused, types | dict.fromkeys(unused, UNUSED)
     if len(set(texts.values())) < rows or len(texts) > rows:
         raise ValueError(f'the tokenizer has {len(set(texts.values()))} different tokens for {rows} rows of the embedding')
-    return [texts[i] for i in range(rows)], [types[i] for i in range(rows)], merges or [NO_MERGE]
+    return {'pre': pre, 'tokens': [texts[i] for i in range(rows)], 'token_type': [types[i] for i in range(rows)],
+            'merges': merges or [NO_MERGE]}
 
 
 def _of_json(text):
-    """({id: text}, {id: type}, merges) of a tokenizer.json. Raises ValueError if it does not split text as GPT-2 does."""
+    """(pre, {id: text}, {id: type}, merges) of a tokenizer.json. Raises ValueError if llama.cpp splits no text in its way."""
     about = json.loads(text)
-    model, before = about['model'], about.get('pre_tokenizer') or {}
-    wanted = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
-    if model.get('type') != 'BPE' or about.get('normalizer') or {k: before.get(k) for k in wanted} != wanted or any(
-            model.get(key) for key in ('ignore_merges', 'dropout', 'byte_fallback', 'continuing_subword_prefix')):
-        raise ValueError('its tokenizer does not split text as GPT-2 does; a GGUF file here has no name for its way')
-    added = {t['id']: t for t in about.get('added_tokens') or []}
-    texts = {i: token for token, i in model['vocab'].items()} | {i: t['content'] for i, t in added.items()}
-    types = dict.fromkeys(texts, NORMAL) | {i: CONTROL if t['special'] else USER_DEFINED for i, t in added.items()}
-    return texts, types, [m if isinstance(m, str) else ' '.join(m) for m in model['merges']]
+    model, added, before = about['model'], about.get('added_tokens') or [], about.get('pre_tokenizer') or {}
+    *first, last = before['pretokenizers'] if before.get('type') == 'Sequence' else [before]
+    pattern = last.get('use_regex', True) and GPT2_PATTERN          # ByteLevel splits as GPT-2 does, or leaves it to a Split
+    if first and not pattern and first[0] | {'pattern': 0} == {
+            'type': 'Split', 'pattern': 0, 'behavior': 'Isolated', 'invert': False}:
+        pattern = first.pop()['pattern'].get('Regex')
+    pre = PRES.get(pattern)
+    if not pre or first or last.get('type') != 'ByteLevel' or last['add_prefix_space'] or model.get('type') != 'BPE' or any(
+            (about.get('normalizer'), *map(model.get, ('dropout', 'byte_fallback', 'continuing_subword_prefix',
+                                                       'end_of_word_suffix')))):
+        raise ValueError(f'its tokenizer does not split text as {", ".join(PRES.values())} do; a GGUF file here has no name '
+                         'for its way')
+    after = about.get('post_processor') or {'type': 'ByteLevel'}
+    for part in after['processors'] if after['type'] == 'Sequence' else [after]:
+        named = {t['SpecialToken']['id'] for t in part.get('single', []) + part.get('pair', []) if 'SpecialToken' in t}
+        if part['type'] not in ('ByteLevel', 'TemplateProcessing') or named - part.get('special_tokens', {}).keys():
+            raise ValueError(f'its tokenizer has a post_processor {part["type"]!r}, which a GGUF file here does not hold')
+    merges = [m if isinstance(m, str) else ' '.join(m) for m in model['merges']]
+    if bool(model.get('ignore_merges')) != (pre in WHOLE_FIRST):    # the same ids if merges make each token anyway
+        import tokenizers as lib
+        by_merges = lib.models.BPE(model['vocab'], [tuple(m.split(' ')) for m in merges])
+        special = {t['content'] for t in added}
+        if lost := next((t for t in model['vocab'] if t not in special and len(by_merges.tokenize(t)) > 1), None):
+            raise ValueError(f'its tokenizer makes {lost!r} {"with" if pre in WHOLE_FIRST else "without"} merges, and '
+                             f'llama.cpp the other way with pre={pre}')
+    for t in added:
+        if not t['special'] and (t['lstrip'] or t['rstrip'] or t['single_word']):
+            raise ValueError(f'its token {t["content"]!r} takes spaces or whole words only, which llama.cpp does not')
+    texts = {i: token for token, i in model['vocab'].items()} | {t['id']: t['content'] for t in added}
+    types = dict.fromkeys(texts, NORMAL) | {t['id']: CONTROL if t['special'] else USER_DEFINED for t in added}
+    return pre, texts, types, merges
 
 
 def _tokenizer(fields):
     """Tokenizer of a file. Raises ValueError."""
     get = lambda key, kind: _field(fields, f'tokenizer.ggml.{key}', kind)
     texts, types, merges = get('tokens', list), get('token_type', list), get('merges', list)
-    eos, split = get('eos_token_id', int), (get('model', str), get('pre', str))
-    if split != ('gpt2', 'gpt-2'):
-        raise ValueError(f'its tokenizer is {split[0]} with pre={split[1]}; only gpt2 with pre=gpt-2 can be read')
+    eos, kind, pre = get('eos_token_id', int), get('model', str), get('pre', str)
+    if kind != 'gpt2' or pre not in PRES.values():
+        raise ValueError(f'its tokenizer is {kind[:20]!r} with pre={pre[:20]!r}; gpt2 with pre={", ".join(PRES.values())} '
+                         'can be read')
     if len(types) != len(texts) or not 0 <= eos < len(texts) or not all(isinstance(t, str) for t in (*texts, *merges)):
         raise ValueError('its lists of tokens do not fit each other')
     known = [i for i, t in enumerate(types) if t != UNUSED]
     if known == list(range(256)) == [tokens.BYTE_OF.get(t) for t in texts[:256]] and eos == 0:
         return tokens.byte()
-    try:
-        made = tokens.of_json(fields.get('tokenizer.huggingface.json') or _to_json(texts, types, merges), eos)
+    begin = fields.get('tokenizer.ggml.add_bos_token', pre in WHOLE_FIRST) and texts[get('bos_token_id', int)]
+    try:                                            # tokenizers itself panics on some files that _of_json() refuses
+        text = fields.get('tokenizer.huggingface.json') or _to_json(pre, texts, types, merges, begin)
+        if _of_json(text) != (pre, {i: texts[i] for i in known}, {i: types[i] for i in known},
+                              [m for m in merges if m != NO_MERGE]):
+            raise ValueError('the lists of tokens are not those of tokenizer.huggingface.json')
+        made = tokens.of_json(text, eos)
     except Exception as e:                          # noqa: BLE001  tokenizers raises Exception itself
         raise ValueError(f'its tokenizer: {_line(e)}') from None
-    plain = lambda i: texts[i].encode() if types[i] in (CONTROL, USER_DEFINED) else bytes(tokens.BYTE_OF[c] for c in texts[i])
-    if known != list(range(made.vocab_size)) or any(plain(i) != made.decode_bytes([i]) for i in known):
-        raise ValueError('its tokens are not those of its tokenizer.huggingface.json')
+    if not all(0 <= i < made.vocab_size for i in (eos, *made.begin)):
+        raise ValueError('its tokenizer has no token that begins or ends a text')
     return made
 
 
-def _to_json(texts, types, merges):
-    """tokenizer.json of a byte-level BPE."""
+def _to_json(pre, texts, types, merges, begin):
+    """tokenizer.json of a byte-level BPE. begin: the token before a text, or a false value."""
     import tokenizers as lib
     vocab = {t: i for i, t in enumerate(texts) if types[i] != UNUSED}
     pairs = [tuple(m.split(' ')) for m in merges if m != NO_MERGE]
-    made = lib.Tokenizer(lib.models.BPE(vocab=vocab, merges=pairs))
-    made.pre_tokenizer, made.decoder = lib.pre_tokenizers.ByteLevel(add_prefix_space=False), lib.decoders.ByteLevel()
+    made = lib.Tokenizer(lib.models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre in WHOLE_FIRST))
+    level, pattern = lib.pre_tokenizers.ByteLevel, next(p for p, name in PRES.items() if name == pre)
+    made.decoder, made.pre_tokenizer = lib.decoders.ByteLevel(), level(add_prefix_space=False)
+    if pattern != GPT2_PATTERN:
+        made.pre_tokenizer = lib.pre_tokenizers.Sequence([
+            lib.pre_tokenizers.Split(lib.Regex(pattern), 'isolated'), level(add_prefix_space=False, use_regex=False)])
+    if begin:
+        made.post_processor = lib.processors.TemplateProcessing(single=[begin, '$A'], special_tokens=[(begin, vocab[begin])])
     made.add_special_tokens([t for i, t in enumerate(texts) if types[i] == CONTROL])
+    made.add_tokens([lib.AddedToken(t, normalized=False) for i, t in enumerate(texts) if types[i] == USER_DEFINED])
     return made.to_str()
 
 
@@ -282,14 +331,14 @@ def write(model, tokenizer, about, out, kind='', head='', arch=''):
     gguf = _package()
     kind, head, arch = plan(model, about, kind, head, arch)
     c, notes = model.config, []
-    texts, types, merges = vocabulary(tokenizer, c.vocab_size)
+    words = vocabulary(tokenizer, c.vocab_size)
     if len(tokenizer.begin) > 1:
         raise ValueError('its texts begin with several tokens; a GGUF file names one')
     held = list(tensors(model, kind, head, arch, notes))
 
     def save(tmp):
         w = gguf.GGUFWriter(tmp, arch)
-        adds = [(w.add_name, f'nanobit {about["trainer"]}'), (w.add_context_length, c.block_size),
+        adds = [(w.add_name, f'nanobit {about["trainer"]}'), *_figures_out(w, about), (w.add_context_length, c.block_size),
                 (w.add_embedding_length, c.n_embd), (w.add_block_count, c.n_layer), (w.add_head_count, c.n_head),
                 (w.add_vocab_size, c.vocab_size), (w.add_file_type, FILE_TYPES[kind]), (w.add_quantization_version, 2)]
         if arch == 'gpt2':
@@ -299,8 +348,8 @@ def write(model, tokenizer, about, out, kind='', head='', arch=''):
             adds += [(w.add_feed_forward_length, c.n_ff), (w.add_head_count_kv, c.n_kv_head),
                      (w.add_layer_norm_rms_eps, c.norm_eps), (w.add_rope_freq_base, c.rope_theta),
                      (w.add_rope_dimension_count, c.n_embd // c.n_head)]
-        adds += [(w.add_tokenizer_model, 'gpt2'), (w.add_tokenizer_pre, 'gpt-2'), (w.add_token_list, texts),
-                 (w.add_token_types, types), (w.add_token_merges, merges),
+        adds += [(w.add_tokenizer_model, 'gpt2'), (w.add_tokenizer_pre, words['pre']), (w.add_token_list, words['tokens']),
+                 (w.add_token_types, words['token_type']), (w.add_token_merges, words['merges']),
                  (w.add_bos_token_id, (*tokenizer.begin, tokenizer.eot)[0]), (w.add_eos_token_id, tokenizer.eot),
                  (w.add_add_bos_token, bool(tokenizer.begin)), (w.add_add_eos_token, False)]
         for add, value in adds:
@@ -320,24 +369,78 @@ def write(model, tokenizer, about, out, kind='', head='', arch=''):
     return notes
 
 
+def _figures_out(w, about):
+    """(function of the writer, value) of the known figures of a run. The path of a data set is left out: it names nothing on
+    another machine."""
+    step, loss, dataset = about['step'], about['val_loss'], about['config'].get('dataset', '')
+    said = [text.format(value) for text, value in (('step {:,}', step), ('validation loss {:.4f}', loss)) if value]
+    adds = [(w.add_description, ', '.join(said)), (partial(w.add_uint64, 'nanobit.step'), step),
+            (partial(w.add_float64, 'nanobit.val_loss'), loss), (partial(w.add_string, 'nanobit.task'), about['task'])]
+    if PLAIN_NAME.fullmatch(dataset):
+        adds += [(w.add_dataset_count, 1), (partial(w.add_dataset_name, 0), dataset)]
+    return [(add, value) for add, value in adds if value not in (None, 0, '')]
+
+
+def _figures_in(fields):
+    """The inverse: dict with step, val_loss, task and config, with 0, None, '' and {} for what a file does not say."""
+    step, loss, task = fields.get('nanobit.step', 0), fields.get('nanobit.val_loss'), fields.get('nanobit.task', '')
+    if type(step) is not int or not 0 <= step < 1 << 48 or loss is not None and not (
+            type(loss) is float and math.isfinite(loss)) or task not in tasks.TASKS:
+        raise ValueError('nanobit.step, nanobit.val_loss or nanobit.task is no possible value')
+    dataset = fields.get('general.dataset.0.name', '')
+    named = isinstance(dataset, str) and PLAIN_NAME.fullmatch(dataset)
+    return {'step': step, 'val_loss': loss, 'task': task, 'config': {'dataset': dataset} if named else {}}
+
+
 def opened(path):
     """({key: value}, {name: ReaderTensor}) of a GGUF file. Raises ValueError if it is damaged."""
     gguf = _package()
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
-            """The package slices beyond the end of a file without an error, so a length of 2 ** 60 would loop forever."""
+            """The package slices beyond the end of a file without an error, so a length of 2 ** 60 would loop forever. A slice
+            of a memmap is a slow and large object, that of an array is not."""
+            self.data = self.data.view(np.ndarray)
             if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError('it ends too early')
             return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, offset, kind):
+            """Lists without an object of the package for each number, or two for each string."""
+            if kind != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(offset, kind)
+            inner, count = self._get(offset, np.uint32), int(self._get(offset + 4, np.uint64)[0])
+            number, raw, parts, at = self.gguf_scalar_to_np.get(inner[0]), memoryview(self.data), [], offset + 12
+            if count > LONGEST_LIST or number is None and inner[0] != gguf.GGUFValueType.STRING:
+                raise ValueError('it has a list of lists or one that is too long')
+            for _ in range(0 if number else count):
+                end = at + 8 + int.from_bytes(raw[at:at + 8], 'little')
+                if end > len(raw):
+                    raise ValueError('it ends too early')
+                parts.append(raw[at + 8:end])
+                at = end
+            if number:
+                parts = [self._get(at, number, count)]
+                at += parts[0].nbytes
+            return at - offset, parts, [*range(len(parts))], [gguf.GGUFValueType(k) for k in (kind, inner[0])]
     try:
+        if os.path.exists(path) and not os.path.isfile(path):           # reading a FIFO or a device can last for ever
+            raise ValueError('it is no file')
+        with open(path, 'rb') as f:
+            _, version, *counts = struct.unpack('<4sIQQ', f.read(24).ljust(24, b'\0'))
+        if version > 3 or max(counts) > 20 * DEEPEST:
+            raise ValueError(f'version {version}, {counts[0]} tensors and {counts[1]} keys')
         with np.errstate(all='ignore'):
             reader = Reader(path)
             fields = {key: field.contents() for key, field in reader.fields.items()}
-        held = {t.name: t for t in reader.tensors}
+        held, end = {t.name: t for t in reader.tensors}, int(reader.data_offset)
         if wrong := next((t.name for t in held.values() if not 1 <= len(t.shape) <= 4 or 0 in t.shape
                           or t.n_elements > 1 << 40), None):
             raise ValueError(f'{wrong!r} has no possible shape')
+        for t in reader.tensors:                    # llama.cpp asks for it too; many tensors at one place would be a bomb
+            if t.data_offset != end:
+                raise ValueError(f'{t.name!r} does not lie after the tensor before it')
+            end += -(-t.n_bytes // int(reader.alignment)) * int(reader.alignment)
         return fields, held
     except OSError as e:
         raise ValueError(f'{path} cannot be read ({e.strerror or e})') from None
@@ -346,7 +449,9 @@ def opened(path):
 
 
 def _line(e):
-    return f'{e}'.strip().split('\n')[0][:120] or type(e).__name__
+    """An error in one line without control characters, which names in a file may have."""
+    line = f'{e}'.strip().split('\n')[0][:120] or type(e).__name__
+    return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in line)
 
 
 def _field(fields, key, kind, least=0, most=MOST):
@@ -358,14 +463,14 @@ def _field(fields, key, kind, least=0, most=MOST):
 
 
 def read(path):
-    """Read a GGUF file of the arch bitnet, bitnet-b1.58 or gpt2: (trainer, dict for its config, state dict, Tokenizer).
-    Ternary matrices become packed codes and scales; all others fp32. Raises ValueError."""
+    """Read a GGUF file of the arch bitnet, bitnet-b1.58 or gpt2: (trainer, dict for its config, state dict, Tokenizer, figures
+    of its run). Ternary matrices become packed codes and scales; all others fp32. Raises ValueError."""
     fields, held = opened(path)
     try:
         arch = _field(fields, 'general.architecture', str)
         if arch not in (*ACTS, 'gpt2'):
             raise ValueError(f'its arch is {arch[:40]!r}; the archs bitnet, bitnet-b1.58 and gpt2 can be read')
-        tokenizer = _tokenizer(fields)
+        tokenizer, figures = _tokenizer(fields), _figures_in(fields)
         config = _config(fields, held, arch)
         used = set()
 
@@ -390,7 +495,7 @@ def read(path):
             raise ValueError(f'the model has no place for {left[0][:80]!r}')
     except (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, AttributeError, RuntimeError) as e:
         raise ValueError(f'{path} cannot be used ({_line(e)})') from None
-    return 'train_gpt' if arch == 'gpt2' else 'train_bitnet', config, state, tokenizer
+    return 'train_gpt' if arch == 'gpt2' else 'train_bitnet', config, state, tokenizer, figures
 
 
 def _config(fields, held, arch):
@@ -399,9 +504,9 @@ def _config(fields, held, arch):
     decimal = lambda key: float(str(np.float32(get(key, float, least=1e-12))))          # 1e-5, not its fp32 neighbour
     if 'token_embd.weight' not in held or len(held['token_embd.weight'].shape) != 2:
         raise ValueError('it lacks token_embd.weight')
-    c = {'vocab_size': int(held['token_embd.weight'].shape[1]), 'block_size': get('context_length', most=LONGEST),
-         'n_layer': get('block_count', most=len(held)), 'n_head': get('attention.head_count'),
-         'n_embd': get('embedding_length')}
+    c = {'vocab_size': int(held['token_embd.weight'].shape[1]), 'n_layer': get('block_count', most=DEEPEST),
+         'n_head': get('attention.head_count'), 'n_embd': get('embedding_length')}
+    c['block_size'] = get('context_length', most=MOST * c['n_head'] // c['n_embd'])
     width = 4 * c['n_embd'] if arch == 'gpt2' else get('feed_forward_length')
     groups = fields.get(f'{arch}.attention.head_count_kv', c['n_head'])
     if type(groups) is not int or not 1 <= groups <= c['n_head'] or c['n_head'] % groups or c['n_embd'] % c['n_head'] or (
@@ -412,7 +517,9 @@ def _config(fields, held, arch):
             raise ValueError('train_gpt.py has attention.layer_norm_epsilon = 1e-5 only')
         return c | {'binary_blocks': ()}
     dims = c['n_embd'] // c['n_head']
-    if dims % 2 or fields.get(f'{arch}.rope.dimension_count', dims) != dims or f'{arch}.rope.scaling.type' in fields:
+    scaling = [fields.get(f'{arch}.rope.{key}', plain) for key, plain in (
+        ('scaling.type', 'none'), ('scaling.factor', 1.0), ('scale_linear', 1.0), ('dimension_count', dims))]
+    if dims % 2 or scaling not in (['none', 1.0, 1.0, dims], ['linear', 1.0, 1.0, dims]):
         raise ValueError('its rotary positions are not those of train_bitnet.py')
     theta = decimal('rope.freq_base') if f'{arch}.rope.freq_base' in fields else 10_000.0
     return c | {'n_kv_head': groups, 'n_ff': width, 'act': ACTS[arch], 'rope_theta': theta,
@@ -440,23 +547,25 @@ def _bitnet_state(c, take, held):
     """State dict with codes if every matrix is ternary, else with weights."""
     e, ff, kv = c['n_embd'], c['n_ff'], c['n_embd'] // c['n_head'] * c['n_kv_head']
     rows = {'attn_q': e, 'attn_k': kv, 'attn_v': kv, 'attn_output': e, 'ffn_gate': ff, 'ffn_up': ff, 'ffn_down': e}
-    state, matrices = {}, {}
+    state, dense = {}, {}
     for i in range(c['n_layer']):
         for ours, (norm, *parts) in BITNET.items():
-            columns = ff if ours == 'mlp.down_proj' else e
-            state[f'blocks.{i}.{ours}.gain'] = take(f'blk.{i}.{norm}.weight', columns)
-            matrices[f'blocks.{i}.{ours}'] = [
-                (take(f'blk.{i}.{part}.weight', rows[part], columns),
-                 take(f'blk.{i}.{part}.scale', 1) if f'blk.{i}.{part}.scale' in held else torch.ones(1)) for part in parts]
-    sizes = {name: [_size(weight) for weight, _ in parts] for name, parts in matrices.items()}
-    c['quant'] = 'tern' if all(None not in found for found in sizes.values()) else 'fp'
-    for name, parts in matrices.items():
-        if c['quant'] == 'fp':
-            state[f'{name}.weight'] = torch.cat([weight * scale for weight, scale in parts])
-            continue
-        state[f'{name}.code'] = pack_bits(torch.cat([weight.sign() for weight, _ in parts]) + 1, 2)
-        scales = zip(parts, sizes[name], strict=True)
-        state[f'{name}.weight_scale'] = torch.cat([scale * size for (_, scale), size in scales])
+            name, columns = f'blocks.{i}.{ours}', ff if ours == 'mlp.down_proj' else e
+            state[f'{name}.gain'], parts = take(f'blk.{i}.{norm}.weight', columns), {f'blk.{i}.{p}': rows[p] for p in parts}
+            weights = [take(f'{part}.weight', n, columns) for part, n in parts.items()]
+            scales = [take(f'{part}.scale', 1) if f'{part}.scale' in held else torch.ones(1) for part in parts]
+            sizes = [_size(weight) for weight in weights]
+            if None in sizes:
+                dense[f'{name}.weight'] = torch.cat([w * s for w, s in zip(weights, scales, strict=True)])
+            else:                                   # at once: the fp32 weights of all layers are many times the file
+                state[f'{name}.code'] = pack_bits(torch.cat(weights).sign() + 1, 2)
+                state[f'{name}.weight_scale'] = torch.cat(scales) * torch.stack(sizes)
+    c['quant'] = 'fp' if dense else 'tern'
+    for name in [key.removesuffix('.code') for key in state if dense and key.endswith('.code')]:
+        codes = unpack_bits(state.pop(f'{name}.code'), 2, len(state[f'{name}.gain'])) - 1.0
+        heights = torch.tensor([rows[part] for part in BITNET[name.split('.', 2)[2]][1:]])
+        dense[f'{name}.weight'] = codes * state.pop(f'{name}.weight_scale').repeat_interleave(heights)[:, None]
+    state |= dense
     state['wte.weight'], state['norm.weight'] = take('token_embd.weight', c['vocab_size'], e), take('output_norm.weight', e)
     if c['quant'] == 'fp':
         state['lm_head.weight'] = state['wte.weight']
@@ -483,7 +592,7 @@ def compare(path, model, tokenizer, about):
         t = held.get(name)
         ours[name] = t is not None and t.tensor_type.name == own and t.data.shape == array.shape and (
             np.ascontiguousarray(t.data).view(np.uint8) == np.ascontiguousarray(array).view(np.uint8)).all()
-    texts, types, merges = vocabulary(tokenizer, model.config.vocab_size)
-    same = [fields.get(f'tokenizer.ggml.{key}') for key in ('tokens', 'token_type', 'merges')] == [texts, types, merges]
+    same = all(fields.get(f'tokenizer.ggml.{key}') == value
+               for key, value in vocabulary(tokenizer, model.config.vocab_size).items())
     wrong = [n for n, equal in ours.items() if not equal] + sorted(held.keys() - ours) + ['its tokens'] * (not same)
     return sorted(ours), wrong, notes

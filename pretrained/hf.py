@@ -648,6 +648,9 @@ def bitnet_config(folder):
             raise ValueError(f'{made} has no RMSNorm of its own before o_proj and down_proj, and the layers here have one')
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as e:
         raise ValueError(f'{folder}/config.json cannot be used: {_why(e)}') from None
+    if kind == 'gpt2':
+        name = os.path.basename(os.path.abspath(folder))
+        raise ValueError(f'{folder} holds gpt2; first type: python export.py --from={folder} --out=out/{name}')
     what = ' '.join(f'{made if kind == "bitnet" else kind!s:.40}'.split())
     raise ValueError(f'{folder} holds {what}; of Hugging Face folders only BitNetForCausalLM runs here. '
                      'ptq.py reads others, and train_gpt.py --init_from those of gpt2')

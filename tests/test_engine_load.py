@@ -259,7 +259,8 @@ def other_text(name, text):
 Q, GAIN = 'model.layers.1.self_attn.q_proj.weight', 'model.layers.0.mlp.ffn_sub_norm.weight'
 ONLINE = {'quant_method': 'bitnet', 'linear_class': 'autobitlinear', 'quantization_mode': 'online'}
 FOLDERS = [
-    ('holds gpt2; of Hugging Face folders only BitNetForCausalLM runs here', in_config(model_type='gpt2')),
+    ('holds gpt2; first type: python export.py --from=', in_config(model_type='gpt2')),
+    ('holds opt; of Hugging Face folders only BitNetForCausalLM runs here', in_config(model_type='opt')),
     ('holds BitNetModel; of', in_config(architectures=['BitNetModel'])),
     ("rope_type='yarn' is not possible", in_config(rope_scaling={'rope_type': 'yarn'}, rope_parameters=None)),
     ('attention_bias=True', in_config(attention_bias=True)), ("hidden_act='gelu'", in_config(hidden_act='gelu')),

@@ -1,8 +1,10 @@
 """export.py: codes and scales survive a GGUF file bit for bit; llama.cpp computes what the model does; refusals are a line."""
+import errno
 import json
 import os
 import re
 import runpy
+import signal
 import struct
 import sys
 from dataclasses import asdict
@@ -15,6 +17,7 @@ import common
 import layers
 from conftest import ROOT, Result, one_error, tiny_bitnet, tiny_gpt
 from engine import load
+from measure.llama import Llama
 from pretrained import ggufs
 from readers import tokens
 
@@ -25,12 +28,28 @@ TEXT = "One day, a cat's kitten saw 12 birds.\n\n  They didn't fly: é, 漢字 a
 
 @pytest.fixture(scope='module')
 def tokenizers():
-    """{name: Tokenizer}: bytes, a trained BPE of 300 tokens, and the ranks of another one as GPT-2's are stored."""
+    """{name: Tokenizer}: bytes, a trained BPE of 300 tokens, the ranks of another one as GPT-2's are stored, and one for each
+    other way to split a text that llama.cpp and ggufs.py know."""
     trained = tokens.train_bpe([TEXT], 300)
     ranked = tokens.train_bpe([TEXT], 290)
     pieces = [bytes([b]) for b in range(256)] + [ranked.decode_bytes([i]) for i in range(257, 290)]
     text = ''.join(f'{tokens.base64.b64encode(p).decode()} {i}\n' for i, p in enumerate(pieces))
-    return {'byte': tokens.byte(), 'bpe': trained, 'gpt2': tokens.gpt2(text)}
+    return {'byte': tokens.byte(), 'bpe': trained, 'gpt2': tokens.gpt2(text)} | {
+        name: split_bpe(pattern) for pattern, name in ggufs.PRES.items()}
+
+
+def split_bpe(pattern, **model):
+    """A BPE of 320 tokens that splits a text by a regular expression and begins it with a token, as Llama 3's does."""
+    lib = pytest.importorskip('tokenizers')
+    made, parts = lib.Tokenizer(lib.models.BPE(**model)), lib.pre_tokenizers
+    made.pre_tokenizer = parts.Sequence([parts.Split(lib.Regex(pattern), 'isolated'),
+                                         parts.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = lib.decoders.ByteLevel()
+    made.train_from_iterator([TEXT], lib.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=[tokens.EOT, '<|begin|>'], show_progress=False,
+        initial_alphabet=sorted(parts.ByteLevel.alphabet())))
+    made.post_processor = lib.processors.TemplateProcessing(single='<|begin|> $A', special_tokens=[('<|begin|>', 1)])
+    return tokens.bpe(made.to_str())
 
 
 @pytest.fixture
@@ -45,6 +64,7 @@ def cli(tmp_path, monkeypatch, capsys):
             runpy.run_path(str(ROOT / 'export.py'), run_name='__main__')
         except SystemExit as e:
             code = e.code
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         done = Result(code, *capsys.readouterr())
         assert fails or done.code == 0, done.err
         return one_error(done) if fails else done.out
@@ -53,8 +73,9 @@ def cli(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def saved(tmp_path, tokenizers):
-    """saved(model, tokenizer='bpe') writes the run out/x with best.pt and a validation split; returns the model."""
-    def write(model, tokenizer='bpe'):
+    """saved(model, tokenizer='bpe') writes the run out/x with best.pt and a validation split; returns the model. more: other
+    keys of best.pt."""
+    def write(model, tokenizer='bpe', **more):
         tokenizer = tokenizers[tokenizer]
         (tmp_path / 'x').mkdir(exist_ok=True)
         for split in tokens.SPLITS:
@@ -62,7 +83,7 @@ def saved(tmp_path, tokenizers):
         common.save_checkpoint(tmp_path / 'x' / 'best.pt', {
             'trainer': 'train_bitnet' if hasattr(model.config, 'quant') else 'train_gpt', 'step': 1, 'best_val_loss': 1.0,
             'model_config': asdict(model.config), 'model': model.state_dict(), 'tokenizer': tokenizer.describe(),
-            'config': {'dataset': str(tmp_path / 'data'), 'block_size': model.config.block_size}})
+            'config': {'dataset': str(tmp_path / 'data'), 'block_size': model.config.block_size}} | more)
         return model
     return write
 
@@ -87,7 +108,13 @@ def gpt(kind='fp', **options):
     return model
 
 
-ABOUT = {'trainer': 'train_gpt', 'task': '', 'quantized': {}}
+# Texts that a split treats in a special way: contractions, digits, kinds of spaces and of letters, special tokens.
+HARD = ["I'M we'Ll 'S' don'T they'RE", '12345678901 3.14 \u0661\u0662\u0663\u0664 \u2163 \u00b2',
+        ' a   b\t\tc\n\n\n  d \r\n\r\n e\n ', '\u6f22\u5b57\u304b\u306a\u3002\ud55c\uad6d \u0e44\u0e17\u0e22',
+        'e\u0301 \u00c5 \U0001f642 \U0001f1e9\U0001f1ea', '\u00a0\u3000 \u2028x\u2029 \x85y\u200bz', "'\u017f \u212a \ufb01",
+        'a_b-c/d\\e!?...\n\n!!\n', '<|endoftext|> <|begin|>', '\x01\x7f' + ' ' * 30 + '\n' + ' ' * 5,
+        'def f(x):\r\n\treturn [x]\n    ']
+ABOUT = {'trainer': 'train_gpt', 'step': 1, 'val_loss': 1.0, 'task': '', 'config': {}, 'quantized': {}}
 
 
 def packed_state(model):
@@ -125,7 +152,32 @@ def test_a_second_file_is_equal(make, options, cli, saved, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['data', 'new', 'x', 'y'] and len(os.listdir(tmp_path / 'new')) == 3
 
 
-@pytest.mark.parametrize('name', ['byte', 'bpe', 'gpt2'])
+@pytest.mark.parametrize('make', [bitnet, gpt])
+def test_figures_survive(make, cli, saved, tmp_path):
+    """Step, validation loss, task and the name of the data set come back, bit for bit; a path of this machine stays here."""
+    for dataset, again in (('pycode', {'dataset': 'pycode'}), ('../x', {}), ('', {})):
+        saved(make(), step=7, best_val_loss=1 / 3, task='tictactoe', config={'dataset': dataset})
+        cli('--ckpt=x', '--to=gguf', f'--out={dataset[:2]}.gguf')
+        cli(f'--from={dataset[:2]}.gguf', f'--out=y{dataset[:2]}')
+        about = load.load(str(tmp_path / f'y{dataset[:2]}'))[2]
+        assert [about[key] for key in ('step', 'val_loss', 'task', 'config')] == [7, 1 / 3, 'tictactoe', again]
+
+
+def test_figures_that_nobody_knows_are_left_out(tmp_path, tokenizers):
+    """A converted model has no step and no loss: its file has no key for them."""
+    ggufs.write(gpt(), tokenizers['bpe'], ABOUT | {'step': None, 'val_loss': None}, str(tmp_path / 'x.gguf'))
+    assert not [key for key in ggufs.opened(str(tmp_path / 'x.gguf'))[0] if key.startswith(('nanobit', 'general.desc'))]
+
+
+def test_other_programs_are_told_what_to_type(cli, saved, tmp_path):
+    """sample.py, ptq.py and the trainers do not read a GGUF file; the error is the command that converts it."""
+    saved(gpt())
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf')
+    with pytest.raises(ValueError, match='first type: python export.py --from=.*x.gguf --out=out/x$'):
+        load.load(str(tmp_path / 'x.gguf'))
+
+
+@pytest.mark.parametrize('name', ['byte', 'bpe', 'gpt2', *ggufs.PRES.values()])
 @pytest.mark.parametrize('padding', [0, 64])
 def test_tokenizers_survive(name, padding, tokenizers, tmp_path):
     """Each tokenizer is read back as itself; rows of padding have distinct unused tokens; there is always a merge."""
@@ -133,11 +185,50 @@ def test_tokenizers_survive(name, padding, tokenizers, tmp_path):
     model = gpt(vocab_size=tokenizer.vocab_size + padding)
     ggufs.write(model, tokenizer, ABOUT, str(tmp_path / 'x.gguf'))
     assert ggufs.read(str(tmp_path / 'x.gguf'))[3].describe() == tokenizer.describe()
-    fields, _ = ggufs.opened(str(tmp_path / 'x.gguf'))
+    fields, held = ggufs.opened(str(tmp_path / 'x.gguf'))
     get = lambda key: fields[f'tokenizer.ggml.{key}']
-    assert len(set(get('tokens'))) == model.config.vocab_size and get('merges') and not get('add_bos_token')
+    assert len(set(get('tokens'))) == model.config.vocab_size and get('merges')
+    assert get('add_bos_token') == bool(tokenizer.begin) and get('pre') == (name if name in ggufs.PRES.values() else 'gpt-2')
     assert get('token_type')[tokenizer.vocab_size:] == [ggufs.UNUSED] * padding
-    assert get('eos_token_id') == get('bos_token_id') == tokenizer.eot
+    assert get('eos_token_id') == tokenizer.eot and get('bos_token_id') == [*tokenizer.begin, tokenizer.eot][0]
+
+
+@pytest.mark.parametrize('name', ['bpe', *ggufs.PRES.values()])
+def test_a_file_without_tokenizer_json(name, tokenizers, tmp_path):
+    """Tokens, merges and the name of the split are enough: the same ids, and the same token before a text."""
+    ggufs.write(gpt(n_layer=1), tokenizers[name], ABOUT, str(tmp_path / 'x.gguf'))
+    with pytest.MonkeyPatch.context() as patch:
+        plain = ggufs.opened(str(tmp_path / 'x.gguf'))
+        plain[0].pop('tokenizer.huggingface.json')
+        patch.setattr(ggufs, 'opened', lambda path: plain)
+        again = ggufs.read('x.gguf')[3]
+    assert again.begin == tokenizers[name].begin and again.eot == tokenizers[name].eot
+    assert all(again.encode(text).tolist() == tokenizers[name].encode(text).tolist() for text in HARD)
+
+
+@pytest.mark.parametrize('pre, ignore', [('llama-bpe', False), ('gpt-2', True)])
+def test_a_token_that_merges_do_not_make(pre, ignore, tokenizers):
+    """llama-bpe takes a whole token first, others merge. A tokenizer whose ids would differ is refused; else both are fine."""
+    pattern = next(p for p, name in ggufs.PRES.items() if name == pre)
+    made = split_bpe(pattern, ignore_merges=ignore)
+    assert ggufs.vocabulary(made, 320)['pre'] == pre
+    changed = json.loads(made.text)
+    changed['model']['vocab']['zqj'] = 320
+    with pytest.raises(ValueError, match=f"its tokenizer makes 'zqj' with.* merges, .* the other way with pre={pre}"):
+        ggufs.vocabulary(tokens.bpe(json.dumps(changed)), 321)
+    changed['model']['ignore_merges'] = not ignore
+    assert ggufs.vocabulary(tokens.bpe(json.dumps(changed)), 321)['tokens'][320] == 'zqj'
+
+
+@pytest.mark.parametrize('change', [
+    {'normalizer': {'type': 'NFC'}}, {'pre_tokenizer': {'type': 'Split', 'pattern': {'Regex': r'\s'}, 'behavior': 'Isolated',
+                                                        'invert': False}},
+    {'post_processor': {'type': 'BertProcessing', 'sep': ['a', 1], 'cls': ['a', 1]}}])
+def test_another_split_is_refused(change, tokenizers):
+    """A tokenizer for which llama.cpp has no name here is one line."""
+    tokenizer = tokens.bpe(json.dumps(json.loads(tokenizers['bpe'].text) | change))
+    with pytest.raises(ValueError, match='its tokenizer .*a GGUF file here'):
+        ggufs.vocabulary(tokenizer, 320)
 
 
 @pytest.mark.parametrize('kind, tolerance', [('F32', 0), ('F16', 2 ** -11), ('Q8_0', 1 / 127)])
@@ -207,8 +298,11 @@ def test_the_graph_without_scales_gets_codes_times_scale(cli, saved, tmp_path):
 
 
 def test_a_full_precision_bitnet(cli, saved, tmp_path):
-    """--quant=fp is the arch bitnet without scales; it comes back as a checkpoint."""
-    model = saved(tiny_bitnet('fp', act='silu', vocab_size=320))
+    """--quant=fp is the arch bitnet without scales; it comes back as a checkpoint, even if one matrix happens to be ternary."""
+    model = tiny_bitnet('fp', act='silu', vocab_size=320)
+    with torch.no_grad():
+        model.blocks[0].mlp.gate_up_proj.weight.sign_().div_(3)
+    saved(model)
     cli('--ckpt=x', '--to=gguf', '--out=x.gguf', '--type=F32', '--head=F32')
     assert 'best.pt' in cli('--from=x.gguf', '--out=y')
     again = load.load(str(tmp_path / 'y'))[0]
@@ -232,11 +326,11 @@ def test_verify_is_an_error_budget(cli, saved, tmp_path):
         rows[head] = {m[1]: (float(m[2]), float(m[3]), float(m[4])) for m in re.finditer(
             r'(?m)^(.*?->.*?) {2,}([\d.e+-]+) +[\d.]+ +([+-][\d.]+) +([\d.]+)%', out)}
     assert rows['F32']['trained -> packed'] == rows['F32']['packed -> file'] == (0, 0, 100) == rows['F16']['trained -> packed']
-    assert 0 < rows['F16']['packed -> file'][0] < 0.5 and abs(rows['F16']['packed -> file'][1]) < 5e-3
+    assert 0 < rows['F16']['packed -> file'][0] < 0.2 and abs(rows['F16']['packed -> file'][1]) < 5e-3
     stored = [json.loads(line) for line in (tmp_path / 'F32.jsonl').read_text().splitlines()]
     assert {r['arrow']: (r['close'], r['windows'], r['new_tokens']) for r in stored}['packed -> file'] == (1, 6, 4)
     fp, int8 = (rows['F32'][f'file -> engine, {form} head'] for form in ('fp', 'int8'))
-    assert fp[0] < int8[0] and abs(fp[1]) < 1e-3 and fp[2] > 99
+    assert fp[0] < int8[0] < 0.3 and abs(fp[1]) < 5e-4 and fp[2] > 99
 
 
 def test_the_tanh_of_gelu_is_measured(cli, saved):
@@ -244,7 +338,7 @@ def test_the_tanh_of_gelu_is_measured(cli, saved):
     saved(gpt())
     cli('--ckpt=x', '--to=gguf', '--out=x.gguf', '--type=F32')
     found = re.search(r'file -> GELU by tanh +([\d.e+-]+)', cli('--ckpt=x', '--verify=x.gguf', '--prompts=4'))
-    assert 0 < float(found[1]) < 1e-2
+    assert 0 < float(found[1]) < 1e-3               # the two curves differ by 5e-4 at most
 
 
 def test_a_file_of_another_model_is_named(cli, saved):
@@ -275,18 +369,32 @@ def test_folders_are_verified_by_transformers(make, options, cli, saved, tmp_pat
 
 
 @pytest.mark.skipif(not FOLDER, reason='NANOBIT_LLAMA names no folder with shared libraries of llama.cpp')
-@pytest.mark.parametrize('make, tokenizer, options', [
-    (bitnet, 'bpe', ()), (bitnet, 'byte', ('--type=TQ1_0', '--head=Q8_0')), (bitnet, 'gpt2', ('--type=Q4_0',)),
-    (bitnet, 'bpe', ('--type=F16',)), (gpt, 'bpe', ('--type=F32', '--head=F32')), (gpt, 'byte', ('--type=Q8_0',)),
-    (gpt, 'gpt2', ())])
-def test_llama_cpp_computes_the_same(make, tokenizer, options, cli, saved):
-    """Stock llama.cpp gives the same tokens for each prompt, and losses within a hundredth of those of the file in torch."""
+@pytest.mark.parametrize('make, tokenizer, options, logit, loss', [
+    (bitnet, 'bpe', (), 0.2, 5e-3), (bitnet, 'byte', ('--type=TQ1_0', '--head=Q8_0'), 0.2, 5e-3),
+    (bitnet, 'gpt2', ('--type=Q4_0',), 0.2, 5e-3), (bitnet, 'llama-bpe', ('--type=F16',), 0.2, 5e-3),
+    (gpt, 'qwen2', ('--type=F32', '--head=F32'), 4e-3, 2e-4), (gpt, 'byte', ('--type=Q8_0',), 5e-2, 1e-3),
+    (gpt, 'gpt2', (), 4e-3, 2e-4)])
+def test_llama_cpp_computes_the_same(make, tokenizer, options, logit, loss, cli, saved):
+    """Stock llama.cpp gives the same tokens for each prompt, and the logits and loss of the file in torch.
+
+    F32 and F16 differ by keys and values in F16, 2 ** -11 of their size. Q8_0 rounds activations to int8 too, by 1/254 of the
+    largest in a block. In a ternary model both sides round to int8 with other scales, or one side does not round, so codes
+    differ by one. The errors of the 256 positions have both signs; the mean loss moves by about a 16th of such an error."""
     saved(make(), tokenizer)
     cli('--ckpt=x', '--to=gguf', '--out=x.gguf', *options)
     out = cli('--ckpt=x', '--verify=x.gguf', '--prompts=8', '--new_tokens=4', f'--llama={FOLDER}')
     row = re.search(r'-> llama.cpp +([\d.e+-]+) +([\d.]+) +([+-][\d.]+) +([\d.]+)%', out)
-    assert abs(float(row[3])) < 1e-2 and float(row[4]) > 90, out
+    assert float(row[1]) < logit and abs(float(row[3])) < loss and float(row[4]) > (90 if make is bitnet else 98), out
     assert '8 of 8 prompts have the same tokens in llama.cpp' in out
+
+
+@pytest.mark.skipif(not FOLDER, reason='NANOBIT_LLAMA names no folder with shared libraries of llama.cpp')
+@pytest.mark.parametrize('name', ['byte', 'bpe', 'gpt2', *ggufs.PRES.values()])
+def test_llama_cpp_splits_hard_texts_alike(name, tokenizers, tmp_path):
+    """Stock llama.cpp gives our ids for contractions, digits, spaces, scripts and special tokens inside a text."""
+    ggufs.write(gpt(n_layer=1), tokenizers[name], ABOUT, str(tmp_path / 'x.gguf'))
+    runner = Llama(FOLDER, str(tmp_path / 'x.gguf'), 1, 32)
+    assert [runner.tokenize(text) for text in HARD] == [tokenizers[name].encode(text).tolist() for text in HARD]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,12 +452,93 @@ def test_damaged_files(cli, saved, tmp_path):
            'many tokens': put(count, struct.pack('<Q', 2 ** 60)), 'many tensors': put(8, struct.pack('<Q', 2 ** 60)),
            'many keys': put(16, struct.pack('<Q', 2 ** 60)), 'offset': put(at + 20, struct.pack('<Q', 2 ** 62)),
            'type': put(at + 16, struct.pack('<I', 36)), 'magic': put(0, b'GGML'), 'version': put(4, struct.pack('<I', 99)),
-           'empty': b'', 'big endian': whole[:4] + whole[4:8][::-1] + whole[8:]}
+           'no place': whole.replace(name, name[:-1] + b'q', 1), 'overlap': put(at + 20, struct.pack('<Q', 0)),
+           'no UTF-8': whole.replace(b'general.name', b'general.nam\xff', 1), 'empty': b'',
+           'big endian': whole[:4] + whole[4:8][::-1] + whole[8:]}
     bad |= {f'cut at {n}': whole[:n] for n in (1, 7, 20, 100, at, len(whole) // 2, len(whole) - 1)}
     for what, raw in bad.items():
         (tmp_path / 'bad.gguf').write_bytes(raw)
         assert 'bad.gguf' in cli('--from=bad.gguf', '--out=y', fails=True), what
     assert sorted(os.listdir(tmp_path)) == ['bad.gguf', 'data', 'x', 'x.gguf']
+
+
+@pytest.mark.parametrize('scaling, fits', [({'type': 'linear', 'factor': 1.0}, True), ({'type': 'none'}, True),
+                                           ({'type': 'linear', 'factor': 2.0}, False), ({'type': 'yarn'}, False)])
+def test_scaled_positions(scaling, fits, tmp_path, tokenizers, monkeypatch):
+    """llama.cpp's own converter writes a linear scaling by 1, which changes nothing; another one is refused."""
+    ggufs.write(bitnet(n_layer=1), tokenizers['bpe'], ABOUT | {'trainer': 'train_bitnet'}, str(tmp_path / 'x.gguf'))
+    fields, held = ggufs.opened(str(tmp_path / 'x.gguf'))
+    fields |= {f'bitnet.rope.scaling.{key}': value for key, value in scaling.items()}
+    monkeypatch.setattr(ggufs, 'opened', lambda path: (fields, held))
+    if fits:
+        assert ggufs.read('x.gguf')[1]['n_layer'] == 1
+    else:
+        with pytest.raises(ValueError, match='rotary positions'):
+            ggufs.read('x.gguf')
+
+
+def listed(kind, count, raw):
+    """A key with a list, as bytes."""
+    return struct.pack('<Q', 1) + b'a' + struct.pack('<IIQ', 9, kind, count) + raw
+
+
+@pytest.mark.parametrize('keys, count', [
+    (listed(8, 1 << 20, bytes(8 << 20)), 1), (listed(0, 1 << 20, bytes(1 << 20)), 1),
+    (listed(9, 1, struct.pack('<IQ', 0, 0)), 1),
+    (b''.join(struct.pack('<Q5sII', 5, f'{i:05}'.encode(), 4, 1) for i in range(30_000)), 30_000)])
+def test_lists_that_would_fill_the_memory(keys, count, tmp_path, tokenizers):
+    """A million strings or numbers, lists of lists and thousands of keys are one line, before an object is made of each."""
+    path = tmp_path / 'x.gguf'
+    ggufs.write(gpt(n_layer=1), tokenizers['bpe'], ABOUT, str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:16] + struct.pack('<Q', struct.unpack_from('<Q', whole, 16)[0] + count) + keys + whole[24:])
+    with pytest.raises(ValueError, match='too long|keys'):
+        ggufs.read(str(path))
+
+
+def cut_short(number):
+    """A function that gets a full disk or a signal in place of writing."""
+    def write(*args, **options):
+        if number == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.kill(os.getpid(), number)
+    return write
+
+
+@pytest.mark.parametrize('number, says', [(errno.ENOSPC, 'disk full'), (signal.SIGTERM, 'interrupted')])
+def test_an_interrupted_write(number, says, cli, saved, tmp_path, monkeypatch):
+    """The old file survives a full disk and SIGTERM, a new folder is absent, and nothing else is left."""
+    saved(gpt())
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf')
+    whole = (tmp_path / 'x.gguf').read_bytes()
+    saved(gpt(n_layer=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, 'write_tensors_to_file', cut_short(number))
+        patch.setattr(torch, 'save', cut_short(number))
+        assert says in cli('--ckpt=x', '--to=gguf', '--out=x.gguf', fails=True)
+        assert says in cli('--from=x.gguf', '--out=y', fails=True)
+    assert (tmp_path / 'x.gguf').read_bytes() == whole and sorted(os.listdir(tmp_path)) == ['data', 'x', 'x.gguf']
+    (tmp_path / 'y').mkdir()
+    (tmp_path / 'y' / 'best.pt.tmp99').write_bytes(b'')                 # of a process that was killed
+    cli('--from=x.gguf', '--out=y')
+    assert os.listdir(tmp_path / 'y') == ['best.pt']
+
+
+def test_a_tokenizer_that_disagrees(tmp_path, tokenizers):
+    """The library tokenizers panics on some files. tokenizer.json must be the lists of tokens, so it does not come to that."""
+    about = json.loads(tokenizers['bpe'].text)
+    bad = {'prefix': {'model': about['model'] | {'continuing_subword_prefix': '##'}},
+           'id': {'model': about['model'] | {'vocab': about['model']['vocab'] | {'zz': 1 << 31}}},
+           'template': {'post_processor': {'type': 'TemplateProcessing', 'pair': [], 'special_tokens': {},
+                                           'single': [{'SpecialToken': {'id': 'q', 'type_id': 0}}]}}}
+    ggufs.write(gpt(n_layer=1), tokenizers['bpe'], ABOUT, str(tmp_path / 'x.gguf'))
+    plain, held = ggufs.opened(str(tmp_path / 'x.gguf'))
+    for what, change in bad.items():
+        with pytest.MonkeyPatch.context() as patch:
+            text = json.dumps(about | change)
+            patch.setattr(ggufs, 'opened', lambda path, text=text: (plain | {'tokenizer.huggingface.json': text}, held))
+            with pytest.raises(ValueError, match='its tokenizer'):
+                ggufs.read(what)
 
 
 def test_flipped_bits_never_crash(tmp_path, tokenizers):
@@ -371,10 +560,11 @@ def test_flipped_bits_never_crash(tmp_path, tokenizers):
 
 
 @pytest.mark.parametrize('changes, says', [
-    ({'general.architecture': 'llama'}, "its arch is 'llama'"), ({'tokenizer.ggml.pre': 'llama-bpe'}, 'pre=llama-bpe'),
+    ({'general.architecture': 'llama'}, "its arch is 'llama'"), ({'tokenizer.ggml.pre': 'bert'}, "pre='bert'"),
     ({'bitnet.attention.head_count': 3}, 'heads'), ({'bitnet.block_count': 7}, 'it lacks blk.2.attn_norm.weight'),
     ({'bitnet.context_length': 2 ** 31}, 'context_length is no possible value'),
-    ({'bitnet.rope.dimension_count': 32}, 'rotary positions'),
+    ({'bitnet.rope.dimension_count': 32}, 'rotary positions'), ({'nanobit.step': 1 << 60}, 'nanobit.step'),
+    ({'bitnet.context_length': 1 << 20}, 'context_length is no possible value'),     # its rotary table would have 2 GB
     ({'bitnet.feed_forward_length': 256}, 'blk.0.ffn_gate.weight has')])
 def test_files_of_other_models(changes, says, tmp_path, tokenizers):
     """A file that does not fit the trainers names what does not fit."""
