@@ -207,7 +207,7 @@ def test_a_file_without_tokenizer_json(name, tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize('pre, ignore', [('llama-bpe', False), ('gpt-2', True)])
-def test_a_token_that_merges_do_not_make(pre, ignore, tokenizers):
+def test_a_token_that_merges_do_not_make(pre, ignore, tmp_path, monkeypatch):
     """llama-bpe takes a whole token first, others merge. A tokenizer whose ids would differ is refused; else both are fine."""
     pattern = next(p for p, name in ggufs.PRES.items() if name == pre)
     made = split_bpe(pattern, ignore_merges=ignore)
@@ -217,7 +217,14 @@ def test_a_token_that_merges_do_not_make(pre, ignore, tokenizers):
     with pytest.raises(ValueError, match=f"its tokenizer makes 'zqj' with.* merges, .* the other way with pre={pre}"):
         ggufs.vocabulary(tokens.bpe(json.dumps(changed)), 321)
     changed['model']['ignore_merges'] = not ignore
-    assert ggufs.vocabulary(tokens.bpe(json.dumps(changed)), 321)['tokens'][320] == 'zqj'
+    made = tokens.bpe(json.dumps(changed))
+    assert ggufs.vocabulary(made, 321)['tokens'][320] == 'zqj'
+    ggufs.write(gpt(n_layer=1, vocab_size=321), made, ABOUT, str(tmp_path / 'x.gguf'))
+    fields, held = ggufs.opened(str(tmp_path / 'x.gguf'))
+    fields.pop('tokenizer.huggingface.json')
+    monkeypatch.setattr(ggufs, 'opened', lambda path: (fields, held))
+    assert ggufs.read('x.gguf')[3].encode('zqj').tolist() == made.encode('zqj').tolist()
+    assert (made.encode('zqj').tolist() == [320]) == (pre == 'llama-bpe')
 
 
 @pytest.mark.parametrize('change', [
