@@ -265,7 +265,7 @@ def run_alone(engine, ids, folder, *command):
     return torch.frombuffer(bytearray((folder / 'out').read_bytes()), dtype=torch.float32).view(2, len(ids), -1)
 
 
-ALONE = {'sanitizers': ('cc', '-g', '-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover', '-march=native'),
+ALONE = {'sanitizers': ('cc', '-g', '-O0', '-fsanitize=address,undefined', '-fno-sanitize-recover', '-march=native'),
          'ARM': ('aarch64-linux-gnu-gcc', '-O2', '-static', '-march=armv8.2-a+dotprod')}
 RUN_WITH = {'sanitizers': (), 'ARM': ('qemu-aarch64-static',)}
 
