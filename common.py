@@ -31,6 +31,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from configurator import fail, save
 from layers import pack
@@ -75,6 +76,15 @@ def autocast(device, dtype):
         fail(f'dtype={dtype!r}; type --dtype=float32 or --dtype=bfloat16', rank0_only=True)
     low = dtype == 'bfloat16' or not dtype and device.type == 'cuda'
     return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
+def attention(q, k, v, **options):
+    """F.scaled_dot_product_attention. On a CPU, training in bf16 computes it in fp32: the backward pass of bf16 takes several
+    times as long there (torch 2.13)."""
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        with torch.autocast('cpu', enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def distributed(model, device, local_rank):

@@ -163,7 +163,7 @@ class Attention(nn.Module):
             if 'k' in cache:
                 k, v = torch.cat([cache['k'], k], 2), torch.cat([cache['v'], v], 2)
             cache['k'], cache['v'] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=self.groups > 1)
+        y = common.attention(q, k, v, is_causal=T > 1, enable_gqa=self.groups > 1)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

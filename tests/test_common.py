@@ -481,3 +481,19 @@ def test_a_run_removes_what_a_killed_one_left(tmp_path):
         (tmp_path / name).touch()
     common.open_run(str(tmp_path), 'train_gpt', {'overwrite': True}, 1, fresh=False)
     assert {p.name for p in tmp_path.iterdir()} == {'last.pt', 'notes.tmp', 'tmp1', 'config.py', 'log.jsonl'}
+
+
+def test_attention_trains_in_fp32_on_a_cpu():
+    """In bf16 the result and the gradients are those of fp32, rounded; without gradients, and in fp32, it is torch's."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 8, dtype=torch.bfloat16).requires_grad_() for _ in 'qkv')
+    wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    with torch.autocast('cpu', torch.bfloat16):
+        out = common.attention(q, k, v, is_causal=True)
+    want = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+    out.float().square().sum().backward()
+    want.bfloat16().float().square().sum().backward()
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want.bfloat16())
+    assert all(torch.equal(a.grad, b.grad.bfloat16()) for a, b in zip((q, k, v), wide, strict=True))
+    with torch.no_grad():
+        assert torch.equal(common.attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
