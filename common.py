@@ -307,6 +307,8 @@ def read_checkpoint(path, trainer=None, mmap=False):
     if str(path).endswith('.gguf') and os.path.isfile(path):
         name = os.path.basename(path).removesuffix('.gguf')
         raise ValueError(f'{path} is a GGUF file; first type: python export.py --from={path} --out=out/{name}')
+    if str(path).endswith('.safetensors') and os.path.isfile(path):
+        raise ValueError(f'{path} is a packed file, whose codes cannot be trained; type the path of a checkpoint *.pt')
     try:
         with zipfile.ZipFile(path) as z:
             # torch treats a record with the DOS folder bit as empty and leaves its tensor uninitialized

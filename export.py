@@ -93,7 +93,7 @@ def _packed(model):
 def built(path, pad=False):
     """(trainer, model in eval mode, Tokenizer, figures of its run) of a GGUF file or a Hugging Face folder. Layers are packed
     if it holds codes. pad: to a vocabulary as the trainers have it, a multiple of 64. Raises ValueError."""
-    trainer, shape, state, tokenizer, *figures = (folders if os.path.isdir(path) else ggufs).read(path)
+    trainer, shape, state, tokenizer, figures = (folders if os.path.isdir(path) else ggufs).read(path)
     table, (make, shape_of) = state['wte.weight'], load.MODELS[trainer]
     if pad:
         table = folders.pad_rows(table, -(-len(table) // 64) * 64)
@@ -105,7 +105,7 @@ def built(path, pad=False):
     else:
         common.load_model_state(model, state, path, load.HEAD, assign=True)
     model.lm_head.weight = model.wte.weight
-    return trainer, model, tokenizer, *(figures or [{'step': 0, 'val_loss': None, 'task': '', 'config': {}}])
+    return trainer, model, tokenizer, figures
 
 
 def read():
@@ -113,6 +113,10 @@ def read():
     killed = re.compile(r'(best\.pt|packed\.safetensors)\.tmp\d+')      # files of a process that was killed; overwritten
     if os.path.lexists(out) and (not os.path.isdir(out) or not all(map(killed.fullmatch, os.listdir(out)))):
         raise ValueError(f'{out} exists; type --out= and a new folder')
+    if os.path.isfile(os.path.join(source, 'last.pt')) or os.path.isfile(os.path.join(source, 'packed.safetensors')):
+        raise ValueError(f'{source} is a run already; use it: python sample.py --ckpt={source}')
+    if os.path.isfile(source) and source.endswith(('.pt', '.safetensors')):
+        raise ValueError(f'{source} is no GGUF file; type --from= and a GGUF file or the folder of a model')
     trainer, model, tokenizer, figures = built(source, pad=True)
     meta = {'trainer': trainer, 'model_config': asdict(model.config), 'tokenizer': tokenizer.describe()} | figures
     os.makedirs(out, exist_ok=True)
@@ -122,13 +126,21 @@ def read():
             common.save_packed(model, path, meta)
         else:
             path = os.path.join(out, 'best.pt')
-            then = f'{trainer}.py --init_from={path}'
+            then = ' '.join([f'{trainer}.py --init_from={path}', *options_of(model, figures)])
             common.save_checkpoint(path, meta | {'model': model.state_dict(), 'best_val_loss': meta.pop('val_loss')})
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(out)
         raise
     print(f'wrote {path}, {os.path.getsize(path):,} bytes; use it: python {then}')
+
+
+def options_of(model, figures):
+    """Options of the model's trainer for its data and, where it differs from the defaults, its shape."""
+    c, fresh = asdict(model.config), asdict(model.config.__class__(model.config.vocab_size))
+    names = 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'act', 'rope_theta', 'quant', 'bias'
+    return [f'--dataset={figures["config"].get("dataset", "NAME")}',
+            *(f'--{name}={c[name]}' for name in names if name in c and c[name] != fresh[name])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,12 +318,17 @@ def compare_folder(path, model, tokenizer, about):
 
 def check():
     """Mode --verify: compare a file with the model, tensor by tensor and by what they compute."""
+    if llama and os.path.isdir(verify):
+        raise ValueError(f'llama.cpp reads GGUF files, and {verify} is a folder; leave --llama out')
     model, tokenizer, about = load.load(ckpt)
+    if llama and getattr(model.config, 'act', '') == 'relu2':
+        raise ValueError('stock llama.cpp has no relu2; leave --llama out')
     names, wrong, notes = (compare_folder if os.path.isdir(verify) else ggufs.compare)(verify, model, tokenizer, about)
     for note in notes:
         print(f'note: {note}')
     equal = len(set(names) - set(wrong))
-    print(f'{verify}, {_bytes(verify):,} bytes: {equal} of {len(names)} tensors are those of {about["path"]}, bit for bit')
+    print(f'{verify}, {_bytes(verify):,} bytes: {equal} of {len(names)} tensors are those of a new export of {about["path"]}, '
+          'bit for bit')
     if wrong:
         configurator.fail(f'{verify} differs from {about["path"]} in {wrong[0]}'
                           + f' and {len(wrong) - 1} more' * (len(wrong) > 1) + '; export it again')
@@ -350,7 +367,8 @@ def main():
     used = {*chosen, *MODES[chosen[0]]} - ({'head', 'arch'} if to == 'hf' else set())
     for key, value in config.items():
         if value != _defaults[key] and key not in used:
-            configurator.fail(f'{key} has no use with --{chosen[0]}; leave --{key} out'.replace('--source', '--from'))
+            mode = f'--to={to}' if to else f'--{chosen[0]}'.replace('source', 'from')
+            configurator.fail(f'{key} has no use with {mode}; leave --{key} out')
     if to not in ('', 'gguf', 'hf'):
         configurator.fail(f'to={to!r} is none of gguf, hf; type --to=gguf')
     if not verify and not out:
@@ -367,8 +385,10 @@ def main():
         {'to': write, 'source': read, 'verify': check}[chosen[0]]()
     except KeyboardInterrupt:
         configurator.fail('interrupted; run the same command again')
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         configurator.fail(str(e))
+    except OSError as e:
+        configurator.fail(f'{e}; type another --out' if out and not verify else str(e))
 
 
 if __name__ == '__main__':

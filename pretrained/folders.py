@@ -31,10 +31,11 @@ import torch.nn as nn
 import common
 import layers
 from pretrained import adapters, hf
-from readers import tokens
+from readers import tasks, tokens
 
 FORMS = ('fp32', 'bf16', 'packed', 'bitlinear')
 WEIGHTS = 'model.safetensors'
+PLAIN_NAME = re.compile(r'\w[\w.-]*')     # of a data set, not a path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # write
@@ -46,7 +47,7 @@ def write(model, tokenizer, about, out, form):
     does not fit, OSError for a full disk."""
     out = os.path.abspath(out)
     if form not in FORMS:
-        raise ValueError(f'type={form!r} is none of {", ".join(FORMS)}')
+        raise ValueError(f'type={form!r} is none of {", ".join(FORMS)}; type --type=fp32')
     if os.path.lexists(out) and (os.path.islink(out) or not os.path.isdir(out) or os.listdir(out)):
         raise ValueError(f'{out} exists; delete it, or type another --out')
     if about['quantized']:
@@ -63,6 +64,7 @@ def write(model, tokenizer, about, out, form):
              'clean_up_tokenization_spaces': False, 'split_special_tokens': True}      # as in training: a text has none
     if tokenizer.name != 'byte':
         words |= dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), tokenizer.decode_bytes([tokenizer.eot]).decode())
+    config['nanobit'] = told(about)
     padding = list(range(tokenizer.vocab_size, model.config.vocab_size))
     generation = ends | ({'suppress_tokens': padding} if padding else {})
     tensors = {name: t.detach().to(torch.bfloat16 if form == 'bf16' and t.is_floating_point() else t.dtype).contiguous()
@@ -85,6 +87,25 @@ def write(model, tokenizer, about, out, form):
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return os.path.getsize(os.path.join(out, WEIGHTS))
+
+
+def told(about):
+    """What a file says of the run of its model: step, val_loss, task, dataset, where they are known. A path of a data set is
+    left out: it names nothing on another machine."""
+    best = not os.path.basename(about['path']).startswith('last')      # last.pt has the loss of the best step, not of its own
+    found = {'step': about['step'], 'val_loss': best and about['val_loss'], 'task': about['task'],
+             'dataset': about['config'].get('dataset')}
+    return {key: value for key, value in found.items() if value and (key != 'dataset' or PLAIN_NAME.fullmatch(value))}
+
+
+def figures(step=0, val_loss=None, task='', dataset=''):
+    """The inverse of told(): step, val_loss, task and config, as a packed file has them. Raises ValueError for what no run
+    has."""
+    if type(step) is not int or not 0 <= step < 1 << 48 or task not in tasks.TASKS or val_loss is not None and not (
+            type(val_loss) is float and math.isfinite(val_loss)):
+        raise ValueError('nanobit.step, val_loss or task is no possible value')
+    named = isinstance(dataset, str) and PLAIN_NAME.fullmatch(dataset)
+    return {'step': step, 'val_loss': val_loss, 'task': task, 'config': {'dataset': dataset} if named else {}}
 
 
 def _json(table):
@@ -141,7 +162,8 @@ def _gpt2(model, form):
     for name, m in model.named_modules():
         if isinstance(m, layers.LowBit) or name.endswith(('c_attn', 'c_proj', 'c_fc')) and type(m) is not nn.Linear:
             raise ValueError(f'{name} is a {getattr(m, "kind", type(m).__name__)} layer, and GPT2LMHeadModel has '
-                             'full-precision ones only; train with --n_binary=0, or type --to=gguf for 4-bit layers')
+                             'full-precision ones only; train with --n_binary=0'
+                             + ', or type --to=gguf' * (getattr(m, 'bits', 0) == 4))
     state, tensors = model.state_dict(), {}
     for name, shape in _gpt2_shapes(c):
         t = state[name] if name in state else torch.zeros(shape)
@@ -156,8 +178,7 @@ def _card(name, model, tokenizer, about, form, config, tensors):
     """README.md: what the model is and the figures of its run, where its folder has them."""
     folder = about['path'] if os.path.isdir(about['path']) else os.path.dirname(about['path'])
     found = next((r for r in reversed(common.read_log(folder)) if r['step'] == about['step'] and 'val_loss' in r), {})
-    if os.path.basename(about['path']).startswith('last'):             # it holds the loss of the best step, not of its own
-        about = about | {'val_loss': None}
+    about = about | {'val_loss': told(about).get('val_loss')}
     n_bytes, n_params = sum(t.nbytes for t in tensors.values()), layers.model_bytes(model)[1] // 4
     ternary = sum(math.prod(m.shape) for m in model.modules() if isinstance(m, layers.TernaryLinear))
     loss, made = found.get('val_loss', about['val_loss']), Path(folder, 'config.py')      # packed files hold no data set
@@ -173,8 +194,10 @@ def _card(name, model, tokenizer, about, form, config, tensors):
             ('vocabulary', f'{tokenizer.vocab_size:,} tokens ({tokenizer.name}), {model.config.vocab_size:,} rows')]
     what = {'train_bitnet': 'A BitNet b1.58' if ternary else 'The full-precision baseline of a BitNet b1.58',
             'train_gpt': 'A GPT-2'}[about['trainer']]
-    how = {'fp32': 'fp32 master weights', 'bf16': 'bf16 master weights', 'packed': 'packed codes, four a byte',
-           'bitlinear': 'packed codes, four a byte'}[form]
+    how = f'with {form} master weights' if ternary else f'in {form}'
+    how = 'with packed codes, four a byte' if form in ('packed', 'bitlinear') else how
+    padded = (' Rows of the embedding beyond the\nvocabulary are padding; `generation_config.json` suppresses them.'
+              * (tokenizer.vocab_size < model.config.vocab_size))
     table = '\n'.join(f'| {key} | {value} |' for key, value in rows if value)
     needs = '      # and the package accelerate' if 'quantization_config' in config else ''
     return f"""---
@@ -184,7 +207,7 @@ tags: [nanobit{", bitnet" if about["trainer"] == "train_bitnet" else ""}]
 ---
 # {name}
 
-{what}, with {how}.{' It is a base model: it continues text.' * bool(about['step'])}
+{what}, {how}.{' It is a base model: it continues text.' * bool(about['step'])}
 
 | | |
 |---|---|
@@ -198,8 +221,8 @@ ids = tokenizer('Once upon a time', return_tensors='pt')
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 ```
 
-A special token inside a text is encoded as plain characters, as in training. Rows of the embedding beyond the vocabulary are
-padding; `generation_config.json` suppresses them.
+The snippet runs in the folder that holds this one. A special token inside a text is encoded as plain characters, as in
+training.{padded}
 """
 
 
@@ -220,13 +243,19 @@ def ready(path):
 
 
 def read(path):
-    """Read a folder of BitNetForCausalLM, of its kin or of GPT2LMHeadModel: (trainer, model_config, tensors, Tokenizer).
+    """Read a folder of BitNetForCausalLM, of its kin or of GPT2LMHeadModel: (trainer, model_config, tensors, Tokenizer,
+    figures of its run).
 
     tensors: the state dict of the trainer's model, or, for packed ternary matrices, tensors for common.load_packed(). The
     trainers pad a vocabulary to a multiple of 64; pad_rows() does. Raises ValueError, in one line, for a folder that does not
     fit."""
-    if hf.read_config(path).get('model_type') == 'gpt2':
-        return _read_gpt2(path)
+    about = hf.read_config(path)
+    try:
+        run = figures(**about.get('nanobit', {}))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'{path}/config.json: the table nanobit cannot be used ({str(e):.80})') from None
+    if about.get('model_type') == 'gpt2':
+        return *_read_gpt2(path), run
     shape, how, tokenizer, stored = hf.open_bitnet(path)
     packed = how is not None and how['quantization_mode'] == 'offline'
     try:
@@ -236,7 +265,7 @@ def read(path):
     except ValueError as e:
         raise ValueError(f'{path}: {e}') from None
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    return 'train_bitnet', shape, tensors, tokenizer
+    return 'train_bitnet', shape, tensors, tokenizer, run
 
 
 # What a GPT-2 computes and its shapes do not show, as train_gpt.py does it.

@@ -10,9 +10,7 @@ times scale. Rotary positions of both BitNets pair the halves of a head, as here
 Errors are a ValueError of one line. Files come from strangers: each length, count and place is compared with the file's size.
 """
 import json
-import math
 import os
-import re
 import struct
 from functools import partial
 
@@ -21,9 +19,10 @@ import torch
 
 import common
 import layers
+from pretrained import folders
 from pretrained.formats import GroupLinear
 from quant import GRIDS, pack_bits, unpack_bits
-from readers import tasks, tokens
+from readers import tokens
 
 # Layers of train_bitnet.py: the norm and the matrices of GGUF that each contains. Layers and norms of train_gpt.py.
 BITNET = {'attn.qkv_proj': ('attn_norm', 'attn_q', 'attn_k', 'attn_v'), 'attn.o_proj': ('attn_sub_norm', 'attn_output'),
@@ -52,7 +51,7 @@ PRES = {GPT2_PATTERN: 'gpt-2', _WORDS + r'\p{N}{1,3}' + _REST: 'llama-bpe', _WOR
 WHOLE_FIRST = ('llama-bpe',)   # with these, llama.cpp takes a piece that is a token as it is, whatever the merges
 MOST = 1 << 24                 # no size in a file is larger; nor is positions * width of a head, the table of rotary positions
 DEEPEST = 1024                 # no model has more blocks
-PLAIN_NAME = re.compile(r'\w[\w.-]*')     # of a data set, not a path
+FIGURES = {'step': 'nanobit.step', 'val_loss': 'nanobit.val_loss', 'task': 'nanobit.task', 'dataset': 'general.dataset.0.name'}
 LONGEST_LIST = 1 << 19         # no list is longer, be it of tokens or merges
 
 
@@ -370,26 +369,15 @@ def write(model, tokenizer, about, out, kind='', head='', arch=''):
 
 
 def _figures_out(w, about):
-    """(function of the writer, value) of the known figures of a run. The path of a data set is left out: it names nothing on
-    another machine."""
-    step, loss, dataset = about['step'], about['val_loss'], about['config'].get('dataset', '')
-    said = [text.format(value) for text, value in (('step {:,}', step), ('validation loss {:.4f}', loss)) if value]
-    adds = [(w.add_description, ', '.join(said)), (partial(w.add_uint64, 'nanobit.step'), step),
-            (partial(w.add_float64, 'nanobit.val_loss'), loss), (partial(w.add_string, 'nanobit.task'), about['task'])]
-    if PLAIN_NAME.fullmatch(dataset):
-        adds += [(w.add_dataset_count, 1), (partial(w.add_dataset_name, 0), dataset)]
-    return [(add, value) for add, value in adds if value not in (None, 0, '')]
-
-
-def _figures_in(fields):
-    """The inverse: dict with step, val_loss, task and config, with 0, None, '' and {} for what a file does not say."""
-    step, loss, task = fields.get('nanobit.step', 0), fields.get('nanobit.val_loss'), fields.get('nanobit.task', '')
-    if type(step) is not int or not 0 <= step < 1 << 48 or loss is not None and not (
-            type(loss) is float and math.isfinite(loss)) or task not in tasks.TASKS:
-        raise ValueError('nanobit.step, nanobit.val_loss or nanobit.task is no possible value')
-    dataset = fields.get('general.dataset.0.name', '')
-    named = isinstance(dataset, str) and PLAIN_NAME.fullmatch(dataset)
-    return {'step': step, 'val_loss': loss, 'task': task, 'config': {'dataset': dataset} if named else {}}
+    """(function of the writer, value) of the known figures of a run."""
+    found = folders.told(about)
+    said = [text.format(found[key]) for key, text in (('step', 'step {:,}'), ('val_loss', 'validation loss {:.4f}'))
+            if key in found]
+    adds = [(w.add_description, ', '.join(said)), *((partial(add, f'nanobit.{key}'), found.get(key)) for key, add in (
+        ('step', w.add_uint64), ('val_loss', w.add_float64), ('task', w.add_string)))]
+    if 'dataset' in found:
+        adds += [(w.add_dataset_count, 1), (partial(w.add_dataset_name, 0), found['dataset'])]
+    return [(add, value) for add, value in adds if value]
 
 
 def opened(path):
@@ -427,7 +415,9 @@ def opened(path):
         if os.path.exists(path) and not os.path.isfile(path):           # reading a FIFO or a device can last for ever
             raise ValueError('it is no file')
         with open(path, 'rb') as f:
-            _, version, *counts = struct.unpack('<4sIQQ', f.read(24).ljust(24, b'\0'))
+            magic, version, *counts = struct.unpack('<4sIQQ', f.read(24).ljust(24, b'\0'))
+        if magic != b'GGUF':
+            raise ValueError('it does not begin with GGUF')
         if version > 3 or max(counts) > 20 * DEEPEST:
             raise ValueError(f'version {version}, {counts[0]} tensors and {counts[1]} keys')
         with np.errstate(all='ignore'):
@@ -470,7 +460,8 @@ def read(path):
         arch = _field(fields, 'general.architecture', str)
         if arch not in (*ACTS, 'gpt2'):
             raise ValueError(f'its arch is {arch[:40]!r}; the archs bitnet, bitnet-b1.58 and gpt2 can be read')
-        tokenizer, figures = _tokenizer(fields), _figures_in(fields)
+        tokenizer = _tokenizer(fields)
+        figures = folders.figures(**{key: fields[name] for key, name in FIGURES.items() if name in fields})
         config = _config(fields, held, arch)
         used = set()
 
@@ -586,8 +577,12 @@ def compare(path, model, tokenizer, about):
     kind, table = kinds.get(fields.get('general.file_type')), held.get('token_embd.weight')
     if not kind or table is None:
         raise ValueError(f'{path} was not written by export.py')
+    arch = fields.get('general.architecture')
+    if (about['trainer'], arch) not in {(trainer, known) for trainer, known, _ in TYPES}:
+        raise ValueError(f'{path} has the arch {str(arch):.40}, and {about["path"]} is a model of {about["trainer"]}.py; type '
+                         '--ckpt= and the model of the file')
     notes, ours = [], {}
-    kind, head, arch = plan(model, about, kind, table.tensor_type.name, fields.get('general.architecture'))
+    kind, head, arch = plan(model, about, kind, table.tensor_type.name, arch)
     for name, own, array in tensors(model, kind, head, arch, notes):
         t = held.get(name)
         ours[name] = t is not None and t.tensor_type.name == own and t.data.shape == array.shape and (

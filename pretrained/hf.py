@@ -668,7 +668,7 @@ def read_config(folder):
             raise ValueError('it holds no table')
         return about
     except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f'{folder}/config.json cannot be used: {_why(e)}') from None
+        raise ValueError(f'{folder}/config.json cannot be used: {getattr(e, "strerror", None) or _why(e)}') from None
 
 
 def open_bitnet(folder):

@@ -122,7 +122,7 @@ def lines_of(rows):
     missing, r = FILES.keys() - files, rows[0]
     same = collections.Counter(r['arrow'] for r in rows if r['max'] == 0)
     columns = {'file': lambda r: r['file'].rpartition('/')[2], 'arrow': '{arrow}', 'MB': number('bytes', '.2f', 1e6),
-               'max difference of a logit': '{max:.1e}', 'loss': '{loss:.5f}', 'rise': '{delta:+.5f}',
+               'max difference of a logit': '{max:.1e}', 'loss': '{loss:.5f}', 'dloss': '{delta:+.5f}',
                'same next token': '{same:.2%}', 'logits within 1e-4': '{close:.1%}',
                'same continuation': lambda r: f'{r["continued"]} of {r["windows"]}' if 'continued' in r else '-',
                'tokens/s': number('speed', ',.0f')}
@@ -131,11 +131,12 @@ def lines_of(rows):
     return [f'`python results/export.py`: {r["windows"]} windows of the validation split; loss in nats per token; same '
             f'continuation: prompts of half a window that a side continues greedily by the {r["new_tokens"]} tokens of torch; '
             f'tokens/s: one sequence after its prompt, {r["threads"]} thread, all sides of a file in turns, median. Every '
-            'tensor of every file equals the model, bit for bit. Arrows without any difference are left out: '
+            'tensor of every file equals that of a second export, bit for bit. Arrows without any difference are left out: '
             + ', '.join(f'{n} of {arrow}' for arrow, n in same.items()) + '. Tokenized by llama.cpp as here: '
             + ', '.join(f'{f["tokenized_alike"]} of {f["windows"]} ({name})' for name, f in files.items() if f in llama)
             + f'. llama.cpp: {about}.', *([f'Missing: {", ".join(sorted(missing))}.'] if missing else []), '',
-            *(f'`{words}` trained {run.rpartition("/")[2]}.' for run, words in TRAINED.items()), '',
+            *(f'`{words}` trained {run.rpartition("/")[2]}.' for run, words in TRAINED.items()),
+            'Files: ' + '; '.join(f'{name}: `{options}`' for name, (_, options) in FILES.items()) + '.', '',
             *table(columns, [r for r in rows if r['max'] > 0]),
             *(line for r in shape for line in ('', TOLD.format(**r, gb=r['bytes'] / 1e9, resident=r['resident_bytes'] / 1e9)))]
 

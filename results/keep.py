@@ -60,7 +60,7 @@ INDEX = {
                'decode, ternary, 8-bit heads, over llama.cpp TQ2_0 Q8_0, 1',
                'prefill of 512, ternary, over llama.cpp TQ2_0 Q8_0, 1',
                'decode, binary, over tern, 1'),
-    'export': ('Do exported files compute what was trained, in llama.cpp and transformers?', 'rise',
+    'export': ('Do exported files compute what was trained, in llama.cpp and transformers?', 'dloss',
                'tinystories_TQ2_0_F16.gguf, file -> llama.cpp', 'tinystories_packed, file -> transformers'),
     'faults': ('Does a run survive kills, full disks, NaNs and damaged files?', 'as promised', 'SIGKILL', 'full disk',
                'damaged checkpoint'),

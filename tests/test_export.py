@@ -114,7 +114,7 @@ HARD = ["I'M we'Ll 'S' don'T they'RE", '12345678901 3.14 \u0661\u0662\u0663\u066
         'e\u0301 \u00c5 \U0001f642 \U0001f1e9\U0001f1ea', '\u00a0\u3000 \u2028x\u2029 \x85y\u200bz', "'\u017f \u212a \ufb01",
         'a_b-c/d\\e!?...\n\n!!\n', '<|endoftext|> <|begin|>', '\x01\x7f' + ' ' * 30 + '\n' + ' ' * 5,
         'def f(x):\r\n\treturn [x]\n    ']
-ABOUT = {'trainer': 'train_gpt', 'step': 1, 'val_loss': 1.0, 'task': '', 'config': {}, 'quantized': {}}
+ABOUT = {'path': 'x', 'trainer': 'train_gpt', 'step': 1, 'val_loss': 1.0, 'task': '', 'config': {}, 'quantized': {}}
 
 
 def packed_state(model):
@@ -254,6 +254,31 @@ def test_a_gpt_survives(kind, tolerance, bias, cli, saved, tmp_path):
         assert (again.state_dict()[name] - t).abs().max() <= most, name
 
 
+def test_the_next_command_has_every_option(cli, saved, tmp_path):
+    """--from prints the options that training on needs: data, and a shape other than the default."""
+    saved(bitnet(quant='fp', n_layer=3))
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf', '--type=F32')
+    assert cli('--from=x.gguf', '--out=y').strip().endswith(
+        'python train_bitnet.py --init_from=y/best.pt --dataset=NAME --block_size=32 --n_layer=3 --n_ff=512 --act=silu --quant=fp')
+
+
+@pytest.mark.parametrize('options, says', [
+    (('--verify=x.gguf', '--ckpt=z'), 'x.gguf has the arch bitnet, and z/best.pt is a model of train_gpt.py; type --ckpt='),
+    (('--verify=z', '--llama=here', '--ckpt=x'), 'llama.cpp reads GGUF files, and z is a folder; leave --llama out'),
+    (('--from=x', '--out=new'), 'x is a run already; use it: python sample.py --ckpt=x'),
+    (('--from=x/best.pt', '--out=new'), 'x/best.pt is no GGUF file; type --from= and a GGUF file or the folder'),
+    (('--from=data', '--out=new'), 'data/config.json cannot be used: No such file or directory'),
+    (('--ckpt=x', '--to=hf', '--out=f', '--head=F16'), 'head has no use with --to=hf; leave --head out')])
+def test_a_file_of_another_kind_is_one_line(cli, saved, tmp_path, options, says):
+    """Each line says what the file is, and what to type."""
+    saved(gpt())
+    os.rename(tmp_path / 'x', tmp_path / 'z')
+    saved(bitnet())
+    cli('--ckpt=x', '--to=gguf', '--out=x.gguf')
+    (tmp_path / 'x' / 'last.pt').touch()
+    assert says in cli(*options, fails=True)
+
+
 def test_training_goes_on_from_a_file(cli, saved, start, tmp_path):
     """train_gpt.py --init_from takes what --from writes."""
     saved(gpt())
@@ -329,7 +354,7 @@ def test_verify_is_an_error_budget(cli, saved, tmp_path):
     for head in ('F32', 'F16'):
         cli('--ckpt=x', '--to=gguf', '--out=x.gguf', f'--head={head}')
         out = cli('--ckpt=x', '--verify=x.gguf', '--prompts=6', '--new_tokens=4', f'--json={head}.jsonl')
-        assert re.search(r'(\d+) of \1 tensors are those of x/best.pt, bit for bit', out)
+        assert re.search(r'(\d+) of \1 tensors are those of a new export of x/best.pt, bit for bit', out)
         rows[head] = {m[1]: (float(m[2]), float(m[3]), float(m[4])) for m in re.finditer(
             r'(?m)^(.*?->.*?) {2,}([\d.e+-]+) +[\d.]+ +([+-][\d.]+) +([\d.]+)%', out)}
     assert rows['F32']['trained -> packed'] == rows['F32']['packed -> file'] == (0, 0, 100) == rows['F16']['trained -> packed']
@@ -366,7 +391,7 @@ def test_folders_are_verified_by_transformers(make, options, cli, saved, tmp_pat
     model = saved(make())
     cli('--ckpt=x', '--to=hf', '--out=f', *options)
     out = cli('--ckpt=x', '--verify=f', '--prompts=4', '--new_tokens=2')
-    assert re.search(r'(\d+) of \1 tensors are those of x/best.pt, bit for bit', out)
+    assert re.search(r'(\d+) of \1 tensors are those of a new export of x/best.pt, bit for bit', out)
     row = re.search(r'file -> transformers +([\d.e+-]+) +[\d.]+ +([+-][\d.]+)', out)
     assert float(row[1]) < (0.1 if make is bitnet else 1e-4) and abs(float(row[2])) < 5e-4, out
     cli('--from=f', '--out=y')

@@ -65,7 +65,7 @@ def written(model, out, form, tokenizer=None, **about):
 
 def read_model(folder):
     """The model that read() gives, packed or not."""
-    trainer, config, tensors, _ = folders.read(folder)
+    trainer, config, tensors, *_ = folders.read(folder)
     make, shape = load.MODELS[trainer]
     model = make(shape(**config)).eval()
     if any(name.endswith('.code') for name in tensors):
@@ -143,7 +143,7 @@ def test_gpt2lmheadmodel_computes_our_gpt(tmp_path, bias):
     folder = written(model, tmp_path / 'x', 'fp32', trainer='train_gpt')
     theirs = folders.runs(folder)(ids)
     assert (all_logits(model, ids) - theirs).abs().max() < 1e-4 * theirs.std()
-    trainer, config, tensors, _ = folders.read(folder)
+    trainer, config, tensors, *_ = folders.read(folder)
     assert (trainer, GPTConfig(**config)) == ('train_gpt', GPTConfig(**asdict(model.config) | dict.fromkeys(
         ('qkv_proj', 'c_proj', 'mlp_proj'), 'fp')))
     assert tensors.keys() == model.state_dict().keys()
@@ -597,3 +597,18 @@ def test_a_gpt2_of_transformers_comes_in(tmp_path, gpt2, capsys):
     want = theirs(ids).logits
     assert (all_logits(model, ids) - want).abs().max() < 2e-3 * want.std()
     assert folders.read(tmp_path)[3].describe() == gpt2.describe()
+
+
+def test_figures_of_the_run_come_back(tmp_path):
+    """config.json holds step, loss, task and the name of the data set; a path of one, and the loss of another step, are left
+    out. Figures that no run has are one line."""
+    about = {'step': 7, 'val_loss': 1.5, 'task': 'arithmetic', 'config': {'dataset': 'arithmetic'}}
+    folder = written(bitnet(), tmp_path / 'x', 'packed', **about)
+    assert folders.read(folder)[4] == about
+    about = {'step': 7, 'val_loss': 1.5, 'path': 'run/last.pt', 'config': {'dataset': '/home/me/text'}}
+    assert folders.read(written(gpt(), tmp_path / 'y', 'fp32', trainer='train_gpt', **about))[4] == {
+        'step': 7, 'val_loss': None, 'task': '', 'config': {}}
+    path = tmp_path / 'x' / 'config.json'
+    for wrong in ({'step': -1}, {'task': 'chess'}, {'val_loss': 'low'}, {'name': 1}, ['step']):
+        path.write_text(json.dumps(json.loads((tmp_path / 'y' / 'config.json').read_text()) | {'nanobit': wrong}))
+        assert 'the table nanobit cannot be used' in said(folder)
