@@ -83,6 +83,8 @@ for script, cwd, words in commands:
 json.dump(done, sys.stdout)
 """
 
+LONGEST = '''trainers engine readme ptq bench finetune_cls export train_gpt train_cnn train_bitnet compile engine_load optim
+             images hf'''.split()                 # test_*.py by seconds, see pytest --durations=0
 torch.set_num_threads(1)                          # tiny tensors; more threads than idle cores would wait for each other
 
 
@@ -128,6 +130,15 @@ class Job:
         return Result(code, self.output(), (self.folder / 'stderr').read_text())
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False      # of xdist: its own order begins with the files of many tests, not with the long
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that none of them runs alone at the end, while the other processes have no more work."""
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.stem[5:]) in LONGEST else len(LONGEST))
+
+
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()             # torch and its friends are a million objects, which each collection would visit
@@ -140,6 +151,7 @@ def start(tmp_path_factory):
         for key, value in ENVIRONMENT.items():
             patch.setenv(key, value)
         patch.setenv('PYTHONPATH', str(ROOT / 'tests'), prepend=os.pathsep)
+        patch.setenv('BYTECODE', str(tmp_path_factory.mktemp('bytecode')))
         SERVER.set_forkserver_preload(['preload'])
         multiprocessing.forkserver.ensure_running()
     jobs = []

@@ -198,6 +198,7 @@ def test_finetune_of_distilbert(rows):
 
 # ------------------------------------------------------------------------------------------------------------- decode
 
+QUICKLY = "from engine.engine import TARGETS\nTARGETS['stages'] += ('-O1',)\n"       # -O3 compiles 8 s longer
 DECODE = ('decode', '--shape=1M', '--threads_of=1', '--prefill=8,40', '--tokens=4', '--seconds=0.02')
 
 
@@ -228,7 +229,7 @@ def test_decode_of_a_trained_model(rows, tmp_path):
     size = common.save_packed(GPT(config), tmp_path / 'packed.safetensors', {
         'trainer': 'train_gpt', 'step': 1, 'model_config': vars(config), 'tokenizer': tokens.byte().describe()})
     (speed,) = rows(*DECODE, f'--models={tmp_path}', '--rounds=1', '--torch=0')[0].values()
-    table, out = rows(*DECODE, f'--models={tmp_path}', '--agree=5', '--stages=8', '--heads=int8,int8:int8')
+    table, out = rows(*DECODE, f'--models={tmp_path}', '--agree=5', '--stages=8', '--heads=int8,int8:int8', patch=QUICKLY)
     (agree,), stages = ([r for r in table.values() if r['runs'] == runs] for runs in ('agree', 'stages'))
     assert speed['file_bytes'] == size and speed['prefill_8'] > 0 and 'prefill_40' not in speed and speed['decode'] > 0
     assert agree['prompts'] == 5 and agree['new_tokens'] == 16 and agree['same'] + len(agree['ties']) == 5

@@ -37,7 +37,7 @@ for name, module in list(sys.modules.items()):
 """
 
 # Sizes alone: blocks, heads, kinds and all else stay those of the config file.
-TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=192 --block_size=32 --batch_size=8 --micro_batch_size=0 --eval_iters=1 '
+TINY = ('--max_iters=3 --warmup_iters=1 --n_embd=96 --block_size=32 --batch_size=8 --micro_batch_size=0 --eval_iters=1 '
         '--eval_interval=2 --save_interval=2 --log_interval=1 --device=cpu')
 BITNET = ('--n_layer=1 --n_embd=48 --n_ff=64 --block_size=32 --max_iters=3 --warmup_iters=1 --batch_size=8 --eval_iters=1 '
           '--eval_interval=3 --save_interval=3 --log_interval=1 --diag_interval=1 --vocab_size=0 --device=cpu')
@@ -86,8 +86,9 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python bench.py optim-bytes', 2, f'{SHAPE} --ranks=4', r'left'),
     ('python bench.py optim', 2, '--dim=32 --layers=1 --threads=1 --rounds=1 --steps=1 --ranks=4', r'rsvd 4'),
     ('python bench.py finetune', 2, f'{SHAPE} --rank=4 --rounds=1 --steps=1', r'projected'),
+    ('python bench.py decode --models=out/pycode_bin --agree', 3, '--agree=5 --threads_of=1', r'\d of 5 prompts have the same'),
     ('python bench.py decode', 3, '--shape=1M --rounds=1 --prefill=4 --tokens=3 --torch=0 --threads_of=1 --seconds=0.1',
-     r'engine int8 +1 +[\d,]+|prompts have the same'),
+     r'engine int8 +1 +[\d,]+'),
     ('python bench.py bundle', 2, '', r'nanobit\.zip: \d+ files'),
     ('python plot.py bars', 3, '', r'stats\.png: actual_bytes'),
     ('python export.py --ckpt=', 3, '', r'wrote out/\w+\.gguf'),
