@@ -10,8 +10,11 @@ qkv_proj = c_proj = mlp_proj = 'int4'
 
 batch_size = 16                # x 128 = 2,048 tokens per step
 max_iters = 1000
+optimizer = 'muon'
 learning_rate = 4e-3
-min_lr = learning_rate / 10
+lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 0.02}       # Muon trains latent weights at the full rate
+schedule = 'linear'
+min_lr = 0.0
 warmup_iters = 50
 
 eval_interval = 250
