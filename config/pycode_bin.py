@@ -1,7 +1,7 @@
 # Train a 1.2M-parameter GPT with the first 3 of 6 blocks binary on the bytes of the Python standard library's sources.
 # expected val loss: depends on the Python version, whose sources are the text; compare pycode_*.py on one machine
 # hardware: a laptop with 2 cores
-# time: 3 to 5 minutes
+# time: 5 minutes
 # python train_gpt.py config/pycode_bin.py          (first: python data/pycode/prepare.py)
 out_dir = 'out/pycode_bin'
 dataset = 'pycode'

@@ -1,7 +1,7 @@
 # Train a 1.2M-parameter GPT with 4-bit weights in all 6 blocks on the bytes of the Python standard library's sources.
 # expected val loss: depends on the Python version, whose sources are the text; compare pycode_*.py on one machine
 # hardware: a laptop with 2 cores
-# time: 2 to 4 minutes
+# time: 4 to 5 minutes
 # python train_gpt.py config/pycode_int4.py          (first: python data/pycode/prepare.py)
 out_dir = 'out/pycode_int4'
 dataset = 'pycode'
