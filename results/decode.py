@@ -49,8 +49,9 @@ FALLS_SHORT = (
     'Tried: int8 inputs (above), huge pages and prefetching (in all rows). 4 bits in groups of 16: an fp32 multiply-add and '
     'a table look-up for each weight keep a core busier than its memory, and a scale for 16 weights is a fifth of the '
     'bytes. So this aim is missed. Tried: int8 inputs, which Q4_0 has too, and groups of 128, another format than the '
-    'groups of 32 of Q4_0. Ternary logits: an input at the border of two int8 codes may fall on the other side; the greedy '
-    'tokens are the same. The fastest round of a row is faster than its slowest by {median:.0%} in the median row, by '
+    'groups of 32 of Q4_0. Ternary logits: an input at the border of two int8 codes may fall on the other side, and every '
+    'later position with it; where a greedy token differs, the two best logits are a tie of at most the given size. The '
+    'fastest round of a row is faster than its slowest by {median:.0%} in the median row, by '
     '{most:.0%} at most; the stages were measured at another time. llama.cpp starts its threads anew for each token, as its '
     'library does without a pool of threads. Small models have a fixed cost in memory.')
 
@@ -94,7 +95,7 @@ def targets(rows):
         line('decode, 1.2M model of config/pycode_bin.py, tokens/s', 1, '≥ 5,000', small and small['decode'], '{:,.0f}'.format,
              lambda v: v >= 5000),
         *(line(f'greedy tokens as torch\'s, exact head, prompts, {r["model"]}', '', 'all', r['same'],
-               lambda v, r=r: f'{v} of {r["prompts"]}' + ''.join(f', a tie of {t:.0e}' for t in r['ties']),
+               lambda v, r=r: f'{v} of {r["prompts"]}' + f', ties up to {max(r["ties"], default=0):.0e}' * bool(r['ties']),
                lambda v, r=r: v == r['prompts']) for r in rows if r['runs'] == 'agree'),
         *(line(f'logits, exact head: difference from torch\'s over their spread, {r["model"]}', '', '≤ 1e-4',
                r['logits_difference'], '{:.0e}'.format, lambda v: v <= 1e-4) for r in rows if r['runs'] == 'agree'),
