@@ -14,6 +14,7 @@ weights below 1e-38, and product4, which multiplies a few tokens without decodin
 """
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -417,6 +418,11 @@ def compile_c(source, options=('-march=native',)):
             if path.exists():
                 return ctypes.CDLL(str(path))
             path.parent.mkdir(parents=True, exist_ok=True)
+            lock = after.enter_context(open(path.with_suffix('.lock'), 'w'))
+            with contextlib.suppress(OSError):      # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)    # the ranks of a node start together; one of them compiles
+            if path.exists():
+                return ctypes.CDLL(str(path))
             handle, tmp = tempfile.mkstemp(dir=path.parent)
             os.close(handle)
         except (OSError, RuntimeError):             # no home folder, a read-only one, or a damaged library in it

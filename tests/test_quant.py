@@ -3,6 +3,7 @@ import math
 import runpy
 import shutil
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -410,3 +411,17 @@ def test_decoding_does_not_depend_on_default_device_and_dtype(monkeypatch, forma
                 everything('')                      # leaves tables made without these settings
             for a, b in zip(result, expected, strict=True):
                 assert a is b is None or torch.equal(a, b) and a.dtype == b.dtype
+
+
+@needs_compiler
+def test_processes_that_start_together_compile_once(monkeypatch, tmp_path):
+    """The others wait for the first one's library. flock() keeps threads with their own file apart as it does processes."""
+    (tmp_path / 'one.c').write_text('int one(void) { return 1; }')
+    compiler = tmp_path / 'compiler'
+    compiler.write_text(f'#!/bin/sh\necho once >> {tmp_path}/log\nsleep 0.2\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv('CC', str(compiler))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda _: quant.compile_c(tmp_path / 'one.c', ()), range(3)))
+    assert [m.one() for m in made] == [1, 1, 1] and (tmp_path / 'log').read_text() == 'once\n'
