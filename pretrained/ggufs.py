@@ -13,13 +13,14 @@ import json
 import os
 import struct
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import common
 import layers
-from pretrained import folders
+from pretrained import folders, hf
 from pretrained.formats import GroupLinear
 from quant import GRIDS, pack_bits, unpack_bits
 from readers import tokens
@@ -141,7 +142,7 @@ def tensors(model, kind, head, arch, notes):
         for ours, (norm, *parts) in BITNET.items():
             m = block.get_submodule(ours)
             yield f'blk.{i}.{norm}.weight', 'F32', numbers(m.gain)
-            rows = _rows(c)[ours]
+            rows = hf.bitnet_rows(c)[ours]
             if isinstance(m, layers.TernaryLinear):
                 codes, scales = m.ternary()
             else:
@@ -156,13 +157,6 @@ def tensors(model, kind, head, arch, notes):
                     yield f'{name}.weight', kind, encoded(f'{name}.weight', values, kind)
     if arch == 'bitnet-b1.58' and kind == 'F16' and _is_ternary(model):
         notes.append('scales are rounded to fp16, because the graph of bitnet-b1.58 reads no scales; --type=F32 keeps them')
-
-
-def _rows(c):
-    """{layer of train_bitnet.py: rows of each of its matrices}. c: BitNetConfig."""
-    kv = c.n_embd // c.n_head * c.n_kv_head
-    return {'attn.qkv_proj': (c.n_embd, kv, kv), 'attn.o_proj': (c.n_embd,), 'mlp.gate_up_proj': (c.n_ff, c.n_ff),
-            'mlp.down_proj': (c.n_embd,)}
 
 
 def _layer_norm(name, norm):
@@ -536,14 +530,13 @@ def _gpt_state(c, take, held):
 
 def _bitnet_state(c, take, held):
     """State dict with codes if every matrix is ternary, else with weights."""
-    e, ff, kv = c['n_embd'], c['n_ff'], c['n_embd'] // c['n_head'] * c['n_kv_head']
-    rows = {'attn_q': e, 'attn_k': kv, 'attn_v': kv, 'attn_output': e, 'ffn_gate': ff, 'ffn_up': ff, 'ffn_down': e}
+    e, ff, rows = c['n_embd'], c['n_ff'], hf.bitnet_rows(SimpleNamespace(**c))
     state, dense = {}, {}
     for i in range(c['n_layer']):
         for ours, (norm, *parts) in BITNET.items():
             name, columns = f'blocks.{i}.{ours}', ff if ours == 'mlp.down_proj' else e
-            state[f'{name}.gain'], parts = take(f'blk.{i}.{norm}.weight', columns), {f'blk.{i}.{p}': rows[p] for p in parts}
-            weights = [take(f'{part}.weight', n, columns) for part, n in parts.items()]
+            state[f'{name}.gain'], parts = take(f'blk.{i}.{norm}.weight', columns), [f'blk.{i}.{p}' for p in parts]
+            weights = [take(f'{part}.weight', n, columns) for part, n in zip(parts, rows[ours], strict=True)]
             scales = [take(f'{part}.scale', 1) if f'{part}.scale' in held else torch.ones(1) for part in parts]
             sizes = [_size(weight) for weight in weights]
             if None in sizes:
@@ -554,7 +547,7 @@ def _bitnet_state(c, take, held):
     c['quant'] = 'fp' if dense else 'tern'
     for name in [key.removesuffix('.code') for key in state if dense and key.endswith('.code')]:
         codes = unpack_bits(state.pop(f'{name}.code'), 2, len(state[f'{name}.gain'])) - 1.0
-        heights = torch.tensor([rows[part] for part in BITNET[name.split('.', 2)[2]][1:]])
+        heights = torch.tensor(rows[name.split('.', 2)[2]])
         dense[f'{name}.weight'] = codes * state.pop(f'{name}.weight_scale').repeat_interleave(heights)[:, None]
     state |= dense
     state['wte.weight'], state['norm.weight'] = take('token_embd.weight', c['vocab_size'], e), take('output_norm.weight', e)

@@ -582,11 +582,16 @@ BITNET = {'attn.qkv_proj': ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_
           'mlp.down_proj': ('mlp.ffn_sub_norm', 'mlp.down_proj')}
 
 
+def bitnet_rows(c):
+    """{layer of train_bitnet.py: rows of each of its matrices}. c: BitNetConfig."""
+    kv = c.n_embd // c.n_head * c.n_kv_head
+    return {'attn.qkv_proj': (c.n_embd, kv, kv), 'attn.o_proj': (c.n_embd,), 'mlp.gate_up_proj': (c.n_ff, c.n_ff),
+            'mlp.down_proj': (c.n_embd,)}
+
+
 def bitnet_layers(c):
     """Yield (our name, name of the norm, {name of a matrix: its (rows, columns)}) for each layer. c: BitNetConfig."""
-    kv = c.n_embd // c.n_head * c.n_kv_head
-    rows = {'attn.qkv_proj': (c.n_embd, kv, kv), 'attn.o_proj': (c.n_embd,), 'mlp.gate_up_proj': (c.n_ff, c.n_ff),
-            'mlp.down_proj': (c.n_embd,)}
+    rows = bitnet_rows(c)
     for i in range(c.n_layer):
         for name, (norm, *parts) in BITNET.items():
             at, columns = f'model.layers.{i}.', c.n_ff if name == 'mlp.down_proj' else c.n_embd

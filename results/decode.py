@@ -52,8 +52,9 @@ FALLS_SHORT = (
     'groups of 32 of Q4_0. Ternary logits: an input at the border of two int8 codes may fall on the other side, and every '
     'later position with it; where a greedy token differs, the two best logits are a tie of at most the given size. The '
     'fastest round of a row is faster than its slowest by {median:.0%} in the median row, by '
-    '{most:.0%} at most; the stages were measured at another time. llama.cpp starts its threads anew for each token, as its '
-    'library does without a pool of threads. Small models have a fixed cost in memory.')
+    '{most:.0%} at most. The stages were measured at another time, and so were greedy tokens, logits and losses, with '
+    'models of the same shape that were trained anew. llama.cpp starts its threads anew for each token, as its library does '
+    'without a pool of threads. Small models have a fixed cost in memory.')
 
 
 def spread(rows):

@@ -1,8 +1,8 @@
 """
 Do exported files compute what was trained? Exports two models, verifies every file, stores results/export.jsonl and .md.
 
-    python results/export.py --llama=FOLDER         # half an hour on one core, with the training of the two models
-    python results/export.py --public               # a random model of the shape of BitNet b1.58 2B4T: 15 minutes, 12 GB
+    python results/export.py --llama=FOLDER         # trains the two models first, where their folders are missing
+    python results/export.py --public               # only a random model of the shape of BitNet b1.58 2B4T
     python results/export.py --table                # the page alone, from the stored lines
 
 FOLDER holds llama.cpp's shared libraries, see measure/llama.py; transformers comes with `make peers`. Data first:
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import keep
 from keep import ROOT, number, table
@@ -50,21 +51,19 @@ def write_public(out):
     import torch
     from safetensors.torch import save_file
 
+    from pretrained import hf
     from readers import tokens
-    g, c, kv = torch.Generator().manual_seed(0), SHAPE['hidden_size'], 640
-    ff, fours = SHAPE['intermediate_size'], torch.cartesian_prod(*[torch.arange(3)] * 4) @ torch.tensor([1, 4, 16, 64])
-    gain = lambda n: (torch.rand(n, generator=g) + 0.5).bfloat16()
+    g, c = torch.Generator().manual_seed(0), SHAPE['hidden_size']
+    fours = (torch.cartesian_prod(*[torch.arange(3)] * 4) @ torch.tensor([1, 4, 16, 64])).byte()
     state = {'model.embed_tokens.weight': (torch.randn(SHAPE['vocab_size'], c, generator=g) * 0.02).bfloat16(),
              'model.norm.weight': torch.ones(c).bfloat16()}
-    for i in range(SHAPE['num_hidden_layers']):
-        at = f'model.layers.{i}.'
-        for name, rows, columns in (('self_attn.q_proj', c, c), ('self_attn.k_proj', kv, c), ('self_attn.v_proj', kv, c),
-                                    ('self_attn.o_proj', c, c), ('mlp.gate_proj', ff, c), ('mlp.up_proj', ff, c),
-                                    ('mlp.down_proj', c, ff)):
-            state[f'{at}{name}.weight'] = fours.byte()[torch.randint(81, (rows // 4, columns), generator=g)]
-            state[f'{at}{name}.weight_scale'] = torch.tensor([1.2 * columns ** -0.5]).bfloat16()
-        state |= {f'{at}{name}.weight': gain(n) for name, n in (
-            ('input_layernorm', c), ('post_attention_layernorm', c), ('self_attn.attn_sub_norm', c), ('mlp.ffn_sub_norm', ff))}
+    shape = SimpleNamespace(n_layer=SHAPE['num_hidden_layers'], n_embd=c, n_ff=SHAPE['intermediate_size'],
+                            n_head=SHAPE['num_attention_heads'], n_kv_head=SHAPE['num_key_value_heads'])
+    for _, norm, parts in hf.bitnet_layers(shape):
+        for part, (rows, columns) in parts.items():
+            state[f'{part}.weight'] = fours[torch.randint(81, (rows // 4, columns), generator=g)]
+            state[f'{part}.weight_scale'] = torch.tensor([1.2 * columns ** -0.5]).bfloat16()
+        state[f'{norm}.weight'] = (torch.rand(columns, generator=g) + 0.5).bfloat16()
     out.mkdir(parents=True)
     save_file(state, out / 'model.safetensors', {'format': 'pt'})
     (out / 'tokenizer.json').write_text(tokens.train_bpe([f'{WORDS} sat on the log.'] * 9, 278).text)
