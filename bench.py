@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 import configurator
+import optim
 import sample
 from common import atomic_write
 from engine import load
@@ -126,6 +127,7 @@ def main():
                 batch_size=16, rounds=7, steps=3)
     p.add_argument('--model', default='gpt', choices=tuple(steps.KINDS))
     p.add_argument('--compile', action='store_true')
+    p.add_argument('--optimizer', default='adamw', choices=optim.NAMES)
     p.add_argument('--kinds', default='', help='kinds of layer, e.g. fp,bin; default: all of the model')
     p.add_argument('--dtypes', default='float32,bfloat16')
     p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')

@@ -477,6 +477,7 @@ class LowBit(nn.Module):
     quantizes a latent weight. Raises ValueError for an activation that is not in `acts`.
     """
     packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: the bias has the size of this weight dimension
+    rounds = True                                   # False: the products use the latent weights as they are
 
     def __init__(self, shape, bias, act=None):
         if act not in self.acts:
@@ -532,7 +533,7 @@ class LowBit(nn.Module):
 
     def _quantize(self, weight, bias, dtype):
         """Return the quantized (weight, bias or None) in `dtype`: from latent values or, if packed, from the codes."""
-        weight = self.effective_weight() if self.packed else self.rounded(weight)
+        weight = self.effective_weight() if self.packed else self.rounded(weight) if self.rounds else weight
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def packed_bytes(self):
@@ -673,7 +674,8 @@ class Binary(LowBit):
     def _quantize(self, weight, bias, dtype):
         if self.packed:
             return self._unpacked(dtype, self.offset)
-        return tuple(None if p is None else half_bits(p, self.chunks, dtype, self.offset) for p in (weight, bias))
+        rounded = (lambda p: half_bits(p, self.chunks, dtype, self.offset)) if self.rounds else lambda p: p.to(dtype)
+        return tuple(None if p is None else rounded(p) for p in (weight, bias))
 
 
 class Ternary(LowBit):
@@ -826,6 +828,8 @@ class TernaryLinear(Ternary, LowBitLinear):
         return nn.Sequential(*([norm, new] if self.act is None else [new[0], norm, new[1]]))
 
     def forward(self, x):
+        if not self.rounds and not self.packed:
+            return plain_linear(self.weight_input(x), self.weight, self.bias)
         y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.ternary, self.rows, self.eps,
                            self.act, compute_dtype(x))
         return y.view(*x.shape[:-1], self.out_features)

@@ -66,6 +66,9 @@ weight_decay = 0.1             # on matrices and embeddings, not on gains, biase
 beta1 = 0.9                    # with muon, for AdamW only; Muon's own momentum is 0.95
 beta2 = 0.95
 grad_clip = 1.0                # largest global gradient norm; 0: no clipping
+round_from = 0                 # step from which low-bit layers round; before it they train in full precision (2502.11895)
+teacher = ''                   # checkpoint of a GPT on the same tokens: its predictions are targets beside the next tokens
+distill = 0.9                  # share of the teacher in the targets; the logged loss is against these, val_loss never is
 # evaluation, saving and logging
 eval_interval = 250            # steps between evaluations
 eval_iters = 50                # batches of batch_size sequences from the val split; every evaluation uses the same ones
@@ -165,7 +168,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: pre-norm, learned positions, tied head. ids (B, T) int64 -> last logits (B, 1, vocab), or mean loss in nats."""
+    """GPT-2: pre-norm, learned positions, tied head. ids (B, T) int64 -> last logits (B, 1, vocab), or the mean loss in nats;
+    targets: ids (B, T) or probabilities (B, T, vocab)."""
 
     def __init__(self, c):
         super().__init__()
@@ -183,16 +187,25 @@ class GPT(nn.Module):
                 std = m.in_features ** -0.5 if isinstance(m, layers.TernaryLinear) else 0.02
                 nn.init.normal_(m.weight, std=std / math.sqrt(2 * c.n_layer) if name.endswith('c_proj') else std)
 
-    def forward(self, ids, targets=None, cache=None):
+    def hidden(self, ids, cache=None):
+        """Normalized output of the last block, (B, T, n_embd)."""
         past = cache[0]['k'].shape[2] if cache and 'k' in cache[0] else 0
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)
         x = self.drop(self.wte(ids) + self.wpe(positions))
         for i, block in enumerate(self.blocks):
             x = block(x, cache[i] if cache else None)
-        x = self.ln_f(x)
+        return self.ln_f(x)
+
+    def forward(self, ids, targets=None, cache=None):
+        x = self.hidden(ids, cache)
         if targets is None:
             return self.lm_head(x[:, [-1]])         # generation needs only the last position
-        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten(0, 1))    # of ids or of probabilities
+
+    def predict(self, ids, targets, share):
+        """Targets for a student, (B, T, vocab) fp32: this model's probabilities times `share`, the rest on the true tokens."""
+        p = self.lm_head(self.hidden(ids)).float().softmax(-1).mul_(share)
+        return p.scatter_add_(2, targets[..., None], p.new_full((1, 1, 1), 1 - share).expand(*targets.shape, 1))
 
 
 def to_kinds_of(model, state):
@@ -240,6 +253,18 @@ def load_gpt2(model, name):
     common.load_model_state(model, to_kinds_of(model, state), name, allow_missing=('alpha', 'gain'))
 
 
+def load_teacher(tokenizer):
+    """The GPT of the checkpoint `teacher`, and the tokens it was trained on. Raises ValueError if it cannot teach this run."""
+    state = common.read_checkpoint(teacher, 'train_gpt')
+    common.check_tokens(state, teacher, tokenizer, dataset)
+    c = GPTConfig(**state['model_config'])
+    if c.block_size < block_size:
+        raise ValueError(f'{teacher} has {c.block_size} positions; type --block_size={c.block_size} or less')
+    net = GPT(c)
+    common.load_model_state(net, state['model'], teacher)
+    return net.eval().requires_grad_(False), state['step'] * state['config']['batch_size'] * state['config']['block_size']
+
+
 def low_bit_blocks():
     """Numbers of the low-bit blocks: binary_blocks, or the first n_binary. Exits with a message if one does not exist."""
     if n_binary and binary_blocks:
@@ -267,7 +292,8 @@ def main():
         | dict.fromkeys(('learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters'), 0))
     for wrong, why in (
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
-            (n_embd % n_head, f'n_embd={n_embd} is no multiple of n_head={n_head}')):
+            (n_embd % n_head, f'n_embd={n_embd} is no multiple of n_head={n_head}'),
+            (not 0 <= distill <= 1, f'distill={distill} must be from 0 to 1')):
         if wrong:
             fail(why)
     amp = common.autocast(dev, dtype)
@@ -302,6 +328,7 @@ def main():
             common.check_tokens(state, init_from, tokenizer, dataset)
             common.check_same(init_from, state['model_config'], {'n_head': n_head})
             common.load_model_state(model, to_kinds_of(model, state['model']), init_from, allow_missing=('alpha', 'gain'))
+        guide, seen = load_teacher(tokenizer) if teacher else (None, 0)
     except (ValueError, OSError) as e:
         configurator.fail(str(e))
     model.to(dev)
@@ -310,6 +337,8 @@ def main():
     n_params = sum(p.numel() for p in model.parameters())
     say(f'{n_params:,} parameters, {sum(m.weight.numel() for m in low_bit):,} of them low-bit; '
         f'packed {packed_bytes:,} bytes ({packed_bytes / 1e6:.1f} MB), fp32 {fp32_bytes:,} ({fp32_bytes / 1e6:.1f} MB)')
+    if teacher:
+        say(f'{distill:.0%} of the targets come from {teacher}, which was trained on {seen:,} tokens')
     say(f'{batch_size} sequences a step = {micro} x {accumulation} micro-steps x {world} processes '
         f'= {batch_size * block_size:,} tokens; {tokenizer.name} tokens, {len(train_data):,} train, {len(val_data):,} val')
 
@@ -360,9 +389,9 @@ def main():
         wandb_id = run.id if run else wandb_id
 
     # --------------------------------------------------------------------------------------------------------- loop
-    raw_model = model
+    raw_model, predict = model, guide.to(dev).predict if teacher else None
     if compile or (compile is None and dev.type == 'cuda'):
-        model = torch.compile(model)
+        model, predict = torch.compile(model), torch.compile(predict) if teacher else None
     if world > 1:
         model = common.distributed(model, dev, local_rank)
 
@@ -377,6 +406,8 @@ def main():
         """Mean loss over eval_iters fixed batches of the val split, divided among ranks; None if the run is stopped."""
         starts = common.sample_indices(seed, -1, len(val_data) - block_size, eval_iters * batch_size).reshape(-1, micro)
         raw_model.eval()
+        for m in low_bit:
+            m.rounds = True                         # what a packed file computes, also before round_from
         total = n = 0
         for i in range(0, len(starts), world):      # len(starts) is a multiple of world
             if common.any_rank(stopped()):
@@ -436,6 +467,8 @@ def main():
         decays = schedule != 'two_stage' or step < max_iters // 2
         for group in opt.param_groups:
             group['lr'], group['weight_decay'] = lr * group['lr_scale'], group['decay'] * decays
+        for m in low_bit:
+            m.rounds = step >= round_from
         common.seed_step(seed, step, rank_here)
         starts = common.sample_indices(seed, step, len(train_data) - block_size, batch_size).reshape(accumulation, world, micro)
         loss_sum = torch.zeros((), device=dev)
@@ -443,6 +476,9 @@ def main():
             x, y = batch(train_data, starts[i, rank_here])
             if world > 1:                           # DDP reads this flag in the forward pass
                 model.require_backward_grad_sync = i == accumulation - 1
+            if teacher:
+                with amp, torch.no_grad():
+                    y = predict(x, y, distill)
             with amp:
                 loss = model(x, y)
             loss_sum += loss.detach()

@@ -138,7 +138,7 @@ def speed_worker(a, generate):
         else:
             idle = (time.process_time() - rest[0]) / max(1e-9, time.perf_counter() - rest[1]) if rest else 0.0
             figures = {f'prefill_{n}': prefill_speed(steps, prompt(n), a.seconds) for n in a.lengths if n <= context}
-            figures['decode'] = decode_speed(steps, prompt(first), min(a.tokens, context - first), a.seconds)
+            figures['decode'], figures['joules'] = decode_speed(steps, prompt(first), min(a.tokens, context - first), a.seconds)
             yield figures | about | {'idle': idle, 'resident_bytes': resident_bytes() - before}
         rest = time.process_time(), time.perf_counter()
 
@@ -153,9 +153,9 @@ def prefill_speed(steps, ids, limit):
 
 
 def decode_speed(steps, ids, most, limit):
-    """New tokens per second after a prompt: `most` of them or as many as take `limit` seconds; repeated for at least 0.3 s or
-    `limit`."""
-    n, spent = 0, 0.0
+    """(tokens per second, joules per token) of new tokens after a prompt: `most` of them or as many as take `limit` seconds;
+    repeated for at least 0.3 s or `limit`. joules, of the whole machine and with the prompts, is None without a counter."""
+    n, spent, joules = 0, 0.0, common.energy_meter(torch.device('cpu'))
     while spent < min(0.3, limit):
         new = steps(ids, most + 1)
         next(new)                                   # the prompt's time is not counted
@@ -165,7 +165,8 @@ def decode_speed(steps, ids, most, limit):
             if time.perf_counter() - start > limit:
                 break
         spent += time.perf_counter() - start
-    return n / spent
+    used = joules()
+    return n / spent, None if used is None else used / n
 
 
 def stages_worker(a):

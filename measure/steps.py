@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import configurator
 import layers
-from common import peak_memory_bytes
+import optim
+from common import clip_, peak_memory_bytes
 from measure.turns import device_name, in_turns, mib, peak_bytes, resident_bytes, show, times_ms
 from report import costs
 
@@ -66,14 +67,21 @@ def train_worker(a, models):
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))                # memory for set-up of the matmul library must not count
     before = resident_bytes()
     model = make_model(a.name, a, models).to(a.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    hidden = {p for n, p in model.blocks.named_parameters() if n.endswith('weight') and p.dim() > 1}
+    groups = [{'params': list(model.parameters()), 'decay': 0.1}]
+    optimizer = optim.make(a.optimizer, groups, hidden, lr=1e-4, betas=(0.9, 0.95))
+    if a.optimizer == 'rsvd':
+        optim.attach(model, optimizer, verbose=False)
+    gradients = getattr(optimizer, 'gradients', lambda: {p: p.grad for p in model.parameters()})
     step_model = torch.compile(model) if a.compile else model
 
     def step():
         with torch.autocast(a.device, torch.bfloat16, enabled=a.dtype == 'bfloat16'):
             loss = step_model(ids[:, :-1], ids[:, 1:])
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        grads = list(gradients().values())
+        clip_(grads, 1.0, nn.utils.get_total_norm(grads).item())
+        del grads
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     for line in sys.stdin:
@@ -90,7 +98,7 @@ def train_worker(a, models):
 
 
 def train(a):
-    """Measure a whole training step (forward, backward, clip, AdamW) of each kind and dtype: median ms and peak memory."""
+    """Measure a whole training step (forward, backward, clip, update) of each kind and dtype: median ms and peak memory."""
     if a.gpt2 and (a.fineweb95m or a.model == 'bitnet'):
         configurator.fail('--gpt2 is the shape of another model; type only one of --gpt2, --fineweb95m and --model=bitnet')
     if a.gpt2:
@@ -116,7 +124,7 @@ def train(a):
     peak = next((f for card, f in PEAK_FLOPS.items() if card in name), None) if a.device == 'cuda' else None
     flops = tokens * memory[variants[0]]['flops_per_token'] if peak else None
     print(f'training step, {a.model}, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, '
-          f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, compile={a.compile}, '
+          f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, {a.optimizer}, compile={a.compile}, '
           f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: growth of the process')
     rows = []
     for kind, dtype in variants:
@@ -130,7 +138,8 @@ def train(a):
                      'peak_ratio': memory_ratio, 'resident_ratio': resident_ratio,
                      'mfu': flops / ms * 1e3 / peak if flops else None,
                      'batch_size': a.batch_size, 'block_size': a.block_size, 'n_layer': a.n_layer, 'n_embd': a.n_embd,
-                     'threads': a.threads, 'compile': a.compile, 'device': name, 'torch': torch.__version__})
+                     'threads': a.threads, 'optimizer': a.optimizer, 'compile': a.compile, 'device': name,
+                     'torch': torch.__version__})
     show(rows, [('kind', 'kind', ''), ('dtype', 'dtype', ''), ('ms', 'ms/step', '.1f'), ('ratio', 'x fp', '.2f'),
                 ('tokens_per_s', 'tokens/s', ',.0f'), ('peak_bytes', 'peak MiB', mib), ('peak_ratio', 'x fp', '.2f'),
                 ('resident_bytes', 'resident', mib), ('resident_ratio', 'x fp', '.2f')]

@@ -156,6 +156,8 @@ MISTAKES = [
     *(((f'--{key}=0',), f'{key}=0 must be 1 or more') for key in (
         'batch_size', 'block_size', 'n_head', 'eval_interval', 'eval_iters', 'log_interval', 'save_interval')),
     (('--micro_batch_size=-2',), 'micro_batch_size'), (('--device=gpu',), 'gpu'), (('--out_dir=/proc/nosuch',), '/proc/nosuch'),
+    (('--distill=1.5',), 'distill=1.5 must be from 0 to 1'), (('--teacher=nosuch.pt',), 'nosuch.pt does not exist'),
+    (('--teacher={good}', '--block_size=64'), 'last.pt has 32 positions; type --block_size=32 or less'),
     (('--resume={good}', '--n_layer=3'), 'another n_layer (2, not 3)'),
     (('--resume={good}', '--n_head=4'), 'another n_head (2, not 4)'), (('--init_from={good}', '--n_embd=64'), 'last.pt'),
 ]
@@ -200,6 +202,33 @@ def test_val_loss_by_hand(unbroken, tiny_data):
     xy = data.windows(common.sample_indices(1337, -1, len(data) - 32, 16), 33)
     with torch.no_grad():
         assert model(xy[:, :-1], xy[:, 1:]).item() == pytest.approx(best['best_val_loss'], abs=1e-5)
+
+
+def test_a_teacher_gives_a_share_of_the_targets(train, folder, unbroken, tiny_data):
+    """The first logged loss is the cross-entropy of the new model against 0.3 true tokens + 0.7 teacher, by hand; val_loss is
+    against the text alone."""
+    cwd, whole = folder(), unbroken()
+    done = train('--max_iters=1', '--n_binary=2', f'--teacher={whole}/out/best.pt', '--distill=0.7', cwd=cwd)
+    best = checkpoint(whole, 'best.pt')
+    tokens_seen = best['step'] * 8 * 32
+    assert f'70% of the targets come from {whole}/out/best.pt, which was trained on {tokens_seen:,} tokens' in done.out
+    teacher = train_gpt.GPT(train_gpt.GPTConfig(**best['model_config'])).eval()
+    teacher.load_state_dict(best['model'])
+    torch.manual_seed(1337)
+    student, data = train_gpt.GPT(train_gpt.GPTConfig(**checkpoint(cwd)['model_config'])), tokens.load(tiny_data, 'train')
+    xy = data.windows(common.sample_indices(1337, 0, len(data) - 32, 8), 33)
+    targets = 0.3 * torch.eye(256)[xy[:, 1:]] + 0.7 * all_logits(teacher, xy[:, :-1]).softmax(-1)
+    loss = -(targets * all_logits(student, xy[:, :-1]).log_softmax(-1)).sum(-1).mean().item()
+    assert log(cwd, 'loss') == [pytest.approx(loss, abs=1e-5)]
+    assert log(cwd, 'val_loss')[0] == log(unbroken('--n_binary=2'), 'val_loss')[0]
+
+
+def test_rounding_can_start_late(train, folder, unbroken):
+    """Before round_from the loss of the first step is another one, evaluations round already, and the last steps learn."""
+    cwd, whole = folder(), unbroken(*MIXED)
+    train(*MIXED, '--round_from=10', cwd=cwd)
+    assert log(cwd, 'val_loss')[0] == log(whole, 'val_loss')[0] and log(cwd, 'loss')[0] != log(whole, 'loss')[0]
+    assert log(cwd, 'loss')[-1] < log(cwd, 'loss')[0] - 0.8
 
 
 def test_compile(train, folder, unbroken):
