@@ -208,9 +208,9 @@ class GPT(nn.Module):
         return p.scatter_add_(2, targets[..., None], p.new_full((1, 1, 1), 1 - share).expand(*targets.shape, 1))
 
 
-def to_kinds_of(model, state):
-    """Convert the state dict of a GPT with other kinds of layers for `model`. A ternary layer stores the LayerNorm of its input
-    as a gain. Scales that `model` does not use are dropped. Scales missing from `state` keep their initial values."""
+def load_weights(model, state, path):
+    """Load the state dict of a GPT with other kinds of layers, read from `path`. A ternary layer stores the LayerNorm of its
+    input as a gain. Scales that `model` does not use are dropped. Scales missing from `state` keep their initial values."""
     own, out = model.state_dict(), {}
     moved = {'ln_1.weight': 'attn.c_attn.gain', 'ln_2.weight': 'mlp.c_fc.gain'}
     for key, t in state.items():
@@ -219,38 +219,7 @@ def to_kinds_of(model, state):
                 key = key.removesuffix(old) + new
         if key in own or not key.endswith(('alpha', 'gain', 'ln_1.bias', 'ln_2.bias')):
             out[key] = t
-    return out
-
-
-def load_gpt2(model, name):
-    """Copy Hugging Face GPT-2 weights into a GPT of the same shape. name: gpt2, gpt2-medium, ... or a folder gpt2*. Raises
-    ValueError if this trainer would compute another function from them."""
-    try:
-        from transformers import AutoConfig, GPT2LMHeadModel
-    except ImportError:
-        configurator.fail(f'--init_from={name} needs transformers; type: pip install transformers')
-    theirs, c = AutoConfig.from_pretrained(name).to_dict(), model.config
-    note = folders.check_gpt2(name, theirs)
-    shape = {key: theirs[key] for key in ('n_layer', 'n_head', 'n_embd')} | {'bias': True}
-    if any(getattr(c, key) != value for key, value in shape.items()):
-        raise ValueError(f'{name} has another shape; type {" ".join(f"--{key}={value}" for key, value in shape.items())}')
-    if note and os.environ.get('RANK', '0') == '0':
-        print(note)
-    if theirs['n_positions'] < c.block_size:
-        raise ValueError(f'{name} has {theirs["n_positions"]} positions; type --block_size={theirs["n_positions"]} or less')
-    if theirs['vocab_size'] > c.vocab_size:
-        raise ValueError(f'{name} has {theirs["vocab_size"]} tokens, the data only {c.vocab_size}; type --dataset=c4')
-    try:
-        source, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except Exception as e:                          # noqa: BLE001  transformers raises many types; all mean: not usable
-        raise ValueError(f'cannot load the weights of {name}: {" ".join(str(e).split())[:200]}') from None
-    if missing := sorted(info['missing_keys']):
-        raise ValueError(f'{name} lacks the weights {missing[0]}')
-    state = folders.from_gpt2(source.state_dict())
-    for key in ('wte.weight', 'lm_head.weight'):    # this trainer pads the vocabulary to a multiple of 64
-        state[key] = folders.pad_rows(state[key], c.vocab_size)
-    state['wpe.weight'] = state['wpe.weight'][:c.block_size]
-    common.load_model_state(model, to_kinds_of(model, state), name, allow_missing=('alpha', 'gain'))
+    common.load_model_state(model, out, path, allow_missing=('alpha', 'gain'))
 
 
 def load_teacher(tokenizer):
@@ -320,14 +289,17 @@ def main():
     try:
         model = GPT(model_config)
         if not resume_path and init_from.startswith('gpt2') and not os.path.isfile(init_from):
-            load_gpt2(model, init_from)
+            state, note = folders.gpt2_weights(init_from, model_config)
+            load_weights(model, state, init_from)
+            if note:
+                say(note)
             if tokenizer.name != 'gpt2':
                 raise ValueError(f'{init_from} needs GPT-2 tokens, {dataset} has {tokenizer.name} tokens; type --dataset=c4')
         elif not resume_path and init_from != 'scratch':
             state = common.read_checkpoint(init_from, 'train_gpt')
             common.check_tokens(state, init_from, tokenizer, dataset)
             common.check_same(init_from, state['model_config'], {'n_head': n_head})
-            common.load_model_state(model, to_kinds_of(model, state['model']), init_from, allow_missing=('alpha', 'gain'))
+            load_weights(model, state['model'], init_from)
         guide, seen = load_teacher(tokenizer) if teacher else (None, 0)
     except (ValueError, OSError) as e:
         configurator.fail(str(e))

@@ -286,6 +286,35 @@ def check_gpt2(name, about):
             if about['activation_function'] == 'gelu_new' else '')
 
 
+def gpt2_weights(name, c):
+    """Read Hugging Face GPT-2 weights for a GPT of train_gpt.py with the config c: (state dict, what differs slightly or '').
+    name: gpt2, gpt2-medium, ... or a folder. Raises ValueError if the shapes differ or it would compute another function."""
+    try:
+        from transformers import AutoConfig, GPT2LMHeadModel
+    except ImportError:
+        raise ValueError(f'--init_from={name} needs transformers; type: pip install transformers') from None
+    theirs = AutoConfig.from_pretrained(name).to_dict()
+    note = check_gpt2(name, theirs)
+    shape = {key: theirs[key] for key in ('n_layer', 'n_head', 'n_embd')} | {'bias': True}
+    if any(getattr(c, key) != value for key, value in shape.items()):
+        raise ValueError(f'{name} has another shape; type {" ".join(f"--{key}={value}" for key, value in shape.items())}')
+    if theirs['n_positions'] < c.block_size:
+        raise ValueError(f'{name} has {theirs["n_positions"]} positions; type --block_size={theirs["n_positions"]} or less')
+    if theirs['vocab_size'] > c.vocab_size:
+        raise ValueError(f'{name} has {theirs["vocab_size"]} tokens, the data only {c.vocab_size}; type --dataset=c4')
+    try:
+        source, info = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except Exception as e:                          # noqa: BLE001  transformers raises many types; all mean: not usable
+        raise ValueError(f'cannot load the weights of {name}: {" ".join(str(e).split())[:200]}') from None
+    if missing := sorted(info['missing_keys']):
+        raise ValueError(f'{name} lacks the weights {missing[0]}')
+    state = from_gpt2(source.state_dict())
+    for key in ('wte.weight', 'lm_head.weight'):    # the trainer pads the vocabulary to a multiple of 64
+        state[key] = pad_rows(state[key], c.vocab_size)
+    state['wpe.weight'] = state['wpe.weight'][:c.block_size]
+    return state, note
+
+
 def from_gpt2(state):
     """Convert a state dict of GPT2LMHeadModel to the names and shapes of train_gpt.py's GPT."""
     out = {}

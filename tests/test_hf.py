@@ -14,7 +14,7 @@ import common
 import layers
 import train_gpt
 from conftest import ROOT, all_logits, one_error, random_ids, tiny_bitnet, tiny_gpt
-from pretrained import hf
+from pretrained import folders, hf
 
 TEXTS = [('the good film',), ('a bad, sad story',), ('the film was nice & good',), ('',)] * 5
 TINY = dict(n_layer=1, n_head=2, n_embd=32, dropout=0.0, vocab_size=120, max_len=12)
@@ -273,7 +273,7 @@ def test_gpt2_weights_give_gpt2_logits(tmp_path, tiny_data, start):
             p.add_(torch.randn_like(p) * 0.1)
     source.save_pretrained(tmp_path / 'gpt2-tiny')
     model = tiny_gpt(vocab_size=256, bias=True)
-    train_gpt.load_gpt2(model, str(tmp_path / 'gpt2-tiny'))
+    train_gpt.load_weights(model, folders.gpt2_weights(str(tmp_path / 'gpt2-tiny'), model.config)[0], 'gpt2-tiny')
     ids = random_ids(2, 16)
     ours, theirs = all_logits(model, ids), source(ids).logits.detach()
     assert_close(ours[..., :250], theirs, rtol=0, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pretrained import hf
+from pretrained import folders, hf
 from test_hf import TEXTS, offline, small  # noqa: F401
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=34)
@@ -244,7 +244,7 @@ def test_a_gpt2_of_another_function_is_refused(tmp_path, change, words):
     t.GPT2LMHeadModel(t.GPT2Config(**{**GPT2, **change})).save_pretrained(tmp_path / 'gpt2-x')
     model = train_gpt.GPT(train_gpt.GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True))
     with pytest.raises(ValueError, match=words):
-        train_gpt.load_gpt2(model, str(tmp_path / 'gpt2-x'))
+        folders.gpt2_weights(str(tmp_path / 'gpt2-x'), model.config)
 
 
 def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path):
@@ -258,7 +258,7 @@ def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path):
     tensors = {k: v for k, v in tensors.items() if 'h.1.mlp.c_fc.weight' not in k}
     save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
     model = train_gpt.GPT(train_gpt.GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32, bias=True))
-    for load in (lambda: train_gpt.load_gpt2(model, str(folder)), lambda: hf.load_causal(str(folder)),
+    for load in (lambda: folders.gpt2_weights(str(folder), model.config), lambda: hf.load_causal(str(folder)),
                  lambda: hf.load(str(folder), LABELS)):
         with pytest.raises(ValueError, match=r'lack.*h\.1\.mlp\.c_fc\.weight'):
             load()
@@ -273,7 +273,7 @@ def test_weights_of_a_gpt2_that_cannot_be_read_are_one_line(tmp_path):
     (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:-9])
     for _ in range(2):
         with pytest.raises(ValueError, match='cannot load the weights of .*gpt2-x'):
-            train_gpt.load_gpt2(model, str(folder))
+            folders.gpt2_weights(str(folder), model.config)
         (folder / 'model.safetensors').unlink(missing_ok=True)
         (folder / 'pytorch_model.bin').write_bytes(b'cposix\nmkdir\n(V%b\ntR.' % str(tmp_path / 'ran').encode())
     assert not (tmp_path / 'ran').exists()
