@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from pathlib import Path
@@ -281,8 +282,8 @@ def load(folder, split):
         # only the scripts that write labelled texts, not tokens
         names = sorted(path.parent.name for path in tokens.ROOT.glob('data/*/prepare.py')
                        if 'texts.build(' in path.read_text(encoding='utf-8'))
-        own = folder.absolute() == tokens.ROOT / 'data' / folder.name and folder.name in names
-        command = (f'python data/{folder.name}/prepare.py' if own else
+        name, _, option = Path(os.path.relpath(folder, tokens.ROOT / 'data')).as_posix().partition('/')
+        command = (f'python data/{name}/prepare.py{option and " --" + option}' if name in names else    # sst2/held is of --held
                    f'python data/<name>/prepare.py --out_dir {folder}, where <name> is one of: {", ".join(names)}')
         raise ValueError(f'{folder} {"is unfinished" if task else "holds no task.json"}; type: {command}')
     if split not in task['rows']:

@@ -74,6 +74,24 @@ def test_sst2_from_glue_files(tmp_path, written):
         assert names == ['negative', 'positive']
 
 
+def test_sst2_holds_out_sentences_with_their_phrases(tmp_path, written):
+    """Of the first 3,000 rows of GLUE 300 or a few more are held out, with their labels, and none is part of a training text.
+    By hand: each of two sentences goes with its own phrases, both times that they occur; what both contain stays."""
+    lines = shared('sst2/train.tsv')[0].read_text(encoding='utf-8').splitlines()[:3001]
+    (tmp_path / 'a.tsv').write_text('\n'.join(lines), encoding='utf-8')
+    written(sst2, '--file', 'a.tsv', '--val_file', 'a.tsv', '--held', '300')
+    (train, a, _), (held, b, _), (val, c, _) = (texts.load(tmp_path / 'out', split) for split in ('train', 'held', 'val'))
+    both = sorted(zip(train + held, a + b, strict=True))
+    assert 300 <= len(held) < 330 and both == sorted(zip(val, c, strict=True)) and len(val) == 3000
+    padded = [f' {text} ' for text, in train]
+    assert not [text for text, in held if any(f' {text} ' in other for other in padded)]
+    assert held == [row for row in val if row in set(held)]             # in the order of the file
+    one = [('a fine film', 1), ('fine', 1), ('film', 0), ('a fine', 1), ('fine', 1)]
+    two = [('no film at all', 0), ('at all', 0)]
+    assert sst2.hold_out(one + two, 1) == (one, two)
+    assert sst2.hold_out(one + two, 3) == ([], one + two)
+
+
 def test_sst2_takes_names_and_ids_and_notices_a_changed_file(tmp_path, small, written):
     """csv and tsv; label 1 and positive are the same; other contents under the same name rebuild the folder."""
     written(sst2, *small)

@@ -172,6 +172,7 @@ def test_a_damaged_data_folder_is_refused(tmp_path, monkeypatch):
     (known / 'prepare.py').write_text('texts.build()')
     monkeypatch.setattr(c.tokens, 'ROOT', tmp_path)
     refused('type: python data/sst2/prepare.py$', folder=known)
+    refused('type: python data/sst2/prepare.py --held$', folder=known / 'held')
     c.build(folder, TASK, splits())
     refused("no split 'val'; it has train, val-de", 'val')
     content = (folder / 'train.csv').read_text()
