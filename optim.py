@@ -1,7 +1,7 @@
 """
 Memory-saving optimizers: Adam with moments and, optionally, gradients projected to r dimensions; Muon together with AdamW.
 
-    opt = RSVDAdam(model.parameters(), lr=2e-4, rank=16)  # moments of the projected gradient (GaLore, arXiv 2403.03507)
+    opt = RSVDAdam(model.parameters(), lr=2e-5, rank=16)  # moments of the projected gradient (GaLore, arXiv 2403.03507)
     attach(model, opt)                                    # backward pass without the full gradients of linear layers
     TopRAdamW(model.parameters(), fraction=0.1)           # AdamW on the largest tenth of each gradient
     MuonAdamW([{'params': matrices, 'muon': True}, {'params': others}], lr=1e-3)
@@ -12,7 +12,8 @@ Martinsson, Tropp, arXiv 0909.4061) recomputes P every `interval` steps:
 
     R = P^T G;  M = b1 M + (1 - b1) R;  V = b2 V + (1 - b2) R^2;  W = (1 - lr wd) W - lr scale P (M^ / (sqrt V^ + eps))
 
-M^ and V^ are bias-corrected. The moments take r n numbers instead of m n. The parts of this file: functions of tensors, the
+M^ and V^ are bias-corrected. The moments take r n numbers instead of m n. scale = sqrt(m / r) makes the update as large as
+AdamW's, so that a learning rate fits all ranks. The parts of this file: functions of tensors, the
 optimizer, the projected backward pass, TopRAdamW, MuonAdamW, reports.
 """
 import contextlib
@@ -106,15 +107,23 @@ def fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, weight_decay, eps):
           weight_decay=weight_decay, eps=eps, maximize=False)
 
 
-def carry(moments, old, new, rotate):
-    """Carry the moments (M, V), each (r, n) fp32, to a new basis. rotate: M <- C M, V <- (C * C) V with C = new^T old. Without
-    rotate they keep their values, as in GaLore, and are cut or zero-padded to the new rank."""
-    M, V = moments
+def column_update(R, M, V, t, b1, b2, eps):
+    """Step t = 1, 2, ... of Adam on R (r, n) with one second moment for each column, as in Adam-mini (arXiv 2406.16793):
+    V (1, n) <- b2 V + (1 - b2) mean(R^2). Changes M (r, n) and V in place and returns -M^ / (sqrt V^ + eps)."""
+    M.lerp_(R, 1 - b1)
+    V.lerp_(R.square().mean(0, keepdim=True), 1 - b2)
+    return (M / (b1 ** t - 1)).div_((V / (1 - b2 ** t)).sqrt_().add_(eps))
+
+
+def carry(t, old, new, rotate, square=False):
+    """Carry a moment t (r, n), fp32, to a new basis. With C = new^T old, rotate gives M <- C M, as in LDAdam (arXiv
+    2410.16103), and with square=True V <- S V + (1 - S 1) mean(V), S = C * C. Row i of S sums to the share of the new
+    direction i that the old basis contains. For the rest V takes the mean of the column, since with 0 the next updates would
+    be several times too long. Without rotate, moments keep their values, as in GaLore, cut or zero-padded to the new rank."""
     if rotate:
         C = new.float().T @ old.float()
-        return C @ M, C.square() @ V
-    fill = (0, 0, 0, max(0, new.shape[1] - len(M)))
-    return tuple(F.pad(t, fill)[:new.shape[1]] for t in (M, V))
+        return C.square_() @ t + (1 - C.sum(1, keepdim=True)).clamp_(min=0) * t.mean(0) if square else C @ t
+    return F.pad(t, (0, 0, 0, max(0, new.shape[1] - len(t))))[:new.shape[1]]
 
 
 # Moments in fewer bits, with stochastic rounding: the mean of the rounded values is the exact value. With b2 = 0.999 a step
@@ -173,9 +182,11 @@ class RSVDAdam(torch.optim.Optimizer):
     energy          > 0: each refresh chooses the smallest rank in rank_min .. rank_max that keeps this share of |G|_F^2 (the
                     reference calls this SVT, but thresholds nothing)
     interval        steps between refreshes of the basis
-    scale           factor of the update; GaLore's alpha
+    scale           factor of the update, GaLore's alpha; 0: sqrt(m / r), which gives the update the RMS of AdamW's
     side            left: R = P^T G for every shape (the reference); right: R = G Q; short: the shorter side (GaLore)
-    rotate          rotate the moments into a new basis instead of keeping their values, see carry()
+    rotate          rotate the moments into a new basis instead of keeping their values (GaLore), see carry()
+    column_v        one second moment for each column of R instead of one for each number, see column_update(): (r + 1) n
+                    numbers instead of 2 r n. With a right basis a column belongs to a neuron or a word
     oversample, n_iter     of the randomized SVD
     stagger         > 0: about this many weights get a new basis per step. A weight starts to train when it has its first
                     basis, in step 0, 1, 2, ... 0: all weights in the same step
@@ -188,15 +199,15 @@ class RSVDAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *, rank=16, rank_fraction=0.0,
-                 energy=0.0, rank_min=4, rank_max=128, interval=200, scale=1.0, side='left', rotate=False, oversample=4,
-                 n_iter=1, stagger=0, state_dtype='fp32', seed=0):
+                 energy=0.0, rank_min=4, rank_max=128, interval=200, scale=0.0, side='left', rotate=True, column_v=False,
+                 oversample=4, n_iter=1, stagger=0, state_dtype='fp32', seed=0):
         self.slots = {}                             # {parameter: slot} of parameters that attach() serves
         self.projected = {}                         # {parameter: R (r, n) fp32} of this step
         self.failed = set()                         # parameters whose refresh overflowed in this step
         super().__init__(params, dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, rank_fraction=rank_fraction, energy=energy,
             rank_min=rank_min, rank_max=rank_max, interval=interval, scale=scale, side=side, rotate=rotate,
-            oversample=oversample, n_iter=n_iter, stagger=stagger, state_dtype=state_dtype, seed=seed))
+            column_v=column_v, oversample=oversample, n_iter=n_iter, stagger=stagger, state_dtype=state_dtype, seed=seed))
 
     def add_param_group(self, group):
         g = {**self.defaults, **group}
@@ -207,8 +218,8 @@ class RSVDAdam(torch.optim.Optimizer):
                 ((g['rank'] or 0) >= 0 and 0 <= g['rank_fraction'] <= 1 and 0 <= g['energy'] <= 1,
                  'rank >= 0, rank_fraction and energy 0 to 1'),
                 (1 <= g['rank_min'] <= g['rank_max'], '1 <= rank_min <= rank_max'),
-                (g['interval'] >= 1 and g['oversample'] >= 0 and g['n_iter'] >= 0 and g['stagger'] >= 0,
-                 'interval >= 1; oversample, n_iter, stagger >= 0')):
+                (g['interval'] >= 1 and all(g[k] >= 0 for k in ('scale', 'oversample', 'n_iter', 'stagger')),
+                 'interval >= 1; scale, oversample, n_iter, stagger >= 0')):
             if not right:
                 raise ValueError(f'RSVDAdam: {what}; got ' + ', '.join(f'{k}={v!r}' for k, v in g.items() if k != 'params'))
         super().add_param_group(group)
@@ -236,6 +247,7 @@ class RSVDAdam(torch.optim.Optimizer):
             for key, t in state_dict['state'].get(i, {}).items():
                 self.state[p][key] = t.to(p.device, copy=True) if torch.is_tensor(t) else t
         for group in self.param_groups:             # torch replaced the dicts of the groups
+            group.setdefault('column_v', False)     # older files lack it
             for p in self.slots.keys() & set(group['params']):
                 self.slots[p].group = group
 
@@ -296,7 +308,9 @@ class RSVDAdam(torch.optim.Optimizer):
             if group['state_dtype'] != 'fp32':
                 basis = basis.bfloat16()
             if 'exp_avg' in state and (group['rotate'] or rank != old.shape[1]):
-                self._keep(p, group, *carry((held(state, 'exp_avg'), held(state, 'exp_avg_sq')), old, basis, group['rotate']))
+                M, V = (held(state, name) for name in ('exp_avg', 'exp_avg_sq'))
+                M = carry(M, old, basis, group['rotate'])
+                self._keep(p, group, M, V if group['column_v'] else carry(V, old, basis, group['rotate'], square=True))
             state.update(basis=basis, refreshes=state.get('refreshes', 0) + 1, fresh_at=state['step'])
 
     def _keep(self, p, group, M, V):
@@ -371,7 +385,8 @@ class RSVDAdam(torch.optim.Optimizer):
                 low = self.low_rank(p, group)
                 if 'exp_avg' not in state:
                     state['exp_avg'], state['exp_avg_sq'] = (torch.zeros_like(
-                        grads[p], dtype=torch.float32, memory_format=torch.contiguous_format) for _ in 'MV')
+                        part, dtype=torch.float32, memory_format=torch.contiguous_format)
+                        for part in (grads[p], grads[p][:1] if low and group['column_v'] else grads[p]))
                 some = batches.setdefault((state['step'], low is not None, p.dtype, grads[p].dtype, p.device), [[]])
                 if sum(q.numel() for q, _ in some[-1]) > CHUNK:
                     some.append([])
@@ -393,14 +408,19 @@ class RSVDAdam(torch.optim.Optimizer):
             fused_adamw_(params, grads, Ms, Vs, t, b1, b2, lr, group['weight_decay'], group['eps'])
             return
         grads, decay = [g.float().contiguous() for g in grads], 1 - lr * group['weight_decay']
-        Ns = [torch.zeros_like(g) for g in grads]   # a fused AdamW step on zeros writes the update into Ns
-        fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
+        if low and group['column_v']:
+            Ns = [column_update(*tensors, t, b1, b2, group['eps']) for tensors in zip(grads, Ms, Vs, strict=True)]
+        else:
+            Ns = [torch.zeros_like(g) for g in grads]           # a fused AdamW step on zeros writes the update into Ns
+            fused_adamw_(Ns, grads, Ms, Vs, t, b1, b2, 1.0, 0.0, group['eps'])
         for p, M, V, N in zip(params, Ms, Vs, Ns, strict=True):
             if not full:
                 self._keep(p, group, M, V)
             if low:
                 W = p.flatten(1)                    # a copy if the weight of a convolution is channels_last
-                project_back_(W, self.state[p]['basis'], N, self.low_rank(p, group)[0], decay, lr * group['scale'])
+                left, _, (m, _) = self.low_rank(p, group)
+                size = group['scale'] or math.sqrt(m / len(N))          # the RMS of P N is sqrt(r / m) times that of N
+                project_back_(W, self.state[p]['basis'], N, left, decay, lr * size)
                 if W.data_ptr() != p.data_ptr():
                     p.copy_(W.view_as(p))
             else:
