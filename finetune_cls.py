@@ -51,7 +51,7 @@ train_file = ''                # csv: training file, .csv, .tsv, .jsonl (each al
 eval_file = ''                 # csv: evaluation file, with the same columns
 text_columns = ('sentence',)   # csv: one or two columns with the texts
 label_column = 'label'         # csv: column with the labels
-eval_split = 'val'             # split to evaluate on; xnli: val or test, of each of `languages`
+eval_split = 'val'             # split to evaluate on, or several: val,held; xnli: val or test, of each of `languages`
 languages = ('en',)            # xnli: languages to evaluate at the end; training is in English
 train_samples = 0              # number of training texts, drawn at random; 0: all
 max_len = 128                  # tokens per text or pair; longer ones are cut
@@ -78,9 +78,10 @@ top_fraction = 0.1             # lora_topr: share of each gradient to keep, the 
 rank_fraction = 0.0            # rsvd, rsvd_svt: rank = rank_fraction * min(rows, columns); 0: `rank`
 energy = 0.0                   # rsvd_svt: smallest rank that keeps this share of the gradient; 0: `rank`, 4 to 128
 interval = 200                 # rsvd: steps between two updates of the basis
-scale = 1.0                    # rsvd: multiplies the update
+scale = 0.0                    # rsvd: multiplies the update; 0: so that it is as large as that of `full` at the same rate
 side = 'right'                 # rsvd: side of the basis: left (the reference) | right (saves the fewest activations) | short
-rotate = False                 # rsvd: rotate the moments into each new basis
+rotate = True                  # rsvd: rotate the moments into each new basis
+column_v = False               # rsvd: one second moment per column of a projected gradient; side=right: per neuron or word
 projected = True               # rsvd: the backward pass forms no full gradients
 stagger = 4                    # rsvd: number of layers that update their basis in the same step; 0: all
 adam_for = ('head',)           # rsvd: parameters that use ordinary AdamW: head, embeddings
@@ -89,7 +90,7 @@ svt_interval = 50              # weight_reduction_svt: steps between truncations
 # optimizer
 epochs = 3.0                   # passes over the training texts in total, including those before a resume
 max_iters = 0                  # optimizer steps in total; 0: `epochs` decides
-learning_rate = 0.0            # peak, at the end of warm-up; 0: 2e-5 for full, 2e-4 for the other methods
+learning_rate = 0.0            # peak, at the end of warm-up; 0: 2e-5 for full and rsvd, 2e-4 for the other methods
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'linear'            # linear | cosine | constant
 warmup_iters = 0               # steps of linear warm-up
@@ -114,6 +115,7 @@ no_training = eval_only or bool(predict)
 
 METHODS = ('full', 'lora', 'qlora', 'lora_topr', 'rsvd', 'rsvd_svt', 'weight_reduction', 'weight_reduction_svt')
 ADAPTERS = ('lora', 'qlora', 'lora_topr')
+WHOLE = ('full', 'rsvd', 'rsvd_svt')            # they train all weights
 # Names of the query, key and value projections in transformers.
 ATTENTION = ('q_lin', 'k_lin', 'v_lin', 'q_proj', 'k_proj', 'v_proj', 'query', 'key', 'value', 'query_key_value', 'qkv_proj',
              'c_attn', 'Wqkv', 'query_proj', 'key_proj', 'value_proj', 'in_proj', 'q', 'k', 'v')
@@ -125,7 +127,7 @@ ATTENTION = ('q_lin', 'k_lin', 'v_lin', 'q_proj', 'k_proj', 'v_proj', 'query', '
 
 def adapt(net, head):
     """Apply the method to a model: replace layers and choose the trained parameters. Raises ValueError if it does not fit."""
-    if method in ('full', 'rsvd', 'rsvd_svt'):
+    if method in WHOLE:
         return
     linears = [n for n, m in net.named_modules() if layers.is_linear(m) and f'{n}.weight' not in head]
     chosen = [n for n in linears if n.rpartition('.')[2] in (targets or ATTENTION)]
@@ -171,7 +173,7 @@ def make_optimizer(net, head):
     groups = [{'params': [p for n, p in matrices.items() if n not in plain], 'side': side, **low},
               {'params': [p for n, p in matrices.items() if n in plain], 'rank': 0}, groups[1]]
     return optim.RSVDAdam([g for g in groups if g['params']], lr=1.0, weight_decay=weight_decay, interval=interval,
-                          scale=scale, rotate=rotate, stagger=stagger, state_dtype=state_dtype, seed=seed)
+                          scale=scale, rotate=rotate, column_v=column_v, stagger=stagger, state_dtype=state_dtype, seed=seed)
 
 
 def kept_state(net):
@@ -188,8 +190,9 @@ def kept_state(net):
 
 
 def read_data(names=None):
-    """(training texts, their label ids, {language or '': (texts, label names, row numbers)} to evaluate on, label names).
-    names: the label names of a trained model, or None. With `predict` there are no label names to evaluate on."""
+    """(training texts, their label ids, {set: (texts, label names, row numbers)} to evaluate on, label names). A set is one of
+    several languages or splits, or ''. names: the label names of a trained model, or None. With `predict` there are no label
+    names to evaluate on."""
     read = lambda path: texts.read_table(path, text_columns, label_column)
     if predict and not (names or model):
         raise ValueError(f'{out_dir} has no run; type its --out_dir=..., or --model=FOLDER of a trained classifier')
@@ -213,7 +216,9 @@ def read_data(names=None):
     else:
         folder = tokens.dataset_dir(dataset or task)
         sentences, ids, names = texts.load(folder, 'train')
-        splits = {key: f'{eval_split}-{key}' for key in languages} if task == 'xnli' else {'': eval_split}
+        parts = eval_split.split(',')
+        splits = {key: f'{eval_split}-{key}' for key in languages} if task == 'xnli' else (
+            {part: part for part in parts} if len(parts) > 1 else {'': eval_split})
         found = {key: texts.load(folder, split)[:2] for key, split in splits.items() if not folds}
         found = {key: (part, [names[i] for i in labels]) for key, (part, labels) in found.items()}
     rows = np.random.default_rng([seed, 1]).permutation(len(sentences))
@@ -299,12 +304,12 @@ def main():
                                       vocab_size=vocab_size, max_len=max_len)
             fresh, order = True, names
         else:
-            frozen = method not in ('full', 'rsvd', 'rsvd_svt')
+            frozen = method not in WHOLE
             net, tokenizer, order, fresh = hf.load(model or default_model(), names,
                                                    amp_dtype if frozen and amp_dtype else torch.float32, init_from != 'scratch')
         resized = resize and hf.resize(net, tokenizer)
         hf.check_fits(net, tokenizer, max_len, pairs=len(sentences[0]) > 1)
-        if method not in ('full', 'rsvd', 'rsvd_svt'):
+        if method not in WHOLE:
             hf.plain_linears(net)
         ids = [order.index(names[i]) for i in ids]                     # by name: the model may order its labels differently
         names, names_of_data = order, names
@@ -327,7 +332,7 @@ def main():
     eval_rows = {key: hf.encode(tokenizer, found[0], max_len) for key, found in eval_sets.items()}
     n_params, n_head_params = layers.model_bytes(net)[1] // 4, sum(p.numel() for p in head.values())
     n_trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    peak_rate = learning_rate or (2e-5 if method == 'full' else 2e-4)
+    peak_rate = learning_rate or (2e-5 if method in WHOLE else 2e-4)
     total_iters = max_iters or math.ceil(epochs * len(samples) / batch_size)
     say(f'{type(net).__name__}: {n_params:,} parameters, {n_trained:,} trained ({n_head_params:,} in the head'
         f'{", new" if fresh else ""}); {len(names)} labels: {", ".join(names[:9])}{" ..." * (len(names) > 9)}')
@@ -355,12 +360,13 @@ def main():
     described = {'model': base_name(), 'labels': list(names), 'names_of_data': list(names_of_data), 'samples': len(samples),
                  'vocabulary': zlib.crc32(repr(sorted(tokenizer.get_vocab().items())).encode())}
     described |= {key: config[key] for key in ('method', 'rank', 'rank_fraction', 'energy', 'targets', 'lora_alpha', 'quant8',
-                                               'side', 'adam_for', 'state_dtype', 'dtype', 'folds', 'fold')}
+                                               'side', 'column_v', 'adam_for', 'state_dtype', 'dtype', 'folds', 'fold')}
     function = hf.function(net.config)              # what shapes do not show, e.g. the number of heads
     described['checksum of the frozen weights'] = common.checksum(frozen)       # last: an option explains more
     if resume_path:
         try:
             state = common.read_last_checkpoint(resume_path, 'finetune_cls', set_aside=rank_here == 0)
+            state['described'].setdefault('column_v', False)           # older files lack it
             ours = {k: v for k, v in described.items() if not (no_training and k in ('samples', 'folds', 'fold'))}
             common.check_same(resume_path, state['described'], ours, f'resume with {out_dir}/config.py')
             was = state.get('function', {})         # versions of transformers differ in their keys
@@ -476,7 +482,7 @@ def main():
             saved_step = saved_step if unsaved else step
             clock, timed_steps = time.perf_counter(), 0
         if not stop and evaluating:
-            key, epoch_peak = next(iter(eval_sets)), meter.peak()      # the first of several languages
+            key, epoch_peak = next(iter(eval_sets)), meter.peak()      # the first of several sets
             found = evaluate(key)
             stop = found is None
             if not stop:

@@ -19,5 +19,5 @@ interval = 20
 max_len = 64
 batch_size = 32
 epochs = 10.0
-learning_rate = 3e-3
+learning_rate = 1e-3
 warmup_iters = 50

@@ -99,22 +99,22 @@ def compare(labels, a, b, names=('a', 'b')):
 
 
 def _keyed_predictions(path):
-    """Read a predictions file -> ({(language or '', index): (label, prediction)} in file order, has a language column)."""
-    unit, places, columns = read_columns(path, ['index', 'label', 'prediction'], optional='language')
+    """Read a predictions file -> ({(set or '', index): (label, prediction)} in file order, has a column of sets)."""
+    unit, places, columns = read_columns(path, ['index', 'label', 'prediction'], optional='set')
     found = {}
-    for place, index, label, prediction, *language in zip(places, *columns, strict=True):
-        key = (language[0] if language else '', index)
+    for place, index, label, prediction, *which in zip(places, *columns, strict=True):
+        key = (which[0] if which else '', index)
         if key in found:
-            raise ValueError(f'{path}, {unit} {place}: {" ".join(["index", index, *language])} is there twice')
+            raise ValueError(f'{path}, {unit} {place}: {" ".join(["index", index, *which])} is there twice')
         found[key] = label, prediction
     return found, len(columns) > 3
 
 
 def paired(path_a, path_b):
-    """Pair two predictions files of the same rows -> (labels, a, b, languages), lists of str in the order of path_a.
+    """Pair two predictions files of the same rows -> (labels, a, b, sets), lists of str in the order of path_a.
 
-    languages: None without such a column. ValueError if a row is in one file only or its label differs: other test sets."""
-    (a, has_language), (b, _) = _keyed_predictions(path_a), _keyed_predictions(path_b)
+    sets: None without such a column. ValueError if a row is in one file only or its label differs: other test sets."""
+    (a, has_sets), (b, _) = _keyed_predictions(path_a), _keyed_predictions(path_b)
     row = lambda key: ' '.join(['index', key[1], *filter(None, key[:1])])
     for one, other, path, other_path in ((a, b, path_a, path_b), (b, a, path_b, path_a)):
         alone = next((key for key in one if key not in other), None)
@@ -124,4 +124,4 @@ def paired(path_a, path_b):
         if label != b[key][0]:
             raise ValueError(f'{row(key)} has label {label!r} in {path_a} and {b[key][0]!r} in {path_b}; not the same test set')
     return ([label for label, _ in a.values()], [guess for _, guess in a.values()], [b[key][1] for key in a],
-            [language for language, _ in a] if has_language else None)
+            [which for which, _ in a] if has_sets else None)

@@ -169,7 +169,7 @@ def write_run(out_dir, about, names, evaluated, meter, forward, adam_bytes):
     """Write all result files of a run and return the dict of results.yaml.
 
     about: {key: value} that describe the run (model, task, method, rank, seed, ...). names: labels in the order of the data
-    set; with two labels, F1 is that of the second. evaluated: {language or '': (labels (n,), predictions (n,), rows of the
+    set; with two labels, F1 is that of the second. evaluated: {set or '': (labels (n,), predictions (n,), rows of the
     file (n,), loss, seconds per text)}, labels and predictions as names. meter: a StepMeter after its run. forward: a row of
     forward_pass.csv. adam_bytes: size of AdamW's state for all parameters. FLOPs are those of the last step. The backward
     pass has a total only: torch counts parts of it several times in modules that share an input.
@@ -194,19 +194,19 @@ def write_run(out_dir, about, names, evaluated, meter, forward, adam_bytes):
     table('optimizer_memory.csv', ('optimizer', 'method', 'rank', 'bytes', 'adam_bytes', 'saved'), [
         [type(meter.optimizer).__name__, about['method'], about['rank'], optimizer, adam_bytes,
          None if optimizer is None else round(1 - optimizer / adam_bytes, 6)]])
-    several, rows, per_language = len(evaluated) > 1 or '' not in evaluated, [], {}
+    several, rows, per_set = len(evaluated) > 1 or '' not in evaluated, [], {}
     of = {name: i for i, name in enumerate(names)}
-    for language, (labels, predictions, places, loss, _) in evaluated.items():
-        rows += [(*([language] if several else []), int(i), label, prediction)
+    for name, (labels, predictions, places, loss, _) in evaluated.items():
+        rows += [(*([name] if several else []), int(i), label, prediction)
                  for i, label, prediction in zip(places, labels, predictions, strict=True)]
-        per_language[language] = {'eval_loss': loss, **scores.metrics(
+        per_set[name] = {'eval_loss': loss, **scores.metrics(
             [of[x] for x in labels], [of[x] for x in predictions], len(names))}
         if len(names) == 2:
-            per_language[language]['f1_label'] = names[1]
-    table('predictions.csv', (*(['language'] if several else []), 'index', 'label', 'prediction'), rows)
+            per_set[name]['f1_label'] = names[1]
+    table('predictions.csv', (*(['set'] if several else []), 'index', 'label', 'prediction'), rows)
     bases = [state['basis'].shape[1] for state in meter.optimizer.state.values() if 'basis' in state]
     each = sum(len(found[0]) * found[4] for found in evaluated.values()) / len(rows)
-    results = {**about, **next(iter(per_language.values())), **({'languages': per_language} if several else {}),
+    results = {**about, **next(iter(per_set.values())), **({'sets': per_set} if several else {}),
                'train_loss': epochs[-1]['train_loss'] if epochs else None, 'peak_bytes': peak, 'optimizer_bytes': optimizer,
                'gradient_bytes': epochs[-1]['gradient_bytes'] if epochs else None,
                'basis_ranks': [min(bases), max(bases)] if bases else None,
@@ -232,10 +232,10 @@ def write_predictions(folder, names, predictions, shares):
 
 
 def in_words(results):
-    """The results as text: one line per evaluated language, then the time per text."""
+    """The results as text: one line per evaluated set, then the time per text."""
     lines = [f'{key + ": " if key else ""}accuracy {r["accuracy"]:.2%} [{r["accuracy_low"]:.2%}, {r["accuracy_high"]:.2%}], '
              f'{r["f1_kind"]} F1 {r["f1"]:.4f} [{r["f1_low"]:.4f}, {r["f1_high"]:.4f}], n = {r["n"]:,}'
-             for key, r in results.get('languages', {'': results}).items()]
+             for key, r in results.get('sets', {'': results}).items()]
     return '\n'.join(lines) + f'\n{results["ms_per_sample"]:.2f} ms/text'
 
 
@@ -247,12 +247,12 @@ def compare_runs(paths):
     names = [os.path.relpath(os.path.dirname(p) or '.') for p in paths]
     for path, name in zip(paths[1:], names[1:], strict=True):
         try:
-            labels, a, b, languages = scores.paired(paths[0], path)
+            labels, a, b, sets = scores.paired(paths[0], path)
         except ValueError as e:
             fail(str(e))
         parts = {'': np.full(len(labels), True)}
-        if languages and len(set(languages)) > 1:
-            parts |= {f'{x}: ': np.array(languages) == x for x in dict.fromkeys(languages)}
+        if sets and len(set(sets)) > 1:
+            parts |= {f'{x}: ': np.array(sets) == x for x in dict.fromkeys(sets)}
         for part, chosen in parts.items():
             r = scores.compare(*(np.array(column)[chosen] for column in (labels, a, b)), (names[0], name))
             print(f'{part}{names[0]} {r["accuracy_a"]:.2%}, {name} {r["accuracy_b"]:.2%} of {r["n"]:,}; difference '

@@ -89,7 +89,8 @@ def test_sst2_holds_out_sentences_with_their_phrases(tmp_path, written):
     one = [('a fine film', 1), ('fine', 1), ('film', 0), ('a fine', 1), ('fine', 1)]
     two = [('no film at all', 0), ('at all', 0)]
     assert sst2.hold_out(one + two, 1) == (one, two)
-    assert sst2.hold_out(one + two, 3) == ([], one + two)
+    with pytest.raises(ValueError, match='--held=3 leaves no row of 7 to train on'):
+        sst2.hold_out(one + two, 3)
 
 
 def test_sst2_takes_names_and_ids_and_notices_a_changed_file(tmp_path, small, written):
@@ -233,6 +234,7 @@ def test_xnli_leaves_out_pairs_without_a_label(tmp_path, pairs, written):
 MISTAKES = [
     ('sst2', '--file empty.tsv --val_file b.csv', 'empty.tsv is empty'), ('sst2', '--file no.tsv --val_file b.csv', 'no.tsv'),
     ('sst2', '--file label.tsv --val_file b.csv', "label.tsv, row 2: label '2' is none of 0, 1, negative, positive"),
+    ('sst2', '--held=-1', '--held=-1 must be 1 or more'),
     ('sst2', '--file a.tsv', 'go together'), ('sst2', '--fil a.tsv', '--fil'),
     ('sst2', '--file train.csv --val_file b.csv --out_dir .', 'train.csv'),
     ('xnli', '--languages en,it', "XNLI has no 'it'; it has ar, bg, de"), ('xnli', f'{PAIRS} --languages en,en', 'once'),

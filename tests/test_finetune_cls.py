@@ -33,8 +33,9 @@ train_file, eval_file = train_file.replace('train', 'train2'), eval_file.replace
 epochs = 3.0
 """
 NEW = 'up', 'down'              # labels
-METHODS = {'full': (), 'lora': (), 'qlora': (), 'lora_topr': ('--quant8=True',), 'rsvd': (), 'rsvd_svt': (),
-           'rsvd_svt energy': ('--energy=0.9',), 'weight_reduction': (), 'weight_reduction_svt': ()}
+METHODS = {'full': (), 'lora': (), 'qlora': (), 'lora_topr': ('--quant8=True',), 'rsvd': (),
+           'rsvd columns': ('--column_v=True',), 'rsvd_svt': (), 'rsvd_svt energy': ('--energy=0.9',),
+           'weight_reduction': (), 'weight_reduction_svt': ()}
 RESUMED = {'rsvd': ('--state_dtype=8bit', '--rank_fraction=0.25'), 'lora': ('--lora_dropout=0.2',),
            'weight_reduction_svt': ('--dtype=float16',)}
 COLUMNS = {'epoch_loss.csv': 'epoch,step,train_loss,eval_loss,eval_accuracy',
@@ -49,6 +50,7 @@ def lr_at(step, *args, plain=common.lr_at):
     return 0.5 if step >= 12 else plain(step, *args)
 common.lr_at = lr_at
 """
+EIGHT = '--micro_batch_size=16', '--max_iters=8', '--learning_rate=3e-3'    # at 1e-2 rounding decides after three steps
 BEST = '--keep_best=True', '--micro_batch_size=0'
 
 
@@ -251,7 +253,7 @@ def test_flops_are_those_of_a_count_by_hand(unbroken):
 
 def test_projected_gradients_are_small_and_the_same_training(unbroken):
     """Against --projected=False: the losses to rounding; fewer bytes of gradients than that and than full training."""
-    a, b = (unbroken('rsvd', '--micro_batch_size=16', '--max_iters=8', *more) for more in ((), ('--projected=False',)))
+    a, b = (unbroken('rsvd', *EIGHT, *more) for more in ((), ('--projected=False',)))
     assert log(a, 'loss') == pytest.approx(log(b, 'loss'), abs=1e-2)
     assert log(a, 'loss')[:5] == pytest.approx(log(b, 'loss')[:5], abs=1e-4)
     full = result(unbroken('full'))
@@ -309,7 +311,7 @@ OTHERS = [('lora', '--rank=8', 'rank (4, not 8)'), ('lora', '--lora_alpha=8', 'l
           ('lora', '--quant8=True', 'quant8 (False, not True)'), ('lora', '--dtype=bfloat16', 'dtype (float32, not bfloat16)'),
           ('lora', '--targets=q_lin', "targets ((), not ('q_lin',))"), ('lora', '--model={turned}', 'frozen weights'),
           ('rsvd', '--side=left', 'side (right, not left)'), ('rsvd', '--state_dtype=8bit', 'state_dtype (fp32, not 8bit)'),
-          ('rsvd', '--adam_for=()', "adam_for (('head',), not ())"),
+          ('rsvd', '--adam_for=()', "adam_for (('head',), not ())"), ('rsvd', '--column_v=True', 'column_v (False, not True)'),
           ('rsvd', '--rank_fraction=0.1', 'rank_fraction (0.0, not 0.1)')]
 
 
@@ -334,9 +336,9 @@ def test_what_a_resume_may_not_change(refused, folder, unbroken, base, tmp_path)
 def test_two_processes_train_rsvd_as_one_does(two_ranks, folder, unbroken):
     """The losses agree to rounding, the ranks to the bit, or the run would end with an error; figures are those of both."""
     cwd = folder()
-    done = two_ranks('--method=rsvd', '--max_iters=8', cwd=cwd)
+    done = two_ranks('--method=rsvd', *EIGHT[1:], cwd=cwd)
     assert '8 x 1 micro-steps x 2 processes' in done[0].out and done[1].out == ''
-    one = unbroken('rsvd', '--micro_batch_size=16', '--max_iters=8')
+    one = unbroken('rsvd', *EIGHT)
     assert log(cwd, 'loss')[:5] == pytest.approx(log(one, 'loss')[:5], abs=1e-4)
     for column in ('loss', 'val_loss'):             # Adam in a random basis makes as much of rounding as of a gradient
         assert log(cwd, column) == pytest.approx(log(one, column), abs=1e-2)
@@ -547,9 +549,27 @@ def test_every_language_is_evaluated_or_missed_in_one_line(runs, folder, tmp_pat
     cwd, options = folder(), ('--task=xnli', f'--dataset={tmp_path}/x', '--max_iters=2')
     done = runs((cwd, (*options, '--languages=en,de')), (cwd, (*options, '--languages=en,fr', '--out_dir=none')), code=2)
     figures = result(cwd)
-    assert figures['languages']['en']['accuracy'] == figures['languages']['de']['accuracy'] == figures['accuracy']
+    assert figures['sets']['en']['accuracy'] == figures['sets']['de']['accuracy'] == figures['accuracy']
     assert len(table(cwd / 'out' / 'predictions.csv')) == 80
     assert "no split 'val-fr'; it has" in one_error(done[1]) and not (cwd / 'none').exists()
+
+
+def test_several_splits_are_evaluated(runs, folder, tmp_path):
+    """--eval_split=val,held: both have their figures, of their own rows; those of the first are also those of the run."""
+    from readers.texts import build
+    task = dict(task='sst2', labels=['negative', 'positive'], text=['sentence'], label='label', source='here', revision='1')
+    rows = {split: texts(n, seed) for split, n, seed in (('train', 32, 3), ('val', 21, 4), ('held', 30, 5))}
+    build(tmp_path / 'x', task, {split: lambda found=found: found for split, found in rows.items()})
+    cwd, options = folder(scratch=True), ('--task=sst2', f'--dataset={tmp_path}/x', '--max_iters=2')
+    done = runs((cwd, (*options, '--eval_split=val,held')), (cwd, (*options, '--eval_split=val,x', '--out_dir=none')), code=2)
+    guesses, figures = table(cwd / 'out' / 'predictions.csv'), result(cwd)
+    for split, found in figures['sets'].items():
+        mine = [r for r in guesses if r['set'] == split]
+        assert [r['label'] for r in mine] == [label for _, label in rows[split]]
+        assert found['accuracy'] == np.mean([r['label'] == r['prediction'] for r in mine]) and found['n'] == len(rows[split])
+        assert f'{split}: accuracy {found["accuracy"]:.2%}' in done[0].out
+    assert list(figures['sets']) == ['val', 'held'] and figures.items() >= figures['sets']['val'].items()
+    assert "no split 'x'; it has train, val, held" in one_error(done[1]) and not (cwd / 'none').exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- sweeps

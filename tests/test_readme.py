@@ -73,6 +73,7 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python bench.py fit', 2, '--seeds=1 --dim=256 --batch=64 --threads=1 --steps=100 --lr=3e-3', r'qlora +297,729'),
     ('python bench.py layers', 2, '--rounds=1 --seconds=0.01 --shapes=2x64x64 --threads=1', r'fit4 +4\.'),
     ('python data/pycls/prepare.py', 1, '', 'wrote .*pycls'),
+    ('python data/sst2/prepare.py --held', 1, '--held=20 --file sst2.tsv --val_file sst2.tsv', r'held: got \d+ rows'),
     ('python data/sst2/prepare.py', 1, '--file sst2.tsv --val_file sst2.tsv', 'wrote .*sst2'),
     ('python finetune_cls.py config/', 2, CLASSIFIER, r'accuracy \d'),
     ('python data/images/prepare.py', 1, '--workers=1', 'wrote .*mine'),

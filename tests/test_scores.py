@@ -123,7 +123,7 @@ def test_a_detectable_difference_is_found_four_times_in_five(n, discordant):
 @pytest.fixture
 def write(tmp_path):
     """write(name, rows, header) -> path of such a predictions file."""
-    def make(name, rows, header=('index', 'label', 'prediction', 'p_0', 'language')):
+    def make(name, rows, header=('index', 'label', 'prediction', 'p_0', 'set')):
         with open(tmp_path / name, 'w', newline='') as f:
             csv.writer(f).writerows([header, *rows])
         return tmp_path / name
@@ -131,7 +131,7 @@ def write(tmp_path):
 
 
 def test_paired_predictions_follow_the_rows_not_their_order(write):
-    """Rows are matched by language and index, without a language column by index alone."""
+    """Rows are matched by set and index, without a column of sets by index alone."""
     a = write('a.csv', [(0, 'x', 'y', .1, 'de'), (1, 'y', 'y', .2, 'de'), (0, 'x', 'x', .3, 'en')])
     b = write('b.csv', [(0, 'x', 'z', .1, 'en'), (1, 'y', 'x', .2, 'de'), (0, 'x', 'x', .3, 'de')])
     assert scores.paired(a, b) == (['x', 'y', 'x'], ['y', 'y', 'x'], ['x', 'x', 'z'], ['de', 'de', 'en'])

@@ -112,11 +112,11 @@ def test_a_stopped_sweep_lets_its_run_save_and_goes_on(here, number, everyone, s
 # -------------------------------------------------------------------------------------------------------- comparisons
 
 
-def test_runs_are_compared_by_folder_or_file_and_by_language(here, capsys):
-    """Accuracies, their difference and the rows that only one has right, of all rows and of each language."""
+def test_runs_are_compared_by_folder_or_file_and_by_set(here, capsys):
+    """Accuracies, their difference and the rows that only one has right, of all rows and of each set."""
     for name, guesses in (('a', 'yyyyyyyy'), ('b', 'yynnyynn')):
         (here / name).mkdir()
-        texts.write_table(here / name / 'predictions.csv', ('index', 'label', 'prediction', 'language'),
+        texts.write_table(here / name / 'predictions.csv', ('index', 'label', 'prediction', 'set'),
                           zip(range(8), 'yynnyynn', guesses, ['en', 'de'] * 4, strict=True))
     tables.compare_runs(['a', 'b'])
     out = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_files_of_a_run(tmp_path):
 
 
 def test_f1_ranks_of_bases_and_a_run_without_training(tmp_path):
-    """F1 is of the second label: one y is found in two predictions, 2/3; of n 0; of three labels it is macro. Languages are
+    """F1 is of the second label: one y is found in two predictions, 2/3; of n 0; of three labels it is macro. Sets are
     scored one by one, ms are per text. Without a log nothing is claimed of the training."""
     result = write(tmp_path, state=[{'basis': torch.zeros(9, 3)}, {'basis': torch.zeros(5, 4)}, {'exp_avg': torch.zeros(2)}])
     assert result['f1'] == pytest.approx(2 / 3) and result['f1_label'] == 'y' and result['basis_ranks'] == [3, 4]
@@ -177,10 +177,10 @@ def test_f1_ranks_of_bases_and_a_run_without_training(tmp_path):
     assert tables.in_words(result).endswith('\n2.00 ms/text') and 'accuracy 50.00%' in tables.in_words(result)
     result = write(tmp_path, evaluated={'en': (['y'], ['y'], range(1), 0.5, 1.0),
                                         'de': (['y'] * 3, ['n'] * 3, range(3), 0.9, 3.0)})
-    german = result['languages']['de']
+    german = result['sets']['de']
     assert result['accuracy'] == 1 and german['accuracy'] == 0 and german['eval_loss'] == 0.9
     assert result['ms_per_sample'] == 2500
-    assert [r['language'] for r in table(tmp_path / 'predictions.csv')] == ['en', 'de', 'de', 'de']
+    assert [r['set'] for r in table(tmp_path / 'predictions.csv')] == ['en', 'de', 'de', 'de']
     assert result['optimizer_bytes'] is result['peak_bytes'] is result['ms_per_step'] is result['basis_ranks'] is None
     assert table(tmp_path / 'optimizer_memory.csv')[0]['saved'] == '' and not (tmp_path / 'memory_breakdown.csv').exists()
 

@@ -41,11 +41,12 @@ def local(path):
 
 
 def hold_out(rows, n):
-    """Divide rows (sentence, label) into (rows to train on, rows to evaluate on), which are the first n or a few more.
+    """Divide rows (sentence, label) into (rows to train on, n or a few more rows to evaluate on).
 
     Most rows are phrases of other rows. A row that is part of no other row is a whole sentence. Whole sentences are held out in
     the order of a hash, each with its phrases. A phrase that a sentence in training also contains stays in training. So no
-    held-out text is part of a training text, but texts of both share words and short phrases, as any two texts do.
+    held-out text is part of a training text, but texts of both share words and short phrases, as any two texts do. Raises
+    ValueError if no row is left to train on.
     """
     count, within, phrases = collections.Counter(text for text, _ in rows), collections.Counter(), {}
     for whole in sorted(count, key=lambda text: (-text.count(' '), text)):
@@ -61,6 +62,8 @@ def hold_out(rows, n):
         within.subtract(phrases[whole])
         alone = {part for part in phrases[whole] if not within[part]}
         held, size = held | alone, size + sum(count[part] for part in alone)
+    if held == count.keys():
+        raise ValueError(f'--held={n} leaves no row of {len(rows):,} to train on; type a lower number')
     return [row for row in rows if row[0] not in held], [row for row in rows if row[0] in held]
 
 
@@ -72,7 +75,8 @@ def main(argv=None):
     parser.add_argument('--val_file', metavar='PATH', help='local validation table')
     parser.add_argument('--held', metavar='N', type=int, nargs='?', const=6000, default=0,
                         help='hold out N training rows (6,000 without a number) as the split held')
-    parser.add_argument('--out_dir', metavar='PATH', type=Path, help='default: the folder of this script, its folder held with --held')
+    parser.add_argument('--out_dir', metavar='PATH', type=Path,
+                        help='default: the folder of this script; with --held its folder held')
     args = parser.parse_args(argv)
     here = Path(__file__).resolve().parent
     if bool(args.file) != bool(args.val_file):
