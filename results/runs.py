@@ -6,7 +6,7 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
     python results/runs.py recipe                                                 # rates and initial values, one seed
-    python results/runs.py sst2                                                   # methods of finetune_cls.py
+    python results/runs.py sst2 | sst2_search                                     # methods of finetune_cls.py, their rates
     python results/runs.py food10                                                 # kinds and normalizations of train_cnn.py
     python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
     python results/runs.py speed                                                  # bench.py train, its table
@@ -110,22 +110,52 @@ EXPERIMENTS = {
                             "--n_binary=6 --lr_scale={'alpha':1.0}"),
     }),
 }
-FAST = '--learning_rate=1e-3 --method='
+AS_BEFORE = '--scale=1 --interval=50 --rotate=False'    # GaLore without its factor
+# first: python data/sst2/prepare.py --held
 EXPERIMENTS |= {
-    'sst2': Experiment('finetune_cls.py', 'config/sst2_scratch.py', 'full', '1,2,3', {
+    'sst2': Experiment('finetune_cls.py', 'config/sst2_scratch.py', 'full', '1,2,3,4,5,6', {
         'full': ('AdamW, all weights', ''),
-        'rsvd64': ('rSVD, rank 64', FAST + 'rsvd --rank=64'),
-        'rsvd16': ('rSVD, rank 16', FAST + 'rsvd'),
-        'rsvd4': ('rSVD, rank 4', FAST + 'rsvd --rank=4'),
-        'rsvd4_8bit': ('... 8-bit moments', FAST + 'rsvd --rank=4 --state_dtype=8bit'),
-        'rsvd_svt': ('rSVD, 90% of the energy, rank 4 to 64', FAST + 'rsvd_svt --energy=0.9 --rank=64'),
-        'rsvd16_left': ('rSVD, rank 16, basis on the left', FAST + 'rsvd --side=left'),
-        'rsvd16_left_adam': ('... embeddings by AdamW', FAST + 'rsvd --side=left --adam_for=head,embeddings'),
-        'lora': ('LoRA, rank 16', FAST + 'lora'),
-        'lora_topr': ('LoRA, rank 16, largest tenth of the gradient', FAST + 'lora_topr'),
-        'qlora': ('QLoRA, rank 16, nf4', FAST + 'qlora'),
-        'wr16': ('weight reduction, rank 16', FAST + 'weight_reduction'),
-        'wr_svt16': ('... cut to 8', FAST + 'weight_reduction_svt'),
+        'rsvd64': ('rSVD, rank 64', '--method=rsvd --rank=64'),
+        'rsvd16': ('rSVD, rank 16', '--method=rsvd'),
+        'rsvd4': ('rSVD, rank 4', '--method=rsvd --rank=4'),
+        'rsvd4_before': ('... updates not scaled, moments not rotated, a basis every 50 steps',
+                         f'--method=rsvd --rank=4 {AS_BEFORE}'),
+        'rsvd6_columns': ('rSVD, rank 6, one second moment per column', '--method=rsvd --rank=6 --column_v=True'),
+        'rsvd6_columns_8bit': ('... 8-bit moments', '--method=rsvd --rank=6 --column_v=True --state_dtype=8bit'),
+        'rsvd_svt': ('rSVD, 90% of the energy, rank 4 to 64', '--method=rsvd_svt --energy=0.9 --rank=64'),
+        'rsvd16_left': ('rSVD, rank 16, basis on the left', '--method=rsvd --side=left'),
+        'rsvd16_left_adam': ('... embeddings by AdamW', '--method=rsvd --side=left --adam_for=head,embeddings'),
+        'lora': ('LoRA, rank 16', '--method=lora'),
+        'lora_topr': ('LoRA, rank 16, largest tenth of the gradient', '--method=lora_topr'),
+        'qlora': ('QLoRA, rank 16, nf4', '--method=qlora'),
+        'wr16': ('weight reduction, rank 16', '--method=weight_reduction'),
+        'wr_svt16': ('... cut to 8', '--method=weight_reduction_svt'),
+    }),
+    # Half of the steps. The variants with None used trial versions of optim.py.
+    'sst2_search': Experiment('finetune_cls.py', 'config/sst2_scratch.py --max_iters=480', 'full_10', '1', {
+        'full_5': ('AdamW, all weights, rate 5e-4', '--learning_rate=5e-4'),
+        'full_10': ('... 1e-3', ''),
+        'full_20': ('... 2e-3', '--learning_rate=2e-3'),
+        'full_10_cos': ('... 1e-3, cosine', '--schedule=cosine'),
+        'full_10_wd': ('... 1e-3, weight decay 0.1', '--weight_decay=0.1'),
+        'rsvd4_10': ('rSVD, rank 4, 1e-3, updates not scaled, moments not rotated, a basis every 50 steps',
+                     f'--method=rsvd --rank=4 {AS_BEFORE}'),
+        'rsvd4_10_s4': ('... updates x 4', '--method=rsvd --rank=4 --scale=4 --interval=50 --rotate=False'),
+        'rsvd4_10_auto': ('... updates x sqrt(m / r)', '--method=rsvd --rank=4 --interval=50 --rotate=False'),
+        'rsvd4_10_int10': ('... and a basis every 10 steps', '--method=rsvd --rank=4 --rotate=False'),
+        'rsvd4_10_rot50': ('... every 50 steps, moments rotated, V = 0 in new directions', None),
+        'rsvd4_10_rot_auto': ('... every 10 steps, the same', None),
+        'rsvd4_5_rot': ('... 5e-4', None),
+        'rsvd4_20_rot': ('... 2e-3', None),
+        'b99_10': ('... 1e-3, beta2 = 0.99', None),
+        'fill4_10': ('... 1e-3, V = mean(V) in new directions', '--method=rsvd --rank=4'),
+        'fill4_20': ('... 2e-3', '--method=rsvd --rank=4 --learning_rate=2e-3'),
+        'col4_auto': ('rSVD, rank 4, one second moment per column, 1e-3', '--method=rsvd --rank=4 --column_v=True'),
+        'col6_auto': ('... rank 6', '--method=rsvd --rank=6 --column_v=True'),
+        'col6_20': ('... rank 6, 2e-3', '--method=rsvd --rank=6 --column_v=True --learning_rate=2e-3'),
+        'sumo6_s1': ('SUMO, rank 6, 1e-3; embeddings by rSVD, rank 4', None),
+        'sumo6_s3': ('... orthogonal updates x 3', None),
+        'apollo4': ('APOLLO, rank 4, 1e-3, with full gradients', None),
     }),
 }
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
@@ -259,9 +289,21 @@ def runs_of(name, given_up=False):
     given_up also of those that were stopped early."""
     runs = sorted((r for r in keep.read(name) if 'seed' in r), key=lambda r: r['seed'])
     whole = lambda r: given_up or 'packed_file_bytes' in r or 'results' in r
-    found = {v: {r['seed']: r | r['evaluations'][-1] | r.get('results', {}) for r in runs if r['variant'] == v and whole(r)}
-             for v in EXPERIMENTS[name].variants}
+    found = {v: {r['seed']: r | r['evaluations'][-1] | pooled(r.get('results', {})) for r in runs
+                 if r['variant'] == v and whole(r)} for v in EXPERIMENTS[name].variants}
     return {v: by_seed for v, by_seed in found.items() if by_seed}
+
+
+def pooled(results):
+    """The figures of results.yaml with those of the set `held` (None without one) and of the texts of all sets together."""
+    if not results:
+        return {}
+    sets = results.get('sets', {'': results})
+    n = sum(r['n'] for r in sets.values())
+    over_all = lambda key: sum(r[key] * r['n'] for r in sets.values()) / n
+    held = sets.get('held', dict.fromkeys(('accuracy', 'n')))
+    return results | {'held_accuracy': held['accuracy'], 'held_n': held['n'], 'all_accuracy': over_all('accuracy'),
+                      'all_loss': over_all('eval_loss')}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,6 +325,17 @@ def mean(key, digits=4, scale=1, unit='', alone=''):
 def gap(key, digits=4, scale=1, alone=''):
     return lambda g: '-' if all(a is b for a, b in g['pairs']) else spread(
         [(a[key] - b[key]) * scale for a, b in g['pairs']], digits, '', alone)
+
+
+def paired_error(key, digits=2, scale=100):
+    """The mean gap to the baseline of the same seed, ± its standard error."""
+    def cell(g):
+        gaps = [(a[key] - b[key]) * scale for a, b in g['pairs']]
+        if all(a is b for a, b in g['pairs']):
+            return '-'
+        error = f' ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}' if len(gaps) > 1 else ''
+        return f'{statistics.mean(gaps):+.{digits}f}{error}'
+    return cell
 
 
 def first(key, spec=','):
@@ -309,8 +362,9 @@ LOSSES = {'val loss': mean('val_loss', alone=' ± -'),
 PHOTOGRAPHS = {'top-1': mean('top1', 2, 100), 'gap': gap('top1', 2, 100), 'top-5': mean('top5', 2, 100),
                'val loss': mean('val_loss'), 'binary share': first('binary_share', '.1%'),
                'packed file bytes': first('packed_file_bytes')}
-ACCURACIES = {'accuracy': mean('accuracy', 2, 100), 'gap': gap('accuracy', 2, 100), 'evaluation loss': mean('eval_loss'),
-              'trained': first('trained_parameters'), 'optimizer bytes': apart('optimizer_bytes', ','),
+SCORES = {'accuracy': mean('accuracy', 2, 100), 'held-out accuracy': mean('held_accuracy', 2, 100),
+          'gap': paired_error('all_accuracy'), 'loss': mean('all_loss'), 'training loss': mean('train_loss')}
+ACCURACIES = {**SCORES, 'trained': first('trained_parameters'), 'optimizer bytes': apart('optimizer_bytes', ','),
               'gradients': apart('gradient_bytes', ',.0f', 1024), 'peak': apart('peak_bytes', '.1f', MIB),
               'ms': apart('ms_per_step', '.0f'),
               '×': lambda g: f'{g["step"]["ms_per_step"] / g["base_step"]["ms_per_step"]:.2f}' if g['step'] else '-'}
@@ -331,10 +385,12 @@ TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n 
         '{threads} thread{s}, for some runs beside other work.')
 # header of the first column, caption, other columns
 TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
-    'sst2': ('method', '{parameters:,} parameters, {steps:,} steps, {n} sentences to evaluate; mean ± sd over seeds; accuracy '
-             'in percent, the gap in points and paired by seed. Of a step, measured apart (`--steps`), one thread: bytes of '
-             'optimizer state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × AdamW.',
-             ACCURACIES),
+    'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md).',
+                    SCORES | {'optimizer bytes': first('optimizer_bytes')}),
+    'sst2': ('method', '{parameters:,} parameters, {steps:,} steps. Accuracy in percent on {n} sentences and on {held_n:,} '
+             'held-out texts, mean ± sd over seeds. The gap and the loss are over all of these texts; the gap in points, '
+             'paired by seed, ± its standard error. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
+             'state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × AdamW.', ACCURACIES),
     'food10': ('layers', '{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap '
                'in points, paired by seed; share of the parameters that are binary.', PHOTOGRAPHS),
     'arithmetic': ('model', TASK, SUMS),
@@ -399,7 +455,8 @@ SUMMARY = [
      'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
     ('CNN 1.4M, 10 classes of Food-101', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
-    ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 16', None, 'sst2', 'rsvd16', 'accuracy', None, None)]
+    ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 6', None, 'sst2', 'rsvd6_columns', 'all_accuracy',
+     None, None)]
 
 
 def write_summary():
