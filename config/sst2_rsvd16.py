@@ -8,7 +8,7 @@ task = 'sst2'
 method = 'rsvd'
 rank = 16                      # --ranks=4,8,16,64,128 for the sweep, --side=left for the reference's scheme
 interval = 500
-scale = 1.0                    # as in the reference, which does not scale the update
+scale, rotate = 1.0, False     # as in the reference: the update is not scaled, the moments keep their values
 
 max_len = 128                  # as in the reference: 128 texts per step, a constant rate, 10 epochs
 batch_size = 128
