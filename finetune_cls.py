@@ -216,9 +216,8 @@ def read_data(names=None):
     else:
         folder = tokens.dataset_dir(dataset or task)
         sentences, ids, names = texts.load(folder, 'train')
-        parts = eval_split.split(',')
-        splits = {key: f'{eval_split}-{key}' for key in languages} if task == 'xnli' else (
-            {part: part for part in parts} if len(parts) > 1 else {'': eval_split})
+        splits = {key: f'{eval_split}-{key}' for key in languages} if task == 'xnli' else {
+            split * (',' in eval_split): split for split in eval_split.split(',')}
         found = {key: texts.load(folder, split)[:2] for key, split in splits.items() if not folds}
         found = {key: (part, [names[i] for i in labels]) for key, (part, labels) in found.items()}
     rows = np.random.default_rng([seed, 1]).permutation(len(sentences))

@@ -280,11 +280,12 @@ def load(folder, split):
     task = _read_task(folder)
     if task is None or not task['complete']:
         # only the scripts that write labelled texts, not tokens
-        names = sorted(path.parent.name for path in tokens.ROOT.glob('data/*/prepare.py')
-                       if 'texts.build(' in path.read_text(encoding='utf-8'))
+        scripts = {path.parent.name: text for path in sorted(tokens.ROOT.glob('data/*/prepare.py'))
+                   if 'texts.build(' in (text := path.read_text(encoding='utf-8'))}
         name, _, option = Path(os.path.relpath(folder, tokens.ROOT / 'data')).as_posix().partition('/')
-        command = (f'python data/{name}/prepare.py{option and " --" + option}' if name in names else    # sst2/held is of --held
-                   f'python data/<name>/prepare.py --out_dir {folder}, where <name> is one of: {", ".join(names)}')
+        own = name in scripts and (not option or f"'--{option}'" in scripts[name])      # --held writes sst2/held
+        command = (f'python data/{name}/prepare.py{option and " --" + option}' if own else
+                   f'python data/<name>/prepare.py --out_dir {folder}, where <name> is one of: {", ".join(scripts)}')
         raise ValueError(f'{folder} {"is unfinished" if task else "holds no task.json"}; type: {command}')
     if split not in task['rows']:
         raise ValueError(f'{folder} has no split {split!r}; it has {_listed(list(task["rows"]))}')

@@ -131,10 +131,10 @@ EXPERIMENTS |= {
         'wr16': ('weight reduction, rank 16', '--method=weight_reduction'),
         'wr_svt16': ('... cut to 8', '--method=weight_reduction_svt'),
     }),
-    # Half of the steps. The variants with None used trial versions of optim.py.
+    # Half of the steps. The variants with None used trial versions of optim.py, the others its code with other defaults.
     'sst2_search': Experiment('finetune_cls.py', 'config/sst2_scratch.py --max_iters=480', 'full_10', '1', {
-        'full_5': ('AdamW, all weights, rate 5e-4', '--learning_rate=5e-4'),
-        'full_10': ('... 1e-3', ''),
+        'full_10': ('AdamW, all weights, 1e-3', ''),
+        'full_5': ('... 5e-4', '--learning_rate=5e-4'),
         'full_20': ('... 2e-3', '--learning_rate=2e-3'),
         'full_10_cos': ('... 1e-3, cosine', '--schedule=cosine'),
         'full_10_wd': ('... 1e-3, weight decay 0.1', '--weight_decay=0.1'),
@@ -144,15 +144,15 @@ EXPERIMENTS |= {
         'rsvd4_10_auto': ('... updates x sqrt(m / r)', '--method=rsvd --rank=4 --interval=50 --rotate=False'),
         'rsvd4_10_int10': ('... and a basis every 10 steps', '--method=rsvd --rank=4 --rotate=False'),
         'rsvd4_10_rot50': ('... every 50 steps, moments rotated, V = 0 in new directions', None),
-        'rsvd4_10_rot_auto': ('... every 10 steps, the same', None),
+        'rsvd4_10_rot_auto': ('... every 10 steps', None),
         'rsvd4_5_rot': ('... 5e-4', None),
         'rsvd4_20_rot': ('... 2e-3', None),
         'b99_10': ('... 1e-3, beta2 = 0.99', None),
-        'fill4_10': ('... 1e-3, V = mean(V) in new directions', '--method=rsvd --rank=4'),
+        'fill4_10': ('rSVD, rank 4, 1e-3, scaled, rotated, every 10 steps, V = mean(V) there', '--method=rsvd --rank=4'),
         'fill4_20': ('... 2e-3', '--method=rsvd --rank=4 --learning_rate=2e-3'),
-        'col4_auto': ('rSVD, rank 4, one second moment per column, 1e-3', '--method=rsvd --rank=4 --column_v=True'),
-        'col6_auto': ('... rank 6', '--method=rsvd --rank=6 --column_v=True'),
-        'col6_20': ('... rank 6, 2e-3', '--method=rsvd --rank=6 --column_v=True --learning_rate=2e-3'),
+        'col4_auto': ('rSVD, rank 4, 1e-3, one second moment per column', '--method=rsvd --rank=4 --column_v=True'),
+        'col6_auto': ('rSVD, rank 6, 1e-3, one second moment per column', '--method=rsvd --rank=6 --column_v=True'),
+        'col6_20': ('... 2e-3', '--method=rsvd --rank=6 --column_v=True --learning_rate=2e-3'),
         'sumo6_s1': ('SUMO, rank 6, 1e-3; embeddings by rSVD, rank 4', None),
         'sumo6_s3': ('... orthogonal updates x 3', None),
         'apollo4': ('APOLLO, rank 4, 1e-3, with full gradients', None),
@@ -295,15 +295,13 @@ def runs_of(name, given_up=False):
 
 
 def pooled(results):
-    """The figures of results.yaml with those of the set `held` (None without one) and of the texts of all sets together."""
-    if not results:
-        return {}
-    sets = results.get('sets', {'': results})
-    n = sum(r['n'] for r in sets.values())
-    over_all = lambda key: sum(r[key] * r['n'] for r in sets.values()) / n
-    held = sets.get('held', dict.fromkeys(('accuracy', 'n')))
-    return results | {'held_accuracy': held['accuracy'], 'held_n': held['n'], 'all_accuracy': over_all('accuracy'),
-                      'all_loss': over_all('eval_loss')}
+    """The figures of results.yaml; if it has the sets val and held, also those of held and of the texts of both together."""
+    if 'sets' not in results:
+        return results
+    val, held = (results['sets'][name] for name in ('val', 'held'))
+    both = lambda key: (val[key] * val['n'] + held[key] * held['n']) / (val['n'] + held['n'])
+    return results | {'held_accuracy': held['accuracy'], 'held_n': held['n'], 'all_accuracy': both('accuracy'),
+                      'all_loss': both('eval_loss')}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,14 +325,11 @@ def gap(key, digits=4, scale=1, alone=''):
         [(a[key] - b[key]) * scale for a, b in g['pairs']], digits, '', alone)
 
 
-def paired_error(key, digits=2, scale=100):
-    """The mean gap to the baseline of the same seed, ± its standard error."""
+def error(key, digits=2, scale=100):
+    """The standard error of the mean of gap()."""
     def cell(g):
-        gaps = [(a[key] - b[key]) * scale for a, b in g['pairs']]
-        if all(a is b for a, b in g['pairs']):
-            return '-'
-        error = f' ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}' if len(gaps) > 1 else ''
-        return f'{statistics.mean(gaps):+.{digits}f}{error}'
+        gaps = [(a[key] - b[key]) * scale for a, b in g['pairs'] if a is not b]
+        return f'{statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}' if len(gaps) > 1 else '-'
     return cell
 
 
@@ -363,7 +358,8 @@ PHOTOGRAPHS = {'top-1': mean('top1', 2, 100), 'gap': gap('top1', 2, 100), 'top-5
                'val loss': mean('val_loss'), 'binary share': first('binary_share', '.1%'),
                'packed file bytes': first('packed_file_bytes')}
 SCORES = {'accuracy': mean('accuracy', 2, 100), 'held-out accuracy': mean('held_accuracy', 2, 100),
-          'gap': paired_error('all_accuracy'), 'loss': mean('all_loss'), 'training loss': mean('train_loss')}
+          'gap': gap('all_accuracy', 2, 100), 'its standard error': error('all_accuracy'), 'loss': mean('all_loss'),
+          'training loss': mean('train_loss')}
 ACCURACIES = {**SCORES, 'trained': first('trained_parameters'), 'optimizer bytes': apart('optimizer_bytes', ','),
               'gradients': apart('gradient_bytes', ',.0f', 1024), 'peak': apart('peak_bytes', '.1f', MIB),
               'ms': apart('ms_per_step', '.0f'),
@@ -385,11 +381,12 @@ TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n 
         '{threads} thread{s}, for some runs beside other work.')
 # header of the first column, caption, other columns
 TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
-    'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md).',
+    'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
+                    'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
     'sst2': ('method', '{parameters:,} parameters, {steps:,} steps. Accuracy in percent on {n} sentences and on {held_n:,} '
              'held-out texts, mean ± sd over seeds. The gap and the loss are over all of these texts; the gap in points, '
-             'paired by seed, ± its standard error. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
+             'paired by seed. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
              'state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × AdamW.', ACCURACIES),
     'food10': ('layers', '{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap '
                'in points, paired by seed; share of the parameters that are binary.', PHOTOGRAPHS),

@@ -96,6 +96,16 @@ def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):
     assert 'The rest' in page.read_text(encoding='utf-8')
 
 
+def test_the_gap_over_two_sets_counts_every_text_once(root):
+    """One text that is right and three that are wrong: 25%. Seeds whose gaps are 1 and 3 points: 2 ± 1, the standard error."""
+    import runs
+    sets = {'val': {'n': 1, 'accuracy': 1.0, 'eval_loss': 4.0}, 'held': {'n': 3, 'accuracy': 0.0, 'eval_loss': 0.0}}
+    found = runs.pooled({'accuracy': 1.0, 'sets': sets})
+    assert found['all_accuracy'] == 0.25 and found['all_loss'] == 1.0 and found['held_n'] == 3 and found['accuracy'] == 1.0
+    group = {'pairs': [({'x': 0.11}, {'x': 0.10}), ({'x': 0.23}, {'x': 0.20})]}
+    assert runs.gap('x', 2, 100)(group).startswith('2.00') and runs.error('x')(group) == '1.00'
+
+
 def test_the_fault_matrix_finds_a_fault(start, tmp_path):
     """Two checks with few cases: a run stopped by a NaN ends as promised; a reader that ignores checksums does not. The exit
     status is 1, and nothing is stored."""
