@@ -247,7 +247,6 @@ class RSVDAdam(torch.optim.Optimizer):
             for key, t in state_dict['state'].get(i, {}).items():
                 self.state[p][key] = t.to(p.device, copy=True) if torch.is_tensor(t) else t
         for group in self.param_groups:             # torch replaced the dicts of the groups
-            group.setdefault('column_v', False)     # older files lack it
             for p in self.slots.keys() & set(group['params']):
                 self.slots[p].group = group
 
