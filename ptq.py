@@ -57,8 +57,6 @@ schemes = ''                   # names from the top of this file, separated by c
 skip = 'head,embd'             # layers that stay unchanged: head, embd or words of layer names, with commas; '': none
 group = 128                    # weights of a row that share a scale in rtn, awq, gptq, tern and bin; 0: the whole row
 windows = 128                  # size of the calibration set: windows of block_size tokens, or texts of a classifier
-act_order = True               # gptq: quantize the columns with the largest inputs first
-clip = True                    # gptq: choose the range of each group by the error of its output
 damp = 0.01                    # gptq: adds damp * mean(diag H) to the diagonal of H, the Gram matrix of the inputs; 0 to 1
 save = ''                      # file or new folder for the packed model; needs one scheme, or one pruning method and amount
 time_rounds = 5                # timing rounds, in turns with the original model; 0: no timing
@@ -87,11 +85,10 @@ SCHEMES = {'half': ('', 'half', {}), 'int8': ('', 'int8', {}), 'int8a8': ('', 'i
            'bnb8': ('bnb', 'int8', {}), 'bnb_nf4': ('bnb', 'nf4', {}), 'bnb_nf4dq': ('bnb', 'nf4dq', {})}
 # method of a scheme: the options that it uses. A method with the option group makes GroupLinear layers.
 METHODS = {'': (), 'bnb': (), 'rtn': ('group',), 'awq': ('group', 'windows'),
-           'gptq': ('group', 'windows', 'act_order', 'clip', 'damp')}
+           'gptq': ('group', 'windows', 'damp')}
 # calibrated method -> (codes, scale, zero) of a weight; awq also returns the scale of the inputs
 CALIBRATED = {'awq': lambda weight, moments, levels: calibrate.awq(weight, moments, levels, group),
-              'gptq': lambda weight, moments, levels: calibrate.gptq(weight, moments, levels, group, act_order=act_order,
-                                                                     clip=clip, damp=damp)}
+              'gptq': lambda weight, moments, levels: calibrate.gptq(weight, moments, levels, group, damp)}
 OPTIONS = ('skip', *dict.fromkeys(key for keys in METHODS.values() for key in keys))
 PRUNING = ('magnitude', 'global', '2:4', 'wanda', 'wanda2:4')
 
@@ -135,7 +132,8 @@ def quantize(subject, model, name, alone=False):
 
     if method in CALIBRATED:
         linears = [n for n, m in wanted.items() if isinstance(m, nn.Linear)]
-        calibrate.for_each_layer(model, subject.calibration(windows, seed), subject.run, linears, visit)
+        calibrate.for_each_layer(model, subject.calibration(windows, seed), subject.run, linears, visit,
+                                 repair=method == 'gptq' and not alone)
         for n, quantized in later.items():
             put(n, *quantized)
     for n, module in wanted.items():
@@ -246,7 +244,7 @@ def evaluated(subject, model, name, first, described, **row):
             'accuracy': subject.accuracy, 'delta': first and loss - first['loss'],
             'file_bytes': file_bytes(subject, model, described)}
     row['compression'] = first and first['file_bytes'] / row['file_bytes']
-    return row | {'ckpt': subject.name, 'group': group, 'skip': skip, 'windows': windows, 'act_order': act_order, 'clip': clip,
+    return row | {'ckpt': subject.name, 'group': group, 'skip': skip, 'windows': windows,
                   'seed': seed, 'torch': torch.__version__, 'device': common.device_name(subject.dev)}
 
 

@@ -1,16 +1,28 @@
-"""calibrate.py: GPTQ against a direct solve, activation-aware scaling against its definition, the walk through the blocks."""
+"""calibrate.py: GPTQ against a direct solve, coordinate descent against trying everything, activation-aware scaling against its
+definition, the walk through the blocks."""
 import copy
+import itertools
 from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
 from formulas import fixed  # noqa: F401
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModel,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from conftest import random_ids, tiny_gpt
 from pretrained import calibrate
-from quant import group_grid, to_grid
+from quant import GRIDS, group_grid, to_grid
 
 
 def moments(x):
@@ -47,50 +59,119 @@ def nearest(w, levels, group):
     return to_grid(groups, scale, zero, levels).flatten(1), scale[..., 0], zero[..., 0]
 
 
-def direct(w, H, levels, group, damp, order):
+def damped(moments, damp=0.01):
+    H = moments.H / moments.n
+    return H + damp * H.diagonal().mean() * torch.eye(len(H))
+
+
+def errors(target, H, codes, scale, zero):
+    """tr((T - Q) H (T - Q)^T) of each row, in fp64."""
+    off = (target - decoded(codes, scale, zero)).double()
+    return ((off @ H.double()) * off).sum(1)
+
+
+def direct(w, H, scale, zero, levels, order):
     """GPTQ as it is defined, in fp64 and without any of its algebra: round a column, then give the columns that are left the
-    values that minimize tr((W' - W) H (W' - W)^T) with those before held fixed, from the normal equations. Without an order,
-    from left to right: the scales of a group are those of its weights after the earlier columns' errors came to them."""
-    n, scale, zero = w.shape[1], *nearest(w, levels, group)[1:]
-    H = H.double() + damp * H.double().diagonal().mean() * torch.eye(n, dtype=torch.float64)
-    now, codes, columns = w.double().clone(), torch.zeros_like(w), order or list(range(n))
-    for i, j in enumerate(columns):
-        g = j // (group or n)
-        if not order and group and j % group == 0:
-            scale[:, g:g + 1], zero[:, g:g + 1] = group_grid(now[:, j:j + group].float(), levels)
+    values that minimize tr((W' - W) H (W' - W)^T) with those before held fixed, from the normal equations."""
+    group, H, now, codes = w.shape[1] // scale.shape[1], H.double(), w.double().clone(), torch.zeros_like(w)
+    for i, j in enumerate(order):
+        g = j // group
         codes[:, j] = to_grid(now[:, j].float(), scale[:, g], zero[:, g], levels)
         now[:, j] = ((codes[:, j] - zero[:, g]) * scale[:, g]).double()
-        done, left = columns[:i + 1], columns[i + 1:]
+        done, left = order[:i + 1], order[i + 1:]
         if left:
             off = (now - w.double())[:, done]
             now[:, left] = w.double()[:, left] - torch.linalg.solve(H[left][:, left], H[left][:, done] @ off.T).T
-    return codes, scale, zero
+    return codes
 
 
-@pytest.mark.parametrize('levels, group, act_order', [
-    ('int4', 8, True), ('int3', 8, False), ('int2', 0, True), ('int2', 0, False), ('tern', 8, True), ('bin', 0, True)])
-def test_gptq_is_the_direct_solve(levels, group, act_order):
+@pytest.mark.parametrize('levels, group, order', [
+    ('int4', 8, list(range(24))), ('int3', 0, [*range(1, 24, 2), *range(22, -1, -2)]), ('int2', 8, [*range(23, -1, -1)]),
+    ('tern', 8, list(range(24))), ('bin', 0, list(range(24)))])
+def test_rounding_column_by_column_is_the_direct_solve(levels, group, order):
     """Codes are those of rounding a column and solving for the columns that are left, in fp64, without GPTQ's algebra."""
     w, m = weight(6, 24), moments(correlated(24, 200))
-    result = calibrate.gptq(w, m, levels, group, act_order=act_order, clip=False, damp=0.01)
-    H = m.H / m.n
-    expected = direct(w, H, levels, group, 0.01, torch.argsort(H.diagonal(), descending=True).tolist() if act_order else None)
-    follows = bool(group) and not act_order         # then the scales depend on rounding, too
-    assert torch.allclose(result[1], expected[1], rtol=2e-3 * follows, atol=0) and torch.equal(result[2], expected[2])
+    _, scale, zero = nearest(w, levels, group)
+    codes = calibrate.rounded(w, calibrate.inverse_root((m.H / m.n)[order][:, order], 0.01), torch.tensor(order), scale, zero,
+                              levels)
+    expected = direct(w, damped(m), scale, zero, levels, order)
     # A weight that lies on the middle between two levels may go either way in fp32 and fp64.
-    assert (result[0] != expected[0]).float().mean() <= 0.02
-    error = lambda codes: output_error(w, decoded(*codes), m)
-    assert error(result) == pytest.approx(error(expected), rel=0.1)
+    assert (codes != expected).float().mean() <= 0.02
+    error = lambda codes: output_error(w, decoded(codes, scale, zero), m)
+    assert error(codes) == pytest.approx(error(expected), rel=0.1)
+
+
+@pytest.mark.parametrize('levels, group', [('int4', 16), ('int3', 64), ('int2', 32), ('tern', 16), ('bin', 64)])
+def test_a_sweep_never_raises_the_error_of_a_row(levels, group):
+    """Sweep after sweep no row's error rises, codes and scales stay what the format can store, and in the end they rest."""
+    w, m = weight(8, 64), moments(correlated(64, 500))
+    codes, scale, zero = nearest(w, levels, group)
+    H, seen = damped(m), []
+    for _ in range(20):
+        seen.append(errors(w, H, codes, scale, zero))
+        before, (codes, scale) = codes, calibrate.descend(w, H, codes, scale, zero, levels)
+        assert codes.min() >= 0 and codes.max() < GRIDS[levels].steps and torch.equal(codes, codes.round())
+        assert scale.min() > 0 and torch.equal(scale, scale.half().float())
+    assert all((b <= a * (1 + 1e-5)).all() for a, b in itertools.pairwise(seen))
+    assert seen[-1].sum() < 0.8 * seen[0].sum() and torch.equal(codes, before)
+
+
+def test_descent_finds_the_best_codes_of_a_small_case():
+    """Rows of five 2-bit weights on weakly correlated inputs: with their scale, none of all 1,024 codes has a smaller error."""
+    w, m = weight(6, 5), moments(torch.randn(300, 5, generator=torch.Generator().manual_seed(0)) @ (torch.eye(5) + 0.1))
+    H, (codes, scale, zero) = damped(m), nearest(w, 'int2', 0)
+    for _ in range(5):
+        codes, scale = calibrate.descend(w, H, codes, scale, zero, 'int2')
+    every = torch.tensor(list(itertools.product(range(4), repeat=5))).float()
+    for row, s, z, error in zip(w, scale, zero, errors(w, H, codes, scale, zero), strict=True):
+        assert error <= errors(row, H, every, s.expand(1024, 1), z.expand(1024, 1)).min() * (1 + 1e-6)
+
+
+def test_descent_leaves_no_single_change_that_helps():
+    """On correlated inputs: no other code of one weight, and no other fp16 scale of one group, lowers the error of its row."""
+    w, m = weight(4, 16), moments(correlated(16, 300))
+    H, (codes, scale, zero) = damped(m), nearest(w, 'int2', 8)
+    for _ in range(12):
+        codes, scale = calibrate.descend(w, H, codes, scale, zero, 'int2')
+    least = errors(w, H, codes, scale, zero) * (1 - 1e-5)
+    for j, code in itertools.product(range(16), range(4)):
+        other = codes.clone()
+        other[:, j] = code
+        assert (errors(w, H, other, scale, zero) >= least).all()
+    for g, factor in itertools.product(range(2), (0.999, 1.001)):
+        other = scale.clone()
+        other[:, g] *= factor
+        assert (errors(w, H, codes, other, zero) >= least).all()
+
+
+def test_gptq_is_deterministic_and_draws_no_random_numbers():
+    w, m, state = weight(16, 32), moments(correlated(32, 200)), torch.get_rng_state()
+    a, b = (calibrate.gptq(w, m, 'int2', 16) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and torch.equal(state, torch.get_rng_state())
+
+
+def test_gptq_repairs_the_errors_of_the_layers_before():
+    """The inputs have changed: with the gap, 8-bit weights give the outputs of the least-squares solution, and 2-bit weights
+    half the error they have without it."""
+    w, x = weight(32, 64), correlated(64, 1000)
+    changed = x + 0.5 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(5)) @ weight(64, 64, seed=2)
+    wanted, plain, m = x @ w.T, moments(changed), moments(changed)
+    m.add_gap(wanted - changed @ w.T, changed)
+    error = lambda w: (changed @ w.T - wanted).square().sum().item()
+    of = lambda m, levels: error(decoded(*calibrate.gptq(w, m, levels, 16, damp=1e-6)))
+    assert of(m, 'int8') == pytest.approx(error(torch.linalg.lstsq(changed, wanted).solution.T), rel=0.01)
+    assert of(m, 'int8') < 0.9 * of(plain, 'int8') and of(m, 'int2') < of(plain, 'int2')
 
 
 @pytest.mark.parametrize('constant, size, rows', [('BLOCK', 8, 6), ('BLOCK', 7, 6), ('PART', 1, 300)])
 def test_parts_are_the_whole(constant, size, rows, monkeypatch):
     """Errors passed on block by block, groups inside and across blocks, and 256 rows at a time give the codes of the whole."""
     w, m = weight(rows, 24), moments(correlated(24, 200))
-    every = lambda: [t for ordered in (True, False) for t in calibrate.gptq(w, m, 'int3', 8, act_order=ordered, clip=ordered)]
-    whole = [*every(), *calibrate.awq(w, m, 'int3', 8)]
+    m.add_gap(correlated(rows, 200, seed=4), correlated(24, 200))
+    every = lambda: [*calibrate.gptq(w, m, 'int3', 8), *calibrate.gptq(w, m, 'int2', 0), *calibrate.awq(w, m, 'int3', 8)]
+    whole = every()
     monkeypatch.setattr(calibrate, constant, size)
-    for a, b in zip(whole, [*every(), *calibrate.awq(w, m, 'int3', 8)], strict=True):
+    for a, b in zip(whole, every(), strict=True):
         assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), atol=1e-6)
     assert whole[0].dtype == torch.uint8
 
@@ -100,8 +181,7 @@ def test_gptq_beats_rounding_to_the_nearest(levels, least, group):
     """On correlated inputs the squared error of the output is about half of that of rounding, or less."""
     w, m = weight(64, 256), moments(correlated(256, 2000))
     plain = output_error(w, decoded(*nearest(w, levels, group)), m)
-    for options in ({}, {'act_order': False}, {'clip': False}):
-        assert output_error(w, decoded(*calibrate.gptq(w, m, levels, group, **options)), m) < plain / least
+    assert output_error(w, decoded(*calibrate.gptq(w, m, levels, group)), m) < plain / least
 
 
 @pytest.mark.parametrize('change', [lambda x: x[:1], lambda x: torch.cat([x[:, :1].expand(-1, 9), x[:, 9:]], 1),
@@ -136,9 +216,9 @@ def test_inverse_root():
 def test_inputs_that_say_nothing_leave_rounding_to_the_nearest(x):
     """No inputs, zeros, or independent inputs of one size: gptq gives the nearest codes, and awq too where it saw nothing."""
     w, m = weight(8, 32), moments(x)
-    expected = nearest(w, 'int4', 16)
-    assert all(torch.equal(*pair) for pair in zip(calibrate.gptq(w, m, 'int4', 16, clip=False), expected, strict=True))
-    assert len(x) or torch.equal(calibrate.awq(w, m, 'int4', 16)[0], expected[0])
+    codes, scale, zero = calibrate.gptq(w, m, 'int4', 16)
+    assert torch.equal(codes, to_grid(w, scale.repeat_interleave(16, 1), zero.repeat_interleave(16, 1), 'int4'))
+    assert len(x) or torch.equal(calibrate.awq(w, m, 'int4', 16)[0], nearest(w, 'int4', 16)[0])
 
 
 def test_clipping_takes_the_range_with_the_least_error():
@@ -207,6 +287,74 @@ def test_each_block_sees_the_outputs_of_the_changed_blocks_before_it():
     calibrate.for_each_layer(model, batches, nn.Module.__call__, names, visit)
     assert sorted(seen) == sorted(names) and len(seen) > 10 and seen[-1] == 'lm_head'
     assert not logits                               # the largest tensors of all are never made
+
+
+MODELS = {                # model, and for each layer whose output is added to something: where the sum is; out: of the block
+    'ours': (gpt, {'attn.c_proj': 'ln_2', 'mlp.c_proj': 'out'}),
+    'llama': (partial(LlamaConfig, intermediate_size=48, num_key_value_heads=1),
+              {'self_attn.o_proj': 'post_attention_layernorm', 'mlp.down_proj': 'out'}),
+    'norm after the sum': (partial(BertConfig, intermediate_size=48),
+                           {'attention.output.dense': 'attention.output.LayerNorm', 'output.dense': 'output.LayerNorm'}),
+    'attention beside the MLP': (partial(GPTNeoXConfig, intermediate_size=48),
+                                 {'attention.dense': 'out', 'mlp.dense_4h_to_h': 'out'}),
+    'flattened tokens': (partial(OPTConfig, ffn_dim=48, word_embed_proj_dim=32),
+                         {'self_attn.out_proj': 'final_layer_norm', 'fc2': 'out'})}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_gap_is_what_the_changed_model_lacks(name):
+    """Each layer, also inside a block, gets inputs x from the changed layers before, and the gap (s' - s)^T x. s is the sum of
+    the layer's output and what it is added to, otherwise its output; s' is that of the original model."""
+    make, sums = MODELS[name]
+    model = make() if make is gpt else AutoModel.from_config(make(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                                                  vocab_size=64, use_cache=False)).eval()
+    original, ids, seen = copy.deepcopy(model), random_ids(2, 16), []
+    block_of = lambda layer: next((b for row in calibrate.find_blocks(model) for b, _ in row if layer.startswith(f'{b}.')), '')
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and block_of(n)]
+
+    def at(net, layer):
+        """(input of the layer, its sum or output), each (tokens, features)."""
+        block, got = block_of(layer), {}
+        point = sums.get(layer.removeprefix(f'{block}.'), '')
+        first = lambda x: (x[0] if isinstance(x, tuple) else x).flatten(0, -2)
+        hooks = [net.get_submodule(layer).register_forward_hook(lambda _, x, y: got.update(x=first(x), s=first(y)))]
+        if point == 'out':
+            hooks.append(net.get_submodule(block).register_forward_hook(lambda _, x, y: got.update(s=first(y))))
+        elif point:
+            hooks.append(net.get_submodule(f'{block}.{point}').register_forward_hook(lambda _, x, y: got.update(s=first(x))))
+        with torch.no_grad():
+            net(ids)
+        for hook in hooks:
+            hook.remove()
+        return got['x'], got['s']
+
+    def visit(layer, m):
+        (x, s), (_, wanted) = at(model, layer), at(original, layer)
+        expected = (wanted - s).T @ x
+        assert torch.allclose(m.H, x.T @ x, rtol=1e-4, atol=1e-4 * m.H.max().item()), layer
+        assert torch.allclose(m.gap, expected, rtol=1e-3, atol=1e-4 * (s.norm() * x.norm()).item()), layer
+        seen.append((layer, expected.norm() > 1e-3 * s.norm() * x.norm()))
+        model.get_submodule(layer).weight.data.mul_(0.5)
+    calibrate.for_each_layer(model, [ids], lambda net, ids: net(ids), names, visit, repair=True)
+    assert sorted(n for n, _ in seen) == sorted(names) and len(names) > 7 and sum(large for _, large in seen) > len(names) / 2
+
+
+def test_a_layer_that_gets_some_of_the_tokens_has_no_gap():
+    """Layers called for a part of the tokens, twice, or never, as experts are, are visited with the moments of their inputs."""
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all, self.part, self.twice, self.never = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            x = x + self.all(x)
+            return torch.cat([self.part(x[:, :3]), self.twice(self.twice(x[:, 3:]))], 1)
+    model, x, seen = nn.Sequential(nn.ModuleList([Block()])), torch.randn(2, 5, 8), {}
+    names = [f'0.0.{n}' for n in ('never', 'twice', 'part', 'all')]
+    calibrate.for_each_layer(model, [x], lambda net, x: net[0][0](x), names, lambda n, m: seen.update({n: (m.n, m.gap)}),
+                             repair=True)
+    assert {n: t for n, (t, _) in seen.items()} == {'0.0.never': 0, '0.0.twice': 8, '0.0.part': 6, '0.0.all': 10}
+    assert all((gap is None) == (n != '0.0.all') for n, (_, gap) in seen.items())
 
 
 def test_a_pass_ends_when_each_layer_was_called():
