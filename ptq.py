@@ -15,7 +15,7 @@ transformers (a folder or an id) with --text=FILE and --calibration=FILE; one of
     half          fp16                               int8, int8a8   absmax scale per row; a8: the inputs are int8 too
     uniform16 ..  16 even levels, groups of 16 ..    nf4, nf4dq     16 normal quantiles; dq: 8-bit scales
     fit4          16 fitted levels                   rtn4 .. rtn2   integers with a zero per group, rounded to the nearest
-    awq4 .. awq2  like rtn, with scaled inputs       gptq4 .. gptq2 like rtn; each column corrects the errors of earlier ones
+    awq4 .. awq2  like rtn, with scaled inputs       gptq4 .. gptq2 like rtn; columns and layers repair errors of earlier ones
     tern, bin     mean|w| times {-1, 0, 1}, {-1, 1}; need training    bnb8, bnb_nf4, bnb_nf4dq   bitsandbytes, if installed
 """
 import copy
