@@ -244,8 +244,8 @@ def evaluated(subject, model, name, first, described, **row):
             'accuracy': subject.accuracy, 'delta': first and loss - first['loss'],
             'file_bytes': file_bytes(subject, model, described)}
     row['compression'] = first and first['file_bytes'] / row['file_bytes']
-    return row | {'ckpt': subject.name, 'group': group, 'skip': skip, 'windows': windows,
-                  'seed': seed, 'torch': torch.__version__, 'device': common.device_name(subject.dev)}
+    return row | {'ckpt': subject.name, 'group': group, 'skip': skip, 'windows': windows, 'seed': seed,
+                  'torch': torch.__version__, 'threads': torch.get_num_threads(), 'device': common.device_name(subject.dev)}
 
 
 def compare(subject, folder):

@@ -12,6 +12,7 @@ Rows go to results/ptq_*.jsonl, tables and pictures to the same folder and READM
 """
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -41,8 +42,9 @@ def schemes(rows):
                '× fp ': number('ratio_many', '.2f'), 'file bytes': '{file_bytes:,}', 'smaller': number('compression', '.2f')}
     return [f'`config/wikitext2_bpe.py`, {r["device"]}, torch {r["torch"]}; the block matrices are quantized, the head and '
             f'embeddings are not (`skip={r["skip"]}`); groups of {r["group"]}; GPTQ and AWQ saw {r["windows"]} windows of the '
-            'training split; loss in nats per token of a BPE over the batches of the training\'s evaluations; times in turns '
-            'with the full-precision model.', '', *table(columns, rows)]
+            'training split; loss in nats per token of a BPE over the batches of the training\'s evaluations; times on '
+            f'{r["threads"]} thread{"s" * (r["threads"] > 1)}, in turns with the full-precision model.', '',
+            *table(columns, rows)]
 
 
 def prune(rows):
@@ -50,8 +52,9 @@ def prune(rows):
                'retrained': '{loss:.4f}', 'difference': number('delta', '+.4f'), 'file bytes': '{file_bytes:,}',
                'smaller': number('compression', '.2f')}
     r = rows[-1]
-    return [f'The same model; AdamW {r["retrain_lr"]:g}, {r["retrain_iters"]} updates with the zeros kept; the difference is '
-            'to the model after as many updates without zeros; the file has a bit for each weight and what is not 0 in fp32.',
+    return [f'`config/wikitext2_bpe.py`, trained on {r["device"]} to {rows[0]["pruned_loss"]:.4f}; AdamW {r["retrain_lr"]:g}, '
+            f'{r["retrain_iters"]} updates with the zeros kept; the difference is to the model after as many updates without '
+            'zeros; the file has a bit for each weight and what is not 0 in fp32.',
             '', *table(columns, rows)]
 
 
@@ -62,8 +65,9 @@ def sensitivity(rows):
     columns = {'block': '{}'.format, **{f'`{k}`' if k != 'all' else 'all': (lambda b, k=k: format(deltas[b, k], '+.4f'))
                                         for k in kinds}}
     r = rows[0]
-    text = [f'By how much the validation loss, {r["base_loss"]:.4f}, rises with these layers alone as `{r["scheme"]}`, '
-            f'{r["bits"]:.2f} bits a weight, without any training.', '', *table(columns, blocks)]
+    text = [f'`config/wikitext2_bpe.py`, trained on {r["device"]}: by how much its validation loss, {r["base_loss"]:.4f}, '
+            f'rises with these layers alone as `{r["scheme"]}`, {r["bits"]:.2f} bits a weight, without any training.', '',
+            *table(columns, blocks)]
     if taken:
         text += ['', '`choose` took, each time beside those before: '
                  + ', '.join(f'{r["taken"]} ({r["delta"]:+.4f})' for r in taken) + '.']
@@ -147,7 +151,8 @@ def main():
         command, name = PARTS[part]
         names.append(name)
         if not a.table:
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+            env = os.environ if part == 'big' else dict(os.environ, OMP_NUM_THREADS='1')     # threads for one token cost time
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env=env)
             new = [json.loads(line) for line in open(ROOT / 'out' / 'ptq' / f'{part}.jsonl')]
             keep.replace(name, new, lambda r, part=part: of_choose(r) == (part == 'choose'))
     for name in dict.fromkeys(names):
