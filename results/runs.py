@@ -323,16 +323,12 @@ def mean(key, digits=4, scale=1, unit='', alone=''):
     return lambda g: spread([None if r[key] is None else r[key] * scale for r in g['runs']], digits, unit, alone)
 
 
-def gap(key, digits=4, scale=1, alone=''):
-    return lambda g: '-' if all(a is b for a, b in g['pairs']) else spread(
-        [(a[key] - b[key]) * scale for a, b in g['pairs']], digits, '', alone)
-
-
-def error(key, digits=2, scale=100):
-    """The standard error of the mean of gap()."""
+def gap(key, digits=4, scale=1):
+    """The mean difference to the baseline of the same seed, ± its standard error."""
     def cell(g):
         gaps = [(a[key] - b[key]) * scale for a, b in g['pairs'] if a is not b]
-        return f'{statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}' if len(gaps) > 1 else '-'
+        error = f' ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}' if len(gaps) > 1 else ''
+        return f'{statistics.mean(gaps):+.{digits}f}{error}' if gaps else '-'
     return cell
 
 
@@ -354,15 +350,14 @@ def ms_cell(g):
 
 LOSSES = {'val loss': mean('val_loss', alone=' ± -'),
           'bits per byte': lambda g: f'{statistics.mean(r["val_bpb"] for r in g["runs"]):.4f}',
-          'gap': gap('val_loss', alone=' ± -'), 'ms/step': ms_cell,
+          'gap': gap('val_loss'), 'ms/step': ms_cell,
           'peak resident MiB': lambda g: f'{statistics.median(r["peak_mem_bytes"] for r in g["runs"]) / MIB:.0f}',
           'packed file bytes': first('packed_file_bytes')}
 PHOTOGRAPHS = {'top-1': mean('top1', 2, 100), 'gap': gap('top1', 2, 100), 'top-5': mean('top5', 2, 100),
                'val loss': mean('val_loss'), 'binary share': first('binary_share', '.1%'),
                'packed file bytes': first('packed_file_bytes')}
 SCORES = {'accuracy': mean('accuracy', 2, 100), 'held-out accuracy': mean('held_accuracy', 2, 100),
-          'gap': gap('all_accuracy', 2, 100), 'its standard error': error('all_accuracy'), 'loss': mean('all_loss'),
-          'training loss': mean('train_loss')}
+          'gap': gap('all_accuracy', 2, 100), 'loss': mean('all_loss'), 'training loss': mean('train_loss')}
 ACCURACIES = {**SCORES, 'trained': first('trained_parameters'), 'optimizer bytes': apart('optimizer_bytes', ','),
               'gradients': apart('gradient_bytes', ',.0f', 1024), 'peak': apart('peak_bytes', '.1f', MIB),
               'ms': apart('ms_per_step', '.0f'),
@@ -379,7 +374,7 @@ GAMES = {'legal moves in games': lambda g: spread([50 * (r['random_legal'] + r['
 
 SUBWORDS = ('blocks', 'tinystories')                # the others' tokens are bytes
 LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the last step; the gap '
-        'is paired by seed; ms/step on one core, while another run used the other{pairs}.')
+        'is paired by seed, ± its standard error; ms/step on one core, while another run used the other{pairs}.')
 TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
         '{threads} thread{s}, for some runs beside other work.')
 # header of the first column, caption, other columns
@@ -389,10 +384,10 @@ TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant'
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
     'sst2': ('method', '{parameters:,} parameters, {steps:,} steps. Accuracy in percent on {n} sentences and on {held_n:,} '
              'held-out texts, mean ± sd over seeds. The gap and the loss are over all of these texts; the gap in points, '
-             'paired by seed. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
+             'paired by seed, ± its standard error. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
              'state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × AdamW.', ACCURACIES),
     'food10': ('layers', '{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap '
-               'in points, paired by seed; share of the parameters that are binary.', PHOTOGRAPHS),
+               'in points, paired by seed, ± its standard error; share of the parameters that are binary.', PHOTOGRAPHS),
     'arithmetic': ('model', TASK, SUMS),
     'tictactoe': ('model', TASK + ' Games: 200 against each, an illegal move loses.', GAMES)}
 
@@ -487,7 +482,7 @@ def write_summary():
     if {'fp', 'gptq4'} <= schemes.keys():
         fp, best = schemes['fp'], schemes['gptq4']
         rows.append(('[GPT 5.9M, WikiText-2](results/ptq_schemes.md)', 'block matrices, GPTQ', f'{best["bits"]:.2f}',
-                     f'{best["loss"]:.4f} against {fp["loss"]:.4f}', f'{best["delta"]:.4f} nats', '-',
+                     f'{best["loss"]:.4f} against {fp["loss"]:.4f}', f'{best["delta"]:+.4f} nats', '-',
                      f'{best["file_bytes"] / 1e6:.2f} of {fp["file_bytes"] / 1e6:.2f}', f'{best["ratio_1"]:.2f} (one token)'))
     columns = ('model and data', 'low-bit part', 'bits', 'val loss or accuracy', 'gap', 'memory, ×', 'file, MB', 'time, ×')
     keep.fill('summary', '\n'.join(table({c: lambda r, i=i: r[i] for i, c in enumerate(columns)}, rows)))
