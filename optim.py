@@ -239,6 +239,11 @@ class RSVDAdam(torch.optim.Optimizer):
         """What copy.deepcopy() and pickle take; torch's version leaves out all attributes of a subclass."""
         return super().__getstate__() | {k: getattr(self, k) for k in ('slots', 'projected', 'failed', '_index', '_order')}
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault('column_v', False)     # states that were saved before it existed
+
     def load_state_dict(self, state_dict):
         """Load the state, keeping the dtype of each tensor. torch's version casts it to the parameter's dtype."""
         super().load_state_dict(state_dict)
