@@ -13,7 +13,7 @@ Martinsson, Tropp, arXiv 0909.4061) recomputes P every `interval` steps:
     R = P^T G;  M = b1 M + (1 - b1) R;  V = b2 V + (1 - b2) R^2;  W = (1 - lr wd) W - lr scale P (M^ / (sqrt V^ + eps))
 
 M^ and V^ are bias-corrected. The moments take r n numbers instead of m n. scale = sqrt(m / r) makes the update as large as
-AdamW's, so that one learning rate fits all ranks. The parts of this file: functions of tensors, the optimizer, the projected
+AdamW's, for one learning rate at all ranks. The parts of this file: functions of tensors, the optimizer, the projected
 backward pass, TopRAdamW, MuonAdamW, reports.
 """
 import contextlib
