@@ -308,16 +308,17 @@ def has_fast_int8(device):
 
 
 class _TernaryLinear(torch.autograd.Function):
-    """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales + b.
+    """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales * out_gain + b.
 
     x (N, in), or (N, 2 in) if act is gated. Saves x, the int8 codes of the normalized input, and per-token scalars. These give
     dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` returns the ternary weight; scales[i] belongs to a
-    chunk of rows[i] rows. gain=None means that x is already normalized.
+    chunk of rows[i] rows. gain=None means that x is already normalized; out_gain=None means 1. With V = codes * scales and
+    E = V * out_gain, dL/dout_gain is the sum of each row of V * dL/dE, so y need not be saved.
     The product of the codes is exact in int32. In fp32 it is exact while |sum| <= 128 * in < 2**24. Autocast rounds it to bf16,
     like any other product.
     """
     @staticmethod
-    def forward(ctx, x, w, b, gain, weights, rows, eps, act, dtype):
+    def forward(ctx, x, w, b, gain, out_gain, weights, rows, eps, act, dtype):
         q = x.new_empty(len(x), x.shape[1] // (1 + (act in GATED)), dtype=torch.int8)       # (N, in)
         sx = wide(x[:, :1]).new_empty(len(x), 1)
         rstd = None if gain is None else torch.empty_like(sx)
@@ -333,31 +334,34 @@ class _TernaryLinear(torch.autograd.Function):
         else:
             shrink = 2 ** -10 if dtype == torch.float16 else 1              # sums can exceed 65504, the fp16 maximum
             z, sx_z = F.linear(q.to(dtype) * shrink, t.to(dtype)), sx / shrink
-        y = z * (sx_z * sw) if len(sw) == 1 else (z * sx_z).mul_(_of_rows(sw, rows))
+        per_row = _of_rows(sw, rows) if out_gain is None else _of_rows(sw, rows) * out_gain
+        y = z * (sx_z * sw) if len(sw) == 1 and out_gain is None else (z * sx_z).mul_(per_row)
         if b is not None:
             y += b
-        ctx.save_for_backward(None if gain is None and act is None else x, w, gain, q, sx, rstd)
+        ctx.save_for_backward(None if gain is None and act is None else x, w, gain, out_gain, q, sx, rstd)
         ctx.weights, ctx.rows, ctx.act, ctx.x_dtype, ctx.x_shape = weights, rows, act, x.dtype, x.shape
         return y.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, w, gain, q, sx, rstd = ctx.saved_tensors
+        x, w, gain, out_gain, q, sx, rstd = ctx.saved_tensors
         forward, backward = EVERY_ACTIVATION[ctx.act]
-        need_w, need_x = ctx.needs_input_grad[1], ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        need_x, need_out = ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        need_w = ctx.needs_input_grad[1] or need_out
         gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.needs_input_grad[2] else None
         gx = q.new_empty(ctx.x_shape, dtype=ctx.x_dtype) if need_x else None
         gw = torch.zeros_like(w, dtype=sx.dtype) if need_w else None
         ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
-        if need_x:
+        if need_x or out_gain is not None:
             t, sw = ctx.weights(w)
-            wq = (t * _of_rows(sw, ctx.rows)[:, None]).to(g.dtype)
+            wq = t * _of_rows(sw, ctx.rows)[:, None]
+            scaled = (wq if out_gain is None else wq * out_gain[:, None]).to(g.dtype)
         for i in _blocks(q):
             if need_w:
                 _add_product(gw, g[i], (q[i] * sx[i]).to(g.dtype))
             if need_x:
-                h = wide(g[i] @ wq)                                        # straight-through: the rounding passes it on
+                h = wide(g[i] @ scaled)                                    # straight-through: the rounding passes it on
                 if rstd is not None:                                        # RMSNorm: n = gain * u, u = a * rstd
                     u = wide(forward(x[i])) * rstd[i]
                     p = h * u
@@ -366,8 +370,11 @@ class _TernaryLinear(torch.autograd.Function):
                     h.mul_(gain)
                     h.addcmul_(u, along, value=-1 / u.shape[-1]).mul_(rstd[i])      # (h - u mean(u h)) * rstd
                 gx[i] = h if ctx.act is None else backward(h.to(ctx.x_dtype), x[i])
-        gw = gw.to(w.dtype) if need_w else None
-        return gx, gw, gb, None if gain is None else ggain.to(gain.dtype), None, None, None, None, None
+        gout = (gw * wq).sum(1).to(out_gain.dtype) if need_out else None
+        if need_w and out_gain is not None:
+            gw *= out_gain[:, None]
+        gw = gw.to(w.dtype) if ctx.needs_input_grad[1] else None
+        return gx, gw, gb, None if gain is None else ggain.to(gain.dtype), gout, None, None, None, None, None
 
 
 def _of_rows(scales, rows):
@@ -486,7 +493,8 @@ class LowBit(nn.Module):
         self.shape, self.act, self.eps = shape, act, 0.0
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(shape[self.bias_dim])) if bias else None
-        self.register_parameter('alpha', None)      # only binary modules scale their output
+        self.register_parameter('alpha', None)      # only binary modules scale their output by one number
+        self.register_parameter('out_gain', None)   # only TernaryLinear scales each feature of it
         self._init_weight()
 
     def pack_(self):
@@ -679,7 +687,8 @@ class Binary(LowBit):
 
 
 class Ternary(LowBit):
-    """Ternary weight: codes round(clip(W / s, -1, 1)) times s = mean|W| of each chunk. chunks: a number or a tuple of rows."""
+    """Ternary weight: codes round(clip(W / s, -1, 1)) times s = mean|W| of each chunk, times the row's element of out_gain, if
+    there is one. chunks: a number or a tuple of rows."""
     kind, bits, chunks = 'tern', 2, 1
 
     @property
@@ -703,13 +712,20 @@ class Ternary(LowBit):
         return self.rounded(self.weight)
 
     def rounded(self, weight):
+        return self._rounded(weight, self.out_gain)
+
+    def _rounded(self, weight, out_gain):
         codes, scales = self.ternary(weight)
-        return (codes.flatten(1) * _of_rows(scales, self.rows)[:, None]).view(self.shape)
+        scales = _of_rows(scales, self.rows)
+        return (codes.flatten(1) * (scales if out_gain is None else scales * out_gain)[:, None]).view(self.shape)
 
     def decode(self):
-        return self._latent_change(self.effective_weight()), None
+        return self._restored(self._rounded(self.weight, None)), None
 
     def _latent_change(self, delta, _=None):
+        return self._restored(delta if self.out_gain is None else delta / _away_from_zero(self.out_gain)[:, None])
+
+    def _restored(self, delta):
         # If a share of the codes is not 0, dividing by it restores mean|W| = scale.
         shares = (part.ne(0).float().mean().clamp_(min=1e-9) for part in self.ternary()[0].split(self.rows))
         return torch.cat([part / share for part, share in zip(delta.split(self.rows), shares, strict=True)])
@@ -798,6 +814,7 @@ class TernaryLinear(Ternary, LowBitLinear):
 
         xq = int8(RMSNorm(x)) absmax per token;   wq = round(clip(W / s, -1, 1)) * s, s = mean|W|;   y = xq wq^T + b
 
+    output_gain=True multiplies each output, before the bias, by a learned number of its own (out_gain); it starts at 1.
     The layer contains the RMSNorm (with a learnable gain), so its input must NOT be normalized. Use norm=False for a normalized
     input, for example one that several layers share. act is as in BinaryLinear; each chunk has one scale, and chunks=(8, 4, 4)
     means 3 chunks of 8, 4 and 4 rows. act='relu2_glu' (relu(gate)^2 * up, used by b1.58-2B-4T) and 'silu_glu' take the input
@@ -806,7 +823,8 @@ class TernaryLinear(Ternary, LowBitLinear):
     """
     acts, shown = EVERY_ACTIVATION, ('chunks', 'norm', 'act')
 
-    def __init__(self, in_features, out_features, bias=False, *, chunks=1, norm=True, act=None, eps=1e-5):
+    def __init__(self, in_features, out_features, bias=False, *, chunks=1, norm=True, act=None, eps=1e-5,
+                 output_gain=False):
         rows = (out_features // chunks,) * chunks if isinstance(chunks, int) else tuple(chunks)
         if sum(rows) != out_features or min(rows) < 1 or in_features >= 2 ** 17:
             raise ValueError(f'TernaryLinear({in_features}, {out_features}): chunks={chunks} must add up to out_features, '
@@ -814,6 +832,7 @@ class TernaryLinear(Ternary, LowBitLinear):
         super().__init__(in_features, out_features, bias, act)
         self.chunks, self.norm, self.eps = chunks, norm, eps
         self.gain = nn.Parameter(torch.ones(in_features)) if norm else None
+        self.out_gain = nn.Parameter(torch.ones(out_features)) if output_gain else None
 
     def weight_input(self, x):
         x = super().weight_input(x)
@@ -829,9 +848,10 @@ class TernaryLinear(Ternary, LowBitLinear):
 
     def forward(self, x):
         if not self.rounds and not self.packed:
-            return plain_linear(self.weight_input(x), self.weight, self.bias)
-        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.ternary, self.rows, self.eps,
-                           self.act, compute_dtype(x))
+            weight = self.weight if self.out_gain is None else self.weight * self.out_gain[:, None]
+            return plain_linear(self.weight_input(x), weight, self.bias)
+        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.out_gain, self.ternary,
+                           self.rows, self.eps, self.act, compute_dtype(x))
         return y.view(*x.shape[:-1], self.out_features)
 
 

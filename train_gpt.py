@@ -49,6 +49,7 @@ n_binary = 0                   # number of low-bit blocks, from the first one on
 binary_blocks = ()             # low-bit blocks by number, e.g. (0, 3, 5), instead of n_binary; the first block is 0
 binary_alpha = 1.0             # initial scale of binary q, k, v and MLP input layers
 binary_alpha_out = 0.05        # initial scale of binary layers that add to the residual stream; embeddings start at 0.02
+output_gains = False           # ternary layers multiply each output by a learned number
 # optimizer
 optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon; both train the blocks' matrices, AdamW the rest
 rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices
@@ -105,6 +106,7 @@ class GPTConfig:
     binary_blocks: tuple = ()
     binary_alpha: float = 1.0
     binary_alpha_out: float = 0.05
+    output_gains: bool = False
 
 
 class CausalSelfAttention(nn.Module):
@@ -145,11 +147,11 @@ class MLP(nn.Module):
 # A binary layer's output has standard deviation alpha, whatever its weights and input. If all alphas are equal, the first
 # steps add noise 2 n_layer times as large as the embeddings to the residual stream. A small scale_out avoids this.
 def scale_in(c, kind):
-    return {'alpha': c.binary_alpha} if kind == 'bin' else {}
+    return {'alpha': c.binary_alpha} if kind == 'bin' else {'output_gain': c.output_gains} if kind == 'tern' else {}
 
 
 def scale_out(c, kind):
-    return {'alpha': c.binary_alpha_out} if kind == 'bin' else {}
+    return {'alpha': c.binary_alpha_out} if kind == 'bin' else scale_in(c, kind)
 
 
 class Block(nn.Module):
@@ -284,7 +286,7 @@ def main():
     model_config = GPTConfig(vocab_size=-(-tokenizer.vocab_size // 64) * 64, block_size=block_size, n_layer=n_layer,
                              n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias, qkv_proj=qkv_proj, c_proj=c_proj,
                              mlp_proj=mlp_proj, binary_blocks=low_bit_blocks(), binary_alpha=binary_alpha,
-                             binary_alpha_out=binary_alpha_out)
+                             binary_alpha_out=binary_alpha_out, output_gains=output_gains)
     torch.manual_seed(seed)                                            # same weights on every rank
     try:
         model = GPT(model_config)

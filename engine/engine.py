@@ -223,6 +223,8 @@ class Engine:
         elif kind == 'tern':
             out.kind, out.bits, out.rounded, out.chunks = TERN, 2, True, len(m.rows)
             scale = torch.cat([s.expand(n) for s, n in zip(held['weight_scale'], m.rows, strict=True)])
+            if m.out_gain is not None:
+                scale, out.chunks = scale * m.out_gain, max(2, out.chunks)      # 1 chunk: a scale of the whole layer
             out.code, out.scale = self.words(held['code']), self.array(scale.float(), full)
         elif kind == 'int8' and m.activations:
             self.int8(out, held['code'], held['weight_scale'], full)

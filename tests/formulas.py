@@ -71,7 +71,11 @@ def reference(layer, x, given=None):
     if layer.kind == 'tern':
         s = 127 / a.abs().amax((1, 2, 3) if conv else -1, keepdim=True).clamp(min=1e-5)
         a = straight_through(a, (a * s).round().clamp(-128, 127) / s)
-    z = [F.conv2d(a, w, b, **layer.conv if given is None else given) if conv else F.linear(a, w, b) for w, b in rounded(layer)]
+    parts = rounded(layer)
+    if layer.out_gain is not None:
+        gains = layer.out_gain.split([len(w) for w, _ in parts])
+        parts = [(w * gain[:, None], b) for (w, b), gain in zip(parts, gains, strict=True)]
+    z = [F.conv2d(a, w, b, **layer.conv if given is None else given) if conv else F.linear(a, w, b) for w, b in parts]
     if layer.alpha is None:
         return torch.cat(z, -1)
     if conv:

@@ -281,7 +281,8 @@ def test_model_bytes_counts_the_same_before_and_after_packing():
 
 
 def gpt():
-    return GPT(GPTConfig(97, 16, 2, 1, 64, bias=True, qkv_proj='bin', c_proj='tern', mlp_proj='int4', binary_blocks=(0, 1)))
+    return GPT(GPTConfig(97, 16, 2, 1, 64, bias=True, qkv_proj='bin', c_proj='tern', mlp_proj='int4', binary_blocks=(0, 1),
+                         output_gains=True))
 
 
 def cnn():

@@ -54,7 +54,7 @@ def replaced(model, kind, skip='head,embd', **options):
 
 MODELS = {
     **{kind: lambda kind=kind: gpt(kind) for kind in ('fp', 'bin', 'tern', 'int4', 'tern,bin,int4', 'int4,fp,tern')},
-    'odd sizes': lambda: gpt('bin,tern,int4', 36),
+    'odd sizes': lambda: gpt('bin,tern,int4', 36), 'output gains': lambda: gpt('tern', output_gains=True),
     'bitnet': bitnet, 'silu': lambda: bitnet(act='silu', n_kv_head=1), 'bitnet fp': lambda: bitnet('fp'),
     **{kind: lambda kind=kind: replaced(gpt('fp'), kind) for kind in ('nf4', 'fit4', 'int8', 'half', 'sparse')},
     'nf4, 8-bit scales': lambda: replaced(bitnet('fp', n_embd=64), 'nf4', scales='8bit'),
@@ -70,7 +70,7 @@ MODELS = {
 }
 
 
-INT8 = ('tern', 'tern,bin,int4', 'int4,fp,tern', 'odd sizes', 'bitnet', 'silu', 'int8 activations')    # int8 activations
+INT8 = ('tern', 'tern,bin,int4', 'int4,fp,tern', 'odd sizes', 'output gains', 'bitnet', 'silu', 'int8 activations')     # inputs
 
 
 @pytest.fixture(scope='module')

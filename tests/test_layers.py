@@ -27,6 +27,7 @@ LINEAR = [
         ((5, 13), 6, dict(bias=True, act='relu')), ((2, 3, 7), 9, dict(chunks=3, act='gelu', eps=1e-3)), ((4, 1), 2, {}),
         ((4, 2), 1, {}), ((17,), 5, dict(norm=False)), ((3, 8), 6, dict(norm=False, act='gelu', chunks=3, bias=True)),
         ((3, 8), 9, dict(chunks=[1, 7, 1], norm=False)), ((5, 26), 6, dict(act='relu2_glu')),
+        ((2, 3, 7), 9, dict(output_gain=True, chunks=3, act='gelu', bias=True)), ((17,), 5, dict(output_gain=True, norm=False)),
         ((2, 3, 14), 12, dict(act='silu_glu', chunks=(6, 2, 4), bias=True)), ((34,), 5, dict(act='silu_glu', norm=False)),
         ((2800, 100), 8, dict(act='gelu', bias=True)), ((1400, 400), 4, dict(act='silu_glu'))]),
     (Linear4bit, (5, 13), 6, {}), (Linear4bit, (2, 3, 7), 9, dict(act='gelu')), (Linear4bit, (4, 1), 2, dict(bias=False)),
@@ -46,7 +47,7 @@ CONV += [(BinaryConv2d, dict(kernel_size=3, norm=norm, **options)) for norm in (
 
 @pytest.mark.parametrize('cls, shape, out, options', LINEAR)
 def test_linear_layer_is_its_formula(cls, shape, out, options):
-    """The output and the gradients of x, weight, bias, alpha and gain are those of the formula."""
+    """The output and the gradients of x, weight, bias, alpha, gain and out_gain are those of the formula."""
     layer = filled(cls(shape[-1] // (2 if 'glu' in options.get('act', '') else 1), out, **options))
     check(layer, torch.randn(shape).double(), 1e-6 if cls is Linear4bit else 1e-12)         # its levels are fp32
 
@@ -85,6 +86,7 @@ PACKABLE = FORMS | {
     'embedding bare': (lambda: BinaryEmbedding(11, 9, False), None, 22 + 4),
     'ternary bare': (lambda: TernaryLinear(13, 6, norm=False, act='gelu'), (5, 13), 24 + 4),
     'ternary gated': (lambda: TernaryLinear(13, 6, chunks=(1, 5), act='silu_glu'), (5, 26), 24 + 8 + 52),
+    'ternary gains': (lambda: TernaryLinear(13, 6, True, output_gain=True), (5, 13), 24 + 24 + 4 + 52 + 24),
     'int4 wide': (lambda: Linear4bit(13, 6, False, group=32, act='gelu'), (2, 3, 13), 48 + 6),
     'nf4': (lambda: Linear4bit(37, 11, format='nf4', scales='8bit', act='gelu'), (5, 37), 7 * (32 + 1) + 4 + 44),
     'fit4': (lambda: Linear4bit(37, 11, format='fit4'), (5, 37), 13 * (16 + 1) + 4 + 44),
@@ -154,7 +156,7 @@ def test_zero_one_and_plus_minus_one_are_the_same_network(norm, groups, equal):
 
 
 @pytest.mark.parametrize('cls, rows, options', [(BinaryLinear, (4, 4, 4), {}), (TernaryLinear, (4, 4, 4), dict(act='silu_glu')),
-                                                (TernaryLinear, (6, 2, 4), dict(norm=False, act='gelu'))])
+                                                (TernaryLinear, (6, 2, 4), dict(norm=False, act='gelu', output_gain=True))])
 def test_chunks_are_so_many_layers(cls, rows, options):
     """A layer of three chunks computes what three layers on the same input do, and every gradient."""
     n, chunks = 14 // (2 if 'glu' in options.get('act', '') else 1), 3 if cls is BinaryLinear else rows
@@ -376,7 +378,7 @@ def test_saved_tensors_of_each_layer():
     x = torch.randn(24, 16)
     total, tensors = saved(TernaryLinear(16, 40, True, norm=False), x)
     assert total == 24 * 16 + 24 * 4 and (torch.int8, 24 * 16) in tensors
-    for options in (dict(bias=True), dict(chunks=(8, 8, 24))):
+    for options in (dict(bias=True), dict(chunks=(8, 8, 24)), dict(output_gain=True)):
         assert saved(TernaryLinear(16, 40, **options), x)[0] == 24 * 16 * (4 + 1) + 24 * 4 * 2
     assert saved(BinaryLinear(16, 40), x)[0] == 4 * (24 * 16 + 24 * 40 + 24 + 1)            # 1: alpha
     assert saved(Linear4bit(16, 40), x)[0] == 4 * 24 * 16
