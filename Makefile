@@ -7,6 +7,7 @@ PYTHON ?= python3
 # Relative paths and `python -m` work in a folder whose path has spaces, and after the folder is moved.
 PY := .venv/bin/python
 READY := .venv/.installed
+NUMERICS := tests/test_layers.py tests/test_quant.py tests/test_optim.py tests/test_compressed.py
 
 .PHONY: help train test check peers bench results faults
 
@@ -19,12 +20,15 @@ train: $(READY) ## data, a small 1-bit GPT on Python code, its loss curve and a 
 	$(PY) plot.py loss out/pycode_bin
 	$(PY) sample.py --ckpt=out/pycode_bin/best.pt --num_samples=1
 
-test: $(READY) ## linter and tests, on the CPU, no network
+test: $(READY) ## linter and tests, on the CPU; Triton, for its interpreter, is installed where it can be
+	@$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check triton || true
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n auto --dist loadfile
+	NANOBIT_PATHS=gpu $(PY) -m pytest -n auto --dist loadfile tests/test_layers.py tests/test_compressed.py
 
 check: $(READY) ## the numerics of layers, quantizers and optimizers; run it after you edit a layer
-	$(PY) -m pytest tests/test_layers.py tests/test_quant.py tests/test_optim.py
+	$(PY) -m pytest $(NUMERICS)
+	NANOBIT_PATHS=gpu $(PY) -m pytest $(NUMERICS)
 
 peers: $(READY) ## other implementations that tests and bench.py compare with
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt

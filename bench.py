@@ -16,6 +16,7 @@ Measure time, memory and error of variants. Each variant runs in a fresh process
     python bench.py decode --shape=0.68B                       # tokens/s of random models, engine/ against torch
     python bench.py decode --shape=0.68B --llama=FOLDER        # and against llama.cpp, whose shared libraries are there
     python bench.py decode --models=out/pycode_bin             # a trained model
+    python bench.py gpu                                        # all of it on one GPU, 8 minutes; first data/pycode/prepare.py
     python bench.py bundle nanobit.zip                         # the sources as a zip, byte for byte the same each time
 
 stats and compare also take a checkpoint or a Hugging Face folder instead of bignet. --json=PATH appends the rows to a file as
@@ -36,7 +37,7 @@ import optim
 import sample
 from common import atomic_write
 from engine import load
-from measure import convolutions, decode, forms, matrices, optimizers, steps
+from measure import convolutions, decode, forms, gpu, matrices, optimizers, steps
 
 BUNDLED = ('*.py', '*.c', '*.md', '*.txt', '*.toml', 'LICENSE', 'Makefile', 'readers/*.py', 'pretrained/*.py', 'report/*.py',
            'measure/*.py', 'engine/*', 'config/*.py', 'data/*/prepare.py', 'tests/*.py', 'tests/*.c', 'tests/old/**/*',
@@ -156,6 +157,11 @@ def main():
     p.add_argument('--llama', default='', metavar='FOLDER', help='shared libraries of llama.cpp')
     p.add_argument('--llama_types', default='', metavar='TQ2_0:F16,...', help='blocks and head; default: as the models')
     p.add_argument('--folder', default='', help='where a temporary folder holds the random models')
+    p = command('gpu', gpu.gpu)
+    p.set_defaults(device='cuda', json='results/gpu.jsonl')
+    p.add_argument('--parts', default='', help=f'default: all of {",".join(gpu.PARTS)}')
+    p.add_argument('--dataset', default='pycode', help='tokens for two short trainings')
+    p.add_argument('--tiny', action='store_true', help='smallest sizes, to try the command; also with --device=cpu')
     command('bundle', bundle).add_argument('path', help='the zip to write')
     a = parser.parse_args(configurator.at_home(sys.argv[1:]))
     if getattr(a, 'device', '') == 'cuda' and not torch.cuda.is_available():

@@ -134,9 +134,31 @@ def mean_over_ranks(total, count):
 
 
 def clip_(grads, max_norm, norm):
-    """Scale gradients of the given norm in place to a norm of at most max_norm, like torch.nn.utils.clip_grad_norm_."""
-    grads = list(grads)
-    torch._foreach_mul_(grads, (max_norm / (torch.tensor(norm, device=grads[0].device) + 1e-6)).clamp(max=1.0))
+    """Scale gradients in place to a norm of at most max_norm, like torch.nn.utils.clip_grad_norm_. norm: theirs, a tensor."""
+    torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def step_totals(loss_sum, count, norm, stopped):
+    """(mean loss over `count` losses of each rank, gradient norm, True if any rank is stopped). loss_sum and norm: scalars on
+    the device. A step waits for the device only here (transformers also looks at the padding of each micro-batch), and all
+    ranks get the same three values."""
+    mine = torch.stack([loss_sum, norm.to(loss_sum), loss_sum.new_full((), stopped)])
+    every = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
+    losses, norms, flags = fetched(torch.stack(every, 1))
+    return sum(losses) / (len(every) * count), norms[0], any(flags)
+
+
+def fetched(t):
+    """The numbers of a tensor as a list; waits for the device."""
+    return t.tolist()
+
+
+def to_device(t, device):
+    """Copy a tensor from the CPU to the device without waiting for it."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device)
 
 
 def any_rank(flag):

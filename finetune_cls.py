@@ -410,11 +410,16 @@ def main():
 
     def batch(rows):
         found = hf.collate(tokenizer, rows, max_len, pad_to_max)
-        return {key: t.pin_memory().to(dev, non_blocking=True) if dev.type == 'cuda' else t for key, t in found.items()}
+        return {key: common.to_device(t, dev) for key, t in found.items()}
 
-    def loss_of(rows):
-        """Mean cross-entropy of some training texts."""
-        x, y = batch([samples[j] for j in rows]), torch.tensor([ids[j] for j in rows], device=dev)
+    def batches(step):
+        """The micro-batches of a step on this rank: inputs and labels."""
+        rows = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
+        return [(batch([samples[j] for j in some]), common.to_device(torch.tensor([ids[j] for j in some]), dev))
+                for some in rows[:, rank_here]]
+
+    def loss_of(x, y):
+        """Mean cross-entropy of training texts."""
         with amp:
             return F.cross_entropy(net(**x).logits.float(), y)
 
@@ -463,7 +468,7 @@ def main():
             'meter': meter.state(), 'scaler': [loss_scale, good_steps], 'wandb_id': wandb_id}, keep_previous)
 
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
-    failure, stop, unsaved = '', False, False
+    failure, stop, unsaved, upcoming = '', False, False, []
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     meter.begin(step)
     epoch_of = lambda step: step * batch_size / len(samples)
@@ -475,7 +480,7 @@ def main():
         last_step, seen = step >= total_iters, epoch_of(step)
         epoch_done = step > 0 and int(seen) > int(epoch_of(step - 1))
         evaluating = step > 0 and (epoch_done or last_step or (eval_interval and step % eval_interval == 0))
-        stop = common.any_rank(stopped())
+        stop = stop or world == 1 and stopped()     # several processes agree in each step
         if step > 0 and step != saved_step and (step % save_interval == 0 or last_step or stop or evaluating and unsaved):
             unsaved = not save(last_path, keep_previous=True)
             saved_step = saved_step if unsaved else step
@@ -512,28 +517,29 @@ def main():
         lr = common.lr_at(step, schedule, peak_rate, min_lr, warmup_iters, total_iters)
         for group in opt.param_groups:
             group['lr'] = lr
-        chosen = common.epoch_indices(seed, step * batch_size, len(samples), batch_size).reshape(accumulation, world, micro)
+        current = upcoming or batches(step)
         common.seed_step(seed, step, rank_here)
         if step == total_iters - 1 and not compile:
             if world > 1:
                 net.require_backward_grad_sync = False
             with torch.random.fork_rng():           # the same dropout as in the step: rsvd may refresh a basis here
-                meter.count_flops(loss_of(rows) for rows in chosen[:, rank_here])
+                meter.count_flops(loss_of(x, y) for x, y in current)
         loss_sum = torch.zeros((), device=dev)
         middle = not profile and int(seen + 0.5) > int(epoch_of(step - 1) + 0.5)
         with meter.step(step, in_middle=middle):
-            for i in range(accumulation):
+            for i, (x, y) in enumerate(current):
                 if world > 1:                       # DDP reads this flag in the forward pass
                     net.require_backward_grad_sync = i == accumulation - 1
-                loss = loss_of(chosen[i, rank_here])
+                loss = loss_of(x, y)
                 loss_sum += loss.detach()
                 (loss * (loss_scale / accumulation)).backward()
             meter.backward_done()
             grads = gradients()
             if loss_scale != 1:
                 torch._foreach_mul_(list(grads.values()), 1 / loss_scale)
-            grad_norm = nn.utils.get_total_norm(list(grads.values())).item()
-            loss = common.mean_over_ranks(loss_sum.item(), accumulation)
+            total_norm = nn.utils.get_total_norm(list(grads.values()))
+            upcoming = batches(step + 1) if step + 1 < total_iters else []     # read while the device computes
+            loss, grad_norm, stop = common.step_totals(loss_sum, accumulation, total_norm, stopped())
             overflow = dtype == 'float16' and math.isfinite(loss) and not math.isfinite(grad_norm) and loss_scale > 2 ** -10
             if not overflow and not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 culprits = [n for n, p in raw_net.named_parameters() if p in grads and not grads[p].isfinite().all()]
@@ -542,7 +548,7 @@ def main():
                 loss_scale, good_steps = loss_scale / 2, 0
             else:
                 if grad_clip:
-                    common.clip_(grads.values(), grad_clip, grad_norm)
+                    common.clip_(grads.values(), grad_clip, total_norm)
                 opt.step()
                 good_steps += 1
                 if dtype == 'float16' and good_steps % 2000 == 0:

@@ -11,16 +11,17 @@ unpacked codes, so the logits stay the same.
 
 Straight-through training usually needs MORE memory than full-precision training: autograd saves the rounded weight and every
 intermediate of the normalization. These layers save fewer: the backward pass recomputes the rounded weight and needs only the
-output of the normalization. The ternary layer saves int8 activations for its weight gradient. With `act='gelu'` a layer
-applies the activation itself and recomputes it in the backward pass. A frozen layer saves nothing for its backward pass. Except
-under torch.compile, it decodes one block of rows at a time.
+output of the normalization. The ternary layer saves int8 activations for its weight gradient; under torch.compile it
+computes them again. With `act='gelu'` a layer applies the activation itself and recomputes it in the backward pass. A frozen
+layer saves nothing for its backward pass. Except under torch.compile, it decodes one block of rows at a time.
 
 This file has four parts: products with their gradients, base classes, modules, and linear(), convert() and pack(). To use it
-elsewhere, copy it together with quant.py, which converts weights to codes, and kernels.c.
+elsewhere, copy it together with quant.py, kernels.c and kernels_triton.py; quant.py converts weights to codes.
 """
 import copy
 import fnmatch
 import math
+import os
 from collections import Counter
 from functools import partial
 from typing import NamedTuple
@@ -30,8 +31,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from quant import (FORMATS4, SCALES4, binarize, decode4, half_bits, levels4, pack4, pack_bits, product4, quantize4,
-                   quantize_rows, scales4, ternarize, unpack_bits, wide)
+import kernels_triton
+from quant import (AS_ON_GPU, FORMATS4, SCALES4, absmax_rows, binarize, decode4, half_bits, levels4, on_cpu, pack4, pack_bits,
+                   product4, quantize4, quantize_rows, scales4, ternarize, unpack_bits, wide)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # products with their gradients: autograd functions that save as little as the exact gradient allows
@@ -83,6 +85,23 @@ GATED = {'relu2_glu': (_relu2_glu, _relu2_glu_backward), 'silu_glu': (_silu_glu,
 EVERY_ACTIVATION = ACTIVATIONS | GATED
 
 
+def _later(tensor, g):
+    """`tensor` (floating point), for use in a backward pass. Eager: itself. torch.compile moves what depends only on saved
+    tensors into the forward pass and may save the result. A fake dependence on the gradient keeps it in the backward pass; the
+    operation is fused. If the gradient starts with a NaN, all elements become NaN."""
+    if tensor is None or not torch.compiler.is_compiling():
+        return tensor
+    return torch.where(g[(slice(1),) * g.dim()].isnan().any(), torch.nan, tensor)
+
+
+def _again(quantize, w, b, dtype, g):
+    """quantize(w, b, dtype) in a backward pass. w is None: a packed layer."""
+    if w is not None:
+        return quantize(_later(w, g), b, dtype)
+    w, b = quantize(w, b, dtype)
+    return _later(w, g), b
+
+
 class _StraightThrough(torch.autograd.Function):
     """Straight-through estimator: returns q and passes the gradient to w. (w + (q - w) would change the last digits of q.)"""
     @staticmethod
@@ -97,19 +116,19 @@ class _StraightThrough(torch.autograd.Function):
 def _blocks(x, wanted=True):
     """Slices of the rows of x. On the CPU they are small, so that temporaries fit in the cache and stay below the size of an
     activation. A GPU and torch.compile fuse the operations, so there one slice covers all rows."""
-    rows = (len(x) if not wanted or x.device.type != 'cpu' or torch.compiler.is_compiling() else
+    rows = (len(x) if not wanted or not on_cpu(x) or torch.compiler.is_compiling() else
             max(1024 if x.dim() == 2 else 1, 2 ** 18 // max(1, math.prod(x.shape[1:]))))  # matmuls are slow on few rows
     return [slice(i, i + rows) for i in range(0, len(x), rows)] if len(x) > rows else [slice(None)]
 
 
 def _normalize(z, alpha, ndim, eps):
     """(y, rstd): y = alpha * (z - mean) / (std + eps) over the last `ndim` dimensions, population std; rstd = 1 / std."""
-    if z.device.type != 'cpu':
-        u, _, rstd = torch.native_layer_norm(wide(z), z.shape[-ndim:], None, None, TINY_VAR)
-        return u.mul_(alpha / (1 + eps * rstd)), rstd                       # 1/(std + eps) = rstd / (1 + eps rstd)
-    dims = tuple(range(-ndim, 0))                   # on the CPU layer_norm is slower than this, above all for short rows
     u = wide(z)
     u = u - u[(..., *[slice(1)] * ndim)]            # else 1/std amplifies the rounding error of the mean of equal inputs
+    if not on_cpu(z):
+        u, _, rstd = torch.native_layer_norm(u, z.shape[-ndim:], None, None, TINY_VAR)
+        return u.mul_(alpha / (1 + eps * rstd)), rstd                       # 1/(std + eps) = rstd / (1 + eps rstd)
+    dims = tuple(range(-ndim, 0))                   # on the CPU layer_norm is slower than this, above all for short rows
     u -= u.mean(dims, keepdim=True)
     norm = u
     for dim in reversed(dims):                      # one dimension at a time: a sum of millions of squares is off by 1e-4
@@ -200,8 +219,9 @@ class _QuantizedLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, w, b, alpha, rstd, y = ctx.saved_tensors
         forward, backward = ACTIVATIONS[ctx.act]
+        x = x if ctx.act is None else _later(x, g)
         broad = wide(g[:0]).dtype
-        wq, _ = ctx.quantize(w, b, x.dtype)
+        wq, _ = _again(ctx.quantize, w, b, x.dtype, g)
         gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         gw, gb, galpha = (torch.zeros_like(t, dtype=broad) if need and t is not None else None
                           for t, need in zip((w, b, alpha), ctx.needs_input_grad[1:4], strict=True))
@@ -263,7 +283,8 @@ class _QuantizedConv(torch.autograd.Function):
                                                     *_scale(alpha, ctx.norm), ctx.eps)
             g = _from_norm(dz, y.shape, ctx.norm)
             galpha = galpha.view(alpha.shape).to(alpha.dtype) if need_alpha else None
-        wq, bq = ctx.quantize(w, b, ctx.dtype)
+        wq, bq = _again(ctx.quantize, w, b, ctx.dtype, g)
+        x = x if ctx.act is None and not ctx.round_input else _later(x, g)
         # convolution_backward copies the memory layout of `a` and reads its values only for gw
         a = _conv_input(x, ctx.act, ctx.round_input) if need_w else g.new_empty(()).expand(ctx.x_shape) if x is None else x
         c = ctx.conv
@@ -300,11 +321,24 @@ def _from_norm(rows, shape, norm):
 
 # Without int8 dot-product instructions torch._int_mm can be far slower than the float product. The check runs at import, since
 # torch.compile cannot trace it.
-FAST_INT8_CPU = getattr(torch.cpu, '_is_vnni_supported', lambda: False)()
+FAST_INT8_CPU = getattr(torch.cpu, '_is_vnni_supported', lambda: False)() and not AS_ON_GPU
+
+
+# Tensor cores multiply int8 too, but nothing has been measured on a GPU yet: off unless NANOBIT_INT8=1.
+FAST_INT8_CUDA = os.environ.get('NANOBIT_INT8') == '1'
 
 
 def has_fast_int8(device):
-    return device.type == 'cpu' and FAST_INT8_CPU
+    return {'cpu': FAST_INT8_CPU, 'cuda': FAST_INT8_CUDA}.get(device.type, False)
+
+
+def int8_product_pays(q, t):
+    """True if torch._int_mm(q (N, in), t.T) of int8 tensors is possible and fast; t (out, in)."""
+    if not has_fast_int8(q.device):
+        return False
+    if q.device.type == 'cuda':                     # the shapes that cuBLASLt takes
+        return len(q) > 16 and q.shape[1] % 8 == len(t) % 8 == 0
+    return min(*q.shape, len(t)) > 1                # size-1 dimensions: pytorch/pytorch#195066
 
 
 class _TernaryLinear(torch.autograd.Function):
@@ -318,18 +352,26 @@ class _TernaryLinear(torch.autograd.Function):
     like any other product.
     """
     @staticmethod
-    def forward(ctx, x, w, b, gain, out_gain, weights, rows, eps, act, dtype):
-        q = x.new_empty(len(x), x.shape[1] // (1 + (act in GATED)), dtype=torch.int8)       # (N, in)
-        sx = wide(x[:, :1]).new_empty(len(x), 1)
-        rstd = None if gain is None else torch.empty_like(sx)
-        for i in _blocks(x):
-            a = wide(EVERY_ACTIVATION[act][0](x[i]))
-            if gain is not None:
-                rstd[i] = (torch.linalg.vector_norm(a, dim=-1, keepdim=True).square() / a.shape[-1] + eps).rsqrt()
-                a = (a * rstd[i]).mul_(gain)
-            q[i], sx[i] = quantize_rows(a)
-        t, sw = weights(w)                                                  # (out, in) int8, (chunks,)
-        if has_fast_int8(q.device) and min(*q.shape, len(t)) > 1:          # size-1 dimensions: pytorch/pytorch#195066
+    def forward(ctx, x, w, b, gain, out_gain, weights, rows, eps, act, dtype, packed):
+        if kernels_triton.usable(x) and act in (None, 'relu2_glu'):
+            q, top, rstd = kernels_triton.norm_to_int8(x, gain, eps, act)
+        else:
+            q = x.new_empty(len(x), x.shape[1] // (1 + (act in GATED)), dtype=torch.int8)   # (N, in)
+            top = wide(x[:, :1]).new_empty(len(x), 1)
+            rstd = None if gain is None else torch.empty_like(top)
+            for i in _blocks(x):
+                a = wide(EVERY_ACTIVATION[act][0](x[i]))
+                if gain is not None:
+                    rstd[i] = (torch.linalg.vector_norm(a, dim=-1, keepdim=True).square() / a.shape[-1] + eps).rsqrt()
+                    a = (a * rstd[i]).mul_(gain)
+                top[i] = absmax_rows(a)
+                q[i] = quantize_rows(a, top=top[i])[0]
+        sx = top / 127
+        few = packed and kernels_triton.usable(q) and len(q) <= kernels_triton.MOST_TOKENS
+        t, sw = packed if few else weights(w)                               # (out, in) int8, (chunks,)
+        if few:
+            z, sx_z = kernels_triton.int_product(q, t, 2), sx
+        elif int8_product_pays(q, t):
             z, sx_z = torch._int_mm(q, t.T), sx                             # int32 (N, out)
         else:
             shrink = 2 ** -10 if dtype == torch.float16 else 1              # sums can exceed 65504, the fp16 maximum
@@ -338,24 +380,32 @@ class _TernaryLinear(torch.autograd.Function):
         y = z * (sx_z * sw) if len(sw) == 1 and out_gain is None else (z * sx_z).mul_(per_row)
         if b is not None:
             y += b
-        ctx.save_for_backward(None if gain is None and act is None else x, w, gain, out_gain, q, sx, rstd)
+        keep_x = gain is not None or act is not None
+        again = keep_x and torch.compiler.is_compiling()       # the fused backward pass computes the codes from x
+        ctx.save_for_backward(x if keep_x else None, w, gain, out_gain, None if again else q, top, rstd)
         ctx.weights, ctx.rows, ctx.act, ctx.x_dtype, ctx.x_shape = weights, rows, act, x.dtype, x.shape
         return y.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, w, gain, out_gain, q, sx, rstd = ctx.saved_tensors
+        x, w, gain, out_gain, q, top, rstd = ctx.saved_tensors
         forward, backward = EVERY_ACTIVATION[ctx.act]
         need_x, need_out = ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         need_w = ctx.needs_input_grad[1] or need_out
         gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)) if ctx.needs_input_grad[2] else None
+        if q is None:
+            x = _later(x, g)
+            a = wide(forward(x))
+            q, _ = quantize_rows(a if gain is None else a * rstd * gain, top=top)
+        sx = top / 127
         gx = q.new_empty(ctx.x_shape, dtype=ctx.x_dtype) if need_x else None
         gw = torch.zeros_like(w, dtype=sx.dtype) if need_w else None
         ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
         if need_x or out_gain is not None:
-            t, sw = ctx.weights(w)
+            t, sw = ctx.weights(_later(w, g))
             wq = t * _of_rows(sw, ctx.rows)[:, None]
+            wq = _later(wq, g) if w is None else wq
             scaled = (wq if out_gain is None else wq * out_gain[:, None]).to(g.dtype)
         for i in _blocks(q):
             if need_w:
@@ -374,7 +424,7 @@ class _TernaryLinear(torch.autograd.Function):
         if need_w and out_gain is not None:
             gw *= out_gain[:, None]
         gw = gw.to(w.dtype) if ctx.needs_input_grad[1] else None
-        return gx, gw, gb, None if gain is None else ggain.to(gain.dtype), gout, None, None, None, None, None
+        return gx, gw, gb, None if gain is None else ggain.to(gain.dtype), gout, None, None, None, None, None, None
 
 
 def _of_rows(scales, rows):
@@ -407,7 +457,7 @@ class _FrozenLinear(torch.autograd.Function):
         gx = None
         if ctx.needs_input_grad[0]:
             weights, ((i, j), *rest) = ctx.decoder(), ctx.blocks
-            gx = g[:, i:j] @ weights(i, j)
+            gx = g[:, i:j] @ _later(weights(i, j), g)
             gx = wide(gx) if rest else gx                                   # bf16 would round the sum after each block
             for i, j in rest:
                 if gx.dtype == g.dtype:
@@ -419,12 +469,15 @@ class _FrozenLinear(torch.autograd.Function):
         return gx, gb, None, None, None
 
 
+GPU_BLOCK = 1 << 25     # bytes of a weight that a GPU decodes at a time: its kernels need large blocks
+
+
 def _row_blocks(shape, x, multiple=1):
     """Blocks [(i, j), ...] of the rows of a weight of this shape. On the CPU a block has 1 MB for each thread."""
     rows, columns = shape
     if torch.compiler.is_compiling():
         return [(0, rows)]
-    most = (min(16, torch.get_num_threads()) << 20) // x.element_size() if x.device.type == 'cpu' else 1 << 26
+    most = (min(16, torch.get_num_threads()) << 20 if on_cpu(x) else GPU_BLOCK) // x.element_size()
     step = max(1, most // columns // multiple) * multiple
     return [(i, min(i + step, rows)) for i in range(0, rows, step)]
 
@@ -461,7 +514,7 @@ def in_blocks(encode, rows, size=1 << 20):
     """Apply encode(part) -> dict of tensors to about `size` weights of `rows` (n, ...) at a time; concatenate the results.
     Temporaries are many times larger than the codes, and the head matrix can be half of a model. Each part is a multiple of
     256 rows. Parts are larger on a GPU, where calls cost more than memory."""
-    size = size if rows.device.type == 'cpu' else 1 << 26
+    size = size if on_cpu(rows) else 1 << 24
     parts = [encode(part) for part in rows.split(max(1, size // max(1, rows[:1].numel()) // 256) * 256)]
     if len(parts) == 1:
         return parts[0]
@@ -851,7 +904,8 @@ class TernaryLinear(Ternary, LowBitLinear):
             weight = self.weight if self.out_gain is None else self.weight * self.out_gain[:, None]
             return plain_linear(self.weight_input(x), weight, self.bias)
         y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.out_gain, self.ternary,
-                           self.rows, self.eps, self.act, compute_dtype(x))
+                           self.rows, self.eps, self.act, compute_dtype(x),
+                           (self.code, self.weight_scale) if self.packed else None)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -931,9 +985,9 @@ class Int8Linear(LowBitLinear):
             return super().forward(x)
         x = self.weight_input(x)
         codes, scales = quantize_rows(wide(x.detach()))
-        no_gradient = not (torch.is_grad_enabled() and x.requires_grad)
-        if self.packed and no_gradient and has_fast_int8(x.device) and min(len(scales.flatten()), *self.shape) > 1:
-            y = torch._int_mm(codes.reshape(-1, self.in_features), self.code.T) * scales.reshape(-1, 1) * self.weight_scale.T
+        flat, no_gradient = codes.reshape(-1, self.in_features), not (torch.is_grad_enabled() and x.requires_grad)
+        if self.packed and no_gradient and int8_product_pays(flat, self.code):
+            y = torch._int_mm(flat, self.code.T) * scales.reshape(-1, 1) * self.weight_scale.T
             return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return self.product(straight_through(x, (codes * scales).to(x.dtype)), None)
 

@@ -29,6 +29,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import kernels_triton
+
+
+AS_ON_GPU = os.environ.get('NANOBIT_PATHS') == 'gpu'
+
+
+def on_cpu(t):
+    """True where the code paths for CPUs apply: small blocks, kernels.c, int8 products. With the environment variable
+    NANOBIT_PATHS=gpu those of other devices run on a CPU as well, which tests use."""
+    return t.device.type == 'cpu' and not AS_ON_GPU
+
 
 def wide(t):
     """Cast t to at least fp32. Statistics are never computed in bf16."""
@@ -71,12 +82,18 @@ def ternarize(w, chunks=1):
     return (flat / s).round_().clamp_(-1, 1).to(torch.int8).view(w.shape), s.flatten()
 
 
-def quantize_rows(x, tiny=1e-5):
+def absmax_rows(x, tiny=1e-5):
+    """max|x| of each row, at least `tiny`: (..., 1)."""
+    return x.abs().amax(-1, keepdim=True).clamp(min=tiny)
+
+
+def quantize_rows(x, tiny=1e-5, top=None):
     """Quantize each row (token) to int8 by its absmax. Returns (codes, scales): codes of x's shape, scales fp32 (..., 1).
 
     x ~ codes * scale, scale = max|x| / 127, max|x| at least `tiny` (arXiv 2402.17764, Tips PDF: x * 127 / max, to [-128, 127]).
+    top: absmax_rows(x), if it is known.
     """
-    top = x.abs().amax(-1, keepdim=True).clamp(min=tiny)
+    top = absmax_rows(x, tiny) if top is None else top
     return (x * (127 / top)).round_().clamp_(-128, 127).to(torch.int8), top / 127
 
 
@@ -254,10 +271,15 @@ def decode4(code, held, format, start=0, stop=None, dtype=torch.float32, out=Non
 
 
 def product4(x, code, held, format, out_features):
-    """x (tokens, in) W^T -> fp32 (tokens, out) without the decoded W in memory. Returns None if kernels.c cannot do it: it
+    """x (tokens, in) W^T -> fp32 (tokens, out) without the decoded W in memory. Returns None if no kernel can do it: kernels.c
     accepts up to 4 tokens, and group sizes that are multiples of 16 and divide `in`."""
-    kernel = _kernels_for(code, held['absmax'])
     group = len(code) * 8 // CODED4[format].bits // len(held['absmax'])
+    if (kernels_triton.usable(x) and 0 < len(x) <= kernels_triton.MOST_TOKENS and CODED4[format].bits == 4
+            and group & group - 1 == 0 and x.shape[1] % group == 0):
+        absmax = held['absmax'] if held['absmax'].is_floating_point() else scales4(held)
+        levels = _constant(CODED4[format].levels, x.device)
+        return kernels_triton.scaled_product(x, code, absmax, levels, out_features, group, CODED4[format].high_first)
+    kernel = _kernels_for(code, held['absmax'])
     if not kernel or not 0 < len(x) <= kernel.most_tokens() or x.dtype == torch.float64 or group % 16 or x.shape[1] % group:
         return None
     if held['absmax'].dtype == torch.uint8:
@@ -363,7 +385,7 @@ def _grid(held):
 
 
 def _kernels_for(code, absmax):
-    plain = code.device.type == 'cpu' and absmax.dtype in (torch.uint8, torch.int8, torch.float16, torch.float32)
+    plain = on_cpu(code) and absmax.dtype in (torch.uint8, torch.int8, torch.float16, torch.float32)
     if not plain or torch.compiler.is_compiling() or not (code.is_contiguous() and absmax.is_contiguous()):
         return None
     return kernels()

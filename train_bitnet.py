@@ -398,10 +398,13 @@ def main():
         model = common.distributed(model, dev, local_rank)
 
     def batch(data, starts):
-        xy = data.windows(starts, block_size + 1)
-        if dev.type == 'cuda':
-            xy = xy.pin_memory().to(dev, non_blocking=True)
+        xy = common.to_device(data.windows(starts, block_size + 1), dev)
         return xy[:, :-1], xy[:, 1:]
+
+    def batches(step):
+        """The micro-batches of a step on this rank."""
+        starts = common.sample_indices(seed, step, len(train_data) - block_size, batch_size).reshape(accumulation, world, micro)
+        return [batch(train_data, starts[i, rank_here]) for i in range(accumulation)]
 
     @torch.no_grad()
     def evaluate():
@@ -442,7 +445,7 @@ def main():
 
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure, stop, unsaved = '', False, False
+    failure, stop, unsaved, upcoming = '', False, False, []
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {max_iters}' if step < max_iters else f'nothing to do: step {step} of {max_iters} is reached')
     model.train()
@@ -450,7 +453,7 @@ def main():
     while True:
         last_step = step >= max_iters
         evaluating = step % eval_interval == 0 or last_step
-        stop = common.any_rank(stopped())
+        stop = stop or world == 1 and stopped()     # several processes agree in each step
         if step > 0 and step != saved_step and (step % save_interval == 0 or last_step or stop or evaluating and unsaved):
             unsaved = not save(last_path, keep_previous=True)
             saved_step = saved_step if unsaved else step
@@ -490,10 +493,8 @@ def main():
         for group in opt.param_groups:
             group['lr'], group['weight_decay'] = lr, group['decay'] * decays
         common.seed_step(seed, step, rank_here)
-        starts = common.sample_indices(seed, step, len(train_data) - block_size, batch_size).reshape(accumulation, world, micro)
         loss_sum = torch.zeros((), device=dev)
-        for i in range(accumulation):
-            x, y = batch(train_data, starts[i, rank_here])
+        for i, (x, y) in enumerate(upcoming or batches(step)):
             if world > 1:                           # DDP reads this flag in the forward pass
                 model.require_backward_grad_sync = i == accumulation - 1
             with amp:
@@ -501,14 +502,15 @@ def main():
             loss_sum += loss.detach()
             (loss / accumulation).backward()
         grads = gradients()
-        grad_norm = nn.utils.get_total_norm(list(grads.values())).item()
-        loss = common.mean_over_ranks(loss_sum.item(), accumulation)
+        total_norm = nn.utils.get_total_norm(list(grads.values()))
+        upcoming = batches(step + 1) if step + 1 < max_iters else []       # read while the device computes
+        loss, grad_norm, stop = common.step_totals(loss_sum, accumulation, total_norm, stopped())
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             culprits = [n for n, p in raw_model.named_parameters() if p in grads and not grads[p].isfinite().all()]
             failure = common.not_finite(loss, grad_norm, step, culprits, saved_step)
             break
         if grad_clip:
-            common.clip_(grads.values(), grad_clip, grad_norm)
+            common.clip_(grads.values(), grad_clip, total_norm)
         counted = quant == 'tern' and diag_interval and (step + 1) % diag_interval == 0 and rank_here == 0
         codes = ternary_matrices(raw_model) if counted and lr else None        # a step with rate 0 changes no codes
         opt.step()

@@ -250,15 +250,15 @@ def main():
     epoch_of = lambda step: step * batch_size / len(train_data)
 
     def load(number):
-        """Pixels, labels, crop boxes and mirror flags, on the CPU, of micro-batch `number`; 0 is the first of training."""
+        """Pixels, labels, crop boxes and mirror flags of micro-batch `number` (0 is the first of training), on the CPU; pinned
+        for CUDA."""
         step, i = divmod(number, accumulation)
         where = np.arange(step * batch_size, (step + 1) * batch_size).reshape(accumulation, world, micro)[i, rank_here]
         chosen = common.epoch_indices(seed, step * batch_size, len(train_data), batch_size)
         chosen = chosen.reshape(accumulation, world, micro)[i, rank_here]
-        pixels = torch.from_numpy(train_data.pixels[chosen])
-        pixels = pixels.pin_memory() if dev.type == 'cuda' else pixels
         boxes = crops.random_boxes(seed, where // len(train_data), chosen, crop_scale, crop_ratio, flip)
-        return pixels, torch.from_numpy(train_data.labels[chosen]), *boxes
+        found = [torch.from_numpy(t) for t in (train_data.pixels[chosen], train_data.labels[chosen], *boxes)]
+        return [t.pin_memory() for t in found] if dev.type == 'cuda' else found
 
     def batches(number):
         """Yield inputs and labels on the device, from micro-batch `number` on; num_workers threads read in advance."""
@@ -267,8 +267,9 @@ def main():
                 ahead.append(readers.submit(load, number) if num_workers else number)
                 number += 1
             pixels, labels, boxes, mirrored = ahead.popleft().result() if num_workers else load(ahead.popleft())
-            pixels, labels = pixels.to(dev, non_blocking=True), labels.to(dev)
-            yield crops.network_input(pixels, boxes, mirrored, image_size, seen['mean'], seen['std']), labels
+            pixels, labels = (t.to(dev, non_blocking=True) for t in (pixels, labels))
+            yield crops.network_input(pixels, boxes, mirrored, image_size, mean, std), labels
+    mean, std = (torch.tensor(seen[key], device=dev) for key in ('mean', 'std'))
     readers, ahead = ThreadPoolExecutor(max(1, num_workers)), collections.deque()
 
     # -------------------------------------------------------------------------------------------------------- model
@@ -388,7 +389,7 @@ def main():
             if rows.start < rows.stop:
                 pixels = torch.from_numpy(np.array(val_data.pixels[rows])).to(dev)
                 boxes = crops.middle_boxes(len(pixels), eval_crop)
-                x = crops.network_input(pixels, *boxes, image_size, seen['mean'], seen['std'])
+                x = crops.network_input(pixels, *boxes, image_size, mean, std)
                 with amp:
                     logits = net(x).float().cpu()
                 total += F.cross_entropy(logits, torch.from_numpy(val_data.labels[rows]), reduction='sum').item()
@@ -441,7 +442,7 @@ def main():
         last_step = step >= total_iters
         epoch_done = step > 0 and int(epoch_of(step)) > int(epoch_of(step - 1))
         evaluating = last_step or (step % eval_interval == 0 if eval_interval else epoch_done)
-        stop = common.any_rank(stopped())
+        stop = stop or world == 1 and stopped()     # several processes agree in each step
         if step > 0 and step != saved_step and (step % save_interval == 0 or last_step or stop or evaluating and unsaved):
             unsaved = not save(last_path, keep_previous=True)
             saved_step = saved_step if unsaved else step
@@ -490,14 +491,14 @@ def main():
                 dist.all_reduce(flat)
             torch._foreach_copy_(statistics, list((flat / (world * accumulation)).split([len(b) for b in statistics])))
         grads = gradients()
-        grad_norm = nn.utils.get_total_norm(list(grads.values())).item()
-        loss = common.mean_over_ranks(loss_sum.item(), accumulation)
+        total_norm = nn.utils.get_total_norm(list(grads.values()))
+        loss, grad_norm, stop = common.step_totals(loss_sum, accumulation, total_norm, stopped())
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             culprits = [n for n, p in raw_model.named_parameters() if p in grads and not grads[p].isfinite().all()]
             failure = common.not_finite(loss, grad_norm, step, culprits, saved_step)
             break
         if grad_clip:
-            common.clip_(grads.values(), grad_clip, grad_norm)
+            common.clip_(grads.values(), grad_clip, total_norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
         del grads                                   # free the gradients before the next forward pass

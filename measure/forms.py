@@ -103,7 +103,8 @@ def theoretical_bytes(module):
     if isinstance(module, layers.HalfLinear):
         return 2 * n + bias // 2
     if isinstance(module, layers.TernaryLinear):
-        return -(-module.in_features // 4) * out + 4 * module.chunks + bias + 4 * module.in_features * module.norm
+        gains = module.in_features * module.norm + out * (module.out_gain is not None)
+        return -(-module.in_features // 4) * out + 4 * module.chunks + bias + 4 * gains
     if isinstance(module, layers.BinaryLinear):
         packed_bias = getattr(module, 'packed_bias', None)
         return -(-module.in_features // 8) * out + (0 if packed_bias is None else -(-out // 8)) + 4 * module.alpha.numel()

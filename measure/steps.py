@@ -75,18 +75,20 @@ def train_worker(a, models):
     gradients = getattr(optimizer, 'gradients', lambda: {p: p.grad for p in model.parameters()})
     step_model = torch.compile(model) if a.compile else model
 
-    def step():
+    def forward():
         with torch.autocast(a.device, torch.bfloat16, enabled=a.dtype == 'bfloat16'):
-            loss = step_model(ids[:, :-1], ids[:, 1:])
-        loss.backward()
+            return step_model(ids[:, :-1], ids[:, 1:])
+
+    def step():
+        forward().backward()
         grads = list(gradients().values())
-        clip_(grads, 1.0, nn.utils.get_total_norm(grads).item())
+        clip_(grads, 1.0, nn.utils.get_total_norm(grads))
         del grads
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     for line in sys.stdin:
         if line == 'memory\n':
-            yield {'peak_bytes': peak_bytes(model, optimizer, step, cuda),
+            yield {'peak_bytes': peak_bytes(model, optimizer, step, cuda), 'saved_bytes': costs.saved_bytes(forward, model),
                    'resident_bytes': peak_memory_bytes() - before,
                    'parameters': sum(p.numel() for p in model.parameters()),
                    'flops_per_token': costs.flops_per_token(model, a.n_layer, a.n_embd, a.block_size)}
@@ -125,22 +127,23 @@ def train(a):
     flops = tokens * memory[variants[0]]['flops_per_token'] if peak else None
     print(f'training step, {a.model}, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, '
           f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, {a.optimizer}, compile={a.compile}, '
-          f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; resident: growth of the process')
+          f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; saved: those for the backward '
+          'pass; resident: growth of the process')
     rows = []
     for kind, dtype in variants:
         mine, base = times[kind, dtype], times.get(('fp', dtype), times[kind, dtype])
         ms = statistics.median(mine)
         ratio = statistics.median(m / b for m, b in zip(mine, base, strict=True))
         mine_bytes, base_bytes = memory[kind, dtype], memory.get(('fp', dtype), memory[kind, dtype])
-        memory_ratio, resident_ratio = (mine_bytes[k] / base_bytes[k] for k in ('peak_bytes', 'resident_bytes'))
+        ratios = {f'{k}_ratio': mine_bytes[f'{k}_bytes'] / base_bytes[f'{k}_bytes'] for k in ('peak', 'saved', 'resident')}
         rows.append({'bench': 'train', 'model': a.model, 'kind': kind, 'dtype': dtype, 'ms': ms, 'ms_min': min(mine),
                      'ms_max': max(mine), 'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes,
-                     'peak_ratio': memory_ratio, 'resident_ratio': resident_ratio,
-                     'mfu': flops / ms * 1e3 / peak if flops else None,
+                     **ratios, 'mfu': flops / ms * 1e3 / peak if flops else None,
                      'batch_size': a.batch_size, 'block_size': a.block_size, 'n_layer': a.n_layer, 'n_embd': a.n_embd,
                      'threads': a.threads, 'optimizer': a.optimizer, 'compile': a.compile, 'device': name,
                      'torch': torch.__version__})
     show(rows, [('kind', 'kind', ''), ('dtype', 'dtype', ''), ('ms', 'ms/step', '.1f'), ('ratio', 'x fp', '.2f'),
                 ('tokens_per_s', 'tokens/s', ',.0f'), ('peak_bytes', 'peak MiB', mib), ('peak_ratio', 'x fp', '.2f'),
+                ('saved_bytes', 'saved', mib), ('saved_ratio', 'x fp', '.2f'),
                 ('resident_bytes', 'resident', mib), ('resident_ratio', 'x fp', '.2f')]
          + [('mfu', 'MFU', '.1%')] * bool(flops), a.json)

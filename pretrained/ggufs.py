@@ -78,7 +78,7 @@ def plan(model, about, kind='', head='', arch=''):
         if ACTS.get(arch) not in (None, c.act):
             raise ValueError(f'act={c.act}: {WRONG_ACT[c.act]}')
         for name, m in _layers(model, BITNET):
-            ours = isinstance(m, layers.TernaryLinear) and m.norm and m.bias is None
+            ours = isinstance(m, layers.TernaryLinear) and m.norm and m.bias is None and m.out_gain is None
             if not ours and type(m).__name__ != 'NormedLinear':
                 raise ValueError(f'{name} is a {type(m).__name__}, which the arch {arch} does not compute; give the --ckpt of '
                                  'the training')

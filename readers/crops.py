@@ -65,8 +65,10 @@ def middle_boxes(n, share):
 
 
 def network_input(pixels, boxes, mirrored, size, mean, std):
-    """Crop and normalize uint8 images -> network input: resample(), then (x - mean) / std. mean, std: 3 channels in 0..1."""
-    boxes, mirrored = (torch.from_numpy(t).to(pixels.device) for t in (boxes.astype(np.float32), mirrored))
+    """Crop and normalize uint8 images -> network input: resample(), then (x - mean) / std. mean, std: 3 channels in 0..1;
+    tensors on the device of the pixels are not copied."""
+    boxes, mirrored = (torch.as_tensor(t, dtype=d).to(pixels.device, non_blocking=True)
+                       for t, d in ((boxes, torch.float32), (mirrored, torch.bool)))
     x = resample(pixels, boxes, mirrored, size)
-    mean, std = (torch.tensor(t, device=x.device).view(3, 1, 1) * 255 for t in (mean, std))
+    mean, std = (torch.as_tensor(t, device=x.device).view(3, 1, 1) * 255 for t in (mean, std))
     return (x - mean) / std.clamp(min=1)             # 1 is one level of 255; the std of a constant channel is 0

@@ -19,10 +19,17 @@ STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×
                 'tokens/s': '{tokens_per_s:,.0f}', 'peak MiB': lambda r: mib(r, 'peak', 0), '× ': '{peak_ratio:.2f}',
                 'resident MiB': lambda r: mib(r, 'resident', 0), '×  ': '{resident_ratio:.2f}'}
 
+BY_DTYPE = 'speed', 'bitnet_speed', 'compiled', 'conv'
 # name: (arguments of bench.py, caption from one row, {header: cell from a row})
 BENCHES = {
     'bitnet_speed': (['train --model=bitnet --steps=2'], step_caption, STEP_COLUMNS),
     'speed': (['train --steps=2'], step_caption, STEP_COLUMNS),
+    'compiled': (['train --compile --steps=2', 'train --model=bitnet --compile --steps=2'],
+                 lambda r: 'Under torch.compile. ' + step_caption(r).replace('model of train_gpt.py', 'models of the trainers')
+                 + ' Saved: tensors for the backward pass.',
+                 {'model': '{model} {kind}'}
+                 | {k: v for k, v in STEP_COLUMNS.items() if k not in ('kind', 'resident MiB', '×  ')}
+                 | {'saved MiB': lambda r: mib(r, 'saved'), 'saved, × fp': '{saved_ratio:.2f}'}),
     'stats': (['stats bignet half lora int4 qlora nf4 fit4 int8 ternary binary',
                'compare half lora int4 qlora nf4 fit4 int8 ternary binary'],
               lambda r: f'BigNet, {r["device"]}, torch {r["torch"]}, batch 32; MiB, except for the column bytes; forward and '
@@ -98,7 +105,7 @@ def bench_table(name):
     rows, (_, head, columns) = keep.read(name), BENCHES[name]
     merged = {}                                     # one row per variant (and dtype); sizes of `layers` are columns
     for r in rows:
-        key = r.get('name', r.get('kind')), r.get('dtype') if name in ('speed', 'bitnet_speed', 'conv') else None
+        key = r.get('name', r.get('kind')), r.get('model'), r.get('dtype') if name in BY_DTYPE else None
         if name == 'layers':
             r[f't{r["tokens"]}'] = r
         merged.setdefault(key, {}).update(r)

@@ -35,6 +35,8 @@ INDEX = {
     'tinystories': ('What does a ternary BitNet cost on stories?', 'val loss', 'ternary', 'full precision, the same rates'),
     'bitnet_speed': ('Which time and memory does a training step of train_bitnet.py take?',
                      'peak MiB', 'tern, float32', 'fp, float32'),
+    'compiled': ('What is left of the memory saving under torch.compile?', 'saved, × fp', 'gpt bin, bfloat16',
+                 'gpt tern, bfloat16', 'gpt int4, bfloat16', 'bitnet tern, bfloat16'),
     'food10': ('What do binary layers cost a CNN on photographs?', 'top-1', 'conv8, conv9, conv10 binary', 'all real'),
     'food10_recipe': ('Which learning rates and normalizations do binary convolutions need?', 'step 586',
                       '... scales at 10 x the rate', 'conv1, conv2, fc1, fc2, final binary, scales at the rate of the rest'),

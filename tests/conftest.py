@@ -30,6 +30,8 @@ from tiny import (AT_STEP, IN_EVALUATION, MEASURED, NAN_LOSS, assert_same_state,
                   write_text)
 
 ROOT = Path(__file__).resolve().parent.parent
+if 'NANOBIT_DEVICE' in os.environ:                  # bench.py gpu: the numerics on another device
+    torch.set_default_device(os.environ['NANOBIT_DEVICE'])
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:       # a job in the background: what it starts would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1',

@@ -328,6 +328,17 @@ for name, module in list(sys.modules.items()):
 """
 
 
+def test_gpu_keeps_the_rows_of_the_other_parts_when_one_fails(tmp_path, start):
+    """On a CPU, in the smallest sizes: steps are measured, a training without its data has a row that says why, status 2."""
+    done = start(ROOT / 'bench.py', 'gpu', '--tiny', '--device=cpu', '--parts=training fp,bitnet', '--dataset=missing',
+                 f'--json={tmp_path}/gpu.jsonl', cwd=tmp_path).wait()
+    rows = [json.loads(line) for line in open(tmp_path / 'gpu.jsonl')]
+    assert done.code == 2 and done.err == 'error: 1 parts failed: training fp\n', done.err
+    assert [r['part'] for r in rows] == ['environment', 'training fp', 'bitnet']
+    assert rows[0]['torch'] == torch.__version__
+    assert 'missing' in rows[1]['failed'] and rows[2]['kind'] == 'tern' and rows[2]['ms'] > 0 and rows[2]['saved_bytes'] > 0
+
+
 def test_bundle_is_reproducible_and_runs(tmp_path, start):
     """Two bundles are the same bytes; the manifest has the checksum of every file; unpacked, it runs."""
     for name in ('a.zip', 'b.zip'):

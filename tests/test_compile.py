@@ -1,6 +1,7 @@
 """torch.compile of layers and of attached models, and the compilation of kernels.c in every environment."""
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,11 @@ from formulas import fixed, gradients, same  # noqa: F401
 from test_optim import distance, make, train
 
 from layers import BinaryConv2d, BinaryLinear, Conv4bit, Linear4bit, TernaryConv2d, TernaryLinear, convert
+from measure import steps
 from quant import kernels
+from report import costs
+from train_bitnet import BitNet, BitNetConfig
+from train_gpt import GPT, GPTConfig
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +54,34 @@ def test_compiled_equals_eager(name):
     model, x = build(), torch.randn(shape)
     v, compiled = torch.randn_like(model(x)), torch.compile(model, fullgraph=True, backend=backend)
     same(gradients(model, compiled, x, v), gradients(model, model, x, v), 1e-5)
+
+
+@pytest.mark.parametrize('model, most', [('gpt', {'bin': 0.75, 'int4': 0.7, 'tern': 0.65}), ('bitnet', {'tern': 0.6})],
+                         ids=('gpt', 'bitnet'))
+def test_the_memory_saving_survives_torch_compile(model, most):
+    """A model of a trainer in bf16 is one graph, and torch's partitioner keeps neither rounded weights nor what the backward
+    pass can compute from the inputs of the layers. most: bytes saved for the backward pass, x full precision."""
+    sizes = SimpleNamespace(model=model, n_layer=1, n_head=4, n_kv_head=2, n_embd=256, n_ff=768, vocab_size=64, block_size=256)
+    ids, models = torch.randint(64, (2, 256)), {'train_gpt': (GPT, GPTConfig), 'train_bitnet': (BitNet, BitNetConfig)}
+    saved = {}
+    for kind in ('fp', *most):
+        net = steps.make_model(kind, sizes, models)
+        compiled = torch.compile(net, fullgraph=True, backend='aot_eager_decomp_partition')
+        with torch.autocast('cpu', torch.bfloat16):
+            saved[kind] = costs.saved_bytes(lambda compiled=compiled: compiled(ids, ids), net)
+    ratios = {kind: saved[kind] / saved['fp'] for kind in most}
+    assert all(ratios[kind] <= most[kind] for kind in most), ratios
+
+
+@pytest.mark.parametrize('base', ['nf4', 'int8', 'half'])
+def test_frozen_weights_are_decoded_again_under_torch_compile(base):
+    """Adapters over packed layers save what they save in eager mode: no decoded weight."""
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(8, 64)
+    convert(model, {'*': ('lora', dict(rank=2, base=base))}, verbose=False, packed=True)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager_decomp_partition')
+    with torch.autocast('cpu', torch.bfloat16):
+        eager, found = (costs.saved_bytes(lambda f=f: f(x).float().sum(), model) for f in (model, compiled))
+    assert found <= eager
 
 
 def test_torch_compile_of_an_attached_model_computes_the_same():

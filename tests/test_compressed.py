@@ -181,8 +181,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_frozen_layer_never_holds_its_whole_weight_and_saves_nothing(kind):
+def test_a_frozen_layer_never_holds_its_whole_weight_and_saves_nothing(monkeypatch, kind):
     """1024 x 1024: no operation makes more than a quarter of the weight, and nothing is saved for the gradient of x."""
+    monkeypatch.setattr(layers, 'GPU_BLOCK', 1 << 20)
     layer = packed(1024, 1024, **KINDS[kind])
     weight, x, saved = decoded(layer), torch.randn(5, 1024).requires_grad_(), []
     layer(x)                                                                            # tables that are made once
@@ -197,7 +198,7 @@ def test_a_frozen_layer_never_holds_its_whole_weight_and_saves_nothing(kind):
     rows = (x / x.abs().amax(-1, keepdim=True) * 127).round() * x.abs().amax(-1, keepdim=True) / 127
     assert_close(y, F.linear(rows if kind == 'int8 act' else x, weight, layer.bias.float()), rtol=1e-4, atol=1e-4)
     assert_close(x.grad, weight.sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
-    if isinstance(layer, Linear4bit) and (library := quant.kernels()) and library.most_tokens():
+    if isinstance(layer, Linear4bit) and not quant.AS_ON_GPU and (library := quant.kernels()) and library.most_tokens():
         with Largest() as seen:                     # few tokens, with AVX-512: nothing is decoded
             assert_close(layer(x[:3]), y[:3], rtol=1e-4, atol=1e-5)
         assert seen.most <= 1024 * 32                                                       # scales, of 8 bits each

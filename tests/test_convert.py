@@ -113,8 +113,8 @@ print(losses[-1] < 0.7 * losses[0], torch.equal(layers.pack(model)(x), y), *laye
 
 
 def test_three_files_and_the_optimizer_work_alone(start, tmp_path):
-    """layers.py, quant.py and kernels.c, copied to an empty folder, train and pack a model of three formats; optim.py too."""
-    for name in ('layers.py', 'quant.py', 'kernels.c', 'optim.py'):
+    """layers.py, quant.py and their kernels, copied to an empty folder, train and pack three formats; optim.py too."""
+    for name in ('layers.py', 'quant.py', 'kernels.c', 'kernels_triton.py', 'optim.py'):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / 'alone.py').write_text(ALONE)
     done = start('alone.py', cwd=tmp_path, real=True, PYTHONPATH='').wait()        # no other file of this project

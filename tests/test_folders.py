@@ -102,7 +102,8 @@ def assert_alike(model, folder, ids):
         if name.endswith(('q_proj', 'o_proj', 'gate_proj', 'down_proj')):
             module.register_forward_pre_hook(lambda module, args: theirs.append(args[0].clone()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, 'quantize_rows', lambda a: ours.append(a.view(*ids.shape, -1).clone()) or quantize_rows(a))
+        patch.setattr(layers, 'quantize_rows',
+                      lambda a, top: ours.append(a.view(*ids.shape, -1).clone()) or quantize_rows(a, top=top))
         logits = all_logits(model, ids)
     with torch.no_grad(), torch.compiler.set_stance('force_eager'):
         wanted = net(ids).logits

@@ -11,21 +11,22 @@ from conftest import ROOT
 TRAINERS = ('train_gpt', 'train_bitnet', 'train_cnn', 'finetune_cls')
 TOOLS = ('ptq', 'sample', 'bench', 'plot', 'export')
 ROOT_FILES = {'README.md', 'Makefile', 'requirements.txt', 'requirements-peers.txt', 'pyproject.toml', 'LICENSE', 'kernels.c',
+              'kernels_triton.py',
               *(f'{name}.py' for name in ('configurator', 'common', 'layers', 'quant', 'optim', *TRAINERS, *TOOLS))}
 ROOMS = {'readers': 'tokens documents texts images crops tasks',
          'pretrained': 'hf adapters folders ggufs formats calibrate replace subjects',
          'report': 'scores tables costs figure plot_cls plot_ptq plot_runs pictures',
          'engine': 'engine load engine.c lanes.h',
-         'measure': 'turns forms matrices steps optimizers convolutions decode llama'}
+         'measure': 'turns forms matrices steps optimizers convolutions decode llama gpu'}
 FOLDERS = {*ROOMS, 'config', 'data', 'docs', 'tests', 'results'}
 
 # From the ground up. A module imports only lower floors; in rooms, data/, results/ and among the tools also its neighbours.
-FLOORS = (('quant', 'configurator', 'optim'), ('layers',), ('common',), ('readers',),
+FLOORS = (('kernels_triton',), ('quant', 'configurator', 'optim'), ('layers',), ('common',), ('readers',),
           ('pretrained', 'report', 'engine', 'data'), TRAINERS, ('engine.load',), ('measure',), ('tools', 'results'),
           ('tests',))
 NEIGHBOURS = {*ROOMS, 'data', 'tools', 'results', 'tests'}
 # Stricter than the floors: the only modules that a module may import, and the only users of a room or a trainer.
-IMPORTS_ONLY = {'layers': {'quant'}, 'optim': set()}
+IMPORTS_ONLY = {'layers': {'quant', 'kernels_triton'}, 'quant': {'kernels_triton'}, 'optim': set()}
 IMPORTED_ONLY_BY = {'measure': {'measure', 'bench', 'ptq', 'export', 'results', 'tests'},
                     **{trainer: {'engine.load', 'measure', 'results', 'tests'} for trainer in TRAINERS}}
 

@@ -13,13 +13,14 @@ from formulas import fixed, off  # noqa: F401
 
 import quant
 from conftest import ROOT
-from quant import (CODED4, FIT4, FORMATS4, GRIDS, NF4, SCALES4, binarize, decode4, group_grid, group_scales, half_bits, kernels,
-                   pack4, pack_bits, product4, quantize4, quantize_rows, scales4, ternarize, to_grid, unpack_bits)
+from quant import (AS_ON_GPU, CODED4, FIT4, FORMATS4, GRIDS, NF4, SCALES4, binarize, decode4, group_grid, group_scales,
+                   half_bits, kernels, pack4, pack_bits, product4, quantize4, quantize_rows, scales4, ternarize, to_grid,
+                   unpack_bits)
 
 every_format = pytest.mark.parametrize('format', FORMATS4)
 every_code = pytest.mark.parametrize('format, scales', [(format, scales) for i, format in enumerate(CODED4)
                                                         for j, scales in enumerate(SCALES4) if (i + j) % 2 == 0])
-needs_compiler = pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
+needs_compiler = pytest.mark.skipif(AS_ON_GPU or not shutil.which('cc'), reason='needs a C compiler, and kernels.c in use')
 
 
 def back(w, format, group=0, scales=''):

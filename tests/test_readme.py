@@ -207,10 +207,14 @@ def make_n(command, cwd):
     return re.sub(r'"|\.venv/bin/| --(quiet|disable)\S*', '', done.stdout).splitlines()
 
 
+TRITON = "python -c 'import triton' 2>/dev/null || python -m pip install triton || true"
+NUMERICS = 'tests/test_layers.py tests/test_quant.py tests/test_optim.py tests/test_compressed.py'
 MADE = {'make train': None,
-        'make test': ['python -m ruff check .', 'python -m pytest -n auto --dist loadfile'],
+        'make test': [TRITON, 'python -m ruff check .', 'python -m pytest -n auto --dist loadfile',
+                      'NANOBIT_PATHS=gpu python -m pytest -n auto --dist loadfile tests/test_layers.py '
+                      'tests/test_compressed.py'],
         'make faults': ['python results/faults.py'],
-        'make check': ['python -m pytest tests/test_layers.py tests/test_quant.py tests/test_optim.py']}
+        'make check': [f'python -m pytest {NUMERICS}', f'NANOBIT_PATHS=gpu python -m pytest {NUMERICS}']}
 
 
 @pytest.mark.parametrize('command', [c for c in commands() if not rule(c) or isinstance(rule(c)[1], int)])
@@ -242,7 +246,7 @@ def test_installation_command(command, copied):
         blocks = FENCE.findall(PAGES['README.md'])
         by_hand = next(lines_of(block)[1:] for _, block in blocks if 'python3 -m venv' in block)
         wanted = MADE[command] or by_hand
-        assert [line for line in make_n(command, copied) if re.match('python (?!-m pip)', line)] == wanted
+        assert [line for line in make_n(command, copied) if re.match(r'(\w+=\w+ )?python (?!-m pip)', line)] == wanted
     elif kind == 'make train':
         by_make = '\n'.join(make_n(kind, copied)).replace('python -m pip', 'pip')
         assert not [part for part in command.split(' && ') if part not in by_make and part != '. .venv/bin/activate']

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -25,6 +26,28 @@ def replace(a, b, plain=os.replace):
         os.kill(os.getpid(), signal.SIGKILL)
     plain(a, b)
 os.replace = replace
+"""
+
+# Prints before each step how often the host has waited for numbers of the device so far. transformers looks at the padding of
+# each micro-batch, which is not counted.
+COUNT_WAITS = """
+import common, torch, traceback
+from torch.utils._python_dispatch import TorchDispatchMode
+waits = []
+class Noting(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            if not any('masking_utils' in f.filename for f in traceback.extract_stack()):
+                waits.append(function)
+        return function(*args, **kwargs or {})
+def fetched(t, plain=common.fetched):
+    waits.append(plain)
+    return plain(t)
+def seed_step(seed, step, rank, plain=common.seed_step):
+    print('before step', step, len(waits))
+    plain(seed, step, rank)
+common.fetched, common.seed_step = fetched, seed_step
+Noting().__enter__()
 """
 
 every_trainer = pytest.mark.parametrize('trainer', TRAINERS)
@@ -553,3 +576,16 @@ def test_cached_generation_equals_the_plain_one(family, kind, prompt, options):
         assert int(logits.argmax()) == cached[i], i
         plain = torch.cat([plain, logits.argmax()[None, None]], 1)
     assert len(cached) == 40 and len(set(cached)) > 1
+
+
+# ------------------------------------------------------------------------------------------------ waiting for the device
+
+
+@every_trainer
+def test_a_step_waits_once_for_the_device(run_of, folder_of, trainer):
+    """Loss, gradient norm and stop flag come in one vector; nothing else in a step between evaluations reads the device."""
+    done = run_of(trainer, '--eval_interval=100', '--save_interval=100', '--grad_clip=0.5', cwd=folder_of(trainer),
+                  patch=COUNT_WAITS)
+    waits = [int(n) for n in re.findall(r'before step \d+ (\d+)', done.out)]
+    found = [b - a for a, b in zip(waits, waits[1:], strict=False)]
+    assert len(found) > 5 and statistics.median(found) == min(found) == 1, found     # some steps also measure or diagnose
