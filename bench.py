@@ -16,7 +16,7 @@ Measure time, memory and error of variants. Each variant runs in a fresh process
     python bench.py decode --shape=0.68B                       # tokens/s of random models, engine/ against torch
     python bench.py decode --shape=0.68B --llama=FOLDER        # and against llama.cpp, whose shared libraries are there
     python bench.py decode --models=out/pycode_bin             # a trained model
-    python bench.py gpu                                        # all of it on one GPU, 8 minutes; first data/pycode/prepare.py
+    python bench.py gpu                                        # all of it on one GPU; first data/pycode/prepare.py
     python bench.py bundle nanobit.zip                         # the sources as a zip, byte for byte the same each time
 
 stats and compare also take a checkpoint or a Hugging Face folder instead of bignet. --json=PATH appends the rows to a file as

@@ -21,6 +21,7 @@ SHAPE = ('--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=3
          '--eval_iters=4')
 ALL_BINARY = '--qkv_proj=bin --c_proj=bin --mlp_proj=bin'
 
+MOST_SECONDS = 480      # of all parts together; not yet tried on a GPU
 # part: (seconds it may take, command, the same with --tiny). gpu() fills in {…}; NAME=value in front sets the environment.
 PARTS = {
     'numerics': (120, f'NANOBIT_DEVICE={{device}} pytest -q {NUMERICS}',
@@ -72,7 +73,7 @@ def run_part(name, words, seconds, rows):
                               env=dict(os.environ, **dict(s.split('=', 1) for s in setting)))
         said, failed = done.stdout, f'exit status {done.returncode}' if done.returncode else ''
     except subprocess.TimeoutExpired as e:
-        said, failed = (e.stdout or b'').decode(errors='replace'), f'stopped after {seconds} s'
+        said, failed = (e.stdout or b'').decode(errors='replace'), f'stopped after {seconds:.0f} s'
     print(f'--- {name}\n{said}', flush=True)
     about = {'part': name, 'seconds': round(time.perf_counter() - start, 1)}
     if failed:
@@ -90,15 +91,15 @@ def of_training(folder):
 
 
 def gpu(a):
-    """Measure everything that needs a GPU, part by part, at most 8 minutes on an H200; a part that fails costs only its row."""
+    """Measure everything that needs a GPU, part by part, within MOST_SECONDS; a part that fails costs only its row."""
     unknown = [p for p in a.parts.split(',') if p and p not in PARTS]
     if unknown:
         configurator.fail(f'{unknown[0]!r} is no part; type --parts= with some of {",".join(PARTS)}')
-    found = [environment()]
+    found, end = [environment()], time.monotonic() + MOST_SECONDS
     with tempfile.TemporaryDirectory() as out:
         for name in a.parts.split(',') if a.parts else PARTS:
             seconds, real, tiny = PARTS[name]
-            seconds = 600 if a.tiny else seconds                    # a slow CPU proves nothing
+            seconds = 600 if a.tiny else min(seconds, max(1, end - time.monotonic()))      # a slow CPU proves nothing
             words = (tiny if a.tiny else real).format(device=a.device, out=out, dataset=a.dataset).split()
             if not words:
                 continue

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import common
 import layers
+import quant
 from layers import (Activation, BinaryConv2d, BinaryEmbedding, BinaryLinear, Conv4bit, HalfLinear, Int8Linear, Linear4bit,
                     LoRALinear, LowRankLinear, TernaryConv2d, TernaryLinear, conv2d, linear)
 from quant import AS_ON_GPU, binarize
@@ -367,6 +368,26 @@ def test_large_images_are_normalized_in_blocks_by_the_same_formula(norm, forward
         layer(x.requires_grad_()).square().sum().backward()
     assert AS_ON_GPU or peak['bytes'] < both * y.nbytes
     check(filled(layer), x.detach().double(), 1e-9)
+
+
+def test_the_switch_takes_the_code_paths_of_gpus():
+    """With NANOBIT_PATHS=gpu one slice covers all rows, the product is a float product and kernels.c decodes nothing."""
+    x = torch.empty(5000, 100)
+    assert (len(layers._blocks(x)) == 1) == AS_ON_GPU and not (AS_ON_GPU and layers.has_fast_int8(x.device))
+    assert not (AS_ON_GPU and quant._kernels_for(torch.empty(8, dtype=torch.uint8), torch.empty(1)))
+
+
+@pytest.mark.parametrize('rows, columns, outs, pays',
+                         [(17, 16, 8, True), (16, 16, 8, False), (17, 12, 8, False), (17, 16, 9, False)])
+def test_int8_products_on_cuda_need_the_shapes_of_cublas(monkeypatch, rows, columns, outs, pays):
+    """More than 16 rows, other sizes multiples of 8, and only with NANOBIT_INT8=1."""
+    class Cuda(torch.Tensor):
+        device = torch.device('cuda')
+    q, t = (torch.empty(n, columns, dtype=torch.int8) for n in (rows, outs))
+    q = q.as_subclass(Cuda)
+    assert not layers.int8_product_pays(q, t)
+    monkeypatch.setattr(layers, 'FAST_INT8_CUDA', True)
+    assert layers.int8_product_pays(q, t) == pays
 
 
 # -------------------------------------------------------------------------------------------------------- saved tensors
