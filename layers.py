@@ -706,16 +706,19 @@ class LowBitConv(LowBit):
 
 class Binary(LowBit):
     """Binary weight and bias: {0,1} by `w > mean(w)`, with one mean for each of `chunks` slices of dim 0. The product uses the
-    bits minus `offset`. The output is normalized and multiplied by a learnable alpha."""
+    bits minus `offset`. The output is normalized and multiplied by a learnable alpha. alpha=None: it is not; put a BatchNorm
+    after the layer, which then has no bias."""
     kind, bits, chunks, offset = 'bin', 1, 1, 0.5
 
     def _init_weight(self):
         nn.init.xavier_uniform_(self.weight)
 
     def _init_alpha(self, alpha, shape, eps):
-        if not alpha > 0:
-            raise ValueError(f'the initial alpha must be above 0, got {alpha}')
-        self.alpha, self.eps = nn.Parameter(torch.full(shape, float(alpha))), eps
+        if alpha is None and self.bias is not None:
+            raise ValueError('alpha=None needs bias=False: the BatchNorm after the layer has a bias, of full precision')
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f'the initial alpha must be above 0, or None; got {alpha}')
+        self.alpha, self.eps = None if alpha is None else nn.Parameter(torch.full(shape, float(alpha))), eps
 
     def encode(self):
         held = {'code': pack_bits(binarize(self.weight, self.chunks).flatten(1), 1)}
@@ -832,7 +835,7 @@ class BinaryLinear(Binary, LowBitLinear):
 
     Mean and population std are over the output features of each token. alpha is one learnable number that starts at `alpha`.
     The paper has no alpha; it comes from the reproduction by Dao et al. The layer computes with W01 - 1/2 (see half_bits).
-    b starts at 0, so all its bits are 0.
+    b starts at 0, so all its bits are 0. alpha=None and bias=False: y = z, for a BatchNorm after the layer.
 
     chunks=3 treats the weight as 3 stacked matrices, each with its own mean, normalization and alpha. A fused q, k, v
     projection then equals three BinaryLinear layers. act='gelu' applies the activation to x first, and saves only x.
@@ -850,12 +853,17 @@ class BinaryLinear(Binary, LowBitLinear):
         self.chunks = chunks
         self._init_alpha(alpha, (chunks, 1), eps)
 
+    def decoder(self, dtype):
+        return lambda i, j: unpack_bits(self.code[i:j], 1, self.in_features).to(dtype).sub_(self.offset)
+
     def merged(self, delta, requantize, x):
-        if not requantize:
+        if not requantize and self.alpha is not None:
             raise ValueError('BinaryLinear: its normalized output has no full-precision equivalent; type requantize=True')
         return super().merged(delta, requantize, x)
 
     def _latent_change(self, delta, x):
+        if self.alpha is None:
+            return delta
         # y = alpha (z - mean z) / std z. To add delta x to y, add std / alpha times delta x to z.
         z = F.linear(self.weight_input(x).reshape(-1, self.in_features).float(), *self.decode())
         std = z.unflatten(-1, (self.chunks, -1)).std(-1, unbiased=False).mean(0)
@@ -994,7 +1002,8 @@ class Int8Linear(LowBitLinear):
 
 class BinaryConv2d(Binary, LowBitConv):
     """Binary normalized convolution (arXiv 2509.07025, alg. 3): like BinaryLinear, with a convolution as the product and one
-    alpha per output channel. The layer normalizes its output, so do not put a BatchNorm after it.
+    alpha per output channel. The layer normalizes its output, so do not put a BatchNorm after it, except with alpha=None, which
+    computes only the product with W01 - 1/2 and needs bias=False.
 
     norm: 'channel' normalizes each pixel over the channels (default), 'spatial' each (example, channel) over its pixels,
     'sample' each example over all its values. Only with 'channel' do {0,1} and {-1,1} weights give the same network.
@@ -1007,7 +1016,7 @@ class BinaryConv2d(Binary, LowBitConv):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
         # Subtracting 1/2 from every weight adds the same term to all output channels; a mean over the channels removes it.
         # With groups the term differs between channels, since each group sums other inputs.
-        self.norm, self.offset = norm, 0.5 if norm == 'channel' and groups == 1 else 0.0
+        self.norm, self.offset = norm, 0.5 if alpha is None or norm == 'channel' and groups == 1 else 0.0
         self._init_alpha(alpha, (out_channels,), eps)
 
 
@@ -1041,6 +1050,8 @@ class BinaryEmbedding(Binary):
     bias_dim = 1
 
     def __init__(self, num_embeddings, embedding_dim, bias=True, *, alpha=0.25, eps=1e-5):
+        if alpha is None:
+            raise ValueError('BinaryEmbedding: alpha must be a number above 0')
         super().__init__((num_embeddings, embedding_dim), bias)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self._init_alpha(alpha, (1,), eps)
@@ -1292,7 +1303,7 @@ class Format(NamedTuple):
 FORMATS = {
     # full precision: 32 bits
     'fp': Format(nn.Linear, nn.Conv2d, trains=True),
-    # {0,1} by `w > mean(w)`, the output is normalized: 1 bit, and alpha
+    # {0,1} by `w > mean(w)`, the output is normalized: 1 bit, and alpha (if alpha=None, -1/2 or 1/2 without normalization)
     'bin': Format(BinaryLinear, BinaryConv2d, BinaryEmbedding, trains=True, act=True, chunks=True),
     # {-1,0,1} * mean|w|; the input is int8, after RMSNorm (except in a convolution): 2 bits, one scale
     'tern': Format(TernaryLinear, TernaryConv2d, trains=True, act=True, chunks=True),

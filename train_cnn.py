@@ -55,11 +55,12 @@ channels = (32, 64, 64, 128, 256)      # output channels of the five blocks; the
 fc = (256, 256)                # widths of fc1 and fc2; the paper has (512, 256)
 filter_dimension = 3           # side of the kernels: 3 or 5
 residual = True                # False: blocks without the real 1x1 skip, as in the paper
-model_config = dict(           # binary | real | ternary | int4 for each layer; all but binary convolutions have a BatchNorm
+model_config = dict(           # binary | real | ternary | int4 for each layer
     conv1='real', conv2='real', conv3='real', conv4='real', conv5='real', conv6='real', conv7='real', conv8='real',
     conv9='real', conv10='real', fc1='real', fc2='real', final='real')
-norm = 'channel'               # binary convolutions normalize over: channel (per pixel) | spatial (per channel) | sample (all)
-binary_alpha = 0.25            # initial scale of binary layers
+norm = 'channel'               # binary layers: batch: a BatchNorm follows | they normalize over channel (each pixel's; fc layers,
+                               # too) | spatial (pixels of each channel) | sample (all values); other convolutions: BatchNorm
+binary_alpha = 0.25            # initial scale of binary layers with their own normalization
 binary_alpha_final = 1.0       # initial scale of a binary `final`: the standard deviation of the logits
 dropout = 0.0                  # after fc1 and fc2
 # optimizer
@@ -128,19 +129,23 @@ class CNN(nn.Module):
         widths = [3, *(width for width in c.channels for _ in (1, 2))]
         for i in range(1, 11):
             kind, size = KINDS[c.model_config[f'conv{i}']], c.filter_dimension
-            options = dict(norm=c.norm, alpha=c.binary_alpha) if kind == 'bin' else {}
+            own = kind == 'bin' and c.norm != 'batch'       # normalizes its output itself
+            options = dict(norm=c.norm, alpha=c.binary_alpha) if own else dict(alpha=None) if kind == 'bin' else {}
             # A low-bit second convolution applies the preceding ReLU itself and saves only the ReLU's input.
             folded = dict(act='relu') if i % 2 == 0 and kind != 'fp' else {}
             self.add_module(f'conv{i}', layers.conv2d(kind, *widths[i - 1:i + 1], size, padding=size // 2,
-                                                      bias=kind == 'bin', **folded, **options))
-            self.add_module(f'bn{i}', nn.Identity() if kind == 'bin' else nn.BatchNorm2d(widths[i]))
+                                                      bias=own, **folded, **options))
+            self.add_module(f'bn{i}', nn.Identity() if own else nn.BatchNorm2d(widths[i]))
         for b in range(5 * c.residual):
             before, after = widths[2 * b], widths[2 * b + 2]
             self.add_module(f'skip{b + 1}', nn.Identity() if before == after else nn.Sequential(
                 nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after)))
         for name, before, after in (('fc1', widths[-1], c.fc[0]), ('fc2', *c.fc), ('final', c.fc[1], c.n_classes)):
             kind, alpha = KINDS[c.model_config[name]], c.binary_alpha_final if name == 'final' else c.binary_alpha
-            self.add_module(name, layers.linear(kind, before, after, **({'alpha': alpha} if kind == 'bin' else {})))
+            batch = kind == 'bin' and c.norm == 'batch'
+            options = {'alpha': None if batch else alpha} if kind == 'bin' else {}
+            self.add_module(name, layers.linear(kind, before, after, not batch, **options))
+            self.add_module(f'{name}_bn', nn.BatchNorm1d(after) if batch else nn.Identity())
 
     def forward(self, x):
         for b in range(1, 6):
@@ -150,15 +155,16 @@ class CNN(nn.Module):
             x = relu(second, y) + getattr(self, f'skip{b}')(x) if self.config.residual else relu(second, y)
             x = F.max_pool2d(x, 2) if b < 5 else x
         x = x.mean((2, 3))
-        for layer in (self.fc1, self.fc2):
-            x = F.dropout(F.relu(layer(x)), self.config.dropout, self.training)
-        return self.final(x)
+        for layer, bn in ((self.fc1, self.fc1_bn), (self.fc2, self.fc2_bn)):
+            x = F.dropout(F.relu(bn(layer(x))), self.config.dropout, self.training)
+        return self.final_bn(self.final(x))
 
 
 def relu(conv, y):
     """ReLU after a convolution and its normalization. A binary layer saves y, so threshold() reuses y for its gradient, where
     F.relu would save another tensor. A BatchNorm does not save y, so the ReLU overwrites it."""
-    return F.threshold(y, 0, 0) if isinstance(conv, layers.BinaryConv2d) else F.relu(y, inplace=True)
+    own = isinstance(conv, layers.BinaryConv2d) and conv.alpha is not None
+    return F.threshold(y, 0, 0) if own else F.relu(y, inplace=True)
 
 
 def predict_image():
@@ -206,7 +212,7 @@ def main():
     common.check_config(
         config | {'optimizer': optimizer.lower()},                     # AdamW, rSVD, ... are accepted too
         {'schedule': ('cosine', 'linear', 'constant'), 'optimizer': OPTIMIZERS, 'side': optim.SIDES,
-         'norm': ('channel', 'spatial', 'sample')},
+         'norm': ('batch', 'channel', 'spatial', 'sample')},
         dict.fromkeys(('batch_size', 'eval_batch_size', 'log_interval', 'save_interval', 'rank', 'interval'), 1)
         | dict.fromkeys(('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'micro_batch_size',
                          'eval_interval', 'num_workers'), 0))
@@ -229,8 +235,10 @@ def main():
     torch.set_float32_matmul_precision('high')
     torch.backends.cudnn.benchmark = True
     micro, accumulation = common.split_batch(batch_size, micro_batch_size, world)
-    has_norm = {model_config['conv9'], model_config['conv10']} != {'binary'} or residual and channels[3] != channels[4]
-    if micro == 1 and image_size < 32 and has_norm:             # the fifth block has one pixel left
+    kinds = lambda *names: {model_config[name] for name in names}
+    has_norm = norm == 'batch' or kinds('conv9', 'conv10') != {'binary'} or residual and channels[3] != channels[4]
+    one_pixel = image_size < 32 and has_norm        # of the fifth block
+    if micro == 1 and (one_pixel or norm == 'batch' and 'binary' in kinds('fc1', 'fc2', 'final')):
         fail(f'micro_batch_size=1 at image_size={image_size} leaves a BatchNorm one number to normalize; type a larger one')
     last_path, best_path, resume_path, elsewhere = common.find_run(out_dir, resume, overwrite)
 
@@ -287,7 +295,7 @@ def main():
             configurator.fail(str(e))
         own, same = model.state_dict(), state['images']['classes'] == train_data.classes
         taken = {k: t for k, t in state['model'].items()
-                 if k in own and t.shape == own[k].shape and (same or not k.startswith('final.'))}
+                 if k in own and t.shape == own[k].shape and (same or not k.startswith('final'))}
         model.load_state_dict(own | taken)
         if other := [key for key in ('mean', 'std') if not np.allclose(state['images'][key], seen[key])]:
             say(f'{init_from} was trained on images of another {" and ".join(other)}; these are scaled by their own')
@@ -298,7 +306,7 @@ def main():
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
     packed_bytes, fp32_bytes = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
-    in_bits = lambda m: m.weight.numel() + (m.bias.numel() if m.kind == 'bin' else 0)      # other biases stay fp32
+    in_bits = lambda m: m.weight.numel() + (m.bias.numel() if m.kind == 'bin' and m.bias is not None else 0)  # others are fp32
     shares = {kind: sum(in_bits(m) for m in low_bit if m.kind == kind) / n_params for kind in layers.KINDS[1:]}
     say(f'{n_params:,} parameters, {shares["bin"]:.1%} binary, {shares["tern"]:.1%} ternary, {shares["int4"]:.1%} 4-bit; '
         f'packed {packed_bytes:,} bytes, fp32 {fp32_bytes:,}')

@@ -216,6 +216,8 @@ class Engine:
         if getattr(m, 'bias', None) is not None and 'packed_bias' not in held:
             out.bias = self.array(m.bias.float(), full)
         if kind == 'bin':
+            if m.alpha is None:
+                raise ValueError(f'{name}: the engine has no binary layers without normalization; use torch')
             out.kind, out.bits, out.rounded, out.chunks, out.out_eps = BIN, 1, self.rounded, m.chunks, m.eps
             out.code, out.alpha = self.words(held['code']), self.array(m.alpha.float())
             if 'packed_bias' in held:

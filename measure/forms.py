@@ -107,7 +107,8 @@ def theoretical_bytes(module):
         return -(-module.in_features // 4) * out + 4 * module.chunks + bias + 4 * gains
     if isinstance(module, layers.BinaryLinear):
         packed_bias = getattr(module, 'packed_bias', None)
-        return -(-module.in_features // 8) * out + (0 if packed_bias is None else -(-out // 8)) + 4 * module.alpha.numel()
+        alphas = 0 if module.alpha is None else module.alpha.numel()
+        return -(-module.in_features // 8) * out + (0 if packed_bias is None else -(-out // 8)) + 4 * alphas
     if isinstance(module, layers.LowRankLinear):
         return 4 * module.rank * (module.in_features + out + 1) + bias
     if isinstance(module, layers.LoRALinear):

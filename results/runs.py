@@ -41,19 +41,53 @@ def chosen_blocks():
     return f'--binary_blocks={",".join(map(str, taken))}' if taken else None
 
 
-LOW = '--n_binary=6 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
-BIN = "--n_binary=6 --lr_scale={'bin':1.0,'alpha':1.0}"
-BIN_2 = BIN + ' --learning_rate=2e-3 --min_lr=2e-4'
+LOW = '--n_binary=4 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
+BIN, TERN = LOW.format('bin'), LOW.format('tern') + ' --output_gains=True'
+TWIN = '--{}=out/quality/fp_s{{seed}}/best.pt'.format     # {seed}: the twin of the same seed must be trained first
+TAUGHT = f" {TWIN('init_from')} {TWIN('teacher')}"
+SLOW = " --lr_scale={'bin':1.0,'tern':1.0,'alpha':0.02}"     # ternary latent weights at the rate of all others
 Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
 EXPERIMENTS = {
     'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
-        'bin3': ('3 of 6 blocks binary', '--n_binary=3'),
-        'bin3_fast': ('... their scales at the full learning rate', "--n_binary=3 --lr_scale={'alpha':1.0}"),
-        'bin6': ('all binary', '--n_binary=6'),
-        'bin6_fast': ('... their scales at the full learning rate', "--n_binary=6 --lr_scale={'alpha':1.0}"),
-        'tern6': ('all ternary', LOW.format('tern')),
+        'half': ('2 of 4 blocks binary: 1 and 2', '--binary_blocks=1,2'),
+        'bin': ('all binary', BIN),
+        'bin_taught': ('... from the weights of full precision, with it as teacher', BIN + TAUGHT),
+        'tern': ('all ternary', TERN),
+        'tern_taught': ('... from the weights of full precision, with it as teacher', TERN + TAUGHT),
         'int4': ('all 4-bit', LOW.format('int4')),
+    }),
+    # A quarter of the steps. One thing differs in each row.
+    'search': Experiment('train_gpt.py', 'config/wikitext2.py --max_iters=625 --eval_interval=625', 'fp', '1', {
+        'fp': ('full precision', ''),
+        'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--learning_rate=2e-3'),
+        'fp_8': ('... 8e-3', '--learning_rate=8e-3'),
+        'fp_cosine': ('... cosine to a tenth instead of linear to 0', '--schedule=cosine --min_lr=4e-4'),
+        'fp_decay': ('... no weight decay', '--weight_decay=0'),
+        'fp_adamw': ('... AdamW, 4e-3', '--optimizer=adamw'),
+        'fp_adamw_2': ('... AdamW, 2e-3', '--optimizer=adamw --learning_rate=2e-3'),
+        'tern': ('all ternary, latent weights at 4 x the rate', TERN),
+        'tern_1': ('... at the rate', TERN + SLOW),
+        'tern_2': ('... at 2 x', TERN + SLOW.replace("'tern':1.0", "'tern':2.0")),
+        'tern_8': ('... at 8 x', TERN + SLOW.replace("'tern':1.0", "'tern':8.0")),
+        'tern_plain': ('... at 4 x, no learned factor for each output', LOW.format('tern')),
+        'tern_late': ('... full precision until 70 % of the steps', TERN + ' --round_from=437'),
+        'tern_kd': ('... a teacher, random weights', f"{TERN} {TWIN('teacher')}"),
+        'tern_kd50': ('... half of its targets from a teacher, random weights', f"{TERN} {TWIN('teacher')} --distill=0.5"),
+        'tern_init': ('... weights of full precision, no teacher', f"{TERN} {TWIN('init_from')}"),
+        'tern_taught': ('... both', TERN + TAUGHT),
+        'tern_taught_1': ('... both, latent weights at the rate', TERN + TAUGHT + SLOW),
+        'tern_taught_cold': ('... both, warm-up of 10 steps', TERN + TAUGHT + ' --warmup_iters=10'),
+        'bin': ('all binary', BIN),
+        'bin_4': ('... latent weights at 4 x the rate', BIN + " --lr_scale={'bin':4.0,'alpha':0.02}"),
+        'bin_scales': ('... scales at the rate of all others', BIN + " --lr_scale={'bin':1.0,'alpha':1.0}"),
+        'bin_kd': ('... a teacher, random weights', f"{BIN} {TWIN('teacher')}"),
+        'bin_taught': ('... a teacher and its weights', BIN + TAUGHT),
+        'half': ('blocks 1 and 2 of 0 to 3 binary', '--binary_blocks=1,2'),
+        'half_first': ('... 0 and 1', '--binary_blocks=0,1'),
+        'half_last': ('... 2 and 3', '--binary_blocks=2,3'),
+        'half_scales': ('... 1 and 2, scales at the rate of all others',
+                        "--binary_blocks=1,2 --lr_scale={'bin':1.0,'alpha':1.0}"),
     }),
     # Random halves: random.Random(0).sample(range(6), 3), and of 1, each sorted.
     'blocks': Experiment('train_gpt.py', 'config/wikitext2_blocks.py', 'first', '1,2,3', {
@@ -71,43 +105,6 @@ EXPERIMENTS = {
                           "--lr_scale={'bin':1.0,'alpha':1.0} --binary_alpha=0.25 --binary_alpha_out=0.25"),
         'bin12_fast': ('... latent weights and scales at the full rate', "--lr_scale={'bin':1.0,'alpha':1.0}"),
         'bin12_lr4': ('... 4 x the learning rate', '--learning_rate=1.6e-2 --min_lr=1.6e-3'),
-    }),
-    # 3 of 6 blocks binary, where the recipe for all-binary models fails. Trial versions of train_gpt.py made these runs; they
-    # were stopped early.
-    'scales': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1', {
-        'fp': ('full precision', None),
-        'full': ('3 of 6 blocks binary, scales at the full rate', None),
-        'a02': ('... and starting at 0.02 in output layers instead of 0.05', None),
-        'fanin': ('... and full-precision blocks starting at 1/sqrt(in)', None),
-        'al10': ('scales at 0.1 of the rate', None),
-        'al05': ('... 0.05', None),
-        'al05a25': ('... 0.05, starting at 0.25 in output layers', None),
-        'al05_s05': ('... 0.05, latent weights at half the rate instead of a quarter', None),
-        'al02': ('... 0.02', None),
-        'al01': ('... 0.01', None),
-        'al005': ('... 0.005', None),
-        'exp': ('scales as exp(s), s at the full rate', None),
-    }),
-    # The variants with None used options or initial values that train_gpt.py no longer has.
-    'recipe': Experiment('train_gpt.py', 'config/wikitext2.py --batch_size=16', 'fp_4', '1337', {
-        'fp_2': ('full precision, learning rate 2e-3', '--learning_rate=2e-3 --min_lr=2e-4'),
-        'fp_4': ('full precision, 4e-3', ''),
-        'fp_8': ('full precision, 8e-3', '--learning_rate=8e-3 --min_lr=8e-4'),
-        'fp_4_s025': ('... its block matrices at a quarter of that', None),
-        'tern_4': ('all ternary, 4e-3, latent weights starting at 0.02', None),
-        'tern_4_s025': ('... at a quarter of the rate', None),
-        'tern_4_i4': ('... starting at 0.08, at half the rate', LOW.format('tern')),
-        'bin_2': ('all binary, 2e-3, scales 1 in, 0.29 out', BIN_2 + ' --binary_alpha_out=0.29'),
-        'bin_2_a2': ('... scales 2, 0.29', BIN_2 + ' --binary_alpha=2 --binary_alpha_out=0.29'),
-        'bin_2_a25ao05': ('... scales 0.25, 0.05', BIN_2 + ' --binary_alpha=0.25'),
-        'bin_4': ('all binary, 4e-3, scales 1, 0.29', BIN + ' --binary_alpha_out=0.29'),
-        'bin_4_ch': ('... one scale per output channel', None),
-        'bin_4_st': ('... scales 0.25, 0.07, nothing normalized, only scaled (BitNet b1)', None),
-        'bin_4_a25ao05': ('... scales 0.25, 0.05', BIN + ' --binary_alpha=0.25'),
-        'bin_4_ao02': ('... scales 1, 0.02', BIN + ' --binary_alpha_out=0.02'),
-        'bin_4_ao05': ('... scales 1, 0.05', BIN),
-        'bin_4_ao05_s025': ('... scales 1, 0.05, latent weights at a quarter of the rate',
-                            "--n_binary=6 --lr_scale={'alpha':1.0}"),
     }),
 }
 AS_BEFORE = '--scale=1 --interval=50 --rotate=False'    # GaLore without its factor
@@ -223,7 +220,8 @@ def train(name, variant, seed, threads):
     """Make one run, or continue it, and store it in results/<name>.jsonl."""
     script, config, _, _, variants = EXPERIMENTS[name]
     out = ROOT / 'out' / name / f'{variant}_s{seed}'
-    command = [sys.executable, script, *config.split(), *variants[variant][1].split(), f'--seed={seed}',
+    options = variants[variant][1].replace('{seed}', str(seed))
+    command = [sys.executable, script, *config.split(), *options.split(), f'--seed={seed}',
                f'--out_dir={out.relative_to(ROOT)}', '--resume=auto']
     os.makedirs(out, exist_ok=True)
     if not finished(out):
@@ -231,7 +229,7 @@ def train(name, variant, seed, threads):
             subprocess.run(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, check=True,
                            env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
     parts = json.loads((out / 'seconds.json').read_text())
-    keep.keep_run(name, out, variant=variant, seed=seed, config=config, options=variants[variant][1], threads=threads,
+    keep.keep_run(name, out, variant=variant, seed=seed, config=config, options=options, threads=threads,
                   seconds=None if None in parts else round(sum(parts)))     # evaluations and all
     print(f'{variant} seed {seed}: done', flush=True)
 

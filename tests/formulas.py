@@ -44,7 +44,7 @@ def rounded(layer):
     biases = [None] * len(rows) if layer.bias is None else layer.bias.split(rows)
     for w, b in zip(layer.weight.split(rows), biases, strict=True):
         if layer.kind == 'bin':
-            w, b = bits(w), None if b is None else bits(b)
+            w, b = bits(w) - (0.5 if layer.alpha is None else 0), None if b is None else bits(b)
         elif layer.kind == 'tern':
             s = w.abs().mean().clamp(min=1e-5)
             w = straight_through(w, (w / s).round().clamp(-1, 1) * s)
@@ -77,7 +77,7 @@ def reference(layer, x, given=None):
         parts = [(w * gain[:, None], b) for (w, b), gain in zip(parts, gains, strict=True)]
     z = [F.conv2d(a, w, b, **layer.conv if given is None else given) if conv else F.linear(a, w, b) for w, b in parts]
     if layer.alpha is None:
-        return torch.cat(z, -1)
+        return torch.cat(z, 1 if conv else -1)
     if conv:
         dims = {'channel': (1,), 'spatial': (2, 3), 'sample': (1, 2, 3)}[layer.norm]
         return normalize(z[0], layer.alpha.view(-1, 1, 1), dims, layer.eps)

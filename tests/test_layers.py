@@ -23,6 +23,7 @@ LINEAR = [
     *((BinaryLinear, *case) for case in [
         ((5, 13), 6, {}), ((2, 3, 7), 9, dict(chunks=3, act='gelu')), ((4, 1), 2, dict(bias=False)),
         ((17,), 5, dict(act='relu')), ((3, 8), 6, dict(chunks=3, bias=False, eps=1e-3)),
+        ((2, 3, 7), 9, dict(chunks=3, bias=False, alpha=None, act='gelu')),
         ((2800, 100), 8, dict(chunks=2, act='gelu'))]),         # more rows than are taken at a time: a block and a rest
     *((TernaryLinear, *case) for case in [
         ((5, 13), 6, dict(bias=True, act='relu')), ((2, 3, 7), 9, dict(chunks=3, act='gelu', eps=1e-3)), ((4, 1), 2, {}),
@@ -42,6 +43,8 @@ GEOMETRY = [dict(kernel_size=3), dict(kernel_size=1), dict(kernel_size=3, stride
             dict(kernel_size=3, padding=1, groups=4)]
 CONV = [((BinaryConv2d, TernaryConv2d, Conv4bit)[i % 3],
          geometry | dict(act=(None, 'relu', 'gelu')[i // 3 % 3], bias=i % 2 == 0)) for i, geometry in enumerate(GEOMETRY)]
+CONV += [(BinaryConv2d, dict(kernel_size=3, alpha=None, bias=False, **options)) for options in (
+    dict(padding=1, act='relu'), dict(groups=2, stride=2))]
 CONV += [(BinaryConv2d, dict(kernel_size=3, norm=norm, **options)) for norm in ('spatial', 'sample') for options in (
     {}, dict(stride=2, padding=1, bias=False, act='relu'), dict(groups=2, act='gelu', eps=1e-3))]
 
@@ -79,10 +82,12 @@ FORMS = {'binary': (lambda: BinaryLinear(33, 12), (7, 33), 12 * 5 + 2 + 4), 'bin
          'conv channel': (lambda: BinaryConv2d(4, 8, 3, act='relu'), (3, 4, 7, 6), 8 * 5 + 1 + 32),
          'conv spatial': (lambda: BinaryConv2d(4, 8, 3, norm='spatial', act='gelu'), (3, 4, 7, 6), 8 * 5 + 1 + 32),
          'conv sample': (lambda: BinaryConv2d(4, 8, 3, norm='sample', stride=2), (3, 4, 7, 6), 8 * 5 + 1 + 32),
+         'conv product': (lambda: BinaryConv2d(4, 8, 3, bias=False, alpha=None, act='relu'), (3, 4, 7, 6), 8 * 5),
          'conv tern': (lambda: TernaryConv2d(4, 8, 3, act='relu', bias=True), (3, 4, 7, 6), 8 * 9 + 32 + 4),
          'conv int4': (lambda: Conv4bit(4, 8, 2, padding=1, act='gelu'), (3, 4, 7, 6), 8 * (8 + 2) + 32)}
 PACKABLE = FORMS | {
     'binary bare': (lambda: BinaryLinear(13, 9, False, chunks=3), (2, 3, 13), 18 + 12),
+    'binary product': (lambda: BinaryLinear(13, 9, False, alpha=None, act='gelu'), (2, 3, 13), 18),
     'conv groups': (lambda: BinaryConv2d(4, 6, (1, 3), bias=False, groups=2), (2, 4, 5, 9), 6 + 24),
     'embedding bare': (lambda: BinaryEmbedding(11, 9, False), None, 22 + 4),
     'ternary bare': (lambda: TernaryLinear(13, 6, norm=False, act='gelu'), (5, 13), 24 + 4),
@@ -563,6 +568,7 @@ def test_truncation_is_the_svd_of_the_product(rank, shrink):
     *((lambda option=option: TernaryConv2d(4, 8, 3, **option), f'TernaryConv2d: .*{message}') for option, message in (
         (dict(act='tanh'), "act='tanh'"), (dict(groups=3), 'groups=3'), (dict(groups=0), 'groups=0'),
         (dict(padding='full'), "padding='full'"), (dict(padding='same', stride=(1, 2)), r'\(1, 2\)'))),
+    (lambda: BinaryLinear(6, 4, alpha=None), 'alpha=None needs bias=False'),
     (lambda: BinaryConv2d(6, 4, 3, groups=3), 'groups=3'), (lambda: BinaryConv2d(4, 6, 3, norm='batch'), "norm='batch'"),
     *((lambda alpha=alpha: BinaryLinear(8, 6, alpha=alpha), 'alpha') for alpha in (0, math.nan)),
     (lambda: BinaryConv2d(4, 6, 3, alpha=0), 'alpha'), (lambda: BinaryEmbedding(4, 6, alpha=0), 'alpha'),

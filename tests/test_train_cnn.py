@@ -307,22 +307,29 @@ def test_skips_are_real_and_only_where_asked_for():
         assert kind != 'binary' or count(model, torch.nn.Conv2d) == convolutions
 
 
-def test_a_real_network_is_the_one_written_down():
-    """Convolution, BatchNorm, ReLU, twice; plus the block's input; pooling behind four; mean; two layers; a head."""
-    model, f = cnn('real', 7, channels=(4, 4, 8, 8, 16), fc=(8, 6)).eval(), torch.nn.functional
+@pytest.mark.parametrize('kind', ['real', 'binary'])
+def test_a_network_with_batchnorm_is_the_one_written_down(kind):
+    """Convolution, BatchNorm, ReLU, twice; plus the block's input; pooling behind four; mean; two layers; a head. With binary
+    layers their weights are -1/2 and 1/2, and a BatchNorm follows fc1, fc2 and final too."""
+    model, f = cnn(kind, 7, channels=(4, 4, 8, 8, 16), fc=(8, 6), norm='batch').eval(), torch.nn.functional
     for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
+        if isinstance(m, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
             m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
+    sign = lambda w: w if kind == 'real' else (w > w.mean()).float() - 0.5
+    assert kind == 'real' or model.fc1.bias is None
     x = images_seen = torch.randn(3, 3, 21, 18)
     with torch.no_grad():
         for b in range(1, 6):
             y, part = x, lambda name: model.get_submodule(name)
             for i in (2 * b - 1, 2 * b):
-                y = f.relu(part(f'bn{i}')(f.conv2d(y, part(f'conv{i}').weight, padding=1)))
+                y = f.relu(part(f'bn{i}')(f.conv2d(y, sign(part(f'conv{i}').weight), padding=1)))
             x = y + part(f'skip{b}')(x)
             x = f.max_pool2d(x, 2) if b < 5 else x
-        x = f.relu(model.fc2(f.relu(model.fc1(x.mean((2, 3))))))
-        assert torch.allclose(model.final(x), model(images_seen), atol=1e-5)
+        x = x.mean((2, 3))
+        for name in ('fc1', 'fc2', 'final'):
+            x = part(f'{name}_bn')(f.linear(x, sign(part(name).weight), part(name).bias))
+            x = f.relu(x) if name != 'final' else x
+        assert torch.allclose(x, model(images_seen), atol=1e-5)
 
 
 def test_training_memory_of_binary_and_real():
@@ -344,7 +351,7 @@ def test_training_memory_of_binary_and_real():
 
 
 NAMES = list(train_cnn.KINDS)
-VARIANTS = [('--norm=channel',), ('--residual=False', '--norm=channel'), ('--norm=spatial', '--filter_dimension=5'),
+VARIANTS = [('--norm=channel',), ('--residual=False', '--norm=batch'), ('--norm=spatial', '--filter_dimension=5'),
             ('--norm=sample', '--filter_dimension=1', '--eval_crop=0.8')]
 
 
@@ -358,8 +365,9 @@ def test_every_kind_in_every_place_learns_and_packs_exactly(unbroken, data, shif
     losses, printed, best = log(where, 'loss'), (where / 'said').read_text(), checkpoint(where, 'best.pt')
     assert np.mean(losses[-3:]) < 0.8 * losses[0], losses
     model = model_of(best)
-    low = {kind: sum(p.numel() for m in model.modules() if isinstance(m, layers.LowBit) and m.kind == kind
-                     for p in ((m.weight, m.bias) if kind == 'bin' else (m.weight,))) for kind in ('bin', 'tern', 'int4')}
+    coded = lambda m: m.weight.numel() + (m.bias.numel() if m.kind == 'bin' and m.bias is not None else 0)
+    low = {kind: sum(coded(m) for m in model.modules() if isinstance(m, layers.LowBit) and m.kind == kind)
+           for kind in ('bin', 'tern', 'int4')}
     assert [type(m).__name__ for m in model.modules() if isinstance(m, layers.LowBit)].count('BinaryConv2d') in (2, 3)
     n, (packed_bytes, fp32_bytes) = sum(p.numel() for p in model.parameters()), layers.model_bytes(model)
     shares = ', '.join(f'{low[kind] / n:.1%} {name}' for kind, name in zip(low, ('binary', 'ternary', '4-bit'), strict=True))
@@ -588,7 +596,8 @@ def test_other_checkpoints_are_refused_in_one_line(refused, folder, unbroken, ot
 MISTAKES = [
     (("--model_config={'conv11': 'binary'}",), "'conv11'"), (("--model_config={'conv1': 'bin'}",), "conv1='bin'"),
     (("--model_config={'fc1': 'reel', 'fc2': 'fp'}",), "fc1='reel', fc2='fp' is none of binary, real, ternary, int4"),
-    (('--model_config=binary',), 'model_config'), (('--norm=layer',), "norm='layer' is none of 'channel', 'spatial', 'sample'"),
+    (('--model_config=binary',), 'model_config'),
+    (('--norm=layer',), "norm='layer' is none of 'batch', 'channel', 'spatial', 'sample'"),
     (('--crop_scale=0,1',), 'crop_scale=(0.0, 1.0)'), (('--crop_scale=0.5,0.4',), 'crop_scale=(0.5, 0.4)'),
     (('--crop_scale=0.5',), 'crop_scale=(0.5,)'), (('--crop_scale=0.5,1.1',), 'crop_scale=(0.5, 1.1)'),
     (('--crop_ratio=0.9',), 'crop_ratio=0.9'),
@@ -603,6 +612,7 @@ MISTAKES = [
     (('--batch_size=0',), 'batch_size=0'), (('--num_workers=-1',), 'num_workers=-1'), (('--rank=0',), 'rank=0'),
     (('--micro_batch_size=1',), 'micro_batch_size=1 at image_size=16 leaves a BatchNorm one number'),
     (('--micro_batch_size=1', kinds('binary'), '--channels=4,4,8,8,4', '--image_size=31'), 'image_size=31 leaves a'),
+    (('--micro_batch_size=1', kinds('real', 'binary'), '--norm=batch', '--image_size=64'), 'image_size=64 leaves a'),
     (('--micro_batch_size=0', '--batch_size=1', '--residual=False'), 'micro_batch_size=1 at image_size=16'),
     (('--eval_batch_size=0',), 'eval_batch_size=0'), (('--log_interval=0',), 'log_interval=0'),
     (("--lr_scale={'bin': -1}",), 'lr_scale'), (("--lr_scale={'real': 2}",), 'real'), (('--grad_clip=-1',), 'grad_clip=-1.0'),
