@@ -59,6 +59,7 @@ side = 'right'                 # rsvd: side of the basis: left | right (saves th
 projected = True               # rsvd: full-precision layers form no full gradients in the backward pass; low-bit layers do
 max_iters = 2000               # optimizer steps in total, including those before a resume
 learning_rate = 0.0            # peak, at the end of warm-up; 0: from PEAK_RATES, by model size and quant
+lr_scale = {'tern': 1.0}       # rate factor of ternary latent weights
 second_lr = 0.0                # two_stage: step-0 value of the second half's line; 0: 2/3 of learning_rate, with fp all of it
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
@@ -344,8 +345,11 @@ def main():
         f'; {tokenizer.name} tokens, {len(train_data):,} train, {len(val_data):,} val'))
 
     # ---------------------------------------------------------------------------------------------------- optimizer
-    groups = [{'params': [p for p in model.parameters() if p.dim() > 1], 'decay': weight_decay},
-              {'params': [p for p in model.parameters() if p.dim() == 1], 'decay': 0.0}]
+    latent = {m.weight for m in low_bit}
+    chosen = lambda wanted: [p for p in model.parameters() if wanted(p)]
+    groups = [{'params': chosen(lambda p: p.dim() > 1 and p not in latent), 'decay': weight_decay, 'lr_scale': 1.0},
+              {'params': chosen(latent.__contains__), 'decay': weight_decay, 'lr_scale': lr_scale['tern']},
+              {'params': chosen(lambda p: p.dim() == 1), 'decay': 0.0, 'lr_scale': 1.0}]
     hidden = {p for p in model.blocks.parameters() if p.dim() > 1}
     opt = optim.make(optimizer, groups, hidden, lr=first_lr, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
                      seed=seed)
@@ -491,7 +495,7 @@ def main():
         lr = common.lr_at(step, schedule, first_lr, min_lr, warmup_iters, max_iters, last_lr)
         decays = schedule != 'two_stage' or step < max_iters // 2 or quant == 'fp'     # baselines decay to the end (Tips PDF)
         for group in opt.param_groups:
-            group['lr'], group['weight_decay'] = lr, group['decay'] * decays
+            group['lr'], group['weight_decay'] = lr * group['lr_scale'], group['decay'] * decays
         common.seed_step(seed, step, rank_here)
         loss_sum = torch.zeros((), device=dev)
         for i, (x, y) in enumerate(upcoming or batches(step)):

@@ -58,8 +58,8 @@ residual = True                # False: blocks without the real 1x1 skip, as in 
 model_config = dict(           # binary | real | ternary | int4 for each layer
     conv1='real', conv2='real', conv3='real', conv4='real', conv5='real', conv6='real', conv7='real', conv8='real',
     conv9='real', conv10='real', fc1='real', fc2='real', final='real')
-norm = 'channel'               # binary layers: batch: a BatchNorm follows | they normalize over channel (each pixel's; fc layers,
-                               # too) | spatial (pixels of each channel) | sample (all values); other convolutions: BatchNorm
+norm = 'channel'               # of binary layers: batch (a BatchNorm follows, as after all other convolutions), or their own:
+                               # channel (per pixel; fc layers alike) | spatial (per channel) | sample (over all values)
 binary_alpha = 0.25            # initial scale of binary layers with their own normalization
 binary_alpha_final = 1.0       # initial scale of a binary `final`: the standard deviation of the logits
 dropout = 0.0                  # after fc1 and fc2

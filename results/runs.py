@@ -200,6 +200,7 @@ EXPERIMENTS |= {
         'bin_a1_lr10': ('... 10 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=1e-2"),
     }),
 }
+MUON = '--optimizer=muon --schedule=linear --dtype=bfloat16 --compile=True'
 # Both twins have one peak rate. The ternary one always has the second stage; LLaMA baselines have none.
 TWINS = {'tern': ('ternary', ''),
          'fp_two': ('full precision, the same rates', '--quant=fp --second_lr=1.3333e-3'),
@@ -209,6 +210,17 @@ EXPERIMENTS |= {
     'arithmetic': Experiment('train_bitnet.py', 'config/arithmetic.py', 'fp_two', '1337', TWINS),
     'tictactoe': Experiment('train_bitnet.py', 'config/tictactoe.py', 'fp_two', '1337', TWINS),
     'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp_two', '1,2,3', TWINS),
+    'tinystories_search': Experiment('train_bitnet.py', f'config/tinystories_small.py {MUON}', 'fp_2', '1', {
+        'fp_1': ('full precision, Muon, 1e-3', '--quant=fp --learning_rate=1e-3'),
+        'fp_2': ('... 2e-3', '--quant=fp'),
+        'fp_4': ('... 4e-3', '--quant=fp --learning_rate=4e-3'),
+        'fp_adamw': ('... AdamW, 2e-3', '--quant=fp --optimizer=adamw'),
+        'tern_2': ('ternary, 2e-3', ''),
+        'tern_4': ('... 4e-3', '--learning_rate=4e-3'),
+        'tern_2_4': ("... 2e-3, latent weights at 4 x", "--lr_scale={'tern':4.0}"),
+        'tern_1_4': ("... 1e-3, latent weights at 4 x", "--learning_rate=1e-3 --lr_scale={'tern':4.0}"),
+        'tern_init': ('... 2e-3, from the weights of full precision', '--init_from=out/tinystories_search/fp_2_s{seed}/best.pt'),
+    }),
 }
 BY_STEP = ('scales', 'recipe', 'food10_recipe')     # tables of losses along the run; they include runs that were stopped early
 

@@ -164,11 +164,12 @@ def test_what_is_watched_does_not_change_what_is_trained(run_of, folder_of, unbr
     assert not profile or 'Self CPU time total' in done.out and (cwd / 'out' / 'trace.json').stat().st_size > 10_000
 
 
-@pytest.mark.parametrize('trainer', ['train_gpt', 'train_cnn'])
+@pytest.mark.parametrize('trainer', ['train_gpt', 'train_cnn', 'train_bitnet'])
 def test_resumed_hyperparameters_are_the_ones_asked_for(run_of, folder_of, unbroken_of, trainer):
     """A constant changed on the command line of a resumed run is what the optimizer uses, as config.py will say."""
     cwd, source = folder_of(trainer), unbroken_of(trainer, *DROPOUT[trainer]) / 'out' / 'last.prev.pt'
-    changed = '--weight_decay=0.25', '--beta2=0.9', "--lr_scale={'bin': 2.0}", '--schedule=constant'
+    kind = 'tern' if trainer == 'train_bitnet' else 'bin'
+    changed = '--weight_decay=0.25', '--beta2=0.9', f"--lr_scale={{'{kind}': 2.0}}", '--schedule=constant'
     run_of(trainer, *DROPOUT[trainer], *changed, f'--resume={source}', cwd=cwd)
     groups, first = (checkpoint(where)['optimizer']['param_groups'] for where in (cwd, source.parent.parent))
     assert {g['weight_decay'] for g in groups} == {0.0, 0.25} != {g['weight_decay'] for g in first}

@@ -1,0 +1,171 @@
+"""
+Loss against bytes: GPTs that results/runs.py quality trained in low bits, beside their full-precision twins quantized after
+training, on the same batches and seeds.
+
+    python results/runs.py quality                 # first: it trains them
+    python results/pareto.py                       # quantizes, decodes and measures a training step, 15 minutes on one core
+    python results/pareto.py --table               # the page and the picture alone, from the stored rows
+
+Stores results/pareto.jsonl and writes results/pareto.md, results/pareto.png and one sentence in README.md. No number in them is
+typed by hand.
+"""
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+import keep
+import runs
+from keep import MIB, ROOT, number, table
+
+SCHEMES = {'half': 'fp16', 'int8': 'int8', 'uniform16': 'int4, 16 even levels', 'nf4': 'nf4', 'fit4': 'fit4',
+           'gptq4': 'GPTQ, 4 bits', 'gptq3': 'GPTQ, 3 bits', 'gptq2': 'GPTQ, 2 bits', 'tern': 'ternary, rounded',
+           'bin': 'binary, rounded'}
+# variant of `quality`: what it is called, kind of its layers and optimizer in bench.py train
+TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),
+           'fp_rsvd': ('full precision, rSVD, rank 16', 'fp', 'rsvd'), 'half': ('2 of 4 blocks binary', None, None),
+           'int4': ('int4', 'int4', 'muon'), 'tern': ('ternary', 'tern', 'muon'),
+           'tern_taught': ('ternary, taught', None, None), 'bin': ('binary', 'bin', 'muon'),
+           'bin_taught': ('binary, taught', None, None)}
+SHAPE = ['--n_layer=4', '--n_embd=128', '--block_size=128', '--vocab_size=1024', '--batch_size=16', '--dtypes=bfloat16']
+OUT = ROOT / 'out' / 'pareto'
+
+
+def command(*words):
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def measure():
+    """Rows of every part: losses of quantized models, tokens/s, memory of a training step."""
+    found, seeds = [], sorted(runs.runs_of('quality').get('fp', ()))
+    twin = lambda seed: f'out/quality/fp_s{seed}'
+    if not seeds or any(not (ROOT / twin(seed) / 'best.pt').exists() for seed in seeds):
+        sys.exit('error: the models are not there; type: python results/runs.py quality')
+    OUT.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        command('ptq.py', f'--ckpt={twin(seed)}', f'--schemes={",".join(SCHEMES)}', '--time_rounds=0', f'--out={OUT}/s{seed}')
+        found += [{'part': 'quantized', 'seed': seed, **r} for r in lines_of(OUT / f's{seed}' / 'ptq.jsonl')]
+    files = {v: f'out/quality/{v}_s{seeds[0]}' for v in TRAINED if (ROOT / f'out/quality/{v}_s{seeds[0]}/best.pt').exists()}
+    for scheme in SCHEMES:
+        files[scheme if scheme not in TRAINED else f'ptq_{scheme}'] = str(OUT / f'{scheme}.safetensors')
+        command('ptq.py', f'--ckpt={twin(seeds[0])}', f'--schemes={scheme}', f'--save={OUT}/{scheme}.safetensors')
+    log = OUT / 'decode.jsonl'
+    log.unlink(missing_ok=True)
+    command('bench.py', 'decode', f'--models={",".join(files.values())}', '--threads_of=1', '--heads=fp', '--torch=0',
+            '--prefill=64', '--tokens=60', '--rounds=7', f'--json={log}')
+    names = {path: name for name, path in files.items()}
+    found += [{'part': 'decode', 'name': names[r['model']], **{k: r[k] for k in ('decode', 'joules', 'device')}}
+              for r in lines_of(log)]
+    for optimizer, kinds in (('muon', 'fp,bin,tern,int4'), ('adamw', 'fp'), ('rsvd', 'fp')):
+        log = OUT / f'train_{optimizer}.jsonl'
+        log.unlink(missing_ok=True)
+        command('bench.py', 'train', *SHAPE, f'--kinds={kinds}', f'--optimizer={optimizer}', '--rounds=3', f'--json={log}')
+        found += [{'part': 'step', 'optimizer': optimizer, **{k: r[k] for k in ('kind', 'peak_bytes')}} for r in lines_of(log)]
+    keep.write('pareto.jsonl', ''.join(json.dumps(r) + '\n' for r in found))
+
+
+def forms():
+    """Dicts of every form, with the values of each seed: label, trained, losses, gaps, bytes, peak, decode."""
+    rows, trained = keep.read('pareto'), runs.runs_of('quality')
+    speed = {r['name']: r for r in rows if r['part'] == 'decode'}
+    peak = {(r['kind'], r['optimizer']): r['peak_bytes'] for r in rows if r['part'] == 'step'}
+    joules = lambda name: speed.get(name, {}).get('joules')
+    found = []
+    for variant, (label, kind, optimizer) in TRAINED.items():
+        if of := trained.get(variant):
+            found.append({'label': label, 'trained': True, 'losses': [r['val_loss'] for r in of.values()],
+                          'gaps': [r['val_loss'] - trained['fp'][s]['val_loss'] for s, r in of.items()
+                                   if s in trained['fp'] and variant != 'fp'], 'bytes': of[min(of)]['packed_file_bytes'],
+                          'peak': peak.get((kind, optimizer)), 'decode': speed.get(variant, {}).get('decode'),
+                          'joules': joules(variant)})
+    for scheme, label in SCHEMES.items():
+        name = scheme if scheme not in TRAINED else f'ptq_{scheme}'
+        if of := [r for r in rows if r['part'] == 'quantized' and r['scheme'] == scheme]:
+            found.append({'label': label, 'trained': False, 'losses': [r['loss'] for r in of], 'gaps': [r['delta'] for r in of],
+                          'bytes': of[0]['file_bytes'], 'peak': peak.get(('fp', 'muon')),
+                          'decode': speed.get(name, {}).get('decode'), 'joules': joules(name)})
+    return sorted(found, key=lambda f: (-f['bytes'], f['label']))
+
+
+def error(values):
+    """' ± ' and the standard error of the mean, or nothing for a single value."""
+    return f' ± {statistics.stdev(values) / len(values) ** 0.5:.4f}' if len(values) > 1 else ''
+
+
+def page(found):
+    """Markdown lines of the table."""
+    rows = keep.read('pareto')
+    one = next(iter(runs.runs_of('quality')['fp'].values()))
+    per_byte = one['val_bpb'] * math.log(2) / one['val_loss']
+    shown = lambda gaps: f'{statistics.mean(gaps):+.4f}{error(gaps)}' if gaps else '-'
+    gap = lambda scale: lambda f: shown([g * scale for g in f['gaps']])
+    columns = {'form': '{label}', 'made': lambda f: 'training' if f['trained'] else 'afterwards',
+               'val loss': lambda f: f'{runs.spread(f["losses"], 4)} (n={len(f["losses"])})', 'gap': gap(1),
+               'gap per byte of text': gap(per_byte), 'file bytes': '{bytes:,}', 'MiB': number('peak', '.1f', MIB),
+               'tokens/s': number('decode', ',.0f')}
+    if any(f['joules'] for f in found):
+        columns['joules per token'] = number('joules', '.2e')
+    device = next(r['device'] for r in rows if r['part'] == 'decode')
+    return [f'`config/wikitext2.py`, {device}. Losses in nats per token over the same validation batches, mean ± sd over n '
+            'seeds; gaps to the full-precision model of the same seed, ± their standard error. The embedding, which is also '
+            'the head, stays fp32 in all forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a '
+            'quantized model that of its twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, seed 1, '
+            'models one after the other.', '', *table(columns, found)]
+
+
+def sentence(found):
+    """Trained or quantized at equal bytes: each trained low-bit form beside the smallest quantized one that is not smaller."""
+    parts = []
+    for label in ('ternary, taught', 'ternary', 'binary, taught', 'binary'):
+        mine = next((f for f in found if f['trained'] and f['label'] == label), None)
+        other = [f for f in found if not f['trained'] and mine and f['bytes'] >= mine['bytes']]
+        if mine and other:
+            best = min(other, key=lambda f: f['bytes'])
+            parts.append(f'{label} {mine["bytes"] / 1e6:.2f} MB {statistics.mean(mine["gaps"]):+.2f}, against '
+                         f'{best["label"]} {best["bytes"] / 1e6:.2f} MB {statistics.mean(best["gaps"]):+.2f}')
+    return '; '.join(parts)
+
+
+def picture(found):
+    """results/pareto.png: rise of the loss against the size of the file, trained and quantized afterwards."""
+    from report.figure import label_points, look, subplots
+    from report.plot_ptq import HOLLOW
+    figure, (ax,) = subplots(size=(9, 5.5))
+    points = []
+    for i, (name, kind) in enumerate((('trained in this form', True), ('quantized after training', False))):
+        mine = sorted((f['bytes'] / 1e6, max(statistics.mean(f['gaps']), 1e-4), f['label']) for f in found
+                      if f['trained'] == kind and f['gaps'])
+        ax.plot(*list(zip(*mine, strict=True))[:2], **look(i) | {'ls': 'none'}, **HOLLOW, label=name)
+        points += [(x, y, y, y, label, look(i)['color']) for x, y, label in mine]
+    ax.set(xscale='log', yscale='log', xlabel='file (MB)', ylabel='rise of the validation loss (nats per token)')
+    for set_format in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        set_format('{x:g}')
+    ax.legend(frameon=False)
+    label_points(ax, points)
+    figure.savefig(ROOT / 'results' / 'pareto.png', dpi=100)
+    keep.shrink('pareto')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--table', action='store_true', help='measure nothing')
+    if not parser.parse_args().table:
+        measure()
+    if not keep.read('pareto'):
+        sys.exit('error: no results/pareto.jsonl; type: python results/pareto.py')
+    found = forms()
+    picture(found)
+    keep.publish('pareto', page(found))
+    keep.fill('trained', f'Trained in low bits, or quantized after training? Rise of the loss at the size of the file: '
+              f'{sentence(found)}. See [results/pareto.md](../results/pareto.md).')
+
+
+if __name__ == '__main__':
+    main()
