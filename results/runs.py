@@ -217,9 +217,9 @@ EXPERIMENTS |= {
         'fp_adamw': ('... AdamW, 2e-3', '--quant=fp --optimizer=adamw'),
         'tern_2': ('ternary, 2e-3', ''),
         'tern_4': ('... 4e-3', '--learning_rate=4e-3'),
-        'tern_2_4': ("... 2e-3, latent weights at 4 x", "--lr_scale={'tern':4.0}"),
-        'tern_1_4': ("... 1e-3, latent weights at 4 x", "--learning_rate=1e-3 --lr_scale={'tern':4.0}"),
-        'tern_init': ('... 2e-3, from the weights of full precision', '--init_from=out/tinystories_search/fp_2_s{seed}/best.pt'),
+        'tern_2_4': ('... 2e-3, latent weights at 4 x', "--lr_scale={'tern':4.0}"),
+        'tern_1_4': ('... 1e-3, latent weights at 4 x', "--learning_rate=1e-3 --lr_scale={'tern':4.0}"),
+        'tern_init': ('... 2e-3, from the weights of full precision', '--init_from=out/tinystories_search/fp_2_s1/best.pt'),
     }),
 }
 BY_STEP = ('scales', 'recipe', 'food10_recipe')     # tables of losses along the run; they include runs that were stopped early

@@ -124,17 +124,21 @@ def test_two_processes_equal_one(start, train, folder):
 
 
 @pytest.mark.parametrize('options, schedule, decays', [
-    (('--max_iters=13',), 'two_stage', [0.1] * 6 + [0.0] * 7), ((*FP, '--max_iters=8'), 'two_stage', [0.1] * 8),
+    (('--max_iters=13', "--lr_scale={'tern': 3.0}"), 'two_stage', [0.1] * 6 + [0.0] * 7),
+    ((*FP, '--max_iters=8'), 'two_stage', [0.1] * 8),
     (('--max_iters=8', '--schedule=cosine', '--weight_decay=0.3'), 'cosine', [0.3] * 8)], ids=['tern', 'fp', 'cosine'])
 def test_two_stage_lets_the_decay_end_where_the_rate_drops(train, folder, options, schedule, decays):
     """Weight decay of matrices and of the embedding, step by step: 0 from the middle on for ternary weights, as before for
-    the baseline and for other schedules. Gains have none. The rate is that of lr_at with this decay's middle."""
+    the baseline and for other schedules. Gains have none. The rate is that of lr_at with this decay's middle; that of latent
+    weights is lr_scale times as high."""
     cwd = folder()
     train(*options, cwd=cwd, patch=GROUPS)
     rates = [common.lr_at(step, schedule, 1e-2, 1e-3, 2, len(decays), 5e-3) for step in range(len(decays))]
     assert log(cwd, 'lr') == rates
+    parts = [[1.0, 9]] if FP[0] in options else [[1.0, 1], [3.0 if len(decays) == 13 else 1.0, 8]]      # with latent weights
     assert [json.loads(line) for line in (cwd / 'groups').read_text().splitlines()] == [
-        [[lr, decay, [2] * 9], [lr, 0.0, [1] * 9]] for lr, decay in zip(rates, decays, strict=True)]
+            [*([lr * scale, decay, [2] * n] for scale, n in parts), [lr, 0.0, [1] * 9]]
+            for lr, decay in zip(rates, decays, strict=True)]
     middle = len(decays) // 2
     assert (rates[middle] < 0.7 * rates[middle - 1]) == (schedule == 'two_stage')
 
