@@ -19,13 +19,12 @@ SMALL = '--n_layer=1 --n_head=2 --n_embd=64 --block_size=32'
 TRAINING = '--dataset={dataset} --seed=1 --device={device} --out_dir={out}/{kind} --overwrite=True --save_interval=100000'
 SHAPE = ('--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=32 --max_iters=200 --warmup_iters=40 '
          '--eval_iters=4')
-ALL_BINARY = '--qkv_proj=bin --c_proj=bin --mlp_proj=bin'
-
+TINY_SHAPE = f'{SMALL} --batch_size=4 --max_iters=4 --log_interval=2 --eval_iters=1'
 MOST_SECONDS = 480      # of all parts together; not yet tried on a GPU
 # part: (seconds it may take, command, the same with --tiny). gpu() fills in {…}; NAME=value in front sets the environment.
 PARTS = {
-    'numerics': (120, f'NANOBIT_DEVICE={{device}} pytest -q {NUMERICS}',
-                 'NANOBIT_DEVICE={device} pytest -q tests/test_optim.py -k sketch'),
+    'numerics': (120, f'NANOBIT_DEVICE={{device}} pytest {NUMERICS}',
+                 'NANOBIT_DEVICE={device} pytest tests/test_optim.py -k sketch'),
     'eager': (60, 'bench.py train --gpt2 --kinds=fp,bin,tern,int4 --dtypes=bfloat16 --batch_size=16 --rounds=3 --steps=5',
               f'bench.py train {SMALL} --kinds=fp,bin --dtypes=bfloat16 --batch_size=2 --rounds=1 --steps=1'),
     'compiled': (120, 'bench.py train --gpt2 --compile --kinds=fp,bin,tern,int4 --dtypes=bfloat16 --batch_size=32 --rounds=3 '
@@ -44,11 +43,11 @@ PARTS = {
                       '--dtype=bfloat16 --rounds=3', ''),
     'int8 products': (40, 'NANOBIT_INT8=1 bench.py train --gpt2 --kinds=fp,tern --dtypes=bfloat16 --batch_size=16 --rounds=3 '
                       '--steps=5', ''),
-    'training fp': (90, f'train_gpt.py {TRAINING} {SHAPE} --n_binary=0'.replace('{kind}', 'fp'),
-                    f'train_gpt.py {TRAINING} {SMALL} --batch_size=4 --max_iters=4 --log_interval=2 --eval_iters=1 --n_binary=0'
-                    .replace('{kind}', 'fp')),
-    'training bin': (90, f'train_gpt.py {TRAINING} {SHAPE} --n_binary=12 {ALL_BINARY}'.replace('{kind}', 'bin'), ''),
-    'gptq': (60, 'ptq.py --ckpt={out}/fp --schemes=gptq4 --time_rounds=0 --device={device} --out={out}', ''),
+    **{f'training {kind}': (90, *(f'train_gpt.py {TRAINING} {shape} --n_binary={n}'.replace('{kind}', kind)
+                                  for shape, n in ((SHAPE, 12 * (kind == 'bin')), (TINY_SHAPE, int(kind == 'bin')))))
+       for kind in ('fp', 'bin')},
+    'gptq': (60, *(f'ptq.py --ckpt={{out}}/fp --schemes=gptq4 --time_rounds=0 --group={group} --device={{device}} --out={{out}}'
+                   for group in (128, 64))),
 }
 
 
@@ -78,6 +77,8 @@ def run_part(name, words, seconds, rows):
     about = {'part': name, 'seconds': round(time.perf_counter() - start, 1)}
     if failed:
         return [about | {'failed': f'{failed}: {(said.strip().splitlines() or ["no output"])[-1]}'}]
+    if words[0] == 'pytest':
+        about['tests'] = said.strip().splitlines()[-1]
     kept = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     return [about | row for row in kept] or [about]
 
@@ -108,13 +109,14 @@ def gpu(a):
             rows = run_part(name, words, seconds, Path(out) / 'rows.jsonl')
             if name.startswith('training') and 'failed' not in rows[0]:
                 rows[0] |= of_training(Path(out) / name.split()[1])
+            if name == 'gptq' and 'failed' not in rows[0]:
+                rows = [rows[0] | json.loads(line) for line in open(f'{out}/ptq.jsonl')]
             found += rows
             with open(a.json or os.devnull, 'w') as f:          # whole after each part
                 f.writelines(json.dumps(r) + '\n' for r in found)
-    show(found, [
-        ('part', 'part', ''), ('kind', 'kind', ''), ('name', 'name', ''), ('ms', 'ms', '.2f'), ('ratio', 'x fp', '.2f'),
-        ('tokens_per_s', 'tokens/s', ',.0f'), ('mfu', 'MFU', '.1%'), ('peak_ratio', 'peak', '.2f'),
-        ('saved_ratio', 'saved', '.2f'),
-        ('first_loss', 'first loss', '.3f'), ('last_loss', 'last', '.3f'), ('failed', 'failed', '')], '')
+    columns = {'part': '', 'kind': '', 'name': '', 'scheme': '', 'ms': '.2f', 'ratio': '.2f', 'tokens_per_s': ',.0f',
+               'mfu': '.1%', 'peak_ratio': '.2f', 'saved_ratio': '.2f', 'first_loss': '.3f', 'last_loss': '.3f',
+               'delta': '.4f', 'tests': '', 'failed': ''}
+    show(found, [(key, key.replace('_', ' '), spec) for key, spec in columns.items()], '')
     if failed := [r['part'] for r in found if 'failed' in r]:
         configurator.fail(f'{len(failed)} parts failed: {", ".join(failed)}')

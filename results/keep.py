@@ -23,16 +23,17 @@ INDEX = {
     'quality': ('What do binary, ternary and 4-bit blocks cost a GPT on the same batches?',
                 'val loss', 'all binary', 'full precision'),
     'depth': ('Do 12 of 12 binary blocks train stably?', 'val loss', '12 of 12 binary', '12 blocks, full precision'),
-    'scales': ('Which learning rate do binary scales need in front of full-precision blocks?',
-               'step 1,000', '... 0.02', '3 of 6 blocks binary, scales at the full rate'),
-    'recipe': ('Which learning rates and initial values do low-bit layers need?', 'step 1,500',
-               '... scales 1, 0.05, latent weights at a quarter of the rate', '... scales 1, 0.05'),
+    'search': ('Which rates, starts and teachers do these models need?', 'step 625 = val loss',
+               'all ternary, latent weights at 4 x the rate', '... both', 'full precision'),
+    'pareto': ('Trained in low bits, or quantized after training?', 'gap', 'ternary, taught', 'GPTQ, 2 bits',
+               'ternary, rounded'),
     'speed': ('Which time and memory does a training step of train_gpt.py take?', 'peak MiB', 'tern, float32', 'fp, float32'),
     'arithmetic': ('Does a ternary model learn to add?',
                    'exact match of held-out problems', 'ternary', 'full precision, the same rates'),
     'tictactoe': ('Does a ternary model learn to play from games?',
                   'against perfect: won, drawn, lost', 'ternary', 'full precision, the same rates'),
     'tinystories': ('What does a ternary BitNet cost on stories?', 'val loss', 'ternary', 'full precision, the same rates'),
+    'tinystories_search': ('Which rates does it need?', 'step 1,000 = val loss', 'ternary, 2e-3', '... 2e-3'),
     'bitnet_speed': ('Which time and memory does a training step of train_bitnet.py take?',
                      'peak MiB', 'tern, float32', 'fp, float32'),
     'compiled': ('What is left of the memory saving under torch.compile?', 'saved, × fp', 'gpt bin, bfloat16',
@@ -73,7 +74,7 @@ INDEX = {
                'damaged checkpoint'),
 }
 MORE = """
-Beside them:
+No figure on these pages was measured on a GPU. Beside them:
 
 - [negatives.md](negatives.md): what did not work, and what did.
 - [wikitext2_bpe.jsonl](wikitext2_bpe.jsonl): the training run of the model in the tables of ptq.py, by
@@ -81,7 +82,7 @@ Beside them:
 - [precision.txt](precision.txt): the error that the common term of {0, 1} weights causes in bf16, by
   `python results/precision.py > results/precision.txt`.
 - `python results/fit4.py` computes the levels of the format fit4.
-- `--table` of `python results/runs.py`, `results/ptq.py`, `results/decode.py`, `results/export.py` and
+- `--table` of `python results/runs.py`, `results/ptq.py`, `results/pareto.py`, `results/decode.py`, `results/export.py` and
   `results/faults.py` makes all tables and pictures, and this page.
 """
 
@@ -203,8 +204,8 @@ def index():
         if f'{name}.md' in files:
             script, part = ('ptq.py', name[4:].replace('schemes', 'ptq')) if name.startswith('ptq_') else ('runs.py', name)
             command = f'python results/{script} {part}'
-            if name in ('decode', 'export'):
-                command = f'python results/{name}.py --llama=FOLDER'
+            if name in ('decode', 'export', 'pareto'):
+                command = f'python results/{name}.py' + ' --llama=FOLDER' * (name != 'pareto')
             command = 'make faults' if name == 'faults' else command
             links = ', '.join(f'[{file.rpartition(".")[2]}]({file})' for file in files)
             lines.append(f'| {name}: {links} | {question} | `{command}` | {headline(name)} |')

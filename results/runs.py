@@ -1,11 +1,11 @@
 """
 The runs behind the tables: variants of one config on the same batches, several seeds each, measured and tabulated.
 
-    python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --name=wikitext2
-    python results/runs.py quality [--seeds=1,2,3] [--jobs=2] [--only=fp,bin6]     # an hour on 2 cores
+    python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=1024 --name=wikitext2
+    python results/runs.py quality [--seeds=1,2,3] [--jobs=2] [--only=fp,bin]      # hours on 2 cores
+    python results/runs.py search                                                 # rates, starts, teachers; after quality
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
-    python results/runs.py recipe                                                 # rates and initial values, one seed
     python results/runs.py sst2 | sst2_search                                     # methods of finetune_cls.py, their rates
     python results/runs.py food10                                                 # kinds and normalizations of train_cnn.py
     python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
@@ -22,6 +22,7 @@ import argparse
 import collections
 import contextlib
 import json
+import math
 import os
 import shlex
 import statistics
@@ -222,7 +223,7 @@ EXPERIMENTS |= {
         'tern_init': ('... 2e-3, from the weights of full precision', '--init_from=out/tinystories_search/fp_2_s1/best.pt'),
     }),
 }
-BY_STEP = ('scales', 'recipe', 'food10_recipe')     # tables of losses along the run; they include runs that were stopped early
+BY_STEP = ('search', 'tinystories_search', 'food10_recipe')  # losses along the run, also of runs that were stopped early
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
@@ -360,7 +361,7 @@ def ms_cell(g):
 
 LOSSES = {'val loss': mean('val_loss', alone=' ± -'),
           'bits per byte': lambda g: f'{statistics.mean(r["val_bpb"] for r in g["runs"]):.4f}',
-          'gap': gap('val_loss'), 'ms/step': ms_cell,
+          'gap': gap('val_loss'), 'gap per byte': gap('val_bpb', scale=math.log(2)), 'ms/step': ms_cell,
           'peak resident MiB': lambda g: f'{statistics.median(r["peak_mem_bytes"] for r in g["runs"]) / MIB:.0f}',
           'packed file bytes': first('packed_file_bytes')}
 PHOTOGRAPHS = {'top-1': mean('top1', 2, 100), 'gap': gap('top1', 2, 100), 'top-5': mean('top5', 2, 100),
@@ -382,7 +383,7 @@ GAMES = {'legal moves in games': lambda g: spread([50 * (r['random_legal'] + r['
          'against random: won, drawn, lost': percent('random_wins', 'random_draws', 'random_losses'),
          'against perfect: won, drawn, lost': percent('perfect_wins', 'perfect_draws', 'perfect_losses'), **ENDS}
 
-SUBWORDS = ('blocks', 'tinystories')                # the others' tokens are bytes
+SUBWORDS = ('quality', 'blocks', 'tinystories')     # the others' tokens are bytes
 LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the last step; the gap '
         'is paired by seed, ± its standard error; ms/step on one core, while another run used the other{pairs}.')
 TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
@@ -433,7 +434,9 @@ def write_tables(name):
     if name in BY_STEP:
         rows = [(variants[v][0], {e['step']: e['val_loss'] for e in r['evaluations'] if e['step']})
                 for v, runs in runs_of(name, given_up=True).items() for r in runs.values()]
-        unit = 'nats' if EXPERIMENTS[name].script == 'train_cnn.py' else 'nats per byte'
+        if not rows:
+            return None
+        unit = 'nats' if EXPERIMENTS[name].script == 'train_cnn.py' else 'nats per token'
         return keep.publish(name, [f'`{config}`: validation loss, {unit}, one seed.', '',
                                    *by_step(rows, '{:.4f}', 'variant', 'step {:,}')])
     lines = run_table(name)
@@ -453,9 +456,11 @@ def write_tables(name):
 # A row of the table in README.md: model, low-bit part, name in results/layers.jsonl; experiment, variant, column of its
 # quality; bench with its training memory and time, row of the bench
 SUMMARY = [
-    ('GPT 1.2M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin6', 'val_loss', 'speed', 'bin'),
-    ('GPT 1.2M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern6', 'val_loss', 'speed', 'tern'),
-    ('GPT 1.2M, WikiText-2', 'all blocks `int4`', 'int4', 'quality', 'int4', 'val_loss', 'speed', 'int4'),
+    ('GPT 0.9M, WikiText-2', '2 of 4 blocks binary', 'binary', 'quality', 'half', 'val_loss', None, None),
+    ('GPT 0.9M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin', 'val_loss', 'speed', 'bin'),
+    ('GPT 0.9M, WikiText-2', '... with a teacher', 'binary', 'quality', 'bin_taught', 'val_loss', None, None),
+    ('GPT 0.9M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern', 'val_loss', 'speed', 'tern'),
+    ('GPT 0.9M, WikiText-2', '... with a teacher', 'ternary', 'quality', 'tern_taught', 'val_loss', None, None),
     ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern',
      'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),

@@ -5,12 +5,14 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import traceback
 import types
 
 # Patches for start(): the scripts that start Pythons start forks instead. A few tests start real ones.
 BENCH_FORKS = 'import forked; forked.bench_in_forks()\n'
 SWEEP_FORKS = 'import forked; forked.sweep_in_forks()\n'
+PARTS_FORKS = 'import forked; forked.parts_in_forks()\n'
 # A patch for ptq.py: it times each model for 0.01 s instead of 0.2 s.
 SHORT_TIMES = """
 from measure import turns
@@ -45,7 +47,8 @@ def run(words, cwd, folder, environment, patch):
 
 
 class Child:
-    """subprocess.Popen([python, script, *words]) as a fork of this process; begin() runs first in it."""
+    """subprocess.Popen([python, script, *words]) as a fork of this process, or [python, '-m', module, *words]; begin() runs
+    first in it."""
 
     def __init__(self, words, begin=lambda: None):
         sys.stdout.flush()
@@ -54,8 +57,12 @@ class Child:
             code = 1
             try:
                 begin()
-                sys.argv = words[1:]
-                runpy.run_path(words[1], run_name='__main__')
+                if words[1] == '-m':
+                    sys.argv = words[2:]
+                    runpy.run_module(words[2], run_name='__main__', alter_sys=True)
+                else:
+                    sys.argv = words[1:]
+                    runpy.run_path(words[1], run_name='__main__')
                 code = 0
             except SystemExit as e:
                 code = e.code or 0
@@ -109,3 +116,21 @@ def sweep_in_forks():
 def bench_in_forks():
     from measure import turns
     turns.subprocess = types.SimpleNamespace(Popen=Worker, PIPE=None)
+
+
+def parts_in_forks():
+    from measure import gpu
+    gpu.subprocess = types.SimpleNamespace(run=run_in_fork, PIPE=None, STDOUT=None, TimeoutExpired=TimeoutError)
+
+
+def run_in_fork(words, cwd, env, **_):
+    """subprocess.run() with both streams as one text, of a script or module that starts Pythons itself; no time limit."""
+    with tempfile.TemporaryFile('w+') as said:
+        def begin():
+            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+            os.environ.update(env)
+            os.chdir(cwd)
+            bench_in_forks()
+        code = Child(words, begin).wait()
+        said.seek(0)
+        return types.SimpleNamespace(stdout=said.read(), returncode=code)

@@ -18,9 +18,9 @@ import bench
 import common
 import layers
 from conftest import ROOT
-from measure import decode, forms, llama, optimizers
+from measure import decode, forms, gpu, llama, optimizers
 from readers import tokens
-from forked import BENCH_FORKS
+from forked import BENCH_FORKS, PARTS_FORKS
 from train_gpt import GPT, GPTConfig
 
 OPTIONS = argparse.Namespace(rank=32, alpha=32.0, base='bignet', dim=1024, seed=0, device='cpu', batch=4, threads=1)
@@ -331,12 +331,30 @@ for name, module in list(sys.modules.items()):
 def test_gpu_keeps_the_rows_of_the_other_parts_when_one_fails(tmp_path, start):
     """On a CPU, in the smallest sizes: steps are measured, a training without its data has a row that says why, status 2."""
     done = start(ROOT / 'bench.py', 'gpu', '--tiny', '--device=cpu', '--parts=training fp,bitnet', '--dataset=missing',
-                 f'--json={tmp_path}/gpu.jsonl', cwd=tmp_path).wait()
+                 f'--json={tmp_path}/gpu.jsonl', cwd=tmp_path, patch=PARTS_FORKS).wait()
     rows = [json.loads(line) for line in open(tmp_path / 'gpu.jsonl')]
     assert done.code == 2 and done.err == 'error: 1 parts failed: training fp\n', done.err
     assert [r['part'] for r in rows] == ['environment', 'training fp', 'bitnet']
     assert rows[0]['torch'] == torch.__version__
     assert 'missing' in rows[1]['failed'] and rows[2]['kind'] == 'tern' and rows[2]['ms'] > 0 and rows[2]['saved_bytes'] > 0
+
+
+def test_gpu_runs_whole_on_a_cpu(tmp_path, start):
+    """--tiny: every part that a CPU can run gives its rows: passed numerics, times of steps, losses of two trainings, the
+    loss of a quantized model. The parts without a tiny command are those of kernels that only a GPU has."""
+    tokens.write(tmp_path / 'data', 'train', [np.arange(4000) % 50], tokens.byte())
+    tokens.write(tmp_path / 'data', 'val', [np.arange(400) % 50], tokens.byte())
+    done = start(ROOT / 'bench.py', 'gpu', '--tiny', '--device=cpu', f'--dataset={tmp_path}/data',
+                 f'--json={tmp_path}/gpu.jsonl', cwd=tmp_path, patch=PARTS_FORKS).wait()
+    assert done.code == 0, done.out + done.err
+    rows = [json.loads(line) for line in open(tmp_path / 'gpu.jsonl')]
+    assert list(dict.fromkeys(r['part'] for r in rows)) == ['environment', *(
+        part for part in gpu.PARTS if part not in ('packed triton', 'int8 products'))]
+    measured = {r['part']: r for r in rows}
+    assert 'passed' in measured['numerics']['tests'] and measured['cnn']['net_ms'] > 0
+    assert all(measured[part]['ms'] > 0 for part in ('eager', 'compiled', 'bitnet', 'finetune'))
+    assert all(measured[f'training {kind}']['first_loss'] > 0 for kind in ('fp', 'bin'))
+    assert measured['gptq']['scheme'] == 'gptq4' and abs(measured['gptq']['delta']) < 0.1
 
 
 def test_bundle_is_reproducible_and_runs(tmp_path, start):

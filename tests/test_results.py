@@ -33,7 +33,7 @@ def test_tables_are_what_the_runs_give(in_turn, tmp_path):
         emptied = re.sub(r'(<!-- (?!end)\w+ -->\n).*?(?=<!-- end -->)', r'\1', text, flags=re.S)
         assert ('<!-- end -->' in text) == (len(emptied) < len(text))
         (tmp_path / page).write_text(emptied, encoding='utf-8')
-    scripts = 'runs.py', 'ptq.py', 'decode.py', 'export.py', 'faults.py'
+    scripts = 'runs.py', 'pareto.py', 'ptq.py', 'decode.py', 'export.py', 'faults.py'
     commands = [(tmp_path / 'results' / script, tmp_path, ['--table']) for script in scripts]
     for done in in_turn(commands, patch=f'import sys; sys.path.insert(0, {str(tmp_path / "results")!r})'):
         assert done.code == 0, done.err
@@ -83,7 +83,7 @@ def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):
     page without <!-- end --> is refused and stays as it is."""
     import runs
     lines = (ROOT / 'results/quality.jsonl').read_text(encoding='utf-8').splitlines()
-    (root / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"bin6"' not in x), encoding='utf-8')
+    (root / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"bin"' not in x), encoding='utf-8')
     page = root / 'README.md'
     page.write_text('<!-- summary -->\n<!-- end -->\n', encoding='utf-8')
     runs.write_summary()

@@ -1,4 +1,4 @@
-"""kernels_triton.py in Triton's interpreter, in a process of its own, against torch."""
+"""kernels_triton.py in Triton's interpreter against torch, and in its compiler, each in a process of its own."""
 import importlib.util
 
 import pytest
@@ -72,9 +72,41 @@ torch.testing.assert_close(ours, four(x), rtol=1e-5, atol=1e-5)
 print('equal')
 """
 
+AHEAD = """
+import sys
+sys.path.insert(0, {root!r})
+import kernels_triton as k, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+def compiled(kernel, pointers, numbers, constants, **options):
+    signature = pointers | dict.fromkeys(numbers, 'i32') | dict.fromkeys(constants, 'constexpr')
+    constants = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
+    source = ASTSource(kernel, {{name: signature[name] for name in kernel.arg_names}}, constants)
+    assert triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options).asm['cubin']
+
+for gated, normed, block in ((True, True, 4096), (False, False, 512)):
+    compiled(k._norm_to_int8, dict(x='*bf16', gain='*fp32' if normed else 'constexpr', q='*i8', tops='*fp32',
+                                   rstd='*fp32' if normed else 'constexpr', eps='fp32'), ['n'],
+             dict(GATED=gated, NORM=normed, BLOCK=block) | (dict() if normed else dict(gain=None, rstd=None)),
+             num_warps=min(32, max(4, block // 512)), enable_fp_fusion=False)
+for bits in (1, 2):
+    compiled(k._int_product, dict(q='*i8', code='*u8', y='*i32'), ['n', 'rows', 'width'], dict(BITS=bits, ROWS=16, BYTES=128))
+compiled(k._scaled_product, dict(x='*bf16', code='*u8', absmax='*fp32', levels='*fp32', y='*fp32'), ['n', 'rows'],
+         dict(HIGH_FIRST=True, GROUP=16, ROWS=16))
+print('compiled')
+"""
+
 
 def test_triton_kernels_equal_torch(start, tmp_path):
     """Codes, scales and integer products are those of torch to the bit, 4-bit products to 1e-5; so are the layers."""
     (tmp_path / 'check.py').write_text(CHECK.format(root=str(ROOT)))
     done = start('check.py', cwd=tmp_path, real=True, TRITON_INTERPRET='1', NANOBIT_TRITON='1').wait()
     assert done.out.endswith('equal\n'), done.err
+
+
+def test_triton_kernels_compile_for_a_gpu(start, tmp_path):
+    """Triton's compiler, which needs no GPU, makes machine code for compute capability 9.0 from each kernel."""
+    (tmp_path / 'ahead.py').write_text(AHEAD.format(root=str(ROOT)))
+    done = start('ahead.py', cwd=tmp_path, real=True, NANOBIT_TRITON='1', TRITON_CACHE_DIR=str(tmp_path)).wait()
+    assert done.out.endswith('compiled\n'), done.err
