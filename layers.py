@@ -537,7 +537,6 @@ class LowBit(nn.Module):
     quantizes a latent weight. Raises ValueError for an activation that is not in `acts`.
     """
     packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: the bias has the size of this weight dimension
-    rounds = True                                   # False: the products use the latent weights as they are
 
     def __init__(self, shape, bias, act=None):
         if act not in self.acts:
@@ -594,7 +593,7 @@ class LowBit(nn.Module):
 
     def _quantize(self, weight, bias, dtype):
         """Return the quantized (weight, bias or None) in `dtype`: from latent values or, if packed, from the codes."""
-        weight = self.effective_weight() if self.packed else self.rounded(weight) if self.rounds else weight
+        weight = self.effective_weight() if self.packed else self.rounded(weight)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def packed_bytes(self):
@@ -738,8 +737,7 @@ class Binary(LowBit):
     def _quantize(self, weight, bias, dtype):
         if self.packed:
             return self._unpacked(dtype, self.offset)
-        rounded = (lambda p: half_bits(p, self.chunks, dtype, self.offset)) if self.rounds else lambda p: p.to(dtype)
-        return tuple(None if p is None else rounded(p) for p in (weight, bias))
+        return tuple(None if p is None else half_bits(p, self.chunks, dtype, self.offset) for p in (weight, bias))
 
 
 class Ternary(LowBit):
@@ -908,9 +906,6 @@ class TernaryLinear(Ternary, LowBitLinear):
         return nn.Sequential(*([norm, new] if self.act is None else [new[0], norm, new[1]]))
 
     def forward(self, x):
-        if not self.rounds and not self.packed:
-            weight = self.weight if self.out_gain is None else self.weight * self.out_gain[:, None]
-            return plain_linear(self.weight_input(x), weight, self.bias)
         y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.out_gain, self.ternary,
                            self.rows, self.eps, self.act, compute_dtype(x),
                            (self.code, self.weight_scale) if self.packed else None)
@@ -1016,7 +1011,8 @@ class BinaryConv2d(Binary, LowBitConv):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
         # Subtracting 1/2 from every weight adds the same term to all output channels; a mean over the channels removes it.
         # With groups the term differs between channels, since each group sums other inputs.
-        self.norm, self.offset = norm, 0.5 if alpha is None or norm == 'channel' and groups == 1 else 0.0
+        self.norm = None if alpha is None else norm
+        self.offset = 0.5 if alpha is None or norm == 'channel' and groups == 1 else 0.0
         self._init_alpha(alpha, (out_channels,), eps)
 
 
@@ -1201,7 +1197,8 @@ class LoRALinear(nn.Module):
 
     arXiv 2106.09685. A starts kaiming-uniform and B zero, so at first the output is that of the base. A low-bit base is packed.
     If the base transforms x first (RMSNorm of a ternary layer, activation inside the layer), the adapter gets the transformed x
-    too. Over a binary base the adapter adds to the normalized output. A and B are fp32 and compute in the input's dtype.
+    too. Over a binary base that normalizes, the adapter adds to the normalized output. A and B are fp32 and compute in the
+    input's dtype.
     Raises ValueError for a base without in_features and out_features, rank < 1 or dropout outside [0, 1).
     """
     kind, weight = 'lora', None
@@ -1237,7 +1234,7 @@ class LoRALinear(nn.Module):
 
         A full-precision base becomes an nn.Linear. A quantized base becomes its decoded weights plus the adapter in fp32; a
         ternary one keeps its RMSNorm in front. With requantize=True the result is a packed layer of the same kind, and the
-        change measures the rounding. A binary base needs requantize=True, since its output is normalized. Its adapter is
+        change measures the rounding. A binary base that normalizes its output needs requantize=True. Its adapter is
         rescaled to add the same output on x. A low-rank base gains the adapter's ranks; requantize=True truncates them again.
         """
         base, scale = self.base, self.alpha / self.rank

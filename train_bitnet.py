@@ -283,6 +283,7 @@ def main():
     for wrong, why in (
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (not rope_theta > 0, f'rope_theta={rope_theta} must be above 0'),
+            (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
             (n_embd % (2 * n_head) or n_head % n_kv_head,
              f'n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and n_head of n_kv_head={n_kv_head}')):
         if wrong:

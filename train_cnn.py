@@ -59,9 +59,9 @@ model_config = dict(           # binary | real | ternary | int4 for each layer
     conv1='real', conv2='real', conv3='real', conv4='real', conv5='real', conv6='real', conv7='real', conv8='real',
     conv9='real', conv10='real', fc1='real', fc2='real', final='real')
 norm = 'channel'               # of binary layers: batch (a BatchNorm follows, as after all other convolutions), or their own:
-                               # channel (per pixel; fc layers alike) | spatial (per channel) | sample (over all values)
+                               # channel (per pixel) | spatial (per channel) | sample (all values); an fc layer: its outputs
 binary_alpha = 0.25            # initial scale of binary layers with their own normalization
-binary_alpha_final = 1.0       # initial scale of a binary `final`: the standard deviation of the logits
+binary_alpha_final = 1.0       # the same of `final`: the standard deviation of the logits
 dropout = 0.0                  # after fc1 and fc2
 # optimizer
 optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon: for matrices and kernels | adam | sgd
@@ -161,8 +161,8 @@ class CNN(nn.Module):
 
 
 def relu(conv, y):
-    """ReLU after a convolution and its normalization. A binary layer saves y, so threshold() reuses y for its gradient, where
-    F.relu would save another tensor. A BatchNorm does not save y, so the ReLU overwrites it."""
+    """ReLU after a convolution and its normalization. A layer that normalizes y saves it, so threshold() reuses y for its
+    gradient, where F.relu would save another tensor. A BatchNorm does not save y, so the ReLU overwrites it."""
     own = isinstance(conv, layers.BinaryConv2d) and conv.alpha is not None
     return F.threshold(y, 0, 0) if own else F.relu(y, inplace=True)
 

@@ -67,7 +67,6 @@ weight_decay = 0.1             # on matrices and embeddings, not on gains, biase
 beta1 = 0.9                    # with muon, for AdamW only; Muon's own momentum is 0.95
 beta2 = 0.95
 grad_clip = 1.0                # largest global gradient norm; 0: no clipping
-round_from = 0                 # step from which low-bit layers round; before it they train in full precision (2502.11895)
 teacher = ''                   # checkpoint of a GPT on the same tokens: its predictions are targets beside the next tokens
 distill = 0.9                  # share of the teacher in the targets; the logged loss is against these, val_loss never is
 # evaluation, saving and logging
@@ -264,6 +263,7 @@ def main():
     for wrong, why in (
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (n_embd % n_head, f'n_embd={n_embd} is no multiple of n_head={n_head}'),
+            (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
             (not 0 <= distill <= 1, f'distill={distill} must be from 0 to 1')):
         if wrong:
             fail(why)
@@ -384,8 +384,6 @@ def main():
         """Mean loss over eval_iters fixed batches of the val split, divided among ranks; None if the run is stopped."""
         starts = common.sample_indices(seed, -1, len(val_data) - block_size, eval_iters * batch_size).reshape(-1, micro)
         raw_model.eval()
-        for m in low_bit:
-            m.rounds = True                         # what a packed file computes, also before round_from
         total = n = 0
         for i in range(0, len(starts), world):      # len(starts) is a multiple of world
             if common.any_rank(stopped()):
@@ -445,8 +443,6 @@ def main():
         decays = schedule != 'two_stage' or step < max_iters // 2
         for group in opt.param_groups:
             group['lr'], group['weight_decay'] = lr * group['lr_scale'], group['decay'] * decays
-        for m in low_bit:
-            m.rounds = step >= round_from
         common.seed_step(seed, step, rank_here)
         loss_sum = torch.zeros((), device=dev)
         for i, (x, y) in enumerate(upcoming or batches(step)):

@@ -1,9 +1,9 @@
-# Train a 0.9M-parameter GPT on WikiText-2 in a BPE of 1,024 tokens, to compare kinds of layers at equal tokens
+# Train a 0.9M-parameter GPT on WikiText-2 in a BPE of 1,024 tokens, to compare kinds of layers on the same batches
 # (results/runs.py quality).
 # expected val loss: see results/quality.md
 # hardware: 1 CPU core with AVX512-BF16; on others add --dtype=float32
 # time: 2,500 times the ms/step of results/quality.md
-# python train_gpt.py config/wikitext2.py --n_binary=4 --qkv_proj=tern --c_proj=tern --mlp_proj=tern
+# python train_gpt.py config/wikitext2.py --n_binary=4 --qkv_proj=tern --c_proj=tern --mlp_proj=tern --output_gains=True
 out_dir = 'out/wikitext2'
 # first data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=1024 --name=wikitext2
 dataset = 'text/wikitext2'

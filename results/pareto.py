@@ -3,7 +3,7 @@ Loss against bytes: GPTs that results/runs.py quality trained in low bits, besid
 training, on the same batches and seeds.
 
     python results/runs.py quality                 # first: it trains them
-    python results/pareto.py                       # quantizes, decodes and measures a training step, 15 minutes on one core
+    python results/pareto.py                       # quantizes, decodes and measures a training step, on one core
     python results/pareto.py --table               # the page and the picture alone, from the stored rows
 
 Stores results/pareto.jsonl and writes results/pareto.md, results/pareto.png and one sentence in README.md. No number in them is
@@ -25,11 +25,12 @@ SCHEMES = {'half': 'fp16', 'int8': 'int8', 'uniform16': 'int4, 16 even levels', 
            'gptq4': 'GPTQ, 4 bits', 'gptq3': 'GPTQ, 3 bits', 'gptq2': 'GPTQ, 2 bits', 'tern': 'ternary, rounded',
            'bin': 'binary, rounded'}
 # variant of `quality`: what it is called, kind of its layers and optimizer in bench.py train
-TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),
+TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_more': ('full precision, trained on', 'fp', 'muon'),
+           'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),
            'fp_rsvd': ('full precision, rSVD, rank 16', 'fp', 'rsvd'), 'half': ('2 of 4 blocks binary', None, None),
            'int4': ('int4', 'int4', 'muon'), 'tern': ('ternary', 'tern', 'muon'),
-           'tern_taught': ('ternary, taught', None, None), 'bin': ('binary', 'bin', 'muon'),
-           'bin_taught': ('binary, taught', None, None)}
+           'tern_taught': ('ternary, trained on', None, None), 'bin': ('binary', 'bin', 'muon'),
+           'bin_taught': ('binary, trained on', None, None)}
 SHAPE = ['--n_layer=4', '--n_embd=128', '--block_size=128', '--vocab_size=1024', '--batch_size=16', '--dtypes=bfloat16']
 OUT = ROOT / 'out' / 'pareto'
 
@@ -46,13 +47,13 @@ def measure():
     """Rows of every part: losses of quantized models, tokens/s, memory of a training step."""
     found, seeds = [], sorted(runs.runs_of('quality').get('fp', ()))
     twin = lambda seed: f'out/quality/fp_s{seed}'
-    if not seeds or any(not (ROOT / twin(seed) / 'best.pt').exists() for seed in seeds):
+    if not seeds or any(not runs.finished(ROOT / twin(seed)) for seed in seeds):
         sys.exit('error: the models are not there; type: python results/runs.py quality')
     OUT.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         command('ptq.py', f'--ckpt={twin(seed)}', f'--schemes={",".join(SCHEMES)}', '--time_rounds=0', f'--out={OUT}/s{seed}')
-        found += [{'part': 'quantized', 'seed': seed, **r} for r in lines_of(OUT / f's{seed}' / 'ptq.jsonl')]
-    files = {v: f'out/quality/{v}_s{seeds[0]}' for v in TRAINED if (ROOT / f'out/quality/{v}_s{seeds[0]}/best.pt').exists()}
+        found += [{**r, 'part': 'quantized', 'seed': seed} for r in lines_of(OUT / f's{seed}' / 'ptq.jsonl')]
+    files = {v: f'out/quality/{v}_s{seeds[0]}' for v in TRAINED if runs.finished(ROOT / f'out/quality/{v}_s{seeds[0]}')}
     for scheme in SCHEMES:
         files[scheme if scheme not in TRAINED else f'ptq_{scheme}'] = str(OUT / f'{scheme}.safetensors')
         command('ptq.py', f'--ckpt={twin(seeds[0])}', f'--schemes={scheme}', f'--save={OUT}/{scheme}.safetensors')
@@ -114,16 +115,18 @@ def page(found):
         columns['joules per token'] = number('joules', '.2e')
     device = next(r['device'] for r in rows if r['part'] == 'decode')
     return [f'`config/wikitext2.py`, {device}. Losses in nats per token over the same validation batches, mean ± sd over n '
-            'seeds; gaps to the full-precision model of the same seed, ± their standard error. The embedding, which is also '
+            'seeds; gaps to the full-precision model of the same seed in the same precision (bf16 if trained, fp32 if '
+            'quantized afterwards), ± their standard error. Trained on: for 2,500 more steps, from the weights of full '
+            'precision and with it as teacher. The embedding, which is also '
             'the head, stays fp32 in all forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a '
             'quantized model that of its twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, seed 1, '
             'models one after the other.', '', *table(columns, found)]
 
 
 def sentence(found):
-    """Trained or quantized at equal bytes: each trained low-bit form beside the smallest quantized one that is not smaller."""
+    """Each trained low-bit form beside the smallest quantized one that is no smaller."""
     parts = []
-    for label in ('ternary, taught', 'ternary', 'binary, taught', 'binary'):
+    for label in ('ternary, trained on', 'ternary', 'binary, trained on', 'binary'):
         mine = next((f for f in found if f['trained'] and f['label'] == label), None)
         other = [f for f in found if not f['trained'] and mine and f['bytes'] >= mine['bytes']]
         if mine and other:
@@ -136,15 +139,16 @@ def sentence(found):
 def picture(found):
     """results/pareto.png: rise of the loss against the size of the file, trained and quantized afterwards."""
     from report.figure import label_points, look, subplots
-    from report.plot_ptq import HOLLOW
+    from report.plot_ptq import HOLLOW, LEAST
     figure, (ax,) = subplots(size=(9, 5.5))
     points = []
     for i, (name, kind) in enumerate((('trained in this form', True), ('quantized after training', False))):
-        mine = sorted((f['bytes'] / 1e6, max(statistics.mean(f['gaps']), 1e-4), f['label']) for f in found
+        mine = sorted((f['bytes'] / 1e6, max(statistics.mean(f['gaps']), LEAST), f['label']) for f in found
                       if f['trained'] == kind and f['gaps'])
         ax.plot(*list(zip(*mine, strict=True))[:2], **look(i) | {'ls': 'none'}, **HOLLOW, label=name)
         points += [(x, y, y, y, label, look(i)['color']) for x, y, label in mine]
-    ax.set(xscale='log', yscale='log', xlabel='file (MB)', ylabel='rise of the validation loss (nats per token)')
+    ax.set(xscale='log', yscale='log', xlabel='file (MB)',
+           ylabel=f'rise of the validation loss (nats per token; at {LEAST:g}: that or less)')
     for set_format in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         set_format('{x:g}')
     ax.legend(frameon=False)
@@ -163,8 +167,8 @@ def main():
     found = forms()
     picture(found)
     keep.publish('pareto', page(found))
-    keep.fill('trained', f'Trained in low bits, or quantized after training? Rise of the loss at the size of the file: '
-              f'{sentence(found)}. See [results/pareto.md](../results/pareto.md).')
+    keep.fill('trained', f'Trained in low bits, or quantized after training? Rise of the loss, nats per token: '
+              f'{sentence(found)}. See [pareto](../results/pareto.md).')
 
 
 if __name__ == '__main__':

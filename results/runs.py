@@ -24,6 +24,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -44,21 +45,24 @@ def chosen_blocks():
 
 LOW = '--n_binary=4 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
 BIN, TERN = LOW.format('bin'), LOW.format('tern') + ' --output_gains=True'
-TWIN = '--{}=out/quality/fp_s{{seed}}/best.pt'.format     # {seed}: the twin of the same seed must be trained first
+TWIN = '--{}=out/quality/fp_s{{seed}}/best.pt'.format     # {seed}: of the same seed, which must be trained first
 TAUGHT = f" {TWIN('init_from')} {TWIN('teacher')}"
-SLOW = " --lr_scale={'bin':1.0,'tern':1.0,'alpha':0.02}"     # ternary latent weights at the rate of all others
+RATE = " --lr_scale={{'{}':{}}}".format                        # of one kind of parameters, × the learning rate
 Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
 EXPERIMENTS = {
     'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
+        'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
+        'fp_adamw': ('... AdamW instead of Muon', '--optimizer=adamw'),
+        'fp_rsvd': ('... rSVD, rank 16', '--optimizer=rsvd'),
         'half': ('2 of 4 blocks binary: 1 and 2', '--binary_blocks=1,2'),
         'bin': ('all binary', BIN),
-        'bin_taught': ('... from the weights of full precision, with it as teacher', BIN + TAUGHT),
+        'bin_taught': ('... trained on from full precision, its teacher', BIN + TAUGHT),
         'tern': ('all ternary', TERN),
-        'tern_taught': ('... from the weights of full precision, with it as teacher', TERN + TAUGHT),
+        'tern_taught': ('... trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5)),
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
-    # A quarter of the steps. One thing differs in each row.
+    # A quarter of the steps. The variant with None used an option that is gone.
     'search': Experiment('train_gpt.py', 'config/wikitext2.py --max_iters=625 --eval_interval=625', 'fp', '1', {
         'fp': ('full precision', ''),
         'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--learning_rate=2e-3'),
@@ -68,27 +72,31 @@ EXPERIMENTS = {
         'fp_adamw': ('... AdamW, 4e-3', '--optimizer=adamw'),
         'fp_adamw_2': ('... AdamW, 2e-3', '--optimizer=adamw --learning_rate=2e-3'),
         'tern': ('all ternary, latent weights at 4 x the rate', TERN),
-        'tern_1': ('... at the rate', TERN + SLOW),
-        'tern_2': ('... at 2 x', TERN + SLOW.replace("'tern':1.0", "'tern':2.0")),
-        'tern_8': ('... at 8 x', TERN + SLOW.replace("'tern':1.0", "'tern':8.0")),
+        'tern_1': ('... at the rate', TERN + RATE('tern', 1.0)),
+        'tern_2': ('... at 2 x', TERN + RATE('tern', 2.0)),
+        'tern_8': ('... at 8 x', TERN + RATE('tern', 8.0)),
         'tern_plain': ('... at 4 x, no learned factor for each output', LOW.format('tern')),
-        'tern_late': ('... full precision until 70 % of the steps', TERN + ' --round_from=437'),
-        'tern_kd': ('... a teacher, random weights', f"{TERN} {TWIN('teacher')}"),
-        'tern_kd50': ('... half of its targets from a teacher, random weights', f"{TERN} {TWIN('teacher')} --distill=0.5"),
-        'tern_init': ('... weights of full precision, no teacher', f"{TERN} {TWIN('init_from')}"),
-        'tern_taught': ('... both', TERN + TAUGHT),
-        'tern_taught_1': ('... both, latent weights at the rate', TERN + TAUGHT + SLOW),
-        'tern_taught_cold': ('... both, warm-up of 10 steps', TERN + TAUGHT + ' --warmup_iters=10'),
+        'tern_late': ('... full precision until 70 % of the steps', None),
+        'tern_kd': ('... a teacher, from random weights', f"{TERN} {TWIN('teacher')}"),
+        'tern_kd50': ('... a teacher for half of the targets, from random weights', f"{TERN} {TWIN('teacher')} --distill=0.5"),
+        'tern_init': ('... trained on from 2,500 steps of full precision, no teacher', f"{TERN} {TWIN('init_from')}"),
+        'tern_taught': ('... and with it as teacher', TERN + TAUGHT),
+        'tern_taught_1': ('... the same, latent weights at the rate', TERN + TAUGHT + RATE('tern', 1.0)),
+        'tern_taught_half': ('... the same, at half the rate', TERN + TAUGHT + RATE('tern', 0.5)),
+        'tern_taught_2': ('... the same, all at half the rate',
+                          TERN + TAUGHT + RATE('tern', 1.0) + ' --learning_rate=2e-3'),
         'bin': ('all binary', BIN),
-        'bin_4': ('... latent weights at 4 x the rate', BIN + " --lr_scale={'bin':4.0,'alpha':0.02}"),
-        'bin_scales': ('... scales at the rate of all others', BIN + " --lr_scale={'bin':1.0,'alpha':1.0}"),
-        'bin_kd': ('... a teacher, random weights', f"{BIN} {TWIN('teacher')}"),
-        'bin_taught': ('... a teacher and its weights', BIN + TAUGHT),
+        'bin_4': ('... latent weights at 4 x the rate', BIN + RATE('bin', 4.0)),
+        'bin_scales': ('... scales at the rate of all others', BIN + RATE('alpha', 1.0)),
+        'bin_kd': ('... a teacher, from random weights', f"{BIN} {TWIN('teacher')}"),
+        'bin_taught': ('... trained on from 2,500 steps of full precision, with it as teacher', BIN + TAUGHT),
+        'bin_taught_half': ('... the same, latent weights at half the rate', BIN + TAUGHT + RATE('bin', 0.5)),
+        'bin_taught_scales': ('... the same, scales at the rate of all others', BIN + TAUGHT + RATE('alpha', 1.0)),
         'half': ('blocks 1 and 2 of 0 to 3 binary', '--binary_blocks=1,2'),
         'half_first': ('... 0 and 1', '--binary_blocks=0,1'),
         'half_last': ('... 2 and 3', '--binary_blocks=2,3'),
         'half_scales': ('... 1 and 2, scales at the rate of all others',
-                        "--binary_blocks=1,2 --lr_scale={'bin':1.0,'alpha':1.0}"),
+                        '--binary_blocks=1,2' + RATE('alpha', 1.0)),
     }),
     # Random halves: random.Random(0).sample(range(6), 3), and of 1, each sorted.
     'blocks': Experiment('train_gpt.py', 'config/wikitext2_blocks.py', 'first', '1,2,3', {
@@ -213,14 +221,14 @@ EXPERIMENTS |= {
     'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp_two', '1,2,3', TWINS),
     'tinystories_search': Experiment('train_bitnet.py', f'config/tinystories_small.py {MUON}', 'fp_2', '1', {
         'fp_1': ('full precision, Muon, 1e-3', '--quant=fp --learning_rate=1e-3'),
-        'fp_2': ('... 2e-3', '--quant=fp'),
+        'fp_2': ('full precision, Muon, 2e-3', '--quant=fp'),
         'fp_4': ('... 4e-3', '--quant=fp --learning_rate=4e-3'),
         'fp_adamw': ('... AdamW, 2e-3', '--quant=fp --optimizer=adamw'),
         'tern_2': ('ternary, 2e-3', ''),
         'tern_4': ('... 4e-3', '--learning_rate=4e-3'),
         'tern_2_4': ('... 2e-3, latent weights at 4 x', "--lr_scale={'tern':4.0}"),
         'tern_1_4': ('... 1e-3, latent weights at 4 x', "--learning_rate=1e-3 --lr_scale={'tern':4.0}"),
-        'tern_init': ('... 2e-3, from the weights of full precision', '--init_from=out/tinystories_search/fp_2_s1/best.pt'),
+        'tern_init': ('... 2e-3, trained on from full precision', '--init_from=out/tinystories_search/fp_2_s{seed}/best.pt'),
     }),
 }
 BY_STEP = ('search', 'tinystories_search', 'food10_recipe')  # losses along the run, also of runs that were stopped early
@@ -234,6 +242,8 @@ def train(name, variant, seed, threads):
     script, config, _, _, variants = EXPERIMENTS[name]
     out = ROOT / 'out' / name / f'{variant}_s{seed}'
     options = variants[variant][1].replace('{seed}', str(seed))
+    if unfinished := [path for path in re.findall(r'out/\S+(?=/best\.pt)', options) if not finished(ROOT / path)]:
+        sys.exit(f'error: {unfinished[0]} is not finished; run that variant first')
     command = [sys.executable, script, *config.split(), *options.split(), f'--seed={seed}',
                f'--out_dir={out.relative_to(ROOT)}', '--resume=auto']
     os.makedirs(out, exist_ok=True)
@@ -389,7 +399,9 @@ LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats 
 TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
         '{threads} thread{s}, for some runs beside other work.')
 # header of the first column, caption, other columns
-TABLES = dict.fromkeys(('quality', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
+TABLES = dict.fromkeys(('blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
+    'quality': ('variant', LOSS + ' Rows that are "trained on" start from the whole run of the first row and its teacher has '
+                'the same weights: with it they cost twice the steps.', LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
@@ -448,7 +460,7 @@ def write_tables(name):
         if text := next(iter(runs.values())).get('text'):
             lines += ['', f'{variants[v][0]}, first seed, `{shlex.join(STORY)}`:', '']
             lines += [f'> {line}'.rstrip() for line in text.strip().split('\n')]
-    if TABLES[name][1] is LOSS:
+    if TABLES[name][2] is LOSSES:
         picture(name)
     keep.publish(name, lines)
 
@@ -458,9 +470,9 @@ def write_tables(name):
 SUMMARY = [
     ('GPT 0.9M, WikiText-2', '2 of 4 blocks binary', 'binary', 'quality', 'half', 'val_loss', None, None),
     ('GPT 0.9M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin', 'val_loss', 'speed', 'bin'),
-    ('GPT 0.9M, WikiText-2', '... with a teacher', 'binary', 'quality', 'bin_taught', 'val_loss', None, None),
+    ('GPT 0.9M, WikiText-2', '... trained on from full precision', 'binary', 'quality', 'bin_taught', 'val_loss', None, None),
     ('GPT 0.9M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern', 'val_loss', 'speed', 'tern'),
-    ('GPT 0.9M, WikiText-2', '... with a teacher', 'ternary', 'quality', 'tern_taught', 'val_loss', None, None),
+    ('GPT 0.9M, WikiText-2', '... trained on from full precision', 'ternary', 'quality', 'tern_taught', 'val_loss', None, None),
     ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern',
      'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
@@ -546,8 +558,10 @@ def main():
         if unknown := [v for v in chosen if variants.get(v, (0, None))[1] is None]:
             parser.error(f'{unknown[0]} is no variant that can be run')
         jobs = [(a.name, v, int(s), threads) for s in (a.seeds or EXPERIMENTS[a.name].seeds).split(',') for v in chosen]
-        with ThreadPoolExecutor(a.jobs) as pool:
-            list(pool.map(lambda job: train(*job), jobs))
+        after = lambda job: '{seed}' in variants[job[1]][1]             # it needs another run of its seed
+        for later in (False, True):
+            with ThreadPoolExecutor(a.jobs) as pool:
+                list(pool.map(lambda job: train(*job), [job for job in jobs if after(job) == later]))
         if a.name == 'tinystories':
             keep_texts(a.name)
     for name in [a.name] if a.name else [*EXPERIMENTS, *BENCHES]:

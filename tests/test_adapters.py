@@ -153,6 +153,18 @@ def test_merging_a_model_of_another_dtype(name, dtype):
     assert model(x).dtype == dtype and off(model(x), want) < 0.03
 
 
+def test_merging_over_a_binary_layer_without_normalization():
+    """Its output is a plain product with -1/2 and 1/2, so base and adapter have a full-precision equivalent."""
+    model = nn.Sequential(nn.Linear(14, 9, bias=False))
+    convert(model, {'0': ('lora', dict(rank=3, base=('bin', dict(alpha=None))))}, verbose=False)
+    nn.init.normal_(model[0].lora_B)
+    x = torch.randn(5, 14)
+    expected = x @ (model[0].base.effective_weight() + model[0].alpha / 3 * model[0].lora_B @ model[0].lora_A).T
+    merged, damage = model[0].merge(x)
+    assert set(model[0].base.effective_weight().unique().tolist()) == {-0.5, 0.5} and damage['max'] < 1e-5
+    assert_close(merged(x), expected)
+
+
 def test_a_failed_merge_leaves_the_layer_as_it_was():
     """Inputs that do not fit raise, and the layer still drops out in training. A bare layer cannot be replaced in place."""
     layer = lora('nf4', dropout=0.5).train()

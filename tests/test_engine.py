@@ -210,6 +210,8 @@ def test_mistakes_are_one_line(ids):
     engine = Engine(gpt('fp'))
     lora = gpt('fp')
     lora.blocks[1].attn.c_proj = layers.LoRALinear(lora.blocks[1].attn.c_proj)
+    product = gpt('fp')
+    product.blocks[1].mlp.c_fc = layers.BinaryLinear(32, 128, False, alpha=None)
     two_norms = gpt('fp')
     two_norms.blocks[0].attn.c_attn = layers.TernaryLinear(32, 96)
     for why, call in ((r'an id is not in 0 \.\. 69', lambda: engine(torch.tensor([[VOCAB]]))),
@@ -225,6 +227,7 @@ def test_mistakes_are_one_line(ids):
                       ('threads=-1 must be 1 to 1024', lambda: Engine(gpt('fp'), threads=-1)),
                       ("head='fp4' must be", lambda: Engine(gpt('fp'), head='fp4')),
                       ('blocks.1.attn.c_proj: the engine has no LoRA', lambda: Engine(lora)),
+                      ('blocks.1.mlp.c_fc: the engine has no binary layers without', lambda: Engine(product)),
                       ('blocks.0.attn.c_attn: the engine does not apply two norms', lambda: Engine(two_norms))):
         with pytest.raises(ValueError, match=why) as e:
             call()

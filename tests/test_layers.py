@@ -227,34 +227,6 @@ def test_binary_layers_by_hand():
         assert_close(conv(torch.tensor(x).double().view(1, 2, 1, 1)).flatten(), -by_hand(std), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize('make', [lambda: BinaryLinear(8, 6, chunks=3, act='gelu', alpha=0.5),
-                                  lambda: Linear4bit(8, 6, act='relu'),
-                                  lambda: TernaryLinear(8, 6, bias=True, act='gelu'), lambda: BinaryConv2d(4, 8, 3, act='relu'),
-                                  lambda: TernaryConv2d(4, 8, 3)])
-def test_a_layer_that_does_not_round_uses_its_latent_weights(make):
-    """With rounds = False a layer is its formula with W in place of the rounded W; packed, it rounds in any case."""
-    layer = make().double()
-    for p in layer.parameters():
-        nn.init.normal_(p)
-    conv = isinstance(layer, layers.LowBitConv)
-    x = torch.randn(2, 4, 5, 5).double() if conv else torch.randn(3, 8).double()
-    layer.rounds = False
-    y, weight, a = layer(x), layer.weight, layers.ACTIVATIONS[layer.act][0](x)
-    if isinstance(layer, TernaryLinear):
-        a = F.rms_norm(a, (8,), layer.gain, layer.eps)
-    a = layers._conv_input(x, layer.act, layer.round_input) if conv else a
-    z = (F.conv2d if conv else F.linear)(a, weight, layer.bias)
-    if layer.alpha is not None:
-        z = z.permute(0, 2, 3, 1) if conv else z.unflatten(-1, (3, 2))
-        z = (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True, unbiased=False) * layer.alpha
-        z = z.permute(0, 3, 1, 2) if conv else z.flatten(-2)
-    assert_close(y, z, rtol=0, atol=1e-4)
-    layer.pack_()
-    packed = layer(x)
-    layer.rounds = True
-    assert torch.equal(packed, layer(x)) and not torch.equal(packed, y)
-
-
 def test_ternary_convolution_by_hand():
     """W = [1, -2, .2, 4.8]: codes 0 -1 0 1 times 2. x is rounded to 127 steps of its largest number, image by image."""
     layer = TernaryConv2d(1, 1, 2)
@@ -571,6 +543,7 @@ def test_truncation_is_the_svd_of_the_product(rank, shrink):
     (lambda: BinaryLinear(6, 4, alpha=None), 'alpha=None needs bias=False'),
     (lambda: BinaryConv2d(6, 4, 3, groups=3), 'groups=3'), (lambda: BinaryConv2d(4, 6, 3, norm='batch'), "norm='batch'"),
     *((lambda alpha=alpha: BinaryLinear(8, 6, alpha=alpha), 'alpha') for alpha in (0, math.nan)),
+    (lambda: BinaryEmbedding(4, 6, False, alpha=None), 'alpha must be a number'),
     (lambda: BinaryConv2d(4, 6, 3, alpha=0), 'alpha'), (lambda: BinaryEmbedding(4, 6, alpha=0), 'alpha'),
     (lambda: BinaryLinear(8, 7, chunks=3), 'chunks=3'), *((
         lambda chunks=chunks: TernaryLinear(8, 7, chunks=chunks), 'chunks=') for chunks in (3, (3, 2), (7, 0), (8, -1), ())),

@@ -223,14 +223,6 @@ def test_a_teacher_gives_a_share_of_the_targets(train, folder, unbroken, tiny_da
     assert log(cwd, 'val_loss')[0] == log(unbroken('--n_binary=2'), 'val_loss')[0]
 
 
-def test_rounding_can_start_late(train, folder, unbroken):
-    """Before round_from the loss of the first step is another one, evaluations round already, and the last steps learn."""
-    cwd, whole = folder(), unbroken(*MIXED)
-    train(*MIXED, '--round_from=10', cwd=cwd)
-    assert log(cwd, 'val_loss')[0] == log(whole, 'val_loss')[0] and log(cwd, 'loss')[0] != log(whole, 'loss')[0]
-    assert log(cwd, 'loss')[-1] < log(cwd, 'loss')[0] - 0.8
-
-
 def test_compile(train, folder, unbroken):
     """Three steps of a compiled model have the losses of the plain one, and the checkpoint has its plain names. What is
     compiled is traced with its backward pass, but run without a C++ compiler."""
