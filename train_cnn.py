@@ -440,7 +440,7 @@ def main():
         say(f'input alone: {input_speed:,.0f} images/s')
     profiler = common.step_profiler(out_dir, dev) if profile and rank_here == 0 else None
     joules = common.energy_meter(dev)              # since this process started
-    failure, stop, unsaved = '', False, False
+    failure, stop, unsaved, upcoming = '', False, False, None
     clock, timed_steps, saved_step = time.perf_counter(), 0, step if resume_path == last_path else -1
     say(f'step {step} of {total_iters}' + ('' if step < total_iters else ' is reached: nothing to train'))
     reading = batches(step * accumulation)
@@ -483,7 +483,7 @@ def main():
         loss_sum = torch.zeros((), device=dev)
         sums, before = ([torch.zeros_like(b) for b in statistics], [b.clone() for b in statistics]) if shared else ([], [])
         for i in range(accumulation):
-            x, y = next(reading)
+            (x, y), upcoming = upcoming or next(reading), None
             if world > 1:                           # DDP reads this flag in the forward pass
                 model.require_backward_grad_sync = i == accumulation - 1
             with amp:
@@ -500,6 +500,7 @@ def main():
             torch._foreach_copy_(statistics, list((flat / (world * accumulation)).split([len(b) for b in statistics])))
         grads = gradients()
         total_norm = nn.utils.get_total_norm(list(grads.values()))
+        upcoming = next(reading) if step + 1 < total_iters else None       # cropped while the device computes
         loss, grad_norm, stop = common.step_totals(loss_sum, accumulation, total_norm, stopped())
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             culprits = [n for n, p in raw_model.named_parameters() if p in grads and not grads[p].isfinite().all()]

@@ -50,13 +50,18 @@ def measure():
     if not seeds or any(not runs.finished(ROOT / twin(seed)) for seed in seeds):
         sys.exit('error: the models are not there; type: python results/runs.py quality')
     OUT.mkdir(parents=True, exist_ok=True)
+    newer = lambda path, run: path.exists() and path.stat().st_mtime > (ROOT / run / 'best.pt').stat().st_mtime
     for seed in seeds:
-        command('ptq.py', f'--ckpt={twin(seed)}', f'--schemes={",".join(SCHEMES)}', '--time_rounds=0', f'--out={OUT}/s{seed}')
+        if not newer(OUT / f's{seed}' / 'ptq.jsonl', twin(seed)):
+            command('ptq.py', f'--ckpt={twin(seed)}', f'--schemes={",".join(SCHEMES)}', '--time_rounds=0',
+                    f'--out={OUT}/s{seed}')
         found += [{**r, 'part': 'quantized', 'seed': seed} for r in lines_of(OUT / f's{seed}' / 'ptq.jsonl')]
     files = {v: f'out/quality/{v}_s{seeds[0]}' for v in TRAINED if runs.finished(ROOT / f'out/quality/{v}_s{seeds[0]}')}
     for scheme in SCHEMES:
-        files[scheme if scheme not in TRAINED else f'ptq_{scheme}'] = str(OUT / f'{scheme}.safetensors')
-        command('ptq.py', f'--ckpt={twin(seeds[0])}', f'--schemes={scheme}', f'--save={OUT}/{scheme}.safetensors')
+        path = OUT / f'{scheme}.safetensors'
+        files[scheme if scheme not in TRAINED else f'ptq_{scheme}'] = str(path)
+        if not newer(path, twin(seeds[0])):
+            command('ptq.py', f'--ckpt={twin(seeds[0])}', f'--schemes={scheme}', f'--save={path}')
     log = OUT / 'decode.jsonl'
     log.unlink(missing_ok=True)
     command('bench.py', 'decode', f'--models={",".join(files.values())}', '--threads_of=1', '--heads=fp', '--torch=0',

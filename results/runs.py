@@ -57,7 +57,7 @@ EXPERIMENTS = {
         'fp_rsvd': ('... rSVD, rank 16', '--optimizer=rsvd'),
         'half': ('2 of 4 blocks binary: 1 and 2', '--binary_blocks=1,2'),
         'bin': ('all binary', BIN),
-        'bin_taught': ('... trained on from full precision, its teacher', BIN + TAUGHT),
+        'bin_taught': ('... trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0)),
         'tern': ('all ternary', TERN),
         'tern_taught': ('... trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5)),
         'int4': ('all 4-bit', LOW.format('int4')),
@@ -468,7 +468,6 @@ def write_tables(name):
 # A row of the table in README.md: model, low-bit part, name in results/layers.jsonl; experiment, variant, column of its
 # quality; bench with its training memory and time, row of the bench
 SUMMARY = [
-    ('GPT 0.9M, WikiText-2', '2 of 4 blocks binary', 'binary', 'quality', 'half', 'val_loss', None, None),
     ('GPT 0.9M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin', 'val_loss', 'speed', 'bin'),
     ('GPT 0.9M, WikiText-2', '... trained on from full precision', 'binary', 'quality', 'bin_taught', 'val_loss', None, None),
     ('GPT 0.9M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern', 'val_loss', 'speed', 'tern'),
