@@ -20,8 +20,8 @@ from report.figure import load_config  # noqa: E402
 
 # name: question, then the headline of its table: a column and one or two rows. The index has this order.
 INDEX = {
-    'quality': ('What do binary, ternary and 4-bit blocks cost a GPT on the same batches?',
-                'val loss', 'all binary', 'full precision'),
+    'quality': ('What do binary and ternary blocks cost a GPT on the same batches?',
+                'val loss', 'all binary', 'all ternary', 'full precision'),
     'depth': ('Do 12 of 12 binary blocks train stably?', 'val loss', '12 of 12 binary', '12 blocks, full precision'),
     'search': ('Which rates, starts and teachers do these models need?', 'step 625 = val loss',
                'all ternary, latent weights at 4 x the rate', '... at the rate', 'full precision'),
@@ -33,8 +33,6 @@ INDEX = {
     'tictactoe': ('Does a ternary model learn to play from games?',
                   'against perfect: won, drawn, lost', 'ternary', 'full precision, the same rates'),
     'tinystories': ('What does a ternary BitNet cost on stories?', 'val loss', 'ternary', 'full precision, the same rates'),
-    'tinystories_search': ('Which rates does a BitNet on stories need?', 'step 1,000 = val loss', 'ternary, 2e-3',
-                           'full precision, Muon, 2e-3'),
     'bitnet_speed': ('Which time and memory does a training step of train_bitnet.py take?',
                      'peak MiB', 'tern, float32', 'fp, float32'),
     'compiled': ('What is left of the memory saving under torch.compile?', 'saved, × fp', 'gpt bin, bfloat16',

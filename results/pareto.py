@@ -128,17 +128,15 @@ def page(found):
             'models one after the other.', '', *table(columns, found)]
 
 
+NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'ternary, trained on', 'binary', 'binary, trained on',
+         'full precision, trained on')
+
+
 def sentence(found):
-    """Each trained low-bit form beside the smallest quantized one that is no smaller."""
-    parts = []
-    for label in ('ternary, trained on', 'ternary', 'binary, trained on', 'binary'):
-        mine = next((f for f in found if f['trained'] and f['label'] == label), None)
-        other = [f for f in found if not f['trained'] and mine and f['bytes'] >= mine['bytes']]
-        if mine and other:
-            best = min(other, key=lambda f: f['bytes'])
-            parts.append(f'{label} {mine["bytes"] / 1e6:.2f} MB {statistics.mean(mine["gaps"]):+.2f}, against '
-                         f'{best["label"]} {best["bytes"] / 1e6:.2f} MB {statistics.mean(best["gaps"]):+.2f}')
-    return '; '.join(parts)
+    """The smallest forms, trained ones in italics, and the twin that was trained on."""
+    name = lambda f: ('*{}*' if f['trained'] else '{}').format(f['label'].replace(',', ''))
+    return ', '.join(f'{name(f)} {f["bytes"] / 1e6:.2f} MB {statistics.mean(f["gaps"]):+.2f}' for f in found
+                     if f['label'] in NAMED and f['gaps'])
 
 
 def picture(found):
@@ -149,7 +147,7 @@ def picture(found):
     points = []
     for i, (name, kind) in enumerate((('trained in this form', True), ('quantized after training', False))):
         mine = sorted((f['bytes'] / 1e6, max(statistics.mean(f['gaps']), LEAST), f['label']) for f in found
-                      if f['trained'] == kind and f['gaps'])
+                      if f['trained'] == kind and f['gaps'] and not f['label'].startswith('full precision'))
         ax.plot(*list(zip(*mine, strict=True))[:2], **look(i) | {'ls': 'none'}, **HOLLOW, label=name)
         points += [(x, y, y, y, label, look(i)['color']) for x, y, label in mine]
     ax.set(xscale='log', yscale='log', xlabel='file (MB)',
@@ -172,8 +170,8 @@ def main():
     found = forms()
     picture(found)
     keep.publish('pareto', page(found))
-    keep.fill('trained', f'Trained in low bits, or quantized after training? Rise of the loss, nats per token: '
-              f'{sentence(found)}. See [pareto](../results/pareto.md).')
+    keep.fill('trained', f'*Trained* in low bits or quantized afterwards? Files and rise of the loss: {sentence(found)} '
+              '([pareto](../results/pareto.md)).')
 
 
 if __name__ == '__main__':

@@ -80,7 +80,7 @@ EXPERIMENTS = {
         'tern_kd': ('... a teacher, from random weights', f"{TERN} {TWIN('teacher')}"),
         'tern_kd50': ('... a teacher for half of the targets, from random weights', f"{TERN} {TWIN('teacher')} --distill=0.5"),
         'tern_init': ('... trained on from 2,500 steps of full precision, no teacher', f"{TERN} {TWIN('init_from')}"),
-        'tern_taught': ('... and with it as teacher', TERN + TAUGHT),
+        'tern_taught': ('... trained on from 2,500 steps of full precision, with it as teacher', TERN + TAUGHT),
         'tern_taught_1': ('... the same, latent weights at the rate', TERN + TAUGHT + RATE('tern', 1.0)),
         'tern_taught_half': ('... the same, at half the rate', TERN + TAUGHT + RATE('tern', 0.5)),
         'tern_taught_2': ('... the same, all at half the rate',
@@ -209,7 +209,6 @@ EXPERIMENTS |= {
         'bin_a1_lr10': ('... 10 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=1e-2"),
     }),
 }
-MUON = '--optimizer=muon --schedule=linear --dtype=bfloat16 --compile=True'
 # Both twins have one peak rate. The ternary one always has the second stage; LLaMA baselines have none.
 TWINS = {'tern': ('ternary', ''),
          'fp_two': ('full precision, the same rates', '--quant=fp --second_lr=1.3333e-3'),
@@ -219,19 +218,8 @@ EXPERIMENTS |= {
     'arithmetic': Experiment('train_bitnet.py', 'config/arithmetic.py', 'fp_two', '1337', TWINS),
     'tictactoe': Experiment('train_bitnet.py', 'config/tictactoe.py', 'fp_two', '1337', TWINS),
     'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp_two', '1,2,3', TWINS),
-    'tinystories_search': Experiment('train_bitnet.py', f'config/tinystories_small.py {MUON}', 'fp_2', '1', {
-        'fp_1': ('full precision, Muon, 1e-3', '--quant=fp --learning_rate=1e-3'),
-        'fp_2': ('full precision, Muon, 2e-3', '--quant=fp'),
-        'fp_4': ('... 4e-3', '--quant=fp --learning_rate=4e-3'),
-        'fp_adamw': ('... AdamW, 2e-3', '--quant=fp --optimizer=adamw'),
-        'tern_2': ('ternary, 2e-3', ''),
-        'tern_4': ('... 4e-3', '--learning_rate=4e-3'),
-        'tern_2_4': ('... 2e-3, latent weights at 4 x', "--lr_scale={'tern':4.0}"),
-        'tern_1_4': ('... 1e-3, latent weights at 4 x', "--learning_rate=1e-3 --lr_scale={'tern':4.0}"),
-        'tern_init': ('... 2e-3, trained on from full precision', '--init_from=out/tinystories_search/fp_2_s{seed}/best.pt'),
-    }),
 }
-BY_STEP = ('search', 'tinystories_search', 'food10_recipe')  # losses along the run, also of runs that were stopped early
+BY_STEP = ('search', 'food10_recipe')            # losses along the run, also of runs that were stopped early
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
@@ -400,8 +388,8 @@ TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n 
         '{threads} thread{s}, for some runs beside other work.')
 # header of the first column, caption, other columns
 TABLES = dict.fromkeys(('blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
-    'quality': ('variant', LOSS + ' Rows that are "trained on" start from the whole run of the first row and its teacher has '
-                'the same weights: with it they cost twice the steps.', LOSSES),
+    'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
+                'teacher. With its run they cost twice the steps.', LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
@@ -469,9 +457,9 @@ def write_tables(name):
 # quality; bench with its training memory and time, row of the bench
 SUMMARY = [
     ('GPT 0.9M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin', 'val_loss', 'speed', 'bin'),
-    ('GPT 0.9M, WikiText-2', '... trained on from full precision', 'binary', 'quality', 'bin_taught', 'val_loss', None, None),
+    ('GPT 0.9M, WikiText-2', '... trained on from fp32', 'binary', 'quality', 'bin_taught', 'val_loss', None, None),
     ('GPT 0.9M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern', 'val_loss', 'speed', 'tern'),
-    ('GPT 0.9M, WikiText-2', '... trained on from full precision', 'ternary', 'quality', 'tern_taught', 'val_loss', None, None),
+    ('GPT 0.9M, WikiText-2', '... trained on from fp32', 'ternary', 'quality', 'tern_taught', 'val_loss', None, None),
     ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern',
      'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),

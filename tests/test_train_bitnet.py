@@ -496,7 +496,7 @@ MISTAKES = [
     *(((f'--{key}=-1',), 'must be 0 or more') for key in ('learning_rate', 'second_lr', 'diag_interval', 'tokens_per_s')),
     (('--beta1=-1',), 'beta1=-1.0, beta2=0.95 must be at least 0 and below 1'),
     (('--beta2=1',), 'beta2=1.0 must be at least 0 and below 1'), (('--rope_theta=0',), 'rope_theta=0.0 must be above 0'),
-    (("--lr_scale={'tern': -1}",), 'lr_scale'),
+    (("--lr_scale={{'tern': -1}}",), 'lr_scale'),
     (('--batch_size=9',), 'batch_size=9 is no multiple of micro_batch_size=2 x 1 processes'),
     (('--micro_batch_size=-2',), 'batch_size=4 is no multiple of micro_batch_size=-2'),
     (('--block_size=100',), 'val tokens, block_size=100 needs more'), (('--dataset=nosuch',), 'data/nosuch'),
