@@ -347,10 +347,10 @@ def main():
 
     # ---------------------------------------------------------------------------------------------------- optimizer
     latent = {m.weight for m in low_bit}
-    chosen = lambda wanted: [p for p in model.parameters() if wanted(p)]
-    groups = [{'params': chosen(lambda p: p.dim() > 1 and p not in latent), 'decay': weight_decay, 'lr_scale': 1.0},
-              {'params': chosen(latent.__contains__), 'decay': weight_decay, 'lr_scale': lr_scale['tern']},
-              {'params': chosen(lambda p: p.dim() == 1), 'decay': 0.0, 'lr_scale': 1.0}]
+    others = [p for p in model.parameters() if p not in latent]
+    groups = [{'params': [p for p in others if p.dim() > 1], 'decay': weight_decay, 'lr_scale': 1.0},
+              {'params': [m.weight for m in low_bit], 'decay': weight_decay, 'lr_scale': lr_scale['tern']},
+              {'params': [p for p in others if p.dim() == 1], 'decay': 0.0, 'lr_scale': 1.0}]
     hidden = {p for p in model.blocks.parameters() if p.dim() > 1}
     opt = optim.make(optimizer, groups, hidden, lr=first_lr, betas=(beta1, beta2), rank=rank, interval=interval, side=side,
                      seed=seed)

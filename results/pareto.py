@@ -100,18 +100,12 @@ def forms():
     return sorted(found, key=lambda f: (-f['bytes'], f['label']))
 
 
-def error(values):
-    """' ± ' and the standard error of the mean, or nothing for a single value."""
-    return f' ± {statistics.stdev(values) / len(values) ** 0.5:.4f}' if len(values) > 1 else ''
-
-
 def page(found):
     """Markdown lines of the table."""
     rows = keep.read('pareto')
     one = next(iter(runs.runs_of('quality')['fp'].values()))
     per_byte = one['val_bpb'] * math.log(2) / one['val_loss']
-    shown = lambda gaps: f'{statistics.mean(gaps):+.4f}{error(gaps)}' if gaps else '-'
-    gap = lambda scale: lambda f: shown([g * scale for g in f['gaps']])
+    gap = lambda scale: lambda f: runs.mean_gap([g * scale for g in f['gaps']])
     columns = {'form': '{label}', 'made': lambda f: 'training' if f['trained'] else 'afterwards',
                'val loss': lambda f: f'{runs.spread(f["losses"], 4)} (n={len(f["losses"])})', 'gap': gap(1),
                'gap per byte of text': gap(per_byte), 'file bytes': '{bytes:,}', 'MiB': number('peak', '.1f', MIB),
@@ -121,11 +115,11 @@ def page(found):
     device = next(r['device'] for r in rows if r['part'] == 'decode')
     return [f'`config/wikitext2.py`, {device}. Losses in nats per token over the same validation batches, mean ± sd over n '
             'seeds; gaps to the full-precision model of the same seed in the same precision (bf16 if trained, fp32 if '
-            'quantized afterwards), ± their standard error. Trained on: for 2,500 more steps, from the weights of full '
-            'precision and with it as teacher. The embedding, which is also '
-            'the head, stays fp32 in all forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a '
-            'quantized model that of its twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, seed 1, '
-            'models one after the other.', '', *table(columns, found)]
+            f'quantized afterwards), ± their standard error. Trained on: for {one["step"]:,} more steps, from the weights of '
+            'full precision; low-bit models have it as teacher, too. The embedding, which is also the head, stays fp32 in all '
+            'forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a quantized model that of its '
+            'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, the first seed, models one after the '
+            'other.', '', *table(columns, found)]
 
 
 NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'ternary, trained on', 'binary', 'binary, trained on',

@@ -336,11 +336,13 @@ def mean(key, digits=4, scale=1, unit='', alone=''):
 
 def gap(key, digits=4, scale=1):
     """The mean difference to the baseline of the same seed, ± its standard error."""
-    def cell(g):
-        gaps = [(a[key] - b[key]) * scale for a, b in g['pairs'] if a is not b]
-        error = f' ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}' if len(gaps) > 1 else ''
-        return f'{statistics.mean(gaps):+.{digits}f}{error}' if gaps else '-'
-    return cell
+    return lambda g: mean_gap([(a[key] - b[key]) * scale for a, b in g['pairs'] if a is not b], digits)
+
+
+def mean_gap(gaps, digits=4):
+    """'+0.0941 ± 0.0022': the mean of signed differences ± its standard error; - if there is none."""
+    error = f' ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}' if len(gaps) > 1 else ''
+    return f'{statistics.mean(gaps):+.{digits}f}{error}' if gaps else '-'
 
 
 def first(key, spec=','):
