@@ -51,15 +51,15 @@ if ON:
         tl.store(tops + row, top)
 
     @triton.jit
-    def _int_product(q, code, y, n, rows, width, BITS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    def _int_product(q, code, y, n, rows, WIDTH: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
         per: tl.constexpr = 8 // BITS
         token = tl.program_id(1)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         total = tl.zeros((ROWS,), dtype=tl.int32)
-        for start in range(0, width, BYTES):
+        for start in range(0, WIDTH, BYTES):        # constexpr: Triton 3.6's interpreter and NumPy 2.4 need it
             byte = start + tl.arange(0, BYTES)
-            held = tl.load(code + row[:, None].to(tl.int64) * width + byte[None, :],
-                           mask=(row[:, None] < rows) & (byte[None, :] < width), other=0).to(tl.int32)
+            held = tl.load(code + row[:, None].to(tl.int64) * WIDTH + byte[None, :],
+                           mask=(row[:, None] < rows) & (byte[None, :] < WIDTH), other=0).to(tl.int32)
             for j in tl.static_range(per):
                 column = byte * per + j
                 x = tl.load(q + token * n + column, mask=column < n, other=0).to(tl.int32)
@@ -68,17 +68,17 @@ if ON:
         tl.store(y + token * rows + row, total, mask=row < rows)
 
     @triton.jit
-    def _scaled_product(x, code, absmax, levels, y, n, rows, HIGH_FIRST: tl.constexpr, GROUP: tl.constexpr,
+    def _scaled_product(x, code, absmax, levels, y, rows, N: tl.constexpr, HIGH_FIRST: tl.constexpr, GROUP: tl.constexpr,
                         ROWS: tl.constexpr):
         token, half = tl.program_id(1), tl.arange(0, GROUP // 2)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        inside, first = (row < rows)[:, None], row.to(tl.int64) * n
+        inside, first = (row < rows)[:, None], row.to(tl.int64) * N
         total = tl.zeros((ROWS,), dtype=tl.float32)
-        for start in range(0, n, GROUP):
+        for start in range(0, N, GROUP):
             held = tl.load(code + (first[:, None] + start) // 2 + half[None, :], mask=inside, other=0).to(tl.int32)
             low, high = tl.load(levels + (held & 15)), tl.load(levels + (held >> 4))
-            even = tl.load(x + token * n + start + 2 * half).to(tl.float32)[None, :]
-            odd = tl.load(x + token * n + start + 2 * half + 1).to(tl.float32)[None, :]
+            even = tl.load(x + token * N + start + 2 * half).to(tl.float32)[None, :]
+            odd = tl.load(x + token * N + start + 2 * half + 1).to(tl.float32)[None, :]
             part = high * even + low * odd if HIGH_FIRST else low * even + high * odd
             scale = tl.load(absmax + (first + start) // GROUP, mask=row < rows, other=0).to(tl.float32)
             total += tl.sum(part, 1) * scale
@@ -105,7 +105,7 @@ def int_product(q, code, bits):
     y = q.new_empty(len(q), len(code), dtype=torch.int32)
     grid = triton.cdiv(len(code), 16), len(q)
     with torch.cuda.device_of(q):
-        _int_product[grid](q.contiguous(), code, y, q.shape[1], len(code), code.shape[1], BITS=bits, ROWS=16, BYTES=128)
+        _int_product[grid](q.contiguous(), code, y, q.shape[1], len(code), WIDTH=code.shape[1], BITS=bits, ROWS=16, BYTES=128)
     return y
 
 
@@ -114,6 +114,6 @@ def scaled_product(x, code, absmax, levels, rows, group, high_first):
     (tokens, rows)."""
     y = x.new_empty(len(x), rows, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _scaled_product[triton.cdiv(rows, 16), len(x)](x.contiguous(), code, absmax, levels, y, x.shape[1], rows,
+        _scaled_product[triton.cdiv(rows, 16), len(x)](x.contiguous(), code, absmax, levels, y, rows, N=x.shape[1],
                                                        HIGH_FIRST=high_first, GROUP=group, ROWS=16)
     return y

@@ -382,14 +382,15 @@ class _TernaryLinear(torch.autograd.Function):
             y += b
         keep_x = gain is not None or act is not None
         again = keep_x and torch.compiler.is_compiling()       # the fused backward pass computes the codes from x
-        ctx.save_for_backward(x if keep_x else None, w, gain, out_gain, None if again else q, top, rstd)
+        kept = (t, sw) if w is not None and torch.compiler.is_compiling() else (None, None)  # cheaper than rounding w again
+        ctx.save_for_backward(x if keep_x else None, w, gain, out_gain, None if again else q, top, rstd, *kept)
         ctx.weights, ctx.rows, ctx.act, ctx.x_dtype, ctx.x_shape = weights, rows, act, x.dtype, x.shape
         return y.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, w, gain, out_gain, q, top, rstd = ctx.saved_tensors
+        x, w, gain, out_gain, q, top, rstd, t, sw = ctx.saved_tensors
         forward, backward = EVERY_ACTIVATION[ctx.act]
         need_x, need_out = ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         need_w = ctx.needs_input_grad[1] or need_out
@@ -403,7 +404,7 @@ class _TernaryLinear(torch.autograd.Function):
         gw = torch.zeros_like(w, dtype=sx.dtype) if need_w else None
         ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
         if need_x or out_gain is not None:
-            t, sw = ctx.weights(_later(w, g))
+            t, sw = ctx.weights(w) if t is None else (t, _later(sw, g))
             wq = t * _of_rows(sw, ctx.rows)[:, None]
             wq = _later(wq, g) if w is None else wq
             scaled = (wq if out_gain is None else wq * out_gain[:, None]).to(g.dtype)

@@ -1,5 +1,5 @@
-# Train a CNN on your own images: a folder with one folder per class, or a zip of it. The reference's default layers are binary
-# (conv1, conv2, fc1, fc2, final), the others real. First: python data/images/prepare.py --dir PATH --name=mine --size=80
+# Train a CNN on your own images: a folder with one folder per class, or a zip of it. conv8, conv9 and conv10 are binary, the others
+# real. First: python data/images/prepare.py --dir PATH --name=mine --size=80
 # expected top-1: depends on the images; results/food10.md has it for ten classes of Food-101
 # hardware: 2 CPU cores
 # time: 8 minutes for 3,750 images
@@ -11,4 +11,7 @@ flip = True
 eval_crop = 0.9
 dtype = 'bfloat16'
 
-model_config = dict(conv1='binary', conv2='binary', fc1='binary', fc2='binary', final='binary')
+model_config = dict(conv8='binary', conv9='binary', conv10='binary')
+norm = 'batch'
+optimizer = 'muon'
+lr_scale = dict(bin=5.0)       # results/food10_search.md

@@ -53,6 +53,7 @@ EXPERIMENTS = {
     'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
         'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
+        'fp_8': ('... learning rate 8e-3 instead of 4e-3', '--learning_rate=8e-3'),
         'fp_adamw': ('... AdamW instead of Muon', '--optimizer=adamw'),
         'fp_rsvd': ('... rSVD, rank 16', '--optimizer=rsvd'),
         'half': ('2 of 4 blocks binary: 1 and 2', '--binary_blocks=1,2'),
@@ -69,11 +70,13 @@ EXPERIMENTS = {
         'fp': ('full precision', ''),
         'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--learning_rate=2e-3'),
         'fp_8': ('... 8e-3', '--learning_rate=8e-3'),
+        'fp_16': ('... 1.6e-2', '--learning_rate=1.6e-2'),
         'fp_cosine': ('... cosine to a tenth instead of linear to 0', '--schedule=cosine --min_lr=4e-4'),
         'fp_decay': ('... no weight decay', '--weight_decay=0'),
         'fp_adamw': ('... AdamW, 4e-3', '--optimizer=adamw'),
         'fp_adamw_2': ('... AdamW, 2e-3', '--optimizer=adamw --learning_rate=2e-3'),
         'tern': ('all ternary, latent weights at 4 x the rate', TERN),
+        'tern_8e3': ('... at 4 x, learning rate 8e-3', TERN + ' --learning_rate=8e-3'),
         'tern_1': ('... at the rate', TERN + RATE('tern', 1.0)),
         'tern_2': ('... at 2 x', TERN + RATE('tern', 2.0)),
         'tern_8': ('... at 8 x', TERN + RATE('tern', 8.0)),
@@ -88,6 +91,7 @@ EXPERIMENTS = {
         'tern_taught_2': ('... the same, all at half the rate',
                           TERN + TAUGHT + RATE('tern', 1.0) + ' --learning_rate=2e-3'),
         'bin': ('all binary', BIN),
+        'bin_8e3': ('... learning rate 8e-3', BIN + ' --learning_rate=8e-3'),
         'bin_4': ('... latent weights at 4 x the rate', BIN + RATE('bin', 4.0)),
         'bin_scales': ('... scales at the rate of all others', BIN + RATE('alpha', 1.0)),
         'bin_kd': ('... a teacher, from random weights', f"{BIN} {TWIN('teacher')}"),
@@ -172,56 +176,63 @@ EXPERIMENTS |= {
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
 REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
 BINARY = REAL.replace('real', 'binary')
-# first: python data/images/prepare.py --dir ... --name=food10 --size=80
+MIXED = re.sub("(conv8|conv9|conv10)':'real'", r"\1':'binary'", REAL)
+NETS = {'real': ('all real', REAL), 'mixed70': ('conv8, conv9, conv10 binary', MIXED), 'bin': ('all binary', BINARY)}
+OWN_NORM = BINARY + " --norm=channel --lr_scale={'bin':1.0}"
+ADAMW_CNN = " --optimizer=adamw --lr_scale={'bin':1.0}"
+# first: python data/images/prepare.py --dir ... --name=food10 --size=80; cifar10: --size=32, a folder with train/ and test/
 EXPERIMENTS |= {
-    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3', {
+    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', NETS),
+    # 10,000 test images: CIFAR-10 as a folder of class folders
+    'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
+                          '--epochs=2', 'real', '1,2,3', NETS),
+    # A third of the steps.
+    'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real', '1', {
         'real': ('all real', REAL),
-        'mixed': ("the reference's five binary: conv1, conv2, fc1, fc2, final", ''),
-        'mixed70': ('conv8, conv9, conv10 binary', REAL.replace("'conv8':'real','conv9':'real','conv10':'real'",
-                                                                "'conv8':'binary','conv9':'binary','conv10':'binary'")),
-        'bin': ('all binary', BINARY),
-        'bin_spatial': ('... normalized over the pixels of each channel (the reference)', BINARY + ' --norm=spatial'),
-        'bin_sample': ('... over the whole image', BINARY + ' --norm=sample'),
-        'tern': ('all ternary', REAL.replace('real', 'ternary')),
-        'int4': ('all 4-bit', REAL.replace('real', 'int4')),
-    }),
-    # Trials with one seed and a third of the steps.
-    'food10_recipe': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real', '1337', {
-        'real': ('all real', REAL),
-        'real_lr3': ('... 3 x the learning rate', REAL + ' --learning_rate=3e-3'),
-        'mixed_a1': ('conv1, conv2, fc1, fc2, final binary, scales at the rate of the rest', "--lr_scale={'alpha':1.0}"),
-        'mixed': ('... scales at 10 x the rate', ''),
-        'mixed_b3': ('... and latent weights at 3 x', "--lr_scale={'bin':3.0}"),
-        'mixed_b10': ('... at 10 x', "--lr_scale={'bin':10.0}"),
-        'mixed_b3_spatial': ('... at 3 x, normalized over the pixels of each channel', "--lr_scale={'bin':3.0} --norm=spatial"),
-        'mixed_b3_sample': ('... over the whole image', "--lr_scale={'bin':3.0} --norm=sample"),
-        'convs_a1': ('only conv1, conv2 binary, scales at the rate of the rest',
-                     REAL.replace("'conv1':'real','conv2':'real'", "'conv1':'binary','conv2':'binary'")
-                     + " --lr_scale={'alpha':1.0}"),
-        'fcs_a1': ('only fc1, fc2, final binary, the same',
-                   REAL.replace("'fc1':'real','fc2':'real','final':'real'", "'fc1':'binary','fc2':'binary','final':'binary'")
-                   + " --lr_scale={'alpha':1.0}"),
-        'bin_a1': ('all binary, the same', BINARY + " --lr_scale={'alpha':1.0}"),
-        'bin_a1_b025': ('... latent weights at a quarter', BINARY + " --lr_scale={'alpha':1.0,'bin':0.25}"),
-        'bin_a1_lr3': ('... 3 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=3e-3"),
-        'bin_a1_lr3_start1': ('... and scales starting at 1',
-                              BINARY + " --lr_scale={'alpha':1.0} --learning_rate=3e-3 --binary_alpha=1.0"),
-        'bin_a1_lr3_wd0': ('... or no weight decay',
-                           BINARY + " --lr_scale={'alpha':1.0} --learning_rate=3e-3 --weight_decay=0"),
-        'bin_a1_lr10': ('... 10 x the learning rate', BINARY + " --lr_scale={'alpha':1.0} --learning_rate=1e-2"),
+        'real_3': ('... 3 x the learning rate', REAL + ' --learning_rate=3e-3'),
+        'real_03': ('... 0.3 x', REAL + ' --learning_rate=3e-4'),
+        'real_adamw': ('... AdamW', REAL + ADAMW_CNN),
+        'real_adamw_3': ('... AdamW, 3 x the learning rate', REAL + ADAMW_CNN + ' --learning_rate=3e-3'),
+        'bin': ('all binary, a BatchNorm after each layer, latent weights at 5 x the rate', BINARY),
+        'bin_1': ('... latent weights at the rate', BINARY + " --lr_scale={'bin':1.0}"),
+        'bin_15': ('... at 15 x', BINARY + " --lr_scale={'bin':15.0}"),
+        'bin_adamw': ('... AdamW, at the rate', BINARY + ADAMW_CNN),
+        'bin_channel': ("... the layer's own normalization over channels, at the rate", OWN_NORM),
+        'bin_channel_5': ('... the same, at 5 x', BINARY + ' --norm=channel'),
+        'mixed70': ('conv8, conv9, conv10 binary, at 5 x', MIXED),
+        'mixed70_1': ('... at the rate', MIXED + " --lr_scale={'bin':1.0}"),
+        'mixed70_channel': ("... the layers' own normalization over channels, at the rate",
+                            MIXED + " --norm=channel --lr_scale={'bin':1.0}"),
     }),
 }
 # Both twins have one peak rate. The ternary one always has the second stage; LLaMA baselines have none.
 TWINS = {'tern': ('ternary', ''),
          'fp_two': ('full precision, the same rates', '--quant=fp --second_lr=1.3333e-3'),
          'fp': ('full precision, without the second stage', '--quant=fp')}
+STORIES_FROM = '--init_from=out/tinystories/fp_s{seed}/best.pt' + RATE('tern', 0.5)
 # first: python data/<name>/prepare.py, tinystories with --file where there is no network
 EXPERIMENTS |= {
     'arithmetic': Experiment('train_bitnet.py', 'config/arithmetic.py', 'fp_two', '1337', TWINS),
     'tictactoe': Experiment('train_bitnet.py', 'config/tictactoe.py', 'fp_two', '1337', TWINS),
-    'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp_two', '1,2,3', TWINS),
+    'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp', '1,2,3', {
+        'fp': ('full precision', '--quant=fp'),
+        'tern': ('ternary', ''),
+        'tern_from': ('... trained on from full precision', STORIES_FROM),
+    }),
+    'tinystories_search': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp', '1', {
+        'fp': ('full precision', '--quant=fp'),
+        'fp_1': ('... learning rate 1e-3 instead of 2e-3', '--quant=fp --learning_rate=1e-3'),
+        'fp_4': ('... 4e-3', '--quant=fp --learning_rate=4e-3'),
+        'fp_adamw': ('... AdamW, 2e-3', '--quant=fp --optimizer=adamw'),
+        'tern': ('ternary, latent weights at 4 x the rate', ''),
+        'tern_1': ('... at the rate', RATE('tern', 1.0)),
+        'tern_2': ('... at 2 x', RATE('tern', 2.0)),
+        'tern_8': ('... at 8 x', RATE('tern', 8.0)),
+        'tern_from': ('... trained on from full precision, at half the rate', STORIES_FROM),
+        'tern_from_1': ('... the same, at the rate', STORIES_FROM.replace('0.5', '1.0')),
+    }),
 }
-BY_STEP = ('search', 'food10_recipe')            # losses along the run, also of runs that were stopped early
+BY_STEP = ('search', 'food10_search', 'tinystories_search')    # losses along the run, also of runs that were stopped early
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs

@@ -91,10 +91,11 @@ for gated, normed, block in ((True, True, 4096), (False, False, 512)):
              dict(GATED=gated, NORM=normed, BLOCK=block) | (dict() if normed else dict(gain=None, rstd=None)),
              num_warps=min(32, max(4, block // 512)), enable_fp_fusion=False)
 for bits in (1, 2):
-    compiled(k._int_product, dict(q='*i8', code='*u8', y='*i32'), ['n', 'rows', 'width'], dict(BITS=bits, ROWS=16, BYTES=128))
+    compiled(k._int_product, dict(q='*i8', code='*u8', y='*i32'), ['n', 'rows'],
+             dict(WIDTH=256, BITS=bits, ROWS=16, BYTES=128))
 for scale, high_first, group in (('fp16', False, 16), ('fp16', True, 64), ('fp32', True, 32)):
-    compiled(k._scaled_product, dict(x='*bf16', code='*u8', absmax='*' + scale, levels='*fp32', y='*fp32'), ['n', 'rows'],
-             dict(HIGH_FIRST=high_first, GROUP=group, ROWS=16))
+    compiled(k._scaled_product, dict(x='*bf16', code='*u8', absmax='*' + scale, levels='*fp32', y='*fp32'), ['rows'],
+             dict(N=1024, HIGH_FIRST=high_first, GROUP=group, ROWS=16))
 print('compiled')
 """
 
