@@ -102,6 +102,12 @@ def _again(quantize, w, b, dtype, g):
     return _later(w, g), b
 
 
+def _output(y):
+    """y, as the forward pass of an autograd.Function must return it. torch.compile of torch 2.11 loses the gradient of a tensor
+    that was changed in place (pytorch/pytorch#180642), but not that of a view of it."""
+    return y.view_as(y) if torch.compiler.is_compiling() else y
+
+
 class _StraightThrough(torch.autograd.Function):
     """Straight-through estimator: returns q and passes the gradient to w. (w + (q - w) would change the last digits of q.)"""
     @staticmethod
@@ -178,7 +184,7 @@ class _Normalize(torch.autograd.Function):
         alpha, y = _away_from_zero(alpha), torch.empty_like(z)
         ctx.save_for_backward(y, _normalize_blocks(z, y, alpha, 1, eps), alpha)
         ctx.eps = eps
-        return y
+        return _output(y)
 
     @staticmethod
     @once_differentiable
@@ -212,7 +218,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 y[rows] = z
         ctx.save_for_backward(x, w, b, alpha, rstd, None if alpha is None else y)
         ctx.quantize, ctx.act, ctx.eps = quantize, act, eps
-        return y
+        return _output(y)
 
     @staticmethod
     @once_differentiable
@@ -270,7 +276,7 @@ class _QuantizedConv(torch.autograd.Function):
         ctx.save_for_backward(x if keep_x else None, w, b, alpha, rstd, None if alpha is None else y)
         ctx.quantize, ctx.act, ctx.round_input, ctx.norm, ctx.eps, ctx.conv = quantize, act, round_input, norm, eps, conv
         ctx.x_shape, ctx.dtype = x.shape, x.dtype
-        return y
+        return _output(y)
 
     @staticmethod
     @once_differentiable
@@ -382,15 +388,14 @@ class _TernaryLinear(torch.autograd.Function):
             y += b
         keep_x = gain is not None or act is not None
         again = keep_x and torch.compiler.is_compiling()       # the fused backward pass computes the codes from x
-        kept = (t, sw) if w is not None and torch.compiler.is_compiling() else (None, None)  # cheaper than rounding w again
-        ctx.save_for_backward(x if keep_x else None, w, gain, out_gain, None if again else q, top, rstd, *kept)
+        ctx.save_for_backward(x if keep_x else None, w, gain, out_gain, None if again else q, top, rstd, sw)
         ctx.weights, ctx.rows, ctx.act, ctx.x_dtype, ctx.x_shape = weights, rows, act, x.dtype, x.shape
-        return y.to(dtype)
+        return _output(y.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, w, gain, out_gain, q, top, rstd, t, sw = ctx.saved_tensors
+        x, w, gain, out_gain, q, top, rstd, sw = ctx.saved_tensors
         forward, backward = EVERY_ACTIVATION[ctx.act]
         need_x, need_out = ctx.needs_input_grad[0] or ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         need_w = ctx.needs_input_grad[1] or need_out
@@ -404,7 +409,7 @@ class _TernaryLinear(torch.autograd.Function):
         gw = torch.zeros_like(w, dtype=sx.dtype) if need_w else None
         ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
         if need_x or out_gain is not None:
-            t, sw = ctx.weights(w) if t is None else (t, _later(sw, g))
+            t, _ = ctx.weights(_later(w, g), sw)
             wq = t * _of_rows(sw, ctx.rows)[:, None]
             wq = _later(wq, g) if w is None else wq
             scaled = (wq if out_gain is None else wq * out_gain[:, None]).to(g.dtype)
@@ -450,7 +455,7 @@ class _FrozenLinear(torch.autograd.Function):
         y = x.new_empty(len(x), blocks[-1][1])
         for i, j in blocks:
             y[:, i:j] = F.linear(x, weights(i, j), None if b is None else b[i:j])
-        return y
+        return _output(y)
 
     @staticmethod
     @once_differentiable
@@ -751,13 +756,13 @@ class Ternary(LowBit):
         """Tuple: the number of rows of each chunk."""
         return (self.shape[0] // self.chunks,) * self.chunks if isinstance(self.chunks, int) else tuple(self.chunks)
 
-    def ternary(self, weight=None):
-        """Return (int8 codes of the weight's shape, fp32 scales, one per chunk): of the latent `weight` (default: its own) or,
-        if packed, of the stored codes."""
+    def ternary(self, weight=None, scales=None):
+        """Return (int8 codes of the weight's shape, fp32 scales, one per chunk): of the latent `weight` (default: its own), whose
+        scales may be known, or, if packed, of the stored codes."""
         if self.packed:
             codes = unpack_bits(self.code, 2, math.prod(self.shape[1:])).to(torch.int8).sub_(1)
             return codes.view(self.shape), self.weight_scale
-        return ternarize((self.weight if weight is None else weight).detach(), self.chunks)
+        return ternarize((self.weight if weight is None else weight).detach(), self.chunks, scales)
 
     def encode(self):
         codes, scales = self.ternary()

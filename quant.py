@@ -67,18 +67,19 @@ def half_bits(w, chunks=1, dtype=None, offset=0.5):
     return bits.sub_(offset).view(w.shape).to(dtype or w.dtype)
 
 
-def ternarize(w, chunks=1):
+def ternarize(w, chunks=1, scales=None):
     """Ternarize w. Returns (codes, scales): codes int8 in {-1,0,1} of w's shape, scales fp32 (chunks,), w ~ codes * scale.
 
     scale = max(mean|w|, 1e-5) (arXiv 2402.17764, Tips PDF) of each slice of dim 0. chunks: the number of equal slices, or a
-    tuple with the rows of each slice.
+    tuple with the rows of each slice. scales: those of w, if they are known.
     Worked by hand: [[1, -2], [0.2, 4.8]] has mean|w| = 2 -> round(w / 2) = [[0, -1], [0, 1]].
     """
     if not isinstance(chunks, int):
-        codes, scales = zip(*map(ternarize, w.split(chunks)), strict=True)
+        scales = [None] * len(chunks) if scales is None else scales.split(1)
+        codes, scales = zip(*(ternarize(part, 1, s) for part, s in zip(w.split(chunks), scales, strict=True)), strict=True)
         return torch.cat(codes), torch.cat(scales)
     flat = wide(w.reshape(chunks, -1))
-    s = flat.abs().mean(1, keepdim=True).clamp_(min=1e-5)
+    s = flat.abs().mean(1, keepdim=True).clamp_(min=1e-5) if scales is None else scales[:, None]
     return (flat / s).round_().clamp_(-1, 1).to(torch.int8).view(w.shape), s.flatten()
 
 

@@ -1,5 +1,5 @@
-# Train a CNN on your own images: a folder with one folder per class, or a zip of it. conv8, conv9 and conv10 are binary, the others
-# real. First: python data/images/prepare.py --dir PATH --name=mine --size=80
+# Train a CNN on your own images: a folder with one folder per class, or a zip of it. conv8, conv9 and conv10 are binary, the
+# others real. First: python data/images/prepare.py --dir PATH --name=mine --size=80
 # expected top-1: depends on the images; results/food10.md has it for ten classes of Food-101
 # hardware: 2 CPU cores
 # time: 8 minutes for 3,750 images

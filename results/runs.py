@@ -7,8 +7,9 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
     python results/runs.py sst2 | sst2_search                                     # methods of finetune_cls.py, their rates
-    python results/runs.py food10                                                 # kinds and normalizations of train_cnn.py
-    python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
+    python results/runs.py sst2_base                                              # ... from a model that was trained here
+    python results/runs.py food10 | cifar10 | food10_search                       # train_cnn.py: kinds of layers, their rates
+    python results/runs.py arithmetic | tictactoe | tinystories | tinystories_search      # train_bitnet.py
     python results/runs.py speed                                                  # bench.py train, its table
     python results/runs.py bitnet_speed                                           # ... of train_bitnet.py's model
     python results/runs.py stats | fit | layers | optim | optim_bytes | finetune | conv   # bench.py's other commands
@@ -54,6 +55,7 @@ EXPERIMENTS = {
         'fp': ('full precision', ''),
         'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
         'fp_8': ('... learning rate 8e-3 instead of 4e-3', '--learning_rate=8e-3'),
+        'fp_16': ('... learning rate 1.6e-2 instead of 4e-3', '--learning_rate=1.6e-2'),
         'fp_adamw': ('... AdamW instead of Muon', '--optimizer=adamw'),
         'fp_rsvd': ('... rSVD, rank 16', '--optimizer=rsvd'),
         'half': ('2 of 4 blocks binary: 1 and 2', '--binary_blocks=1,2'),
@@ -66,17 +68,21 @@ EXPERIMENTS = {
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
     # A quarter of the steps. The variant with None used an option that is gone.
-    'search': Experiment('train_gpt.py', 'config/wikitext2.py --max_iters=625 --eval_interval=625', 'fp', '1', {
+    'search': Experiment('train_gpt.py', 'config/wikitext2.py --learning_rate=4e-3 --max_iters=625 --eval_interval=625', 'fp',
+                         '1', {
         'fp': ('full precision', ''),
         'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--learning_rate=2e-3'),
         'fp_8': ('... 8e-3', '--learning_rate=8e-3'),
         'fp_16': ('... 1.6e-2', '--learning_rate=1.6e-2'),
+        'fp_32': ('... 3.2e-2', '--learning_rate=3.2e-2'),
         'fp_cosine': ('... cosine to a tenth instead of linear to 0', '--schedule=cosine --min_lr=4e-4'),
         'fp_decay': ('... no weight decay', '--weight_decay=0'),
         'fp_adamw': ('... AdamW, 4e-3', '--optimizer=adamw'),
+        'fp_adamw_8': ('... AdamW, 8e-3', '--optimizer=adamw --learning_rate=8e-3'),
         'fp_adamw_2': ('... AdamW, 2e-3', '--optimizer=adamw --learning_rate=2e-3'),
         'tern': ('all ternary, latent weights at 4 x the rate', TERN),
         'tern_8e3': ('... at 4 x, learning rate 8e-3', TERN + ' --learning_rate=8e-3'),
+        'tern_8e3_2': ('... at 2 x, learning rate 8e-3', TERN + RATE('tern', 2.0) + ' --learning_rate=8e-3'),
         'tern_1': ('... at the rate', TERN + RATE('tern', 1.0)),
         'tern_2': ('... at 2 x', TERN + RATE('tern', 2.0)),
         'tern_8': ('... at 8 x', TERN + RATE('tern', 8.0)),
@@ -173,6 +179,22 @@ EXPERIMENTS |= {
         'apollo4': ('APOLLO, rank 4, 1e-3, with full gradients', None),
     }),
 }
+# first: python results/runs.py quality --only=fp --seeds=1
+#        python export.py --ckpt=out/quality/fp_s1/best.pt --to=hf --out=out/wikitext2_hf
+LORA = "--method=lora --targets=('c_attn','c_proj','c_fc') --learning_rate="
+EXPERIMENTS |= {
+    'sst2_base': Experiment('finetune_cls.py', 'config/sst2_scratch.py --init_from=pretrained --model=out/wikitext2_hf '
+                            '--max_iters=480', 'full', '1,2,3', {
+        'full': ('AdamW, all weights, 1e-3', ''),
+        'full_5': ('... 5e-4', '--learning_rate=5e-4'),
+        'full_20': ('... 2e-3', '--learning_rate=2e-3'),
+        'lora': ('LoRA, rank 16, all linear layers, 1e-2', LORA + '1e-2'),
+        'lora_5': ('... 5e-3', LORA + '5e-3'),
+        'lora_20': ('... 2e-2', LORA + '2e-2'),
+        'lora_attention': ('... only attention, 1e-2', "--method=lora --targets=('c_attn',) --learning_rate=1e-2"),
+        'rsvd6_columns': ('rSVD, rank 6, one second moment per column', '--method=rsvd --rank=6 --column_v=True'),
+    }),
+}
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
 REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
 BINARY = REAL.replace('real', 'binary')
@@ -187,19 +209,23 @@ EXPERIMENTS |= {
     'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
                           '--epochs=2', 'real', '1,2,3', NETS),
     # A third of the steps.
-    'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real', '1', {
+    'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --learning_rate=1e-3 '
+                                '--epochs=10', 'real', '1', {
         'real': ('all real', REAL),
         'real_3': ('... 3 x the learning rate', REAL + ' --learning_rate=3e-3'),
-        'real_03': ('... 0.3 x', REAL + ' --learning_rate=3e-4'),
+        'real_10': ('... 10 x', REAL + ' --learning_rate=1e-2'),
         'real_adamw': ('... AdamW', REAL + ADAMW_CNN),
         'real_adamw_3': ('... AdamW, 3 x the learning rate', REAL + ADAMW_CNN + ' --learning_rate=3e-3'),
         'bin': ('all binary, a BatchNorm after each layer, latent weights at 5 x the rate', BINARY),
         'bin_1': ('... latent weights at the rate', BINARY + " --lr_scale={'bin':1.0}"),
         'bin_15': ('... at 15 x', BINARY + " --lr_scale={'bin':15.0}"),
+        'bin_lr3_2': ('... at 2 x, 3 x the learning rate', BINARY + " --learning_rate=3e-3 --lr_scale={'bin':2.0}"),
+        'bin_lr3_5': ('... at 5 x, 3 x the learning rate', BINARY + ' --learning_rate=3e-3'),
         'bin_adamw': ('... AdamW, at the rate', BINARY + ADAMW_CNN),
         'bin_channel': ("... the layer's own normalization over channels, at the rate", OWN_NORM),
         'bin_channel_5': ('... the same, at 5 x', BINARY + ' --norm=channel'),
         'mixed70': ('conv8, conv9, conv10 binary, at 5 x', MIXED),
+        'mixed70_lr3_2': ('... at 2 x, 3 x the learning rate', MIXED + " --learning_rate=3e-3 --lr_scale={'bin':2.0}"),
         'mixed70_1': ('... at the rate', MIXED + " --lr_scale={'bin':1.0}"),
         'mixed70_channel': ("... the layers' own normalization over channels, at the rate",
                             MIXED + " --norm=channel --lr_scale={'bin':1.0}"),
@@ -408,6 +434,9 @@ TABLES = dict.fromkeys(('blocks', 'depth', 'tinystories'), ('variant', LOSS, LOS
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
+    'sst2_base': ('method', 'From the full-precision model of [quality.md](quality.md), {parameters:,} parameters, trained on '
+                  'WikiText-2; {steps:,} steps; columns as in [sst2.md](sst2.md).',
+                  SCORES | {'trained': first('trained_parameters'), 'optimizer bytes': first('optimizer_bytes')}),
     'sst2': ('method', '{parameters:,} parameters, {steps:,} steps. Accuracy in percent on {n} sentences and on {held_n:,} '
              'held-out texts, mean ± sd over seeds. The gap and the loss are over all of these texts; the gap in points, '
              'paired by seed, ± its standard error. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
