@@ -371,13 +371,13 @@ def test_int8_products_on_cuda_need_the_shapes_of_cublas(monkeypatch, rows, colu
 
 
 def test_saved_tensors_of_each_layer():
-    """Ternary: int8 codes and a number per token, x for the RMSNorm. Binary: x, y, a number per token. Int4: x. No weights. A
+    """Ternary: int8 codes, a number per token and chunk, x for the RMSNorm. Binary: x, y, a number per token. Int4: x. No weights. A
     convolution without normalization: x, nothing without a weight gradient."""
     x = torch.randn(24, 16)
     total, tensors = saved(TernaryLinear(16, 40, True, norm=False), x)
-    assert total == 24 * 16 + 24 * 4 and (torch.int8, 24 * 16) in tensors
-    for options in (dict(bias=True), dict(chunks=(8, 8, 24)), dict(output_gain=True)):
-        assert saved(TernaryLinear(16, 40, **options), x)[0] == 24 * 16 * (4 + 1) + 24 * 4 * 2
+    assert total == 24 * 16 + 24 * 4 + 4 and (torch.int8, 24 * 16) in tensors
+    for chunks, options in ((1, dict(bias=True)), (3, dict(chunks=(8, 8, 24))), (1, dict(output_gain=True))):
+        assert saved(TernaryLinear(16, 40, **options), x)[0] == 24 * 16 * (4 + 1) + 24 * 4 * 2 + chunks * 4
     assert saved(BinaryLinear(16, 40), x)[0] == 4 * (24 * 16 + 24 * 40 + 24 + 1)            # 1: alpha
     assert saved(Linear4bit(16, 40), x)[0] == 4 * 24 * 16
     for cls in (TernaryConv2d, Conv4bit):
@@ -395,7 +395,7 @@ def test_an_activation_inside_the_layer_saves_no_tensor_of_its_own():
         assert saved(outside, torch.randn(n, c))[0] - saved(inside, torch.randn(n, c))[0] == n * 4 * c * 4
     for act in ('relu2_glu', 'silu_glu'):
         inside, x = TernaryLinear(c, 40, act=act), torch.randn(n, 2 * c, requires_grad=True)
-        assert saved(inside, x)[0] == n * 2 * c * 4 + n * c + n * 4 * 2
+        assert saved(inside, x)[0] == n * 2 * c * 4 + n * c + n * 4 * 2 + 4
         outside = nn.Sequential(Activation(act), TernaryLinear(c, 40))
         assert saved(outside, x)[0] >= saved(inside, x)[0] + n * c * 4
 
