@@ -350,10 +350,10 @@ def int8_product_pays(q, t):
 class _TernaryLinear(torch.autograd.Function):
     """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales * out_gain + b.
 
-    x (N, in), or (N, 2 in) if act is gated. Saves x, the int8 codes of the normalized input, and per-token scalars. These give
-    dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` returns the ternary weight; scales[i], which are saved
-    too, belongs to a chunk of rows[i] rows. gain=None means that x is already normalized; out_gain=None means 1. With V = codes * scales and
-    E = V * out_gain, dL/dout_gain is the sum of each row of V * dL/dE, so y need not be saved.
+    x (N, in), or (N, 2 in) if act is gated. Saves x, the int8 codes of the normalized input, per-token scalars and the weight's
+    scales. The codes give dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` returns the ternary weight;
+    scales[i] belongs to a chunk of rows[i] rows. gain=None means that x is already normalized; out_gain=None means 1. With
+    V = codes * scales and E = V * out_gain, dL/dout_gain is the sum of each row of V * dL/dE, so y need not be saved.
     The product of the codes is exact in int32. In fp32 it is exact while |sum| <= 128 * in < 2**24. Autocast rounds it to bf16,
     like any other product.
     """
@@ -757,8 +757,8 @@ class Ternary(LowBit):
         return (self.shape[0] // self.chunks,) * self.chunks if isinstance(self.chunks, int) else tuple(self.chunks)
 
     def ternary(self, weight=None, scales=None):
-        """Return (int8 codes of the weight's shape, fp32 scales, one per chunk): of the latent `weight` (default: its own), with its
-        scales if they are known; if packed, of the stored codes."""
+        """Return (int8 codes of the weight's shape, fp32 scales, one per chunk): of the latent `weight` (default: its own),
+        whose scales may be given, or, if packed, of the stored codes."""
         if self.packed:
             codes = unpack_bits(self.code, 2, math.prod(self.shape[1:])).to(torch.int8).sub_(1)
             return codes.view(self.shape), self.weight_scale

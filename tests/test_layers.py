@@ -371,8 +371,8 @@ def test_int8_products_on_cuda_need_the_shapes_of_cublas(monkeypatch, rows, colu
 
 
 def test_saved_tensors_of_each_layer():
-    """Ternary: int8 codes, a number per token and chunk, x for the RMSNorm. Binary: x, y, a number per token. Int4: x. No weights.
-    A convolution without normalization: x, nothing without a weight gradient."""
+    """Ternary: int8 codes, a number per token and chunk, x for the RMSNorm. Binary: x, y, a number per token. Int4: x. No
+    weights. A convolution without normalization: x, nothing without a weight gradient."""
     x = torch.randn(24, 16)
     total, tensors = saved(TernaryLinear(16, 40, True, norm=False), x)
     assert total == 24 * 16 + 24 * 4 + 4 and (torch.int8, 24 * 16) in tensors
