@@ -127,23 +127,19 @@ def _blocks(x, wanted=True):
     return [slice(i, i + rows) for i in range(0, len(x), rows)] if len(x) > rows else [slice(None)]
 
 
-def _normalize(z, alpha, ndim, eps):
-    """(y, rstd): y = alpha * (z - mean) / (std + eps) over the last `ndim` dimensions, population std; rstd = 1 / std."""
+def _normalize(z, alpha, eps):
+    """(y, rstd): y = alpha * (z - mean) / (std + eps) over the last dimension, population std; rstd = 1 / std."""
     u = wide(z)
-    u = u - u[(..., *[slice(1)] * ndim)]            # else 1/std amplifies the rounding error of the mean of equal inputs
+    u = u - u[..., :1]                              # else 1/std amplifies the rounding error of the mean of equal inputs
     if not on_cpu(z):
-        u, _, rstd = torch.native_layer_norm(u, z.shape[-ndim:], None, None, TINY_VAR)
+        u, _, rstd = torch.native_layer_norm(u, z.shape[-1:], None, None, TINY_VAR)
         return u.mul_(alpha / (1 + eps * rstd)), rstd                       # 1/(std + eps) = rstd / (1 + eps rstd)
-    dims = tuple(range(-ndim, 0))                   # on the CPU layer_norm is slower than this, above all for short rows
-    u -= u.mean(dims, keepdim=True)
-    norm = u
-    for dim in reversed(dims):                      # one dimension at a time: a sum of millions of squares is off by 1e-4
-        norm = torch.linalg.vector_norm(norm, dim=dim, keepdim=True)
-    rstd = norm.square_().div_(math.prod(z.shape[-ndim:])).add_(TINY_VAR).rsqrt_()
+    u -= u.mean(-1, keepdim=True)                   # on the CPU layer_norm is slower than this, above all for short rows
+    rstd = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_().div_(z.shape[-1]).add_(TINY_VAR).rsqrt_()
     return u.mul_(rstd / (1 + eps * rstd)).mul_(alpha), rstd
 
 
-def _normalize_backward(g, y, rstd, alpha, ndim, eps):
+def _normalize_backward(g, y, rstd, alpha, eps):
     """Return (dz, dalpha) from dy and y. The next operation usually saves y anyway, so z need not be saved.
 
     With u = y / alpha and g' = alpha * dy:  dz = (g' - mean(g') - u mean(g' u) (std + eps) / std) / (std + eps).
@@ -151,7 +147,7 @@ def _normalize_backward(g, y, rstd, alpha, ndim, eps):
     g, u = wide(g), wide(y) / alpha
     slack = 1 + eps * rstd                                                  # (std + eps) / std
     root = slack.sqrt()                                                     # the formula has two factors u; each takes one root
-    dz = torch.ops.aten.native_layer_norm_backward(g * alpha, u, u.shape[-ndim:], torch.zeros_like(rstd), root, None, None,
+    dz = torch.ops.aten.native_layer_norm_backward(g * alpha, u, u.shape[-1:], torch.zeros_like(rstd), root, None, None,
                                                    [True, False, False])[0].mul_(rstd / (slack * root))
     return dz, (g * u).sum_to_size(alpha.shape)
 
@@ -160,19 +156,19 @@ def _away_from_zero(alpha):
     return torch.where(alpha.abs() < TINY_ALPHA, TINY_ALPHA, alpha)
 
 
-def _normalize_blocks(z, y, alpha, ndim, eps):
+def _normalize_blocks(z, y, alpha, eps):
     """Write _normalize(z) to y block by block; y may be z itself. Returns rstd."""
-    rstd = torch.empty(*z.shape[:-ndim], *[1] * ndim, dtype=wide(z[:0]).dtype, device=z.device)
+    rstd = torch.empty(*z.shape[:-1], 1, dtype=wide(z[:0]).dtype, device=z.device)
     for rows in _blocks(z):
-        y[rows], rstd[rows] = _normalize(z[rows], alpha, ndim, eps)
+        y[rows], rstd[rows] = _normalize(z[rows], alpha, eps)
     return rstd
 
 
-def _normalize_blocks_backward(g, y, rstd, alpha, ndim, eps):
+def _normalize_blocks_backward(g, y, rstd, alpha, eps):
     """_normalize_backward() block by block; dalpha is fp32."""
     dz, galpha = torch.empty_like(y), torch.zeros_like(alpha, dtype=rstd.dtype)
     for rows in _blocks(y):
-        dz[rows], part = _normalize_backward(g[rows], y[rows], rstd[rows], alpha, ndim, eps)
+        dz[rows], part = _normalize_backward(g[rows], y[rows], rstd[rows], alpha, eps)
         galpha += part
     return dz, galpha
 
@@ -182,7 +178,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, alpha, eps):
         alpha, y = _away_from_zero(alpha), torch.empty_like(z)
-        ctx.save_for_backward(y, _normalize_blocks(z, y, alpha, 1, eps), alpha)
+        ctx.save_for_backward(y, _normalize_blocks(z, y, alpha, eps), alpha)
         ctx.eps = eps
         return _output(y)
 
@@ -190,7 +186,7 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         y, rstd, alpha = ctx.saved_tensors
-        dz, galpha = _normalize_blocks_backward(g, y, rstd, alpha, 1, ctx.eps)
+        dz, galpha = _normalize_blocks_backward(g, y, rstd, alpha, ctx.eps)
         return dz, galpha.to(alpha.dtype), None
 
 
@@ -209,7 +205,7 @@ class _QuantizedLinear(torch.autograd.Function):
         for rows in blocks:
             z = F.linear(ACTIVATIONS[act][0](x[rows]), wq, bq)
             if alpha is not None:
-                z, rstd[rows] = _normalize(z.unflatten(-1, (len(alpha), -1)), alpha, 1, eps)
+                z, rstd[rows] = _normalize(z.unflatten(-1, (len(alpha), -1)), alpha, eps)
                 z = z.flatten(1)
             if len(blocks) == 1:
                 y = z.to(x.dtype)
@@ -235,7 +231,7 @@ class _QuantizedLinear(torch.autograd.Function):
             dz = g[rows]
             if alpha is not None:
                 dz, part = _normalize_backward(*(t.unflatten(-1, (len(alpha), -1)) for t in (dz, y[rows])), rstd[rows], alpha,
-                                               1, ctx.eps)
+                                               ctx.eps)
                 dz = dz.flatten(1).to(x.dtype)
                 if galpha is not None:
                     galpha += part
@@ -258,8 +254,8 @@ def _add_product(total, g, x):
 
 
 class _QuantizedConv(torch.autograd.Function):
-    """y = conv2d(act(x), wq, bq). When alpha (out,) is given, _normalize() follows: over the channels of each pixel, the pixels
-    of each channel, or the whole example. round_input rounds act(x) to int8, scaled by the largest value of each example, with
+    """y = conv2d(act(x), wq, bq). When alpha (out,) is given, _normalize() follows: over the channels of each pixel or the
+    pixels of each channel. round_input rounds act(x) to int8, scaled by the largest value of each example, with
     a straight-through gradient. `wq, bq = quantize(w, b, dtype)`; conv: stride, padding, dilation (pairs) and groups.
 
     Saves x, w, b and, with alpha, y and 1 / std. Recomputes wq and act(x).
@@ -270,7 +266,7 @@ class _QuantizedConv(torch.autograd.Function):
         y, rstd = F.conv2d(_conv_input(x, act, round_input), wq, bq, **conv), None
         if alpha is not None:
             alpha, z = _away_from_zero(alpha), _by_norm(y, norm)
-            rstd = _normalize_blocks(z, z, *_scale(alpha, norm), eps)           # overwrites the product
+            rstd = _normalize_blocks(z, z, _scale(alpha, norm), eps)           # overwrites the product
             y = _from_norm(z, y.shape, norm)
         keep_x = ctx.needs_input_grad[1] or act is not None and ctx.needs_input_grad[0]
         ctx.save_for_backward(x if keep_x else None, w, b, alpha, rstd, None if alpha is None else y)
@@ -286,7 +282,7 @@ class _QuantizedConv(torch.autograd.Function):
         galpha = None
         if alpha is not None:
             dz, galpha = _normalize_blocks_backward(_by_norm(g, ctx.norm), _by_norm(y, ctx.norm), rstd,
-                                                    *_scale(alpha, ctx.norm), ctx.eps)
+                                                    _scale(alpha, ctx.norm), ctx.eps)
             g = _from_norm(dz, y.shape, ctx.norm)
             galpha = galpha.view(alpha.shape).to(alpha.dtype) if need_alpha else None
         wq, bq = _again(ctx.quantize, w, b, ctx.dtype, g)
@@ -317,8 +313,8 @@ def _by_norm(z, norm):
 
 
 def _scale(alpha, norm):
-    """Return (alpha in a shape that broadcasts to _by_norm(), number of trailing dimensions to normalize)."""
-    return alpha if norm == 'channel' else alpha[:, None], 2 if norm == 'sample' else 1
+    """alpha in a shape that broadcasts to _by_norm()."""
+    return alpha if norm == 'channel' else alpha[:, None]
 
 
 def _from_norm(rows, shape, norm):
@@ -1006,14 +1002,14 @@ class BinaryConv2d(Binary, LowBitConv):
     alpha per output channel. The layer normalizes its output, so do not put a BatchNorm after it, except with alpha=None, which
     computes only the product with W01 - 1/2 and needs bias=False.
 
-    norm: 'channel' normalizes each pixel over the channels (default), 'spatial' each (example, channel) over its pixels,
-    'sample' each example over all its values. Only with 'channel' do {0,1} and {-1,1} weights give the same network.
+    norm: 'channel' normalizes each pixel over the channels (default), 'spatial' each (example, channel) over its pixels. Only
+    with 'channel' do {0,1} and {-1,1} weights give the same network.
     Raises ValueError for an unknown norm and alpha <= 0.
     """
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, *,
                  norm='channel', alpha=0.25, act=None, eps=1e-5):
-        if norm not in ('channel', 'spatial', 'sample'):
-            raise ValueError(f"BinaryConv2d: norm={norm!r} must be 'channel', 'spatial' or 'sample'")
+        if norm not in ('channel', 'spatial'):
+            raise ValueError(f"BinaryConv2d: norm={norm!r} must be 'channel' or 'spatial'")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, act)
         # Subtracting 1/2 from every weight adds the same term to all output channels; a mean over the channels removes it.
         # With groups the term differs between channels, since each group sums other inputs.

@@ -59,7 +59,7 @@ model_config = dict(           # binary | real | ternary | int4 for each layer
     conv1='real', conv2='real', conv3='real', conv4='real', conv5='real', conv6='real', conv7='real', conv8='real',
     conv9='real', conv10='real', fc1='real', fc2='real', final='real')
 norm = 'channel'               # of binary layers: batch (a BatchNorm follows, as after all other convolutions), or their own:
-                               # channel (per pixel) | spatial (per channel) | sample (all values); an fc layer: its outputs
+                               # channel (over those of a pixel) | spatial (over pixels of a channel); an fc layer: its outputs
 binary_alpha = 0.25            # initial scale of binary layers with their own normalization
 binary_alpha_final = 1.0       # the same of `final`: the standard deviation of the logits
 dropout = 0.0                  # after fc1 and fc2
@@ -212,7 +212,7 @@ def main():
     common.check_config(
         config | {'optimizer': optimizer.lower()},                     # AdamW, rSVD, ... are accepted too
         {'schedule': ('cosine', 'linear', 'constant'), 'optimizer': OPTIMIZERS, 'side': optim.SIDES,
-         'norm': ('batch', 'channel', 'spatial', 'sample')},
+         'norm': ('batch', 'channel', 'spatial')},
         dict.fromkeys(('batch_size', 'eval_batch_size', 'log_interval', 'save_interval', 'rank', 'interval'), 1)
         | dict.fromkeys(('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'micro_batch_size',
                          'eval_interval', 'num_workers'), 0))

@@ -14,4 +14,5 @@ dtype = 'bfloat16'
 model_config = dict(conv8='binary', conv9='binary', conv10='binary')
 norm = 'batch'
 optimizer = 'muon'
-lr_scale = dict(bin=5.0)       # results/food10_search.md
+learning_rate = 3e-3           # see results/food10_search.md
+lr_scale = dict(bin=2.0)

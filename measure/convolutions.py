@@ -12,9 +12,8 @@ from measure.turns import device_name, in_turns, mib, middle, peak_bytes, ratio,
 from train_cnn import CNN, KINDS, CNNConfig
 
 # name: (kind of layers.py or mixed, normalization of binary layers)
-CONVS = {'real': ('fp', 'channel'), 'mixed': ('mixed', 'channel'), 'binary': ('bin', 'channel'),
-         'binary spatial': ('bin', 'spatial'), 'binary sample': ('bin', 'sample'), 'ternary': ('tern', 'channel'),
-         'int4': ('int4', 'channel')}
+CONVS = {'real': ('fp', 'batch'), 'mixed': ('mixed', 'batch'), 'binary': ('bin', 'batch'), 'binary channel': ('bin', 'channel'),
+         'binary spatial': ('bin', 'spatial'), 'ternary': ('tern', 'batch'), 'int4': ('int4', 'batch')}
 NAMES = {kind: name for name, kind in KINDS.items()}
 CHANNELS = (32, 64, 64, 128, 256)
 
@@ -24,15 +23,16 @@ def one_layer(kind, norm, channels):
     if kind == 'fp':
         return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
                              nn.ReLU(inplace=True))
-    options = dict(norm=norm) if kind == 'bin' else {}
-    conv = layers.conv2d(kind, channels, channels, 3, padding=1, bias=kind == 'bin', act='relu', **options)
-    return nn.Sequential(conv, nn.Identity() if kind == 'bin' else nn.BatchNorm2d(channels))
+    own = norm != 'batch'
+    options = dict(norm=norm) if own else dict(alpha=None) if kind == 'bin' else {}
+    conv = layers.conv2d(kind, channels, channels, 3, padding=1, bias=own, act='relu', **options)
+    return nn.Sequential(conv, nn.Identity() if own else nn.BatchNorm2d(channels))
 
 
 def network(kind, norm):
-    """The network of train_cnn.py for 101 classes. mixed: the layers that are binary in the reference are binary here."""
+    """The network of train_cnn.py for 101 classes. mixed: conv8, conv9 and conv10 are binary."""
     names = [f'conv{i}' for i in range(1, 11)] + ['fc1', 'fc2', 'final']
-    binary = ('conv1', 'conv2', 'fc1', 'fc2', 'final')
+    binary = ('conv8', 'conv9', 'conv10')
     kinds = {n: NAMES['bin' if n in binary else 'fp'] if kind == 'mixed' else NAMES[kind] for n in names}
     return CNN(CNNConfig(101, kinds, CHANNELS, norm=norm))
 

@@ -49,19 +49,19 @@ BIN, TERN = LOW.format('bin'), LOW.format('tern') + ' --output_gains=True'
 TWIN = '--{}=out/quality/fp_s{{seed}}/best.pt'.format     # {seed}: of the same seed, which must be trained first
 TAUGHT = f" {TWIN('init_from')} {TWIN('teacher')}"
 RATE = " --lr_scale={{'{}':{}}}".format                        # of one kind of parameters, × the learning rate
+TERN4 = TERN + RATE('tern', 4.0)
 Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
 EXPERIMENTS = {
     'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
         'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
-        'fp_8': ('... learning rate 8e-3 instead of 4e-3', '--learning_rate=8e-3'),
-        'fp_16': ('... learning rate 1.6e-2 instead of 4e-3', '--learning_rate=1.6e-2'),
+        'fp_4': ('... learning rate 4e-3 instead of 8e-3', '--learning_rate=4e-3'),
+        'fp_16': ('... learning rate 1.6e-2', '--learning_rate=1.6e-2'),
         'fp_adamw': ('... AdamW instead of Muon', '--optimizer=adamw'),
         'fp_rsvd': ('... rSVD, rank 16', '--optimizer=rsvd'),
         'half': ('2 of 4 blocks binary: 1 and 2', '--binary_blocks=1,2'),
         'bin': ('all binary', BIN),
-        'bin_scales': ('... scales at the rate of all others', BIN + RATE('alpha', 1.0)),
-        'bin_4': ('... latent weights at 4 x the rate', BIN + RATE('bin', 4.0)),
+        'bin_half': ('... latent weights at half the rate', BIN + RATE('bin', 0.5)),
         'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0)),
         'tern': ('all ternary', TERN),
         'tern_taught': ('... trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5)),
@@ -80,22 +80,26 @@ EXPERIMENTS = {
         'fp_adamw': ('... AdamW, 4e-3', '--optimizer=adamw'),
         'fp_adamw_8': ('... AdamW, 8e-3', '--optimizer=adamw --learning_rate=8e-3'),
         'fp_adamw_2': ('... AdamW, 2e-3', '--optimizer=adamw --learning_rate=2e-3'),
-        'tern': ('all ternary, latent weights at 4 x the rate', TERN),
-        'tern_8e3': ('... at 4 x, learning rate 8e-3', TERN + ' --learning_rate=8e-3'),
+        'tern': ('all ternary, latent weights at 4 x the rate', TERN4),
+        'tern_8e3': ('... at 4 x, learning rate 8e-3', TERN4 + ' --learning_rate=8e-3'),
         'tern_8e3_2': ('... at 2 x, learning rate 8e-3', TERN + RATE('tern', 2.0) + ' --learning_rate=8e-3'),
         'tern_1': ('... at the rate', TERN + RATE('tern', 1.0)),
         'tern_2': ('... at 2 x', TERN + RATE('tern', 2.0)),
         'tern_8': ('... at 8 x', TERN + RATE('tern', 8.0)),
-        'tern_plain': ('... at 4 x, no learned factor for each output', LOW.format('tern')),
+        'tern_plain': ('... at 4 x, no learned factor for each output', LOW.format('tern') + RATE('tern', 4.0)),
         'tern_late': ('... full precision until 70 % of the steps', None),
-        'tern_kd': ('... a teacher, from random weights', f"{TERN} {TWIN('teacher')}"),
-        'tern_kd50': ('... a teacher for half of the targets, from random weights', f"{TERN} {TWIN('teacher')} --distill=0.5"),
-        'tern_init': ('... trained on from 2,500 steps of full precision, no teacher', f"{TERN} {TWIN('init_from')}"),
-        'tern_taught': ('... trained on from 2,500 steps of full precision, with it as teacher', TERN + TAUGHT),
+        'tern_kd': ('... a teacher, from random weights', TERN4 + f" {TWIN('teacher')}"),
+        'tern_kd50': ('... a teacher for half of the targets, from random weights',
+                      TERN4 + f" {TWIN('teacher')} --distill=0.5"),
+        'tern_init': ('... trained on from 2,500 steps of full precision at half the rate, no teacher',
+                      TERN + RATE('tern', 0.5) + f" {TWIN('init_from')}"),
+        'tern_taught': ('... trained on from 2,500 steps of full precision, with it as teacher', TERN4 + TAUGHT),
         'tern_taught_1': ('... the same, latent weights at the rate', TERN + TAUGHT + RATE('tern', 1.0)),
         'tern_taught_half': ('... the same, at half the rate', TERN + TAUGHT + RATE('tern', 0.5)),
         'tern_taught_2': ('... the same, all at half the rate',
                           TERN + TAUGHT + RATE('tern', 1.0) + ' --learning_rate=2e-3'),
+        'tern_taught_8e3': ('... the same, at half the rate, learning rate 8e-3',
+                            TERN + TAUGHT + RATE('tern', 0.5) + ' --learning_rate=8e-3'),
         'bin': ('all binary', BIN),
         'bin_8e3': ('... learning rate 8e-3', BIN + ' --learning_rate=8e-3'),
         'bin_4': ('... latent weights at 4 x the rate', BIN + RATE('bin', 4.0)),
@@ -104,6 +108,8 @@ EXPERIMENTS = {
         'bin_taught': ('... trained on from 2,500 steps of full precision, with it as teacher', BIN + TAUGHT),
         'bin_taught_half': ('... the same, latent weights at half the rate', BIN + TAUGHT + RATE('bin', 0.5)),
         'bin_taught_scales': ('... the same, scales at the rate of all others', BIN + TAUGHT + RATE('alpha', 1.0)),
+        'bin_taught_8e3': ('... the same, learning rate 8e-3',
+                           BIN + TAUGHT + RATE('alpha', 1.0) + ' --learning_rate=8e-3'),
         'half': ('blocks 1 and 2 of 0 to 3 binary', '--binary_blocks=1,2'),
         'half_first': ('... 0 and 1', '--binary_blocks=0,1'),
         'half_last': ('... 2 and 3', '--binary_blocks=2,3'),
@@ -200,7 +206,6 @@ REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS
 BINARY = REAL.replace('real', 'binary')
 MIXED = re.sub("(conv8|conv9|conv10)':'real'", r"\1':'binary'", REAL)
 NETS = {'real': ('all real', REAL), 'mixed70': ('conv8, conv9, conv10 binary', MIXED), 'bin': ('all binary', BINARY)}
-OWN_NORM = BINARY + " --norm=channel --lr_scale={'bin':1.0}"
 ADAMW_CNN = " --optimizer=adamw --lr_scale={'bin':1.0}"
 # first: python data/images/prepare.py --dir ... --name=food10 --size=80; cifar10: --size=32, a folder with train/ and test/
 EXPERIMENTS |= {
@@ -209,26 +214,22 @@ EXPERIMENTS |= {
     'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
                           '--epochs=2', 'real', '1,2,3', NETS),
     # A third of the steps.
-    'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --learning_rate=1e-3 '
-                                '--epochs=10', 'real', '1', {
-        'real': ('all real', REAL),
-        'real_3': ('... 3 x the learning rate', REAL + ' --learning_rate=3e-3'),
-        'real_10': ('... 10 x', REAL + ' --learning_rate=1e-2'),
-        'real_adamw': ('... AdamW', REAL + ADAMW_CNN),
-        'real_adamw_3': ('... AdamW, 3 x the learning rate', REAL + ADAMW_CNN + ' --learning_rate=3e-3'),
-        'bin': ('all binary, a BatchNorm after each layer, latent weights at 5 x the rate', BINARY),
-        'bin_1': ('... latent weights at the rate', BINARY + " --lr_scale={'bin':1.0}"),
-        'bin_15': ('... at 15 x', BINARY + " --lr_scale={'bin':15.0}"),
-        'bin_lr3_2': ('... at 2 x, 3 x the learning rate', BINARY + " --learning_rate=3e-3 --lr_scale={'bin':2.0}"),
-        'bin_lr3_5': ('... at 5 x, 3 x the learning rate', BINARY + ' --learning_rate=3e-3'),
-        'bin_adamw': ('... AdamW, at the rate', BINARY + ADAMW_CNN),
-        'bin_channel': ("... the layer's own normalization over channels, at the rate", OWN_NORM),
-        'bin_channel_5': ('... the same, at 5 x', BINARY + ' --norm=channel'),
-        'mixed70': ('conv8, conv9, conv10 binary, at 5 x', MIXED),
-        'mixed70_lr3_2': ('... at 2 x, 3 x the learning rate', MIXED + " --learning_rate=3e-3 --lr_scale={'bin':2.0}"),
-        'mixed70_1': ('... at the rate', MIXED + " --lr_scale={'bin':1.0}"),
-        'mixed70_channel': ("... the layers' own normalization over channels, at the rate",
-                            MIXED + " --norm=channel --lr_scale={'bin':1.0}"),
+    'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real_3', '1', {
+        'real': ('all real, learning rate 1e-3', REAL + ' --learning_rate=1e-3'),
+        'real_3': ('... 3e-3', REAL),
+        'real_10': ('... 1e-2', REAL + ' --learning_rate=1e-2'),
+        'real_adamw': ('... AdamW, 1e-3', REAL + ADAMW_CNN + ' --learning_rate=1e-3'),
+        'real_adamw_3': ('... AdamW, 3e-3', REAL + ADAMW_CNN),
+        'mixed70_lr3_2': ('conv8, conv9, conv10 binary, 3e-3, latent weights at 2 x the rate', MIXED),
+        'mixed70_lr3': ('... at the rate', MIXED + RATE('bin', 1.0)),
+        'bin': ('all binary, a BatchNorm after each layer, 1e-3, latent weights at 5 x the rate',
+                BINARY + RATE('bin', 5.0) + ' --learning_rate=1e-3'),
+        'bin_lr3': ('... 3e-3, at the rate', BINARY + RATE('bin', 1.0)),
+        'bin_lr3_2': ('... 3e-3, at 2 x', BINARY),
+        'bin_lr3_5': ('... 3e-3, at 5 x', BINARY + RATE('bin', 5.0)),
+        'bin_channel': ("... 3e-3, at 2 x, the layers' own normalization, over channels", BINARY + ' --norm=channel'),
+        'bin_channel_adamw': ('... the same, AdamW, 1e-3, at the rate',
+                              BINARY + ADAMW_CNN + ' --norm=channel --learning_rate=1e-3'),
     }),
 }
 # Both twins have one peak rate. The ternary one always has the second stage; LLaMA baselines have none.

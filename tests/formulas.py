@@ -79,7 +79,7 @@ def reference(layer, x, given=None):
     if layer.alpha is None:
         return torch.cat(z, 1 if conv else -1)
     if conv:
-        dims = {'channel': (1,), 'spatial': (2, 3), 'sample': (1, 2, 3)}[layer.norm]
+        dims = {'channel': (1,), 'spatial': (2, 3)}[layer.norm]
         return normalize(z[0], layer.alpha.view(-1, 1, 1), dims, layer.eps)
     return torch.cat([normalize(z, alpha, -1, layer.eps) for z, alpha in zip(z, layer.alpha, strict=True)], -1)
 

@@ -45,7 +45,7 @@ CONV = [((BinaryConv2d, TernaryConv2d, Conv4bit)[i % 3],
          geometry | dict(act=(None, 'relu', 'gelu')[i // 3 % 3], bias=i % 2 == 0)) for i, geometry in enumerate(GEOMETRY)]
 CONV += [(BinaryConv2d, dict(kernel_size=3, alpha=None, bias=False, **options)) for options in (
     dict(padding=1, act='relu'), dict(groups=2, stride=2))]
-CONV += [(BinaryConv2d, dict(kernel_size=3, norm=norm, **options)) for norm in ('spatial', 'sample') for options in (
+CONV += [(BinaryConv2d, dict(kernel_size=3, norm=norm, **options)) for norm in ('spatial',) for options in (
     {}, dict(stride=2, padding=1, bias=False, act='relu'), dict(groups=2, act='gelu', eps=1e-3))]
 
 
@@ -81,7 +81,6 @@ FORMS = {'binary': (lambda: BinaryLinear(33, 12), (7, 33), 12 * 5 + 2 + 4), 'bin
          'embedding': (lambda: BinaryEmbedding(11, 12), None, 11 * 2 + 2 + 4),
          'conv channel': (lambda: BinaryConv2d(4, 8, 3, act='relu'), (3, 4, 7, 6), 8 * 5 + 1 + 32),
          'conv spatial': (lambda: BinaryConv2d(4, 8, 3, norm='spatial', act='gelu'), (3, 4, 7, 6), 8 * 5 + 1 + 32),
-         'conv sample': (lambda: BinaryConv2d(4, 8, 3, norm='sample', stride=2), (3, 4, 7, 6), 8 * 5 + 1 + 32),
          'conv product': (lambda: BinaryConv2d(4, 8, 3, bias=False, alpha=None, act='relu'), (3, 4, 7, 6), 8 * 5),
          'conv tern': (lambda: TernaryConv2d(4, 8, 3, act='relu', bias=True), (3, 4, 7, 6), 8 * 9 + 32 + 4),
          'conv int4': (lambda: Conv4bit(4, 8, 2, padding=1, act='gelu'), (3, 4, 7, 6), 8 * (8 + 2) + 32)}
@@ -101,7 +100,7 @@ PACKABLE = FORMS | {
     'int8 act': (lambda: Int8Linear(13, 6, activations='int8', act='gelu'), (5, 13), 78 + 24 + 24)}
 every_form = pytest.mark.parametrize('form', FORMS)
 every_packable = pytest.mark.parametrize('name', PACKABLE)
-normalized = pytest.mark.parametrize('form', ['binary', 'conv channel', 'conv spatial', 'conv sample', 'embedding'])
+normalized = pytest.mark.parametrize('form', ['binary', 'conv channel', 'conv spatial', 'embedding'])
 
 
 def made(form, dtype=torch.float32):
@@ -147,14 +146,13 @@ def test_only_what_needs_a_gradient_gets_one(form):
 # -------------------------------------------------------------------------------------------------------- equivalences
 
 
-@pytest.mark.parametrize('norm, groups, equal', [('channel', 1, True), ('channel', 2, False), ('spatial', 1, False),
-                                                 ('sample', 1, False)])
+@pytest.mark.parametrize('norm, groups, equal', [('channel', 1, True), ('channel', 2, False), ('spatial', 1, False)])
 def test_zero_one_and_plus_minus_one_are_the_same_network(norm, groups, equal):
     """{0,1} weights compute what {-1,+1} weights do with twice the eps, where all outputs of a pixel share a mean."""
     plus_minus = lambda p: torch.where(p > p.mean(), 1.0, -1.0).to(p)
     layer, x = filled(BinaryConv2d(4, 6, 3, padding=1, norm=norm, groups=groups)), torch.rand(2, 4, 8, 7).double()
     z = F.conv2d(x, plus_minus(layer.weight), plus_minus(layer.bias), padding=1, groups=groups)
-    expected = normalize(z, layer.alpha.view(-1, 1, 1), {'channel': 1, 'spatial': (2, 3), 'sample': (1, 2, 3)}[norm], 2e-5)
+    expected = normalize(z, layer.alpha.view(-1, 1, 1), {'channel': 1, 'spatial': (2, 3)}[norm], 2e-5)
     assert off(layer(x), expected) < 1e-13 if equal else off(layer(x), expected) > 0.1
     layer, x = filled(BinaryLinear(13, 6, eps=1e-2)), torch.randn(5, 13).double()
     z = F.linear(x, plus_minus(layer.weight), plus_minus(layer.bias))
@@ -333,7 +331,7 @@ def test_normalize_is_a_layer_norm(width, offset):
         assert_close(rstd.double(), 1 / std, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize('norm, forward, both', [('channel', 2.9, 6.2), ('spatial', 2.1, 5.5), ('sample', 2.1, 5.5)])
+@pytest.mark.parametrize('norm, forward, both', [('channel', 2.9, 6.2), ('spatial', 2.1, 5.5)])
 def test_large_images_are_normalized_in_blocks_by_the_same_formula(norm, forward, both):
     """More numbers than are taken at a time: value and every gradient are those of the formula, and temporaries stay below an
     activation (peak bytes of a pass, x the output's)."""

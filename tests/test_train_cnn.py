@@ -352,7 +352,7 @@ def test_training_memory_of_binary_and_real():
 
 NAMES = list(train_cnn.KINDS)
 VARIANTS = [('--norm=channel',), ('--residual=False', '--norm=batch'), ('--norm=spatial', '--filter_dimension=5'),
-            ('--norm=sample', '--filter_dimension=1', '--eval_crop=0.8')]
+            ('--norm=batch', '--filter_dimension=1', '--eval_crop=0.8')]
 
 
 @pytest.mark.parametrize('shift', range(4))
@@ -597,7 +597,7 @@ MISTAKES = [
     (("--model_config={'conv11': 'binary'}",), "'conv11'"), (("--model_config={'conv1': 'bin'}",), "conv1='bin'"),
     (("--model_config={'fc1': 'reel', 'fc2': 'fp'}",), "fc1='reel', fc2='fp' is none of binary, real, ternary, int4"),
     (('--model_config=binary',), 'model_config'),
-    (('--norm=layer',), "norm='layer' is none of 'batch', 'channel', 'spatial', 'sample'"),
+    (('--norm=layer',), "norm='layer' is none of 'batch', 'channel', 'spatial'"),
     (('--crop_scale=0,1',), 'crop_scale=(0.0, 1.0)'), (('--crop_scale=0.5,0.4',), 'crop_scale=(0.5, 0.4)'),
     (('--crop_scale=0.5',), 'crop_scale=(0.5,)'), (('--crop_scale=0.5,1.1',), 'crop_scale=(0.5, 1.1)'),
     (('--crop_ratio=0.9',), 'crop_ratio=0.9'),

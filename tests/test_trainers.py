@@ -449,7 +449,7 @@ def test_distributed_sends_no_buffers_and_keeps_one_copy_of_gradients(start, tmp
 # Options that change what a model computes, but not its shapes.
 FUNCTION = {'train_gpt': ('init_from', '--n_head=4', 'good.pt has another n_head (2, not 4); type --n_head=2'),
             'train_bitnet': ('init_from', '--rope_theta=5e5', 'another rope_theta (10000.0, not 500000.0); type --rope_theta='),
-            'train_cnn': ('init_from', '--norm=sample', "another norm (channel, not sample); type --norm=channel"),
+            'train_cnn': ('init_from', '--norm=spatial', "another norm (channel, not spatial); type --norm=channel"),
             'finetune_cls': ('resume', '--n_head=1', 'another n_heads (2, not 1); the model has changed')}
 
 
