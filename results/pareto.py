@@ -27,7 +27,8 @@ SCHEMES = {'half': 'fp16', 'int8': 'int8', 'uniform16': 'int4, 16 even levels', 
 # variant of `quality`: what it is called, kind of its layers and optimizer in bench.py train
 TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_more': ('full precision, trained on', 'fp', 'muon'),
            'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),
-           'fp_rsvd': ('full precision, rSVD, rank 16', 'fp', 'rsvd'), 'half': ('2 of 4 blocks binary', None, None),
+           'fp_rsvd': ('full precision, rSVD, rank 16', 'fp', 'rsvd'),
+           'half': ('2 of 4 blocks binary, as ptq.py choose', None, None),
            'int4': ('int4', 'int4', 'muon'), 'tern': ('ternary', 'tern', 'muon'),
            'tern_taught': ('ternary, trained on', None, None), 'bin': ('binary', 'bin', 'muon'),
            'bin_taught': ('binary, trained on', None, None)}

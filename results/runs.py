@@ -59,7 +59,8 @@ EXPERIMENTS = {
         'fp_16': ('... learning rate 1.6e-2', '--learning_rate=1.6e-2'),
         'fp_adamw': ('... AdamW instead of Muon', '--optimizer=adamw'),
         'fp_rsvd': ('... rSVD, rank 16', '--optimizer=rsvd'),
-        'half': ('2 of 4 blocks binary: 1 and 2', '--binary_blocks=1,2'),
+        # what python ptq.py choose --ckpt=out/quality/fp_s1 --bits=17 takes
+        'half': ('2 of 4 blocks binary: 2 and 3', '--binary_blocks=2,3'),
         'bin': ('all binary', BIN),
         'bin_half': ('... latent weights at half the rate', BIN + RATE('bin', 0.5)),
         'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0)),
@@ -259,7 +260,7 @@ EXPERIMENTS |= {
         'tern_from_1': ('... the same, at the rate', STORIES_FROM.replace('0.5', '1.0')),
     }),
 }
-BY_STEP = ('search', 'food10_search', 'tinystories_search')    # losses along the run, also of runs that were stopped early
+BY_STEP = ('search', 'tinystories_search')       # losses along the run, also of runs that were stopped early
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
@@ -428,8 +429,11 @@ LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats 
         'is paired by seed, ± its standard error; ms/step on one core, while another run used the other{pairs}.')
 TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
         '{threads} thread{s}, for some runs beside other work.')
+IMAGES = ('{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap in points, '
+          'paired by seed, ± its standard error; share of the parameters that are binary.')
 # header of the first column, caption, other columns
-TABLES = dict.fromkeys(('blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | {
+TABLES = dict.fromkeys(('blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
+    ('food10', 'cifar10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
     'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
                 'teacher. With its run they cost twice the steps.', LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
@@ -442,8 +446,6 @@ TABLES = dict.fromkeys(('blocks', 'depth', 'tinystories'), ('variant', LOSS, LOS
              'held-out texts, mean ± sd over seeds. The gap and the loss are over all of these texts; the gap in points, '
              'paired by seed, ± its standard error. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
              'state, KiB of gradients, MiB of all tensors alive at once, milliseconds with refreshes, × AdamW.', ACCURACIES),
-    'food10': ('layers', '{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap '
-               'in points, paired by seed, ± its standard error; share of the parameters that are binary.', PHOTOGRAPHS),
     'arithmetic': ('model', TASK, SUMS),
     'tictactoe': ('model', TASK + ' Games: 200 against each, an illegal move loses.', GAMES)}
 
@@ -481,8 +483,7 @@ def write_tables(name):
                 for v, runs in runs_of(name, given_up=True).items() for r in runs.values()]
         if not rows:
             return None
-        unit = 'nats' if EXPERIMENTS[name].script == 'train_cnn.py' else 'nats per token'
-        return keep.publish(name, [f'`{config}`: validation loss, {unit}, one seed.', '',
+        return keep.publish(name, [f'`{config}`: validation loss, nats per token, one seed.', '',
                                    *by_step(rows, '{:.4f}', 'variant', 'step {:,}')])
     lines = run_table(name)
     if name == 'arithmetic':
