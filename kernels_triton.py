@@ -50,13 +50,14 @@ if ON:
         tl.store(q + row * n + i, a.to(tl.int8), mask=inside)
         tl.store(tops + row, top)
 
+    # Widths are constexpr, so each compiles a kernel: with NumPy 2.4, Triton 3.6's interpreter takes no other in range().
     @triton.jit
     def _int_product(q, code, y, n, rows, WIDTH: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
         per: tl.constexpr = 8 // BITS
         token = tl.program_id(1)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         total = tl.zeros((ROWS,), dtype=tl.int32)
-        for start in range(0, WIDTH, BYTES):        # constexpr: Triton 3.6's interpreter and NumPy 2.4 need it
+        for start in range(0, WIDTH, BYTES):
             byte = start + tl.arange(0, BYTES)
             held = tl.load(code + row[:, None].to(tl.int64) * WIDTH + byte[None, :],
                            mask=(row[:, None] < rows) & (byte[None, :] < WIDTH), other=0).to(tl.int32)

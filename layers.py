@@ -347,9 +347,9 @@ class _TernaryLinear(torch.autograd.Function):
     """y (N, out) = int8(gain * RMSNorm(act(x))) @ ternary(w).T * scales * out_gain + b.
 
     x (N, in), or (N, 2 in) if act is gated. Saves x, the int8 codes of the normalized input, per-token scalars and the weight's
-    scales. The codes give dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w)` returns the ternary weight;
-    scales[i] belongs to a chunk of rows[i] rows. gain=None means that x is already normalized; out_gain=None means 1. With
-    V = codes * scales and E = V * out_gain, dL/dout_gain is the sum of each row of V * dL/dE, so y need not be saved.
+    scales. The codes give dL/dw = dy.T @ (codes * scale) exactly. `codes, scales = weights(w, scales=None)` returns the ternary
+    weight; scales[i] belongs to a chunk of rows[i] rows. gain=None means that x is already normalized; out_gain=None means 1.
+    With V = codes * scales and E = V * out_gain, dL/dout_gain is the sum of each row of V * dL/dE, so y need not be saved.
     The product of the codes is exact in int32. In fp32 it is exact while |sum| <= 128 * in < 2**24. Autocast rounds it to bf16,
     like any other product.
     """
@@ -406,8 +406,7 @@ class _TernaryLinear(torch.autograd.Function):
         ggain = None if gain is None else torch.zeros_like(gain, dtype=sx.dtype)
         if need_x or out_gain is not None:
             t, _ = ctx.weights(_later(w, g), sw)
-            wq = t * _of_rows(sw, ctx.rows)[:, None]
-            wq = _later(wq, g) if w is None else wq
+            wq = t * _of_rows(_later(sw, g), ctx.rows)[:, None]
             scaled = (wq if out_gain is None else wq * out_gain[:, None]).to(g.dtype)
         for i in _blocks(q):
             if need_w:
@@ -451,7 +450,7 @@ class _FrozenLinear(torch.autograd.Function):
         y = x.new_empty(len(x), blocks[-1][1])
         for i, j in blocks:
             y[:, i:j] = F.linear(x, weights(i, j), None if b is None else b[i:j])
-        return _output(y)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -753,8 +752,8 @@ class Ternary(LowBit):
         return (self.shape[0] // self.chunks,) * self.chunks if isinstance(self.chunks, int) else tuple(self.chunks)
 
     def ternary(self, weight=None, scales=None):
-        """Return (int8 codes of the weight's shape, fp32 scales, one per chunk): of the latent `weight` (default: its own),
-        whose scales may be given, or, if packed, of the stored codes."""
+        """Return (int8 codes of the weight's shape, fp32 scales, one per chunk). weight: latent, default its own. scales: those
+        of `weight`, if they are known. A packed layer returns its stored codes and scales and ignores both."""
         if self.packed:
             codes = unpack_bits(self.code, 2, math.prod(self.shape[1:])).to(torch.int8).sub_(1)
             return codes.view(self.shape), self.weight_scale

@@ -58,8 +58,8 @@ residual = True                # False: blocks without the real 1x1 skip, as in 
 model_config = dict(           # binary | real | ternary | int4 for each layer
     conv1='real', conv2='real', conv3='real', conv4='real', conv5='real', conv6='real', conv7='real', conv8='real',
     conv9='real', conv10='real', fc1='real', fc2='real', final='real')
-norm = 'channel'               # of binary layers: batch (a BatchNorm follows, as after all other convolutions), or their own:
-                               # channel (over those of a pixel) | spatial (over pixels of a channel); an fc layer: its outputs
+norm = 'channel'               # of binary layers: batch (a BatchNorm follows, as after other convolutions) | their own, over
+                               # the channels of each pixel (channel) or the pixels of each channel (spatial); fc: over outputs
 binary_alpha = 0.25            # initial scale of binary layers with their own normalization
 binary_alpha_final = 1.0       # the same of `final`: the standard deviation of the logits
 dropout = 0.0                  # after fc1 and fc2

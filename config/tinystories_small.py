@@ -15,15 +15,9 @@ n_layer, n_head, n_kv_head = 4, 4, 2
 n_embd, n_ff = 256, 768        # multiples of 256 fit the blocks of GGUF's ternary types
 
 max_iters = 1000
-optimizer = 'muon'
 learning_rate = 2e-3
-lr_scale = dict(tern=4.0)      # results/tinystories_search.md
-schedule = 'linear'
 warmup_iters = 100
 
 eval_interval = 250
 eval_iters = 40
 save_interval = 500
-
-dtype = 'bfloat16'
-compile = True

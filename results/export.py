@@ -20,8 +20,7 @@ from types import SimpleNamespace
 import keep
 from keep import ROOT, number, table
 
-TRAINED = {'out/tinystories_silu': 'train_bitnet.py config/tinystories_small.py --act=silu --optimizer=adamw '
-                                 "--lr_scale={'tern':1.0} --schedule=two_stage --dtype=float32 --compile=False",
+TRAINED = {'out/tinystories_silu': 'train_bitnet.py config/tinystories_small.py --act=silu',
            'out/pycode_fp': 'train_gpt.py config/pycode_fp.py'}
 # file: (run, options of export.py)
 FILES = {'tinystories_TQ2_0.gguf': ('out/tinystories_silu', '--to=gguf --head=Q8_0'),

@@ -7,9 +7,8 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
     python results/runs.py sst2 | sst2_search                                     # methods of finetune_cls.py, their rates
-    python results/runs.py sst2_base                                              # ... from a model that was trained here
-    python results/runs.py food10 | cifar10 | food10_search                       # train_cnn.py: kinds of layers, their rates
-    python results/runs.py arithmetic | tictactoe | tinystories | tinystories_search      # train_bitnet.py
+    python results/runs.py food10 | food10_search                                 # kinds of layers of train_cnn.py, their rates
+    python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
     python results/runs.py speed                                                  # bench.py train, its table
     python results/runs.py bitnet_speed                                           # ... of train_bitnet.py's model
     python results/runs.py stats | fit | layers | optim | optim_bytes | finetune | conv   # bench.py's other commands
@@ -186,34 +185,17 @@ EXPERIMENTS |= {
         'apollo4': ('APOLLO, rank 4, 1e-3, with full gradients', None),
     }),
 }
-# first: python results/runs.py quality --only=fp --seeds=1
-#        python export.py --ckpt=out/quality/fp_s1/best.pt --to=hf --out=out/wikitext2_hf
-LORA = "--method=lora --targets=('c_attn','c_proj','c_fc') --learning_rate="
-EXPERIMENTS |= {
-    'sst2_base': Experiment('finetune_cls.py', 'config/sst2_scratch.py --init_from=pretrained --model=out/wikitext2_hf '
-                            '--max_iters=480', 'full', '1,2,3', {
-        'full': ('AdamW, all weights, 1e-3', ''),
-        'full_5': ('... 5e-4', '--learning_rate=5e-4'),
-        'full_20': ('... 2e-3', '--learning_rate=2e-3'),
-        'lora': ('LoRA, rank 16, all linear layers, 1e-2', LORA + '1e-2'),
-        'lora_5': ('... 5e-3', LORA + '5e-3'),
-        'lora_20': ('... 2e-2', LORA + '2e-2'),
-        'lora_attention': ('... only attention, 1e-2', "--method=lora --targets=('c_attn',) --learning_rate=1e-2"),
-        'rsvd6_columns': ('rSVD, rank 6, one second moment per column', '--method=rsvd --rank=6 --column_v=True'),
-    }),
-}
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
 REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
 BINARY = REAL.replace('real', 'binary')
-MIXED = re.sub("(conv8|conv9|conv10)':'real'", r"\1':'binary'", REAL)
-NETS = {'real': ('all real', REAL), 'mixed70': ('conv8, conv9, conv10 binary', MIXED), 'bin': ('all binary', BINARY)}
 ADAMW_CNN = " --optimizer=adamw --lr_scale={'bin':1.0}"
-# first: python data/images/prepare.py --dir ... --name=food10 --size=80; cifar10: --size=32, a folder with train/ and test/
+# first: python data/images/prepare.py --dir ... --name=food10 --size=80
 EXPERIMENTS |= {
-    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', NETS),
-    # 10,000 test images: CIFAR-10 as a folder of class folders
-    'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
-                          '--epochs=2', 'real', '1,2,3', NETS),
+    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', {
+        'real': ('all real', REAL),
+        'mixed70': ('conv8, conv9, conv10 binary', ''),
+        'bin': ('all binary', BINARY),
+    }),
     # A third of the steps.
     'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real_3', '1', {
         'real': ('all real, learning rate 1e-3', REAL + ' --learning_rate=1e-3'),
@@ -221,8 +203,8 @@ EXPERIMENTS |= {
         'real_10': ('... 1e-2', REAL + ' --learning_rate=1e-2'),
         'real_adamw': ('... AdamW, 1e-3', REAL + ADAMW_CNN + ' --learning_rate=1e-3'),
         'real_adamw_3': ('... AdamW, 3e-3', REAL + ADAMW_CNN),
-        'mixed70_lr3_2': ('conv8, conv9, conv10 binary, 3e-3, latent weights at 2 x the rate', MIXED),
-        'mixed70_lr3': ('... at the rate', MIXED + RATE('bin', 1.0)),
+        'mixed70_lr3_2': ('conv8, conv9, conv10 binary, 3e-3, latent weights at 2 x the rate', ''),
+        'mixed70_lr3': ('... at the rate', RATE('bin', 1.0)),
         'bin': ('all binary, a BatchNorm after each layer, 1e-3, latent weights at 5 x the rate',
                 BINARY + RATE('bin', 5.0) + ' --learning_rate=1e-3'),
         'bin_lr3': ('... 3e-3, at the rate', BINARY + RATE('bin', 1.0)),
@@ -237,30 +219,13 @@ EXPERIMENTS |= {
 TWINS = {'tern': ('ternary', ''),
          'fp_two': ('full precision, the same rates', '--quant=fp --second_lr=1.3333e-3'),
          'fp': ('full precision, without the second stage', '--quant=fp')}
-STORIES_FROM = '--init_from=out/tinystories/fp_s{seed}/best.pt' + RATE('tern', 0.5)
 # first: python data/<name>/prepare.py, tinystories with --file where there is no network
 EXPERIMENTS |= {
     'arithmetic': Experiment('train_bitnet.py', 'config/arithmetic.py', 'fp_two', '1337', TWINS),
     'tictactoe': Experiment('train_bitnet.py', 'config/tictactoe.py', 'fp_two', '1337', TWINS),
-    'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp', '1,2,3', {
-        'fp': ('full precision', '--quant=fp'),
-        'tern': ('ternary', ''),
-        'tern_from': ('... trained on from full precision', STORIES_FROM),
-    }),
-    'tinystories_search': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp', '1', {
-        'fp': ('full precision', '--quant=fp'),
-        'fp_1': ('... learning rate 1e-3 instead of 2e-3', '--quant=fp --learning_rate=1e-3'),
-        'fp_4': ('... 4e-3', '--quant=fp --learning_rate=4e-3'),
-        'fp_adamw': ('... AdamW, 2e-3', '--quant=fp --optimizer=adamw'),
-        'tern': ('ternary, latent weights at 4 x the rate', ''),
-        'tern_1': ('... at the rate', RATE('tern', 1.0)),
-        'tern_2': ('... at 2 x', RATE('tern', 2.0)),
-        'tern_8': ('... at 8 x', RATE('tern', 8.0)),
-        'tern_from': ('... trained on from full precision, at half the rate', STORIES_FROM),
-        'tern_from_1': ('... the same, at the rate', STORIES_FROM.replace('0.5', '1.0')),
-    }),
+    'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp_two', '1,2,3', TWINS),
 }
-BY_STEP = ('search', 'tinystories_search')       # losses along the run, also of runs that were stopped early
+BY_STEP = ('search',)                            # losses along the run, also of runs that were stopped early
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
@@ -433,15 +398,12 @@ IMAGES = ('{step:,} steps, {samples:,} images seen; at the last step, in percent
           'paired by seed, ± its standard error; share of the parameters that are binary.')
 # header of the first column, caption, other columns
 TABLES = dict.fromkeys(('blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
-    ('food10', 'cifar10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
+    ('food10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
     'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
                 'teacher. With its run they cost twice the steps.', LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
-    'sst2_base': ('method', 'From the full-precision model of [quality.md](quality.md), {parameters:,} parameters, trained on '
-                  'WikiText-2; {steps:,} steps; columns as in [sst2.md](sst2.md).',
-                  SCORES | {'trained': first('trained_parameters'), 'optimizer bytes': first('optimizer_bytes')}),
     'sst2': ('method', '{parameters:,} parameters, {steps:,} steps. Accuracy in percent on {n} sentences and on {held_n:,} '
              'held-out texts, mean ± sd over seeds. The gap and the loss are over all of these texts; the gap in points, '
              'paired by seed, ± its standard error. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
