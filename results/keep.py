@@ -41,7 +41,7 @@ INDEX = {
     'food10_search': ('Which learning rates and normalizations do binary convolutions need?', 'top-1',
                       '... 3e-3, latent weights at 2 x', '... 3e-3, latent weights at 5 x'),
     'conv': ('Which time and memory does a low-bit convolution take?', 'network = ms of a training step, × real',
-             'binary channel, float32', 'real, float32'),
+             'binary, float32', 'binary channel, float32', 'real, float32'),
     'sst2': ('Which accuracy and memory does each fine-tuning method have?', 'gap = gap to AdamW in points',
              'rSVD, rank 6, one second moment per column', 'rSVD, rank 4', 'LoRA, rank 16'),
     'sst2_search': ('Which rates and moments does low-rank Adam need?', 'gap = gap to AdamW in points',
