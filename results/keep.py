@@ -1,9 +1,10 @@
 """
 Stores the results of an experiment in results/: <name>.jsonl, <name>.md and, for curves, <name>.png.
 
-A line of <name>.jsonl is one run: variant, seed, changed options, versions, machine, median milliseconds and peak memory of
-its steps, the size of its packed file, its evaluations. null means unknown. For bench.py and ptq.py a line is one of their
-rows. All tables, the headlines in README.md and docs/, and the index results/README.md are made from these lines alone.
+A line of <name>.jsonl is one run: variant, seed, changed options, all settings, versions, machine, median milliseconds and
+peak memory of its steps, the size of its packed file, its evaluations. null means unknown. For bench.py and ptq.py a line is
+one of their rows. All tables, the headlines in README.md and docs/, and the index results/README.md are made from these lines
+alone.
 """
 import json
 import os
@@ -134,9 +135,11 @@ def keep_run(name, out, **about):
 
     import common
     records = common.read_log(str(out))
-    device = torch.device(load_config(str(out)).get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    settings = load_config(str(out))
+    device = torch.device(settings.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'))
     state = common.read_checkpoint(str(out / 'last.pt'), mmap=True)
-    run = {**about, 'versions': state['versions'], 'machine': common.device_name(device), **condensed(records)}
+    run = {**about, 'settings': settings, 'versions': state['versions'], 'machine': common.device_name(device),
+           **condensed(records)}
     if (out / 'results.yaml').exists():                     # finetune_cls.py writes it at its end
         import yaml
         run['results'] = yaml.safe_load((out / 'results.yaml').read_text(encoding='utf-8'))

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -314,6 +315,19 @@ def runs_of(name, given_up=False):
     return {v: by_seed for v, by_seed in found.items() if by_seed}
 
 
+def check_settings(name):
+    """Exit with a message if a run was made with other values than its config file has now."""
+    for r in keep.read(name):
+        for path in (word for word in r.get('config', '').split() if 'settings' in r and word.endswith('.py')):
+            now = runpy.run_path(str(ROOT / path))
+            typed = set(re.findall(r'--(\w+)=', f'{r["config"]} {r["options"]}')) | {'out_dir'}
+            for key in r['settings'].keys() & now.keys() - typed:
+                ran = r['settings'][key]
+                if (ran | now[key] if isinstance(ran, dict) else now[key]) != ran:      # a dict changes some of its keys
+                    sys.exit(f'error: {name}: {r["variant"]} seed {r["seed"]} ran with {key}={ran}, but {path} has {now[key]} '
+                             f'now; run it again')
+
+
 def pooled(results):
     """The figures of results.yaml; if it has the sets val and held, also those of held and of the texts of both together."""
     if 'sets' not in results:
@@ -442,6 +456,7 @@ def write_tables(name):
     _, config, _, _, variants = EXPERIMENTS.get(name, [None] * 5)
     if name in BENCHES:
         return keep.publish(name, bench_table(name))
+    check_settings(name)
     if name in BY_STEP:
         rows = [(variants[v][0], {e['step']: e['val_loss'] for e in r['evaluations'] if e['step']})
                 for v, runs in runs_of(name, given_up=True).items() for r in runs.values()]

@@ -26,6 +26,7 @@ def test_tables_are_what_the_runs_give(in_turn, tmp_path):
     Each headline names its rows."""
     for folder in ('results', 'docs'):
         (tmp_path / folder).mkdir()
+    shutil.copytree(ROOT / 'config', tmp_path / 'config')               # runs are compared with these
     for source in (*ROOT.glob('results/*.py'), *ROOT.glob('results/*.jsonl')):
         shutil.copy(source, tmp_path / 'results')
     pages = {p.relative_to(ROOT): p.read_text(encoding='utf-8') for p in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
@@ -61,7 +62,7 @@ def test_keep_run_stores_a_run_folder(root):
     out = root / 'out'
     out.mkdir()
     common.save_checkpoint(str(out / 'last.pt'), {'trainer': 'train_gpt'})
-    (out / 'config.py').write_text("device = 'cpu'\n")
+    (out / 'config.py').write_text("device = 'cpu'\nseed = 1\n")
     steps = [{'step': step, 'loss': 1.0, 'ms': ms, 'peak_mem_bytes': peak}
              for step, ms, peak in ((1, 2.0, 7), (2, 30.0, 9), (3, 4.0, 8), (4, None, 99))]
     diagnosis = {'step': 3, 'zero': 0.5, 'matrices': {'0.q': {}}}
@@ -69,13 +70,30 @@ def test_keep_run_stores_a_run_folder(root):
     for record in (evaluations[0], *steps, diagnosis, evaluations[1]):
         common.append_log(str(out), record)
     keep.keep_run('x', out, variant='fp', seed=1, threads=2)
-    expected = {'variant': 'fp', 'seed': 1, 'threads': 2, 'versions': common.versions(), 'ms': 4.0, 'peak_mem_bytes': 9,
-                'machine': common.device_name(torch.device('cpu')), 'evaluations': evaluations}
+    expected = {'variant': 'fp', 'seed': 1, 'threads': 2, 'settings': {'device': 'cpu', 'seed': 1},
+                'versions': common.versions(), 'ms': 4.0, 'peak_mem_bytes': 9, 'machine': common.device_name(torch.device('cpu')), 'evaluations': evaluations}
     assert keep.read('x') == [expected]
     common.append_log(str(out), {'step': 4, 'packed_file_bytes': 10, 'best_step': 4})
     (out / 'results.yaml').write_text('accuracy: 0.5\n')
     keep.keep_run('x', out, variant='fp', seed=1, threads=2)
     assert keep.read('x') == [expected | {'packed_file_bytes': 10, 'best_step': 4, 'results': {'accuracy': 0.5}}]
+
+
+def test_a_run_with_other_settings_than_its_config_file_is_refused(root, monkeypatch):
+    """A changed number, or a changed key of a dict, refuses the table. An option of the run, and keys that only the trainer
+    has, do not."""
+    import runs
+    monkeypatch.setattr(runs, 'ROOT', root)
+    (root / 'a.py').write_text("rate = 1.0\nscale = {'bin': 2.0}\nout_dir = 'out/a'\n")
+    run = {'variant': 'fp', 'seed': 1, 'config': 'a.py --rate=2.0', 'options': '',
+           'settings': {'rate': 2.0, 'scale': {'bin': 2.0, 'tern': 1.0}, 'out_dir': 'out/b', 'steps': 5}}
+    keep.put('x', run)
+    runs.check_settings('x')
+    for key, value in (('scale', {'bin': 1.0, 'tern': 1.0}), ('config', 'a.py')):
+        changed = run | {'config': value} if key == 'config' else run | {'settings': run['settings'] | {key: value}}
+        keep.put('x', changed)
+        with pytest.raises(SystemExit, match='x: fp seed 1 ran with (rate=2.0|scale=.*), but a.py has (1.0|.*2.0.*) now'):
+            runs.check_settings('x')
 
 
 def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):
