@@ -71,7 +71,8 @@ def test_keep_run_stores_a_run_folder(root):
         common.append_log(str(out), record)
     keep.keep_run('x', out, variant='fp', seed=1, threads=2)
     expected = {'variant': 'fp', 'seed': 1, 'threads': 2, 'settings': {'device': 'cpu', 'seed': 1},
-                'versions': common.versions(), 'ms': 4.0, 'peak_mem_bytes': 9, 'machine': common.device_name(torch.device('cpu')), 'evaluations': evaluations}
+                'versions': common.versions(), 'ms': 4.0, 'peak_mem_bytes': 9,
+                'machine': common.device_name(torch.device('cpu')), 'evaluations': evaluations}
     assert keep.read('x') == [expected]
     common.append_log(str(out), {'step': 4, 'packed_file_bytes': 10, 'best_step': 4})
     (out / 'results.yaml').write_text('accuracy: 0.5\n')
