@@ -3,6 +3,7 @@ Layers whose weights take 1, 1.58, 4, 8 or 16 bits: trained through the rounding
 
     linear('bin', 256, 1024)                    creates a layer of one of FORMATS, the table at the end; conv2d() likewise
     convert(model, {'blocks.*': 'tern'})        replaces layers of a model by name
+    ramp(model)                                 lets training start from full-precision weights and round them step by step
     pack(model)                                 replaces the latent weights by packed codes, in place
 
 The formats of 8 bits and less keep latent full-precision weights during training. The gradient passes straight through the
@@ -336,7 +337,7 @@ def has_fast_int8(device):
 
 def int8_product_pays(q, t):
     """True if torch._int_mm(q (N, in), t.T) of int8 tensors is possible and fast; t (out, in)."""
-    if not has_fast_int8(q.device):
+    if not has_fast_int8(q.device) or t.dtype != torch.int8:
         return False
     if q.device.type == 'cuda':                     # the shapes that cuBLASLt takes
         return len(q) > 16 and q.shape[1] % 8 == len(t) % 8 == 0
@@ -538,6 +539,7 @@ class LowBit(nn.Module):
     quantizes a latent weight. Raises ValueError for an activation that is not in `acts`.
     """
     packed, acts, bias_dim = False, ACTIVATIONS, 0  # bias_dim: the bias has the size of this weight dimension
+    share = None                                    # of the rounded weight in training, see ramp()
 
     def __init__(self, shape, bias, act=None):
         if act not in self.acts:
@@ -594,8 +596,15 @@ class LowBit(nn.Module):
 
     def _quantize(self, weight, bias, dtype):
         """Return the quantized (weight, bias or None) in `dtype`: from latent values or, if packed, from the codes."""
-        weight = self.effective_weight() if self.packed else self.rounded(weight)
+        weight = self.effective_weight() if self.packed else self._mixed(self.rounded(weight), weight)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _mixed(self, rounded, full):
+        """The weight of a training step: `rounded`, with a share of `full` before the end of a ramp."""
+        if self.share is None or not self.training:
+            return rounded
+        full = wide(full.detach())
+        return torch.lerp(full, rounded.to(full.dtype), self.share.to(full.dtype))
 
     def packed_bytes(self):
         """Bytes of this layer when packed: codes, scales and the parameters that stay in full precision."""
@@ -738,7 +747,14 @@ class Binary(LowBit):
     def _quantize(self, weight, bias, dtype):
         if self.packed:
             return self._unpacked(dtype, self.offset)
-        return tuple(None if p is None else half_bits(p, self.chunks, dtype, self.offset) for p in (weight, bias))
+        bits, bias = (None if p is None else half_bits(p, self.chunks, dtype, self.offset) for p in (weight, bias))
+        return (bits if self.share is None else self._mixed(bits, self._full(weight)).to(dtype)), bias
+
+    def _full(self, weight):
+        """The latent weight in the units of its bits: minus its mean, with mean size 1/2, plus 1/2 - offset."""
+        flat = wide(weight.detach().reshape(self.chunks, -1))
+        flat = flat - flat.mean(1, keepdim=True)
+        return (flat / (2 * flat.abs().mean(1, keepdim=True)).clamp_(min=1e-30)).add_(0.5 - self.offset).view(weight.shape)
 
 
 class Ternary(LowBit):
@@ -758,6 +774,13 @@ class Ternary(LowBit):
             codes = unpack_bits(self.code, 2, math.prod(self.shape[1:])).to(torch.int8).sub_(1)
             return codes.view(self.shape), self.weight_scale
         return ternarize((self.weight if weight is None else weight).detach(), self.chunks, scales)
+
+    def mixed(self, weight, scales=None):
+        """ternary() for a training step: before the end of a ramp the codes are not whole numbers."""
+        codes, scales = self.ternary(weight, scales)
+        if self.share is None or self.packed:
+            return codes, scales
+        return self._mixed(codes, weight.flatten(1) / _of_rows(scales, self.rows)[:, None]), scales
 
     def encode(self):
         codes, scales = self.ternary()
@@ -907,7 +930,7 @@ class TernaryLinear(Ternary, LowBitLinear):
         return nn.Sequential(*([norm, new] if self.act is None else [new[0], norm, new[1]]))
 
     def forward(self, x):
-        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.out_gain, self.ternary,
+        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.out_gain, self.mixed,
                            self.rows, self.eps, self.act, compute_dtype(x),
                            (self.code, self.weight_scale) if self.packed else None)
         return y.view(*x.shape[:-1], self.out_features)
@@ -1060,7 +1083,10 @@ class BinaryEmbedding(Binary):
                 e = e + (unpack_bits(self.packed_bias, 1, self.embedding_dim).to(e.dtype) - 0.5)
         else:
             rows = F.embedding(ids, self.weight)
-            e = straight_through(rows, (wide(rows) > wide(self.weight).mean()).to(rows.dtype) - 0.5)
+            bits = (wide(rows) > wide(self.weight).mean()).to(rows.dtype) - 0.5
+            if self.share is not None:
+                bits = self._mixed(bits, F.embedding(ids, self._full(self.weight))).to(rows.dtype)
+            e = straight_through(rows, bits)
             if self.bias is not None:
                 e = e + straight_through(self.bias, half_bits(self.bias))
         return normalize(e, self.alpha, self.eps)
@@ -1463,6 +1489,17 @@ def pack(model):
         if isinstance(module, LowBit):
             module.pack_()
     return model
+
+
+def ramp(model):
+    """Let the low-bit layers of the model train on (1 - share) W + share Q(W), with the straight-through gradient of Q(W)
+    (arXiv 2502.11895, 2509.22935). Binary layers take W in the units of its bits. In evaluation mode and when packed the layers
+    use Q(W). Returns share, fp32 () on the device of the model, 0 at first: fill it before each step, with 1 in the end."""
+    share = torch.zeros((), device=next(model.parameters()).device)
+    for module in model.modules():
+        if isinstance(module, LowBit):
+            module.share = share
+    return share
 
 
 def model_bytes(model):

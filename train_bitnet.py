@@ -60,6 +60,7 @@ projected = True               # rsvd: full-precision layers form no full gradie
 max_iters = 2000               # optimizer steps in total, including those before a resume
 learning_rate = 0.0            # peak, at the end of warm-up; 0: from PEAK_RATES, by model size and quant
 lr_scale = {'tern': 1.0}       # rate factor of ternary latent weights
+ramp = 0.0                     # share of the steps in which weights go from full precision to rounded; evaluations round them
 second_lr = 0.0                # two_stage: step-0 value of the second half's line; 0: 2/3 of learning_rate, with fp all of it
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
@@ -284,6 +285,7 @@ def main():
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (not rope_theta > 0, f'rope_theta={rope_theta} must be above 0'),
             (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
+            (not 0 <= ramp <= 1, f'ramp={ramp} must be from 0 to 1'),
             (n_embd % (2 * n_head) or n_head % n_kv_head,
              f'n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and n_head of n_kv_head={n_kv_head}')):
         if wrong:
@@ -334,6 +336,7 @@ def main():
         configurator.fail(str(e))
     model.to(dev)
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
+    share = layers.ramp(model) if ramp else None
     packed_bytes, fp32_bytes = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
     rates = next(rates for most, *rates in PEAK_RATES[quant] if n_params <= most)
@@ -497,6 +500,8 @@ def main():
         decays = schedule != 'two_stage' or step < max_iters // 2 or quant == 'fp'     # baselines decay to the end (Tips PDF)
         for group in opt.param_groups:
             group['lr'], group['weight_decay'] = lr * group['lr_scale'], group['decay'] * decays
+        if ramp:
+            share.fill_(min(1.0, step / (ramp * max_iters)))
         common.seed_step(seed, step, rank_here)
         loss_sum = torch.zeros((), device=dev)
         for i, (x, y) in enumerate(upcoming or batches(step)):

@@ -73,6 +73,7 @@ epochs = 30.0                  # passes over the training images in total, inclu
 max_iters = 0                  # optimizer steps in total; 0: `epochs` decides
 learning_rate = 1e-3           # peak, at the end of warm-up
 lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}   # rate factors: latent weights (not biases), binary scales
+ramp = 0.0                     # share of the steps in which weights go from full precision to rounded; evaluations round them
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'cosine'            # cosine | linear | constant
 warmup_iters = 100             # steps of linear warm-up
@@ -226,6 +227,7 @@ def main():
             (not 0 < eval_crop <= 1, f'eval_crop={eval_crop} must be above 0 and at most 1'),
             (image_size < 16, f'image_size={image_size} is too small for four poolings; type --image_size=16 or more'),
             (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
+            (not 0 <= ramp <= 1, f'ramp={ramp} must be from 0 to 1'),
             (not 0 <= dropout < 1, f'dropout={dropout} must be at least 0 and below 1'),
             (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final must be above 0'),
             (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train')):
@@ -304,6 +306,7 @@ def main():
         say(f'{len(taken)} of {len(own)} tensors from {init_from}; new: {", ".join(sorted(own.keys() - taken)) or "none"}')
     model.to(dev, memory_format=torch.channels_last)
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
+    share = layers.ramp(model) if ramp else None
     packed_bytes, fp32_bytes = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
     in_bits = lambda m: m.weight.numel() + (m.bias.numel() if m.kind == 'bin' and m.bias is not None else 0)  # others are fp32
@@ -479,6 +482,8 @@ def main():
         lr = common.lr_at(step, schedule, learning_rate, min_lr, warmup_iters, total_iters)
         for group in opt.param_groups:
             group['lr'] = lr * group['lr_scale']
+        if ramp:
+            share.fill_(min(1.0, step / (ramp * total_iters)))
         common.seed_step(seed, step, rank_here)
         loss_sum = torch.zeros((), device=dev)
         sums, before = ([torch.zeros_like(b) for b in statistics], [b.clone() for b in statistics]) if shared else ([], [])

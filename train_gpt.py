@@ -59,6 +59,7 @@ projected = True               # rsvd: full-precision layers form no full gradie
 max_iters = 2000               # optimizer steps in total, including those before a resume
 learning_rate = 1e-3           # peak, at the end of warm-up
 lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0, 'alpha': 0.02}   # rate factors: latent weights (not biases), binary scales
+ramp = 0.0                     # share of the steps in which weights go from full precision to rounded; evaluations round them
 min_lr = 1e-4                  # learning rate at the last step
 second_lr = 0.0                # two_stage: step-0 value of the second half's line; 0: 2/3 of learning_rate
 schedule = 'cosine'            # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
@@ -264,6 +265,7 @@ def main():
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (n_embd % n_head, f'n_embd={n_embd} is no multiple of n_head={n_head}'),
             (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
+            (not 0 <= ramp <= 1, f'ramp={ramp} must be from 0 to 1'),
             (not 0 <= distill <= 1, f'distill={distill} must be from 0 to 1')):
         if wrong:
             fail(why)
@@ -307,6 +309,7 @@ def main():
         configurator.fail(str(e))
     model.to(dev)
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
+    share = layers.ramp(model) if ramp else None
     packed_bytes, fp32_bytes = layers.model_bytes(model)
     n_params = sum(p.numel() for p in model.parameters())
     say(f'{n_params:,} parameters, {sum(m.weight.numel() for m in low_bit):,} of them low-bit; '
@@ -443,6 +446,8 @@ def main():
         decays = schedule != 'two_stage' or step < max_iters // 2
         for group in opt.param_groups:
             group['lr'], group['weight_decay'] = lr * group['lr_scale'], group['decay'] * decays
+        if ramp:
+            share.fill_(min(1.0, step / (ramp * max_iters)))
         common.seed_step(seed, step, rank_here)
         loss_sum = torch.zeros((), device=dev)
         for i, (x, y) in enumerate(upcoming or batches(step)):

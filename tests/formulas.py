@@ -21,6 +21,17 @@ def straight_through(p, q):
     return p + (q - p).detach()
 
 
+def ramped(layer, w, full, rounded):
+    """The weight of a training step: `rounded`, with a share of `full` if the layer has one; the gradient is that of w."""
+    share = 1 if layer.share is None or not layer.training else layer.share.to(w.dtype)
+    return straight_through(w, full + share * (rounded - full))
+
+
+def in_bits(w):
+    """w, moved and scaled so that it has the mean 1/2, and 1/2 as its mean distance from that."""
+    return (w - w.mean()) / (w - w.mean()).abs().mean() / 2 + 0.5
+
+
 def bits(p):
     """{0,1}, literally."""
     return straight_through(p, (p > p.mean()).to(p.dtype))
@@ -44,18 +55,19 @@ def rounded(layer):
     biases = [None] * len(rows) if layer.bias is None else layer.bias.split(rows)
     for w, b in zip(layer.weight.split(rows), biases, strict=True):
         if layer.kind == 'bin':
-            w, b = bits(w) - (0.5 if layer.alpha is None else 0), None if b is None else bits(b)
+            w = ramped(layer, w, in_bits(w), bits(w)) - (0.5 if layer.alpha is None else 0)
+            b = None if b is None else bits(b)
         elif layer.kind == 'tern':
             s = w.abs().mean().clamp(min=1e-5)
-            w = straight_through(w, (w / s).round().clamp(-1, 1) * s)
+            w = ramped(layer, w, w, (w / s).round().clamp(-1, 1) * s)
         elif layer.kind == 'int8':
             s = w.abs().amax(1, keepdim=True) / 127
-            w = straight_through(w, (w / s).round() * s)
+            w = ramped(layer, w, w, (w / s).round() * s)
         else:
             groups = F.pad(w.flatten(), (0, -w.numel() % layer.group)).view(-1, layer.group)
             top = groups.abs().amax(1, keepdim=True).half().to(w.dtype)
             q = ((groups + top) / (2 * top) * 15).round().clamp(0, 15) / 15 * 2 * top - top
-            w = straight_through(w, q.flatten()[:w.numel()].view(w.shape))
+            w = ramped(layer, w, w, q.flatten()[:w.numel()].view(w.shape))
         parts.append((w, b))
     return parts
 
@@ -63,7 +75,8 @@ def rounded(layer):
 def reference(layer, x, given=None):
     """The output of a latent layer by its formula. given: the options of F.conv2d, as the layer got them."""
     if isinstance(layer, BinaryEmbedding):
-        return normalize(bits(layer.weight)[x] + (0 if layer.bias is None else bits(layer.bias)), layer.alpha, -1)
+        table = ramped(layer, layer.weight, in_bits(layer.weight), bits(layer.weight))
+        return normalize(table[x] + (0 if layer.bias is None else bits(layer.bias)), layer.alpha, -1)
     conv = hasattr(layer, 'conv')
     a = activated(layer, x)
     if getattr(layer, 'gain', None) is not None:

@@ -129,6 +129,24 @@ def test_lower_precision_is_near_float64(form, how):
         assert off(t, expected[name], 1) < (1e-5 if how == 'float32' else 0.03), (name, off(t, expected[name], 1))
 
 
+@pytest.mark.parametrize('name', [name for name in PACKABLE if name != 'int8 act'])        # packed, it rounds elsewhere
+def test_a_ramp_mixes_full_and_rounded_weights(name):
+    """At a share of 0 and of 0.3, value and every gradient are those of the formula. At 1, in evaluation mode and packed, the
+    output is to the bit the one without a ramp."""
+    layer, x = made(name, torch.float64)
+    y = layer(x)
+    share = layers.ramp(layer)
+    for value in (0, 0.3):
+        share.fill_(value)
+        assert off(layer(x), y) > 0.002
+        if not name.endswith(('nf4', 'fit4')):                              # formulas.py does not have these
+            check(layer, x, 1e-5)
+    assert torch.equal(layer.eval()(x), y)
+    assert torch.equal(copy.deepcopy(layer.train()).pack_()(x), y)
+    share.fill_(1)
+    assert torch.equal(layer(x), y)
+
+
 @every_form
 def test_only_what_needs_a_gradient_gets_one(form):
     """With any of x, weight, bias, alpha and gain frozen, the others get the same gradients as before."""

@@ -147,6 +147,17 @@ def test_stopped_and_resumed_equals_unbroken(run_of, folder_of, unbroken_of, tra
     assert 'step 12 of 12 is reached' in done.out
 
 
+@pytest.mark.parametrize('trainer', [trainer for trainer in TRAINERS if any('--ramp' in o for o in DROPOUT[trainer])])
+def test_a_ramp_starts_from_full_precision(run_of, folder_of, unbroken_of, trainer):
+    """With --ramp=0.4 of 12 steps, 5 steps train on other weights than without; the evaluation before them does not show it."""
+    cwd, plain = folder_of(trainer), unbroken_of(trainer)
+    run_of(trainer, '--ramp=0.4', cwd=cwd)
+    (first, *ramped), (same, *rounded) = ([r['loss'] for r in log(where) if 'loss' in r] for where in (cwd, plain))
+    assert first != same
+    before, after = ([r['val_loss'] for r in log(where) if 'val_loss' in r] for where in (cwd, plain))
+    assert (before[0] == after[0]) == (0 in evaluated(cwd)) and before[1:] != after[1:]
+
+
 @every_trainer
 def test_what_is_watched_does_not_change_what_is_trained(run_of, folder_of, unbroken_of, trainer):
     """out/config.py run from another folder, with other intervals of evaluations, records and saves, a profile, threads that
