@@ -50,6 +50,7 @@ binary_blocks = ()             # low-bit blocks by number, e.g. (0, 3, 5), inste
 binary_alpha = 1.0             # initial scale of binary q, k, v and MLP input layers
 binary_alpha_out = 0.05        # initial scale of binary layers that add to the residual stream; embeddings start at 0.02
 output_gains = False           # ternary layers multiply each output by a learned number
+ternary_std = 0.0              # initial deviation of ternary latent weights; 0: 1/sqrt(inputs). With a ramp 0.02, as all others
 # optimizer
 optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon; both train the blocks' matrices, AdamW the rest
 rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices
@@ -107,6 +108,7 @@ class GPTConfig:
     binary_alpha: float = 1.0
     binary_alpha_out: float = 0.05
     output_gains: bool = False
+    ternary_std: float = 0.0
 
 
 class CausalSelfAttention(nn.Module):
@@ -186,7 +188,7 @@ class GPT(nn.Module):
         for name, m in self.named_modules():        # std 0.02 as in GPT-2, less for layers that add to the residual stream
             if isinstance(m, nn.Linear | nn.Embedding | layers.LowBit):
                 # A ternary layer's scale is mean|W|. From 0.02 it grows too slowly, because latent weights learn slowly.
-                std = m.in_features ** -0.5 if isinstance(m, layers.TernaryLinear) else 0.02
+                std = 0.02 if not isinstance(m, layers.TernaryLinear) else c.ternary_std or m.in_features ** -0.5
                 nn.init.normal_(m.weight, std=std / math.sqrt(2 * c.n_layer) if name.endswith('c_proj') else std)
 
     def hidden(self, ids, cache=None):
@@ -260,7 +262,8 @@ def main():
                  'c_proj': layers.KINDS, 'mlp_proj': layers.KINDS},
         dict.fromkeys(('batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'eval_iters', 'log_interval',
                        'save_interval', 'rank', 'interval'), 1)
-        | dict.fromkeys(('learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters'), 0))
+        | dict.fromkeys(('learning_rate', 'second_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters',
+                         'ternary_std'), 0))
     for wrong, why in (
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (n_embd % n_head, f'n_embd={n_embd} is no multiple of n_head={n_head}'),
@@ -288,7 +291,7 @@ def main():
     model_config = GPTConfig(vocab_size=-(-tokenizer.vocab_size // 64) * 64, block_size=block_size, n_layer=n_layer,
                              n_head=n_head, n_embd=n_embd, dropout=dropout, bias=bias, qkv_proj=qkv_proj, c_proj=c_proj,
                              mlp_proj=mlp_proj, binary_blocks=low_bit_blocks(), binary_alpha=binary_alpha,
-                             binary_alpha_out=binary_alpha_out, output_gains=output_gains)
+                             binary_alpha_out=binary_alpha_out, output_gains=output_gains, ternary_std=ternary_std)
     torch.manual_seed(seed)                                            # same weights on every rank
     try:
         model = GPT(model_config)
@@ -345,8 +348,8 @@ def main():
         try:
             state = common.read_last_checkpoint(resume_path, 'train_gpt', set_aside=rank_here == 0)
             common.check_tokens(state, resume_path, tokenizer, dataset)
-            common.check_same(resume_path, {'optimizer': 'adamw', 'output_gains': False, **state['config'],
-                                             **state['model_config']}, described,
+            common.check_same(resume_path, {'optimizer': 'adamw', 'output_gains': False, 'ternary_std': 0.0,
+                                             **state['config'], **state['model_config']}, described,
                               f'resume with {out_dir}/config.py')
             common.load_model_state(model, state['model'], resume_path)
             common.load_optimizer(opt, state['optimizer'])

@@ -17,7 +17,8 @@ compile = True
 optimizer = 'muon'
 max_iters = 2500
 learning_rate = 8e-3           # see results/search.md
-lr_scale = {'bin': 1.0, 'tern': 2.0, 'int4': 1.0, 'alpha': 0.02}
+lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 0.02}
+ramp, ternary_std = 0.85, 0.02
 schedule, min_lr = 'linear', 0.0
 warmup_iters = 100
 

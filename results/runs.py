@@ -52,6 +52,7 @@ RATE = " --lr_scale={{'{}':{}}}".format                        # of one kind of 
 TERN4 = TERN + RATE('tern', 4.0)
 Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
 EXPERIMENTS = {
+    # The variant with None used a trial version of layers.py.
     'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
         'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
@@ -62,10 +63,15 @@ EXPERIMENTS = {
         # what python ptq.py choose --ckpt=out/quality/fp_s1 --bits=17 takes
         'half': ('2 of 4 blocks binary: 2 and 3', '--binary_blocks=2,3'),
         'bin': ('all binary', BIN),
-        'bin_half': ('... latent weights at half the rate', BIN + RATE('bin', 0.5)),
+        'bin_plain': ('... rounded from the start', BIN + ' --ramp=0.0'),
+        'bin_full': ('... latent weights never rounded', None),
         'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0)),
+        'bin_taught_plain': ('... rounded from the start', BIN + TAUGHT + RATE('alpha', 1.0) + ' --ramp=0.0'),
         'tern': ('all ternary', TERN),
-        'tern_taught': ('... trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5)),
+        'tern_plain': ('... rounded from the start', TERN + RATE('tern', 2.0) + ' --ramp=0.0 --ternary_std=0.0'),
+        'tern_small': ('... rounded from the start, initial weights as with a ramp', TERN + ' --ramp=0.0'),
+        'tern_taught': ('all ternary, trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5)),
+        'tern_taught_plain': ('... rounded from the start', TERN + TAUGHT + RATE('tern', 0.5) + ' --ramp=0.0'),
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
     # A quarter of the steps. The variant with None used an option that is gone.
