@@ -48,11 +48,12 @@ LOW = '--n_binary=4 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
 BIN, TERN = LOW.format('bin'), LOW.format('tern') + ' --output_gains=True'
 TWIN = '--{}=out/quality/fp_s{{seed}}/best.pt'.format     # {seed}: of the same seed, which must be trained first
 TAUGHT = f" {TWIN('init_from')} {TWIN('teacher')}"
+PLAIN = ' --ramp=0.0'
 RATE = " --lr_scale={{'{}':{}}}".format                        # of one kind of parameters, × the learning rate
 TERN4 = TERN + RATE('tern', 4.0)
 Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
 EXPERIMENTS = {
-    # The variant with None used a trial version of layers.py.
+    # The variants with None used a trial version of layers.py.
     'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
         'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
@@ -63,15 +64,20 @@ EXPERIMENTS = {
         # what python ptq.py choose --ckpt=out/quality/fp_s1 --bits=17 takes
         'half': ('2 of 4 blocks binary: 2 and 3', '--binary_blocks=2,3'),
         'bin': ('all binary', BIN),
-        'bin_plain': ('... rounded from the start', BIN + ' --ramp=0.0'),
+        'bin_plain': ('... rounded from the start', BIN + PLAIN),
+        'bin_wd0': ('... no weight decay, a ramp over 75 %', None),
+        'bin_ramp75': ('... a ramp over 75 % of the steps instead of 85 %', None),
+        'bin_ramp90': ('... over 90 %', None),
         'bin_full': ('... latent weights never rounded', None),
-        'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0)),
-        'bin_taught_plain': ('... rounded from the start', BIN + TAUGHT + RATE('alpha', 1.0) + ' --ramp=0.0'),
+        'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0) + PLAIN),
+        'bin_taught_ramp': ('... with a ramp over 85 % of the steps', None),
         'tern': ('all ternary', TERN),
-        'tern_plain': ('... rounded from the start', TERN + RATE('tern', 2.0) + ' --ramp=0.0 --ternary_std=0.0'),
-        'tern_small': ('... rounded from the start, initial weights as with a ramp', TERN + ' --ramp=0.0'),
-        'tern_taught': ('all ternary, trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5)),
-        'tern_taught_plain': ('... rounded from the start', TERN + TAUGHT + RATE('tern', 0.5) + ' --ramp=0.0'),
+        'tern_plain': ('... rounded from the start, at 2 x the rate, from 1/sqrt(inputs)',
+                       TERN + RATE('tern', 2.0) + PLAIN + ' --ternary_std=0.0'),
+        'tern_small': ('... rounded from the start, from the same initial weights', TERN + PLAIN),
+        'tern_large': ('... a ramp over 75 % of the steps, from 1/sqrt(inputs)', None),
+        'tern_taught': ('all ternary, trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5) + PLAIN),
+        'tern_taught_ramp': ('... with a ramp over 85 % of the steps', None),
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
     # A quarter of the steps. The variant with None used an option that is gone.
@@ -534,14 +540,17 @@ def write_summary():
 
 
 def picture(name):
-    """results/<name>.png: validation loss against tokens, one line and one band over the seeds for each variant."""
+    """results/<name>.png: validation loss against tokens, one line and one band over the seeds for each variant with the most
+    seeds."""
     from report.plot_runs import draw_loss
     labels, whole = {}, ''
     for variant, (label, _) in EXPERIMENTS[name].variants.items():      # '...' continues the last label without it
         whole = whole if label.startswith('...') else label
         labels[variant] = label.replace('...', f'{whole},')
+    found = runs_of(name)
+    most = max(map(len, found.values()))
     logs = {f'{labels[v]} (n={len(runs)})': [[e for e in r['evaluations'] if e['step']] for r in runs.values()]
-            for v, runs in runs_of(name).items()}
+            for v, runs in found.items() if len(runs) == most}
     figure, _ = draw_loss(logs)
     figure.axes[0].set_ylabel(f'validation loss (nats per {"token" if name in SUBWORDS else "byte"})')
     figure.savefig(ROOT / 'results' / f'{name}.png', dpi=100)

@@ -289,3 +289,16 @@ def test_each_projection_takes_its_own_kind():
     assert names(model.blocks[0]) == ['Linear'] * 4 + ['LayerNorm'] * 2
     assert names(model.blocks[1]) == ['TernaryLinear', 'Linear4bit', 'BinaryLinear', 'BinaryLinear', 'Identity',
                                       'LayerNorm']
+
+
+@pytest.mark.parametrize('std, want', [(0.0, 1 / 16), (0.05, 0.05)])
+def test_initial_weights(std, want):
+    """Ternary latent weights have deviation ternary_std or 1/sqrt(inputs), others 0.02; both are smaller by sqrt(2 n_layer) in
+    layers that add to the residual stream."""
+    torch.manual_seed(0)
+    model = train_gpt.GPT(train_gpt.GPTConfig(64, 16, 2, 2, 256, qkv_proj='tern', c_proj='tern', mlp_proj='bin',
+                                              binary_blocks=(0,), ternary_std=std))
+    low, full = model.blocks
+    for m, expected in ((low.attn.c_attn, want), (low.attn.c_proj, want / 2), (low.mlp.c_fc, 0.02), (low.mlp.c_proj, 0.01),
+                        (full.attn.c_attn, 0.02), (full.attn.c_proj, 0.01)):
+        assert m.weight.std().item() == pytest.approx(expected, rel=0.02)
