@@ -371,7 +371,7 @@ class _TernaryLinear(torch.autograd.Function):
                 q[i] = quantize_rows(a, top=top[i])[0]
         sx = top / 127
         few = packed and kernels_triton.usable(q) and len(q) <= kernels_triton.MOST_TOKENS
-        t, sw = packed if few else weights(w)                               # (out, in) int8, (chunks,)
+        t, sw = packed if few else weights(w)                               # (out, in) int8, or fp32 in a ramp; (chunks,)
         if few:
             z, sx_z = kernels_triton.int_product(q, t, 2), sx
         elif int8_product_pays(q, t):
@@ -567,7 +567,7 @@ class LowBit(nn.Module):
         if self.bias is not None and 'packed_bias' in buffers:
             del self.bias
             self.bias = None
-        self.weight = None
+        self.weight = self.share = None
         for name, value in buffers.items():
             self.register_buffer(name, value)
         for p in self.parameters(recurse=False):
@@ -596,15 +596,15 @@ class LowBit(nn.Module):
 
     def _quantize(self, weight, bias, dtype):
         """Return the quantized (weight, bias or None) in `dtype`: from latent values or, if packed, from the codes."""
-        weight = self.effective_weight() if self.packed else self._mixed(self.rounded(weight), weight)
+        weight = self.effective_weight() if self.packed else self._mixed(self.rounded(weight), lambda: weight)
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def _mixed(self, rounded, full):
-        """The weight of a training step: `rounded`, with a share of `full` before the end of a ramp."""
+        """The weight of a training step: `rounded`, with a share of full() before the end of a ramp, see ramp()."""
         if self.share is None or not self.training:
             return rounded
-        full = wide(full.detach())
-        return torch.lerp(full, rounded.to(full.dtype), self.share.to(full.dtype))
+        latent = wide(full().detach())
+        return torch.lerp(latent, rounded.to(latent.dtype), self.share.to(latent.dtype))
 
     def packed_bytes(self):
         """Bytes of this layer when packed: codes, scales and the parameters that stay in full precision."""
@@ -748,10 +748,10 @@ class Binary(LowBit):
         if self.packed:
             return self._unpacked(dtype, self.offset)
         bits, bias = (None if p is None else half_bits(p, self.chunks, dtype, self.offset) for p in (weight, bias))
-        return (bits if self.share is None else self._mixed(bits, self._full(weight)).to(dtype)), bias
+        return self._mixed(bits, lambda: self._in_bits(weight)).to(dtype), bias
 
-    def _full(self, weight):
-        """The latent weight in the units of its bits: minus its mean, with mean size 1/2, plus 1/2 - offset."""
+    def _in_bits(self, weight):
+        """The latent weight, moved and scaled to the mean 1/2 - offset and the mean distance 1/2 from it, as its bits have."""
         flat = wide(weight.detach().reshape(self.chunks, -1))
         flat = flat - flat.mean(1, keepdim=True)
         return (flat / (2 * flat.abs().mean(1, keepdim=True)).clamp_(min=1e-30)).add_(0.5 - self.offset).view(weight.shape)
@@ -774,13 +774,6 @@ class Ternary(LowBit):
             codes = unpack_bits(self.code, 2, math.prod(self.shape[1:])).to(torch.int8).sub_(1)
             return codes.view(self.shape), self.weight_scale
         return ternarize((self.weight if weight is None else weight).detach(), self.chunks, scales)
-
-    def mixed(self, weight, scales=None):
-        """ternary() for a training step: before the end of a ramp the codes are not whole numbers."""
-        codes, scales = self.ternary(weight, scales)
-        if self.share is None or self.packed:
-            return codes, scales
-        return self._mixed(codes, weight.flatten(1) / _of_rows(scales, self.rows)[:, None]), scales
 
     def encode(self):
         codes, scales = self.ternary()
@@ -929,8 +922,13 @@ class TernaryLinear(Ternary, LowBitLinear):
         norm.weight.copy_(self.gain)
         return nn.Sequential(*([norm, new] if self.act is None else [new[0], norm, new[1]]))
 
+    def _codes(self, weight=None, scales=None):
+        """ternary() for a training step: during a ramp the codes are fp32, and not whole numbers."""
+        codes, scales = self.ternary(weight, scales)
+        return self._mixed(codes, lambda: weight / _of_rows(scales, self.rows)[:, None]), scales
+
     def forward(self, x):
-        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.out_gain, self.mixed,
+        y = ternary_linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self.gain, self.out_gain, self._codes,
                            self.rows, self.eps, self.act, compute_dtype(x),
                            (self.code, self.weight_scale) if self.packed else None)
         return y.view(*x.shape[:-1], self.out_features)
@@ -1084,8 +1082,7 @@ class BinaryEmbedding(Binary):
         else:
             rows = F.embedding(ids, self.weight)
             bits = (wide(rows) > wide(self.weight).mean()).to(rows.dtype) - 0.5
-            if self.share is not None:
-                bits = self._mixed(bits, F.embedding(ids, self._full(self.weight))).to(rows.dtype)
+            bits = self._mixed(bits, lambda: F.embedding(ids, self._in_bits(self.weight))).to(rows.dtype)
             e = straight_through(rows, bits)
             if self.bias is not None:
                 e = e + straight_through(self.bias, half_bits(self.bias))
@@ -1492,13 +1489,18 @@ def pack(model):
 
 
 def ramp(model):
-    """Let the low-bit layers of the model train on (1 - share) W + share Q(W), with the straight-through gradient of Q(W)
-    (arXiv 2502.11895, 2509.22935). Binary layers take W in the units of its bits. In evaluation mode and when packed the layers
-    use Q(W). Returns share, fp32 () on the device of the model, 0 at first: fill it before each step, with 1 in the end."""
-    share = torch.zeros((), device=next(model.parameters()).device)
-    for module in model.modules():
-        if isinstance(module, LowBit):
-            module.share = share
+    """Let the low-bit layers of the model train on the mix (1 - share) W + share Q(W) of latent and rounded weights, which
+    phases the rounding in (arXiv 2502.11895).
+
+    For a binary layer W is moved and scaled to the mean and the mean deviation of its bits. The gradient of the mix passes to
+    W unchanged. Biases and activations are rounded from the start, and ternary products are not in int8. In evaluation
+    mode and when packed the layers use Q(W). Returns share, fp32 () on the device of the layers, at first 0: fill it before
+    each step, but not between a forward pass and its backward pass. Call it when the model is converted and on its device.
+    """
+    low = [m for m in model.modules() if isinstance(m, LowBit) and not m.packed]
+    share = torch.zeros((), device=low[0].weight.device if low else None)
+    for module in low:
+        module.share = share
     return share
 
 

@@ -60,7 +60,7 @@ projected = True               # rsvd: full-precision layers form no full gradie
 max_iters = 2000               # optimizer steps in total, including those before a resume
 learning_rate = 0.0            # peak, at the end of warm-up; 0: from PEAK_RATES, by model size and quant
 lr_scale = {'tern': 1.0}       # rate factor of ternary latent weights
-ramp = 0.0                     # share of the steps in which weights go from full precision to rounded; evaluations round them
+ramp = 0.0                     # share of the steps over which low-bit weights turn from latent to rounded; evaluations round
 second_lr = 0.0                # two_stage: step-0 value of the second half's line; 0: 2/3 of learning_rate, with fp all of it
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'two_stage'         # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
@@ -285,7 +285,7 @@ def main():
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (not rope_theta > 0, f'rope_theta={rope_theta} must be above 0'),
             (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
-            (not 0 <= ramp <= 1, f'ramp={ramp} must be from 0 to 1'),
+            (not 0 <= ramp < 1, f'ramp={ramp} must be at least 0 and below 1'),
             (n_embd % (2 * n_head) or n_head % n_kv_head,
              f'n_embd={n_embd} must be a multiple of 2 x n_head={n_head}, and n_head of n_kv_head={n_kv_head}')):
         if wrong:

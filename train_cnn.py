@@ -73,7 +73,7 @@ epochs = 30.0                  # passes over the training images in total, inclu
 max_iters = 0                  # optimizer steps in total; 0: `epochs` decides
 learning_rate = 1e-3           # peak, at the end of warm-up
 lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}   # rate factors: latent weights (not biases), binary scales
-ramp = 0.0                     # share of the steps in which weights go from full precision to rounded; evaluations round them
+ramp = 0.0                     # share of the steps over which low-bit weights turn from latent to rounded; evaluations round
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'cosine'            # cosine | linear | constant
 warmup_iters = 100             # steps of linear warm-up
@@ -227,7 +227,7 @@ def main():
             (not 0 < eval_crop <= 1, f'eval_crop={eval_crop} must be above 0 and at most 1'),
             (image_size < 16, f'image_size={image_size} is too small for four poolings; type --image_size=16 or more'),
             (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
-            (not 0 <= ramp <= 1, f'ramp={ramp} must be from 0 to 1'),
+            (not 0 <= ramp < 1, f'ramp={ramp} must be at least 0 and below 1'),
             (not 0 <= dropout < 1, f'dropout={dropout} must be at least 0 and below 1'),
             (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final must be above 0'),
             (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train')):

@@ -50,7 +50,7 @@ binary_blocks = ()             # low-bit blocks by number, e.g. (0, 3, 5), inste
 binary_alpha = 1.0             # initial scale of binary q, k, v and MLP input layers
 binary_alpha_out = 0.05        # initial scale of binary layers that add to the residual stream; embeddings start at 0.02
 output_gains = False           # ternary layers multiply each output by a learned number
-ternary_std = 0.0              # initial deviation of ternary latent weights; 0: 1/sqrt(inputs). With a ramp 0.02, as all others
+ternary_std = 0.0              # initial deviation of ternary latent weights; 0: 1/sqrt(inputs). Use 0.02 with a ramp
 # optimizer
 optimizer = 'adamw'            # adamw | rsvd: Adam in `rank` dimensions | muon; both train the blocks' matrices, AdamW the rest
 rank = 16                      # rsvd: dimensions of the moments of the blocks' matrices
@@ -60,7 +60,7 @@ projected = True               # rsvd: full-precision layers form no full gradie
 max_iters = 2000               # optimizer steps in total, including those before a resume
 learning_rate = 1e-3           # peak, at the end of warm-up
 lr_scale = {'bin': 0.25, 'tern': 0.5, 'int4': 1.0, 'alpha': 0.02}   # rate factors: latent weights (not biases), binary scales
-ramp = 0.0                     # share of the steps in which weights go from full precision to rounded; evaluations round them
+ramp = 0.0                     # share of the steps over which low-bit weights turn from latent to rounded; evaluations round
 min_lr = 1e-4                  # learning rate at the last step
 second_lr = 0.0                # two_stage: step-0 value of the second half's line; 0: 2/3 of learning_rate
 schedule = 'cosine'            # cosine | linear | constant | two_stage (BitNet: at half, the rate drops and weight decay ends)
@@ -268,7 +268,7 @@ def main():
             (not (0 <= beta1 < 1 and 0 <= beta2 < 1), f'beta1={beta1}, beta2={beta2} must be at least 0 and below 1'),
             (n_embd % n_head, f'n_embd={n_embd} is no multiple of n_head={n_head}'),
             (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
-            (not 0 <= ramp <= 1, f'ramp={ramp} must be from 0 to 1'),
+            (not 0 <= ramp < 1, f'ramp={ramp} must be at least 0 and below 1'),
             (not 0 <= distill <= 1, f'distill={distill} must be from 0 to 1')):
         if wrong:
             fail(why)

@@ -44,7 +44,7 @@ from keep import ROOT, table  # noqa: E402
 sys.path.append(str(ROOT / 'tests'))
 import forked  # noqa: E402
 import tiny  # noqa: E402
-from tiny import DROPOUT, IN_EVALUATION, LAST_FILES, NAN_LOSS, OPTIMIZERS, TRAINERS, checkpoint, kill_at  # noqa: E402
+from tiny import BY_STEP, IN_EVALUATION, LAST_FILES, NAN_LOSS, OPTIMIZERS, TRAINERS, checkpoint, kill_at  # noqa: E402
 
 import common  # noqa: E402
 
@@ -268,7 +268,7 @@ class Tally:
 
 def kill(tally, trainer, n, draw):
     """Runs that are killed up to five times, at any time or in a save, and resumed each time."""
-    options = DROPOUT[trainer]
+    options = BY_STEP[trainer]
     reference, seconds = whole(trainer, *options)
     counting = SAVING.format(call=0, share=None, signal='SIGKILL')
     calls = train(trainer, *options, cwd=fresh(trainer), patch=counting).out.count('saving: ')
@@ -300,7 +300,7 @@ def kill(tally, trainer, n, draw):
 
 def resume(tally, trainer, n, draw):
     """Stopped in a step and resumed, again and again: one pass with dropout, one with another optimizer."""
-    for options in (DROPOUT[trainer], SECOND[trainer]):
+    for options in (BY_STEP[trainer], SECOND[trainer]):
         (reference, _), cwd = whole(trainer, *options), fresh(trainer)
         stops = sorted(draw.sample(range(STEPS), min(STEPS, max(1, n // 2))))
         for step in stops:
@@ -315,7 +315,7 @@ def resume(tally, trainer, n, draw):
 
 def sigterm(tally, trainer, n, draw):
     """A SIGTERM in a step, in an evaluation, in a save, or at any time after the first step."""
-    options, waits = DROPOUT[trainer], []
+    options, waits = BY_STEP[trainer], []
     reference, seconds = whole(trainer, *options)
     calls = train(trainer, *options, cwd=fresh(trainer), patch=SAVING.format(call=0, share=None, signal='SIGTERM')).out
     first = calls[:calls.index('step 1:')].count('saving: ')            # those before training: of config.py and the log
@@ -372,7 +372,7 @@ def processes(tally, trainer, n, draw):
 
 def nan(tally, trainer, n, draw):
     """A NaN in one micro-batch's loss, or a NaN or an infinite number as gradient of one parameter, in a random step."""
-    options = DROPOUT[trainer]
+    options = BY_STEP[trainer]
     reference, _ = whole(trainer, *options)
     names = [k for k, t in checkpoint(reference)['model'].items()
              if t.is_floating_point() and 'running_' not in k and k != 'lm_head.weight']
@@ -406,7 +406,7 @@ def small_disk(folder, size):
 
 def disk(tally, trainer, n, draw):
     """A disk that is full early or late, once or for good: an error at a write, a small tmpfs, a limit of file sizes."""
-    options = DROPOUT[trainer]
+    options = BY_STEP[trainer]
     reference, _ = whole(trainer, *options)
     writes = train(trainer, *options, cwd=fresh(trainer), patch=FULL.format(where='False')).out.count('writing ')
     begun = fresh(trainer)

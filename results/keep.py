@@ -2,9 +2,9 @@
 Stores the results of an experiment in results/: <name>.jsonl, <name>.md and, for curves, <name>.png.
 
 A line of <name>.jsonl is one run: variant, seed, changed options, all settings, versions, machine, median milliseconds and
-peak memory of its steps, the size of its packed file, its evaluations. null means unknown. For bench.py and ptq.py a line is
-one of their rows. All tables, the headlines in README.md and docs/, and the index results/README.md are made from these lines
-alone.
+peak memory of its steps, the size of its packed file, its evaluations. null means unknown. typed: the options of a run that was
+made before some of its `options` existed. For bench.py and ptq.py a line is one of their rows. All tables, the headlines in
+README.md and docs/, and the index results/README.md are made from these lines alone.
 """
 import json
 import os

@@ -81,7 +81,8 @@ EXPERIMENTS = {
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
     # A quarter of the steps. The variant with None used an option that is gone.
-    'search': Experiment('train_gpt.py', 'config/wikitext2.py --learning_rate=4e-3 --max_iters=625 --eval_interval=625', 'fp',
+    'search': Experiment('train_gpt.py', 'config/wikitext2.py --learning_rate=4e-3 --max_iters=625 --eval_interval=625 '
+                         '--ramp=0.0 --ternary_std=0.0', 'fp',
                          '1', {
         'fp': ('full precision', ''),
         'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--learning_rate=2e-3'),
@@ -331,10 +332,10 @@ def check_settings(name):
     """Exit with a message if a run was made with other values than its config file has now."""
     for r in keep.read(name):
         for path in (word for word in r.get('config', '').split() if 'settings' in r and word.endswith('.py')):
-            now = runpy.run_path(str(ROOT / path))
-            typed = set(re.findall(r'--(\w+)=', f'{r["config"]} {r["options"]}')) | {'out_dir'}
-            for key in r['settings'].keys() & now.keys() - typed:
-                ran = r['settings'][key]
+            now = {key: value for key, value in runpy.run_path(str(ROOT / path)).items() if key[0] != '_'}
+            now = json.loads(json.dumps(now))                               # tuples become lists, as in the row
+            for key in now.keys() - {'out_dir', *re.findall(r'--(\w+)=', f'{r["config"]} {r["options"]}')}:
+                ran = r['settings'].get(key)                                # None: the option did not exist
                 if (ran | now[key] if isinstance(ran, dict) else now[key]) != ran:      # a dict changes some of its keys
                     sys.exit(f'error: {name}: {r["variant"]} seed {r["seed"]} ran with {key}={ran}, but {path} has {now[key]} '
                              f'now; run it again')
@@ -548,7 +549,7 @@ def picture(name):
         whole = whole if label.startswith('...') else label
         labels[variant] = label.replace('...', f'{whole},')
     found = runs_of(name)
-    most = max(map(len, found.values()))
+    most = max(map(len, found.values()), default=0)
     logs = {f'{labels[v]} (n={len(runs)})': [[e for e in r['evaluations'] if e['step']] for r in runs.values()]
             for v, runs in found.items() if len(runs) == most}
     figure, _ = draw_loss(logs)

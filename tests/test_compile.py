@@ -9,7 +9,7 @@ import torch.nn as nn
 from formulas import fixed, gradients, same  # noqa: F401
 from test_optim import distance, make, train
 
-from layers import BinaryConv2d, BinaryLinear, Conv4bit, Linear4bit, TernaryConv2d, TernaryLinear, convert
+from layers import BinaryConv2d, BinaryLinear, Conv4bit, Linear4bit, TernaryConv2d, TernaryLinear, convert, ramp
 from measure import steps
 from quant import kernels
 from report import costs
@@ -33,11 +33,18 @@ def packed():
     return model
 
 
+def ramped(model):
+    ramp(model).fill_(0.3)
+    return model
+
+
 # name: (backend, shape of the input, model)
 MODELS = {
     'linear': ('aot_eager', (5, 12), lambda: nn.Sequential(
         TernaryLinear(12, 48, True, chunks=(20, 28)), TernaryLinear(24, 24, act='relu2_glu'),
         BinaryLinear(24, 24, act='gelu', chunks=3), Linear4bit(24, 8), TernaryLinear(8, 1))),
+    'ramp': ('aot_eager', (5, 12), lambda: ramped(nn.Sequential(
+        TernaryLinear(12, 24, act='gelu', output_gain=True), BinaryLinear(24, 24, act='gelu', chunks=3), Linear4bit(24, 8)))),
     'conv': ('aot_eager', (2, 12, 7, 6), lambda: nn.Sequential(
         BinaryConv2d(12, 4, 3, act='relu'), TernaryConv2d(4, 4, 2, padding='same', act='relu'), Conv4bit(4, 5, 1, act='gelu'))),
     'packed': ('aot_eager', (5, 12), packed),

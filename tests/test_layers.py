@@ -141,6 +141,9 @@ def test_a_ramp_mixes_full_and_rounded_weights(name):
         assert off(layer(x), y) > 0.002
         if not name.endswith(('nf4', 'fit4')):                              # formulas.py does not have these
             check(layer, x, 1e-5)
+            exact = layer(x)
+            with torch.autocast('cpu', torch.bfloat16):
+                assert off(copy.deepcopy(layer).float()(x.float() if x.is_floating_point() else x), exact) < 0.03
     assert torch.equal(layer.eval()(x), y)
     assert torch.equal(copy.deepcopy(layer.train()).pack_()(x), y)
     share.fill_(1)

@@ -81,20 +81,23 @@ def test_keep_run_stores_a_run_folder(root):
 
 
 def test_a_run_with_other_settings_than_its_config_file_is_refused(root, monkeypatch):
-    """A changed number, or a changed key of a dict, refuses the table. An option of the run, and keys that only the trainer
-    has, do not."""
+    """A changed number, a changed key of a dict and a new key refuse the table. An option of the run, and keys that only the
+    trainer has, do not. A tuple is a list in the row."""
     import runs
     monkeypatch.setattr(runs, 'ROOT', root)
-    (root / 'a.py').write_text("rate = 1.0\nscale = {'bin': 2.0}\nout_dir = 'out/a'\n")
+    (root / 'a.py').write_text("rate = 1.0\nscale = {'bin': 2.0}\nwidths = 4, 8\nout_dir = 'out/a'\n")
     run = {'variant': 'fp', 'seed': 1, 'config': 'a.py --rate=2.0', 'options': '',
-           'settings': {'rate': 2.0, 'scale': {'bin': 2.0, 'tern': 1.0}, 'out_dir': 'out/b', 'steps': 5}}
+           'settings': {'rate': 2.0, 'scale': {'bin': 2.0, 'tern': 1.0}, 'widths': (4, 8), 'out_dir': 'out/b', 'steps': 5}}
     keep.put('x', run)
     runs.check_settings('x')
-    for key, value in (('scale', {'bin': 1.0, 'tern': 1.0}), ('config', 'a.py')):
-        changed = run | {'config': value} if key == 'config' else run | {'settings': run['settings'] | {key: value}}
-        keep.put('x', changed)
-        with pytest.raises(SystemExit, match='x: fp seed 1 ran with (rate=2.0|scale=.*), but a.py has (1.0|.*2.0.*) now'):
+    for change, message in (({'scale': {'bin': 1.0, 'tern': 1.0}}, 'scale=.*1.0.*, but a.py has .*2.0'),
+                            ({'widths': None}, r'widths=None, but a.py has \[4, 8\]')):
+        keep.put('x', run | {'settings': run['settings'] | change})
+        with pytest.raises(SystemExit, match=f'x: fp seed 1 ran with {message}'):
             runs.check_settings('x')
+    keep.put('x', run | {'config': 'a.py'})
+    with pytest.raises(SystemExit, match='ran with rate=2.0, but a.py has 1.0 now'):
+        runs.check_settings('x')
 
 
 def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):

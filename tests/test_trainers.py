@@ -15,7 +15,7 @@ import sample
 import tiny
 from conftest import (CHECKSUMS, ROOT, all_logits, one_error, printed_command, random_ids, ranks, tiny_bitnet, tiny_gpt,
                       wait_all)
-from tiny import (AT_STEP, COMMON, DISK, DROPOUT, IN_EVALUATION, LAST_FILES, NAN_LOSS, NO_PICTURES, OPTIMIZERS, TINY, TRAINERS,
+from tiny import (AT_STEP, COMMON, DISK, BY_STEP, IN_EVALUATION, LAST_FILES, NAN_LOSS, NO_PICTURES, OPTIMIZERS, TINY, TRAINERS,
                   assert_same_run, assert_same_state, bad_gradient, checkpoint, kill_at, write_data)
 
 log = functools.partial(tiny.log, without=tiny.WATCHED)
@@ -26,6 +26,19 @@ def replace(a, b, plain=os.replace):
         os.kill(os.getpid(), signal.SIGKILL)
     plain(a, b)
 os.replace = replace
+"""
+
+# Prints before each step which share of the low-bit weights is rounded.
+PRINT_SHARE = """
+import common, layers
+held = []
+def ramp(model, plain=layers.ramp):
+    held[:] = [plain(model)]
+    return held[0]
+def seed_step(seed, step, rank, plain=common.seed_step):
+    print('share', held[0].item())
+    plain(seed, step, rank)
+layers.ramp, common.seed_step = ramp, seed_step
 """
 
 # Prints before each step how often the host has waited for numbers of the device so far. transformers looks at the padding of
@@ -125,8 +138,8 @@ def test_stopped_and_resumed_equals_unbroken(run_of, folder_of, unbroken_of, tra
     whole but not yet renamed costs the steps since the last save. An evaluation that was cut short is not recorded, and made
     whole later. A finished run stays as it is.
     """
-    options = *DROPOUT[trainer], '--resume=auto'
-    whole, cwd = unbroken_of(trainer, *DROPOUT[trainer]), folder_of(trainer)
+    options = *BY_STEP[trainer], '--resume=auto'
+    whole, cwd = unbroken_of(trainer, *BY_STEP[trainer]), folder_of(trainer)
     if 0 in evaluated(whole):
         done = run_of(trainer, *options, cwd=cwd, patch=IN_EVALUATION.format(after='', rank=0, signal='SIGTERM'))
         assert 'stopped at step 0;' in done.out and not (cwd / 'out' / 'last.pt').exists()
@@ -147,15 +160,18 @@ def test_stopped_and_resumed_equals_unbroken(run_of, folder_of, unbroken_of, tra
     assert 'step 12 of 12 is reached' in done.out
 
 
-@pytest.mark.parametrize('trainer', [trainer for trainer in TRAINERS if any('--ramp' in o for o in DROPOUT[trainer])])
+@pytest.mark.parametrize('trainer', ['train_gpt', 'train_bitnet', 'train_cnn'])
 def test_a_ramp_starts_from_full_precision(run_of, folder_of, unbroken_of, trainer):
-    """With --ramp=0.4 of 12 steps, 5 steps train on other weights than without; the evaluation before them does not show it."""
+    """--ramp=0.4 of 12 steps: before step i the share of the rounded weights is i / 4.8, at most 1. The losses of the first
+    steps are others than without a ramp; the evaluation before them is the same."""
     cwd, plain = folder_of(trainer), unbroken_of(trainer)
-    run_of(trainer, '--ramp=0.4', cwd=cwd)
-    (first, *ramped), (same, *rounded) = ([r['loss'] for r in log(where) if 'loss' in r] for where in (cwd, plain))
-    assert first != same
-    before, after = ([r['val_loss'] for r in log(where) if 'val_loss' in r] for where in (cwd, plain))
-    assert (before[0] == after[0]) == (0 in evaluated(cwd)) and before[1:] != after[1:]
+    done = run_of(trainer, '--ramp=0.4', cwd=cwd, patch=PRINT_SHARE)
+    shares = [float(line.split()[1]) for line in done.out.splitlines() if line.startswith('share ')]
+    assert shares == pytest.approx([min(1, i / 4.8) for i in range(12)])
+    ramped, rounded = ([r['loss'] for r in log(where) if 'loss' in r] for where in (cwd, plain))
+    assert all(a != b for a, b in zip(ramped, rounded, strict=True))
+    before, after = ({r['step']: r['val_loss'] for r in log(where) if 'val_loss' in r} for where in (cwd, plain))
+    assert before.get(0) == after.get(0) and before[12] != after[12]
 
 
 @every_trainer
@@ -166,7 +182,7 @@ def test_what_is_watched_does_not_change_what_is_trained(run_of, folder_of, unbr
             'train_cnn': ['--num_workers=3'], 'finetune_cls': []}[trainer]
     profile = trainer in ('train_gpt', 'finetune_cls')
     more += ['--profile=True'] * profile + ['--eval_interval=3', '--log_interval=7', '--save_interval=9']
-    whole, cwd = unbroken_of(trainer, *DROPOUT[trainer]), folder_of(trainer)
+    whole, cwd = unbroken_of(trainer, *BY_STEP[trainer]), folder_of(trainer)
     done = run_of(trainer, *more, cwd=cwd, words=(ROOT / f'{trainer}.py', whole / 'out' / 'config.py'))
     assert_same_state(checkpoint(cwd), checkpoint(whole), ('step', 'model', 'optimizer'))
     assert [r['step'] for r in log(cwd) if 'loss' in r] == [7, 12] and checkpoint(cwd, 'last.prev.pt')['step'] == 9
@@ -178,10 +194,10 @@ def test_what_is_watched_does_not_change_what_is_trained(run_of, folder_of, unbr
 @pytest.mark.parametrize('trainer', ['train_gpt', 'train_cnn', 'train_bitnet'])
 def test_resumed_hyperparameters_are_the_ones_asked_for(run_of, folder_of, unbroken_of, trainer):
     """A constant changed on the command line of a resumed run is what the optimizer uses, as config.py will say."""
-    cwd, source = folder_of(trainer), unbroken_of(trainer, *DROPOUT[trainer]) / 'out' / 'last.prev.pt'
+    cwd, source = folder_of(trainer), unbroken_of(trainer, *BY_STEP[trainer]) / 'out' / 'last.prev.pt'
     kind = 'tern' if trainer == 'train_bitnet' else 'bin'
     changed = '--weight_decay=0.25', '--beta2=0.9', f"--lr_scale={{'{kind}': 2.0}}", '--schedule=constant'
-    run_of(trainer, *DROPOUT[trainer], *changed, f'--resume={source}', cwd=cwd)
+    run_of(trainer, *BY_STEP[trainer], *changed, f'--resume={source}', cwd=cwd)
     groups, first = (checkpoint(where)['optimizer']['param_groups'] for where in (cwd, source.parent.parent))
     assert {g['weight_decay'] for g in groups} == {0.0, 0.25} != {g['weight_decay'] for g in first}
     assert {g['betas'][1] for g in groups} == {0.9}
@@ -193,7 +209,7 @@ def test_resumed_hyperparameters_are_the_ones_asked_for(run_of, folder_of, unbro
 def test_resume_from_elsewhere_over_a_run(run_of, folder_of, unbroken_of, trainer):
     """--resume=PATH --overwrite=True ends as the run that PATH is of, with rsvd between two bases, with muon or with dropout,
     and leaves nothing of the run that was in out_dir."""
-    options, cwd = OPTIMIZERS.get(trainer, DROPOUT[trainer]), folder_of(trainer)
+    options, cwd = OPTIMIZERS.get(trainer, BY_STEP[trainer]), folder_of(trainer)
     other = unbroken_of(trainer, *options)
     shutil.copytree(unbroken_of(trainer) / 'out', cwd / 'out')
     options += (f'--resume={other}/out/last.prev.pt', '--overwrite=True')
@@ -229,17 +245,17 @@ def test_a_run_is_not_overwritten_by_accident(run_of, folder_of, unbroken_of, tr
 @every_trainer
 def test_damaged_last_falls_back_to_the_one_before(run_of, folder_of, unbroken_of, trainer):
     """A warning names both files, and the end is that of the unbroken run. Without last.prev.pt: one line, exit status 2."""
-    whole, cwd = unbroken_of(trainer, *DROPOUT[trainer]), folder_of(trainer)
+    whole, cwd = unbroken_of(trainer, *BY_STEP[trainer]), folder_of(trainer)
     shutil.copytree(whole / 'out', cwd / 'out')
     half = (whole / 'out' / 'last.pt').read_bytes()[:-20_000]
     (cwd / 'out' / 'last.pt').write_bytes(half)
-    done = run_of(trainer, *DROPOUT[trainer], '--resume=auto', cwd=cwd)
+    done = run_of(trainer, *BY_STEP[trainer], '--resume=auto', cwd=cwd)
     assert re.fullmatch(r'warning: out/last\.pt .*; continuing from out/last\.prev\.pt \(step 10\)\n', done.err), done.err
     assert_same_run(trainer, cwd, whole)
     assert (cwd / 'out' / 'last.pt.damaged').exists()      # no save took it for the one before
     (cwd / 'out' / 'last.prev.pt').unlink()
     (cwd / 'out' / 'last.pt').write_bytes(half)
-    assert one_error(run_of(trainer, *DROPOUT[trainer], '--resume=auto', cwd=cwd, code=2)).startswith('error: out/last.pt ')
+    assert one_error(run_of(trainer, *BY_STEP[trainer], '--resume=auto', cwd=cwd, code=2)).startswith('error: out/last.pt ')
 
 
 @every_trainer
@@ -321,7 +337,7 @@ SOME = {'train_gpt': ('blocks.1.mlp.c_fc.weight', 'nan', 1.0), 'train_bitnet': (
 def test_nan_and_a_full_disk_cost_no_step(run_of, folder_of, unbroken_of, trainer):
     """A NaN in one micro-batch of step 7, then one tensor with a NaN or an infinite gradient, clipped or not: status 2, step
     and parameter named. Then no file may grow: each failed save is a warning, training goes on. With room: the unbroken run."""
-    options, resume = DROPOUT[trainer], (*DROPOUT[trainer], '--resume=auto')
+    options, resume = BY_STEP[trainer], (*BY_STEP[trainer], '--resume=auto')
     whole, cwd = unbroken_of(trainer, *options), folder_of(trainer)
     line = one_error(run_of(trainer, *options, cwd=cwd, code=2, patch=NAN_LOSS.format(call=7 * 4 + 3, rank=0)))
     assert 'at step 7;' in line and f'first non-finite gradient: {FIRST.get(trainer, "wte.weight")};' in line
@@ -418,7 +434,7 @@ def test_a_signal_on_one_rank_stops_both(two_ranks, folder_of, trainer):
     equal."""
     cwd = folder_of(trainer)
     for step, patch in ((2, kill_at(1, rank=1)), (4, IN_EVALUATION.format(after=3, rank=1, signal='SIGTERM'))):
-        done = two_ranks(trainer, *DROPOUT[trainer], '--resume=auto', cwd=cwd, patch=patch + CHECKSUMS)
+        done = two_ranks(trainer, *BY_STEP[trainer], '--resume=auto', cwd=cwd, patch=patch + CHECKSUMS)
         assert checkpoint(cwd)['step'] == step and f'stopped at step {step};' in done[0].out
         assert step not in evaluated(cwd)
     same_sums(cwd, 4)

@@ -25,7 +25,7 @@ TINY = {
 }
 TRAINERS = list(TINY)
 # What depends on the step, besides the learning rate.
-DROPOUT = dict.fromkeys(TRAINERS, ('--dropout=0.2', '--ramp=0.7')) | {
+BY_STEP = dict.fromkeys(TRAINERS, ('--dropout=0.2', '--ramp=0.7')) | {
     'train_bitnet': ('--ramp=0.7',), 'finetune_cls': ('--dropout=0.2',)}
 # Interval 11: step 10 uses the basis of step 0, step 11 another one.
 OPTIMIZERS = {'train_gpt': ('--optimizer=rsvd', '--rank=4', '--interval=11', '--n_binary=0'),
