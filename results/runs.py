@@ -48,7 +48,7 @@ LOW = '--n_binary=4 --qkv_proj={0} --c_proj={0} --mlp_proj={0}'
 BIN, TERN = LOW.format('bin'), LOW.format('tern') + ' --output_gains=True'
 TWIN = '--{}=out/quality/fp_s{{seed}}/best.pt'.format     # {seed}: of the same seed, which must be trained first
 TAUGHT = f" {TWIN('init_from')} {TWIN('teacher')}"
-PLAIN = ' --ramp=0.0'
+PLAIN = ' --ramp=0.0 --ternary_std=0.0'
 RATE = " --lr_scale={{'{}':{}}}".format                        # of one kind of parameters, × the learning rate
 TERN4 = TERN + RATE('tern', 4.0)
 Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
@@ -73,17 +73,16 @@ EXPERIMENTS = {
         'bin_taught_ramp': ('... with a ramp over 85 % of the steps', None),
         'tern': ('all ternary', TERN),
         'tern_plain': ('... rounded from the start, at 2 x the rate, from 1/sqrt(inputs)',
-                       TERN + RATE('tern', 2.0) + PLAIN + ' --ternary_std=0.0'),
-        'tern_small': ('... rounded from the start, from the same initial weights', TERN + PLAIN),
+                       TERN + RATE('tern', 2.0) + PLAIN),
+        'tern_small': ('... rounded from the start, from the same initial weights', TERN + ' --ramp=0.0'),
         'tern_large': ('... a ramp over 75 % of the steps, from 1/sqrt(inputs)', None),
         'tern_taught': ('all ternary, trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5) + PLAIN),
         'tern_taught_ramp': ('... with a ramp over 85 % of the steps', None),
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
-    # A quarter of the steps. The variant with None used an option that is gone.
-    'search': Experiment('train_gpt.py', 'config/wikitext2.py --learning_rate=4e-3 --max_iters=625 --eval_interval=625 '
-                         '--ramp=0.0 --ternary_std=0.0', 'fp',
-                         '1', {
+    # A quarter of the steps, without a ramp. The variant with None used an option that is gone.
+    'search': Experiment('train_gpt.py', 'config/wikitext2.py --learning_rate=4e-3 --max_iters=625 --eval_interval=625'
+                         + PLAIN, 'fp', '1', {
         'fp': ('full precision', ''),
         'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--learning_rate=2e-3'),
         'fp_8': ('... 8e-3', '--learning_rate=8e-3'),
