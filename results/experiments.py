@@ -208,6 +208,11 @@ TWINS = {'tern': ('ternary', ''),
 EXPERIMENTS |= {
     'arithmetic': Experiment('train_bitnet.py', 'config/arithmetic.py', 'fp_two', '1337', TWINS),
     'tictactoe': Experiment('train_bitnet.py', 'config/tictactoe.py', 'fp_two', '1337', TWINS),
-    'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp_two', '1,2,3', TWINS),
+    'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp', '1,2,3', {
+        'fp': ('full precision', '--quant=fp'),
+        'tern': ('ternary', ''),
+        'tern_plain': ('... rounded from the start, latent weights at 4 x the rate', '--ramp=0.0' + RATE('tern', 4.0)),
+        'tern_from': ('... trained on from full precision', '--init_from=out/tinystories/fp_s{seed}/best.pt'),
+    }),
 }
 BY_STEP = ('search',)                            # losses along the run, also of runs that were stopped early

@@ -33,7 +33,7 @@ INDEX = {
                    'exact match of held-out problems', 'ternary', 'full precision, the same rates'),
     'tictactoe': ('Does a ternary model learn to play from games?',
                   'against perfect: won, drawn, lost', 'ternary', 'full precision, the same rates'),
-    'tinystories': ('What does a ternary BitNet cost on stories?', 'val loss', 'ternary', 'full precision, the same rates'),
+    'tinystories': ('What does a ternary BitNet cost on stories?', 'val loss', 'ternary', 'full precision'),
     'bitnet_speed': ('Which time and memory does a training step of train_bitnet.py take?',
                      'peak MiB', 'tern, float32', 'fp, float32'),
     'compiled': ('What is left of the memory saving under torch.compile?', 'saved, × fp', 'gpt bin, bfloat16',
