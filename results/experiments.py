@@ -42,6 +42,7 @@ EXPERIMENTS = {
         'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0) + PLAIN),
         'bin_taught_ramp': ('... with a ramp over 85 % of the steps', None),
         'tern': ('all ternary', TERN),
+        'tern_16': ('... learning rate 1.6e-2', TERN + ' --learning_rate=1.6e-2'),
         'tern_plain': ('... rounded from the start, at 2 x the rate, from 1/sqrt(inputs)',
                        TERN + RATE('tern', 2.0) + PLAIN),
         'tern_small': ('... rounded from the start, from the same initial weights', TERN + ' --ramp=0.0'),
