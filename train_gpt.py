@@ -187,7 +187,7 @@ class GPT(nn.Module):
         self.lm_head.weight = self.wte.weight
         for name, m in self.named_modules():        # std 0.02 as in GPT-2, less for layers that add to the residual stream
             if isinstance(m, nn.Linear | nn.Embedding | layers.LowBit):
-                # A ternary layer's scale is mean|W|. From 0.02 it grows too slowly, because latent weights learn slowly.
+                # A ternary layer's scale is mean|W|. With AdamW, whose latent weights learn slowly, it must not start at 0.02.
                 std = 0.02 if not isinstance(m, layers.TernaryLinear) else c.ternary_std or m.in_features ** -0.5
                 nn.init.normal_(m.weight, std=std / math.sqrt(2 * c.n_layer) if name.endswith('c_proj') else std)
 
