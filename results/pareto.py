@@ -28,7 +28,7 @@ SCHEMES = {'half': 'fp16', 'int8': 'int8', 'uniform16': 'int4, 16 even levels', 
 TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_more': ('full precision, trained on', 'fp', 'muon'),
            'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),
            'fp_rsvd': ('full precision, rSVD, rank 16', 'fp', 'rsvd'),
-           'half': ('2 of 4 blocks binary, as ptq.py choose', None, None),
+           'half': ('2 of 4 blocks binary, chosen by ptq.py', None, None),
            'int4': ('int4', 'int4', 'muon'), 'tern': ('ternary', 'tern', 'muon'),
            'tern_taught': ('ternary, trained on', None, None), 'bin': ('binary', 'bin', 'muon'),
            'bin_taught': ('binary, trained on', None, None)}
@@ -119,8 +119,8 @@ def page(found):
             f'quantized afterwards), ± their standard error. Trained on: for {one["step"]:,} more steps, from the weights of '
             'full precision; low-bit models have it as teacher, too. The embedding, which is also the head, stays fp32 in all '
             'forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a quantized model that of its '
-            'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, the first seed, models one after the '
-            'other.', '', *table(columns, found)]
+            'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, models one after the other, by '
+            'earlier models of the same shapes: a noisy machine gave no better figures for these.', '', *table(columns, found)]
 
 
 NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'ternary, trained on', 'binary', 'binary, trained on',
