@@ -2,7 +2,7 @@
 Triton kernels for NVIDIA GPUs, beside kernels.c for CPUs; Triton comes with torch's CUDA builds.
 
     norm_to_int8(x, gain, eps, act)         RMSNorm and int8 codes of each token, in one pass; act: None or 'relu2_glu'
-    int_product(q, code, bits)              1 to 8 tokens of int8 times packed ternary or binary codes, exact
+    int_product(q, code)                    1 to 8 tokens of int8 times packed ternary codes, exact
     scaled_product(x, code, absmax, ...)    1 to 8 tokens times packed 4-bit codes with a scale for each group
 
 They are off unless NANOBIT_TRITON=1, because nothing has been measured on a GPU yet, and under torch.compile. With
@@ -52,8 +52,7 @@ if ON:
 
     # Widths are constexpr, so each compiles a kernel: with NumPy 2.4, Triton 3.6's interpreter takes no other in range().
     @triton.jit
-    def _int_product(q, code, y, n, rows, WIDTH: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
-        per: tl.constexpr = 8 // BITS
+    def _int_product(q, code, y, n, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
         token = tl.program_id(1)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         total = tl.zeros((ROWS,), dtype=tl.int32)
@@ -61,11 +60,10 @@ if ON:
             byte = start + tl.arange(0, BYTES)
             held = tl.load(code + row[:, None].to(tl.int64) * WIDTH + byte[None, :],
                            mask=(row[:, None] < rows) & (byte[None, :] < WIDTH), other=0).to(tl.int32)
-            for j in tl.static_range(per):
-                column = byte * per + j
+            for j in tl.static_range(4):
+                column = byte * 4 + j
                 x = tl.load(q + token * n + column, mask=column < n, other=0).to(tl.int32)
-                c = (held >> (BITS * j)) & (2 ** BITS - 1)
-                total += tl.sum((c - 1 if BITS == 2 else 2 * c - 1) * x[None, :], 1)
+                total += tl.sum((((held >> (2 * j)) & 3) - 1) * x[None, :], 1)
         tl.store(y + token * rows + row, total, mask=row < rows)
 
     @triton.jit
@@ -100,13 +98,12 @@ def norm_to_int8(x, gain, eps, act=None):
     return q, tops, rstd
 
 
-def int_product(q, code, bits):
-    """q int8 (tokens, n) times codes (rows, bytes) of pack_bits -> int32 (tokens, rows), exact. bits=2: a code c means c - 1;
-    bits=1: 2 c - 1."""
+def int_product(q, code):
+    """q int8 (tokens, n) times codes (rows, bytes) of pack_bits(codes, 2), which mean c - 1 -> int32 (tokens, rows), exact."""
     y = q.new_empty(len(q), len(code), dtype=torch.int32)
     grid = triton.cdiv(len(code), 16), len(q)
     with torch.cuda.device_of(q):
-        _int_product[grid](q.contiguous(), code, y, q.shape[1], len(code), WIDTH=code.shape[1], BITS=bits, ROWS=16, BYTES=128)
+        _int_product[grid](q.contiguous(), code, y, q.shape[1], len(code), WIDTH=code.shape[1], ROWS=16, BYTES=128)
     return y
 
 

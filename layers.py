@@ -373,7 +373,7 @@ class _TernaryLinear(torch.autograd.Function):
         few = packed and kernels_triton.usable(q) and len(q) <= kernels_triton.MOST_TOKENS
         t, sw = packed if few else weights(w)                               # (out, in) int8, or fp32 in a ramp; (chunks,)
         if few:
-            z, sx_z = kernels_triton.int_product(q, t, 2), sx
+            z, sx_z = kernels_triton.int_product(q, t), sx
         elif int8_product_pays(q, t):
             z, sx_z = torch._int_mm(q, t.T), sx                             # int32 (N, out)
         else:

@@ -259,8 +259,7 @@ def decode(a):
             writer.close()
         rows = []
         for threads in counts if not a.agree and not a.stages else []:
-            for group in ([*([kinds] if kinds or a.like else []), *([name] for name in names if name not in KINDS)]):
-                rows += measure_group(a, group, heads, a.like if group is kinds else [], threads)
+            rows += measure_turns(a, names, heads, threads)
         for name in names if a.agree else []:
             worker = Worker(dict(vars(a), run=None, bench='decode', name=f'{name} agree', runs='agree', model=name,
                                  file=file_of(a, name)))
@@ -302,8 +301,8 @@ def engine_jobs(a, names, heads, threads):
             for name in names for head in heads if ':' not in head or name not in ('tern', 'fp')]
 
 
-def measure_group(a, names, heads, like, threads):
-    """Rows of the models `names` in engine/ and torch and of the types `like` in llama.cpp, measured in turns."""
+def measure_turns(a, names, heads, threads):
+    """Rows of the models `names` in engine/ and torch and of the types a.like in llama.cpp, measured in turns."""
     base = dict(vars(a), run=None, bench='decode', threads=threads, head_of='')
     jobs = [dict(base, name='read', runs='read')]
     for name in names:
@@ -311,7 +310,7 @@ def measure_group(a, names, heads, like, threads):
         jobs += engine_jobs(a, [name], heads, threads)
         jobs += [dict(ours, name=f'{name} torch', runs='torch', head='')] if a.torch else []
     jobs += [dict(base, name=f'llama.cpp {x.replace(":", " ")}', runs='llama.cpp', model=x.partition(':')[0], head_of=x,
-                  head=x.partition(':')[2], file=f'{a.folder}/{x}.gguf') for x in like]
+                  head=x.partition(':')[2], file=f'{a.folder}/{x}.gguf') for x in a.like]
     workers, answers = [], [[] for _ in jobs]
     for job in jobs:                                # one loads at a time: loading takes more memory than a loaded model
         workers.append(Worker(job))
