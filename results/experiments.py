@@ -27,12 +27,16 @@ EXPERIMENTS = {
         'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
         'fp_4': ('... learning rate 4e-3 instead of 8e-3', '--learning_rate=4e-3'),
         'fp_16': ('... learning rate 1.6e-2', '--learning_rate=1.6e-2'),
-        'fp_adamw': ('... AdamW instead of Muon', '--optimizer=adamw'),
+        'fp_adamw': ('... AdamW instead of Muon, 4e-3', '--optimizer=adamw --learning_rate=4e-3'),
         'fp_rsvd': ('... rSVD, rank 16', '--optimizer=rsvd'),
+        'fp_rsvd_2': ('... rSVD, rank 16, 2e-3', '--optimizer=rsvd --learning_rate=2e-3'),
+        'fp_rsvd_10': ('... rSVD, rank 16, a basis every 10 steps instead of 200', '--optimizer=rsvd --interval=10'),
+        'fp_qk': ('... q and k normalized, with a gain for each head', None),
         # what python ptq.py choose --ckpt=out/quality/fp_s1 --bits=17 takes
         'half': ('2 of 4 blocks binary: 2 and 3', '--binary_blocks=2,3'),
         'half_plain': ('... rounded from the start', '--binary_blocks=2,3' + PLAIN),
         'bin': ('all binary', BIN),
+        'bin_kd': ('... a teacher, from random weights', f"{BIN} {TWIN('teacher')}"),
         'bin_16': ('... learning rate 1.6e-2', BIN + ' --learning_rate=1.6e-2'),
         'bin_plain': ('... rounded from the start', BIN + PLAIN),
         'bin_wd0': ('... no weight decay, a ramp over 75 %', None),
@@ -42,14 +46,27 @@ EXPERIMENTS = {
         'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0) + PLAIN),
         'bin_taught_ramp': ('... with a ramp over 85 % of the steps', None),
         'tern': ('all ternary', TERN),
+        'tern_kd': ('... a teacher, from random weights', f"{TERN} {TWIN('teacher')}"),
         'tern_16': ('... learning rate 1.6e-2', TERN + ' --learning_rate=1.6e-2'),
+        'tern_wide': ('... twice as wide', TERN + ' --n_embd=256 --n_head=8'),
         'tern_plain': ('... rounded from the start, at 2 x the rate, from 1/sqrt(inputs)',
                        TERN + RATE('tern', 2.0) + PLAIN),
         'tern_small': ('... rounded from the start, from the same initial weights', TERN + ' --ramp=0.0'),
         'tern_large': ('... a ramp over 75 % of the steps, from 1/sqrt(inputs)', None),
+        'tern_qk': ('... q and k normalized, with a gain for each head', None),
+        'tern_group': ('... one scale for 128 weights', None),
+        'tern_signs': ('... one scale for 1 and one for -1', None),
+        'tern_tequila': ('... latent weights that round to 0 in the bias, as in Tequila', None),
         'tern_taught': ('all ternary, trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5) + PLAIN),
         'tern_taught_ramp': ('... with a ramp over 85 % of the steps', None),
         'int4': ('all 4-bit', LOW.format('int4')),
+    }),
+    # four times the steps: 22 tokens per parameter
+    'long': Experiment('train_gpt.py', 'config/wikitext2.py --max_iters=10000 --eval_interval=2500', 'fp', '1,2,3', {
+        'fp': ('full precision', ''),
+        'half': ('2 of 4 blocks binary: 2 and 3', '--binary_blocks=2,3'),
+        'bin': ('all binary', BIN),
+        'tern': ('all ternary', TERN),
     }),
     # A quarter of the steps, without a ramp. The variant with None used an option that is gone.
     'search': Experiment('train_gpt.py', 'config/wikitext2.py --learning_rate=4e-3 --max_iters=625 --eval_interval=625'
@@ -169,17 +186,38 @@ EXPERIMENTS |= {
         'apollo4': ('APOLLO, rank 4, 1e-3, with full gradients', None),
     }),
 }
+# first: python results/runs.py quality --only=fp --seeds=1
+#        python export.py --ckpt=out/quality/fp_s1/best.pt --to=hf --out=out/wikitext2_hf
+LORA = "--method=lora --targets=('c_attn','c_proj','c_fc') --learning_rate="
+EXPERIMENTS |= {
+    'sst2_base': Experiment('finetune_cls.py', 'config/sst2_scratch.py --init_from=pretrained --model=out/wikitext2_hf '
+                            '--max_iters=480', 'full', '1,2,3', {
+        'full': ('AdamW, all weights, 1e-3', ''),
+        'full_5': ('... 5e-4', '--learning_rate=5e-4'),
+        'full_20': ('... 2e-3', '--learning_rate=2e-3'),
+        'lora': ('LoRA, rank 16, all linear layers, 1e-2', LORA + '1e-2'),
+        'lora_5': ('... 5e-3', LORA + '5e-3'),
+        'lora_2': ('... 2e-3', LORA + '2e-3'),
+        'lora_1': ('... 1e-3', LORA + '1e-3'),
+        'lora_attention': ('... only attention, 2e-3', "--method=lora --targets=('c_attn',) --learning_rate=2e-3"),
+        'rsvd6_columns': ('rSVD, rank 6, one second moment per column', '--method=rsvd --rank=6 --column_v=True'),
+    }),
+}
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
 REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
 BINARY = REAL.replace('real', 'binary')
 ADAMW_CNN = " --optimizer=adamw --lr_scale={'bin':1.0}"
-# first: python data/images/prepare.py --dir ... --name=food10 --size=80
-EXPERIMENTS |= {
-    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', {
-        'real': ('all real', REAL),
+NETS = {'real': ('all real', REAL),
         'mixed70': ('conv8, conv9, conv10 binary', ''),
+        'mixed70_ramp': ('... a ramp over 85 % of the steps', '--ramp=0.85'),
         'bin': ('all binary', BINARY),
-    }),
+        'bin_ramp': ('... a ramp over 85 % of the steps', BINARY + ' --ramp=0.85')}
+# first: python data/images/prepare.py --dir ... --name=food10 --size=80; cifar10: --size=32, a folder with train/ and test/
+EXPERIMENTS |= {
+    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', NETS),
+    # CIFAR-10 as a folder of class folders: 10,000 test images
+    'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
+                          '--epochs=2', 'real', '1,2,3', NETS),
     # A third of the steps.
     'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real_3', '1', {
         'real': ('all real, learning rate 1e-3', REAL + ' --learning_rate=1e-3'),

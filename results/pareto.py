@@ -113,15 +113,14 @@ def page(found):
                'tokens/s': number('decode', ',.0f')}
     if any(f['joules'] for f in found):
         columns['joules per token'] = number('joules', '.2e')
-    decode = [r for r in rows if r['part'] == 'decode']
-    earlier = ', measured with earlier models of the same shapes' if any(r.get('earlier') for r in decode) else ''
-    return [f'`config/wikitext2.py`, {decode[0]["device"]}. Losses in nats per token over the same validation batches, mean ± '
+    device = next(r['device'] for r in rows if r['part'] == 'decode')
+    return [f'`config/wikitext2.py`, {device}. Losses in nats per token over the same validation batches, mean ± '
             'sd over n seeds; gaps to the full-precision model of the same seed in the same precision (bf16 if trained, fp32 '
             f'if quantized afterwards), ± their standard error. Trained on: for {one["step"]:,} more steps, from the weights '
             'of full precision; low-bit models have it as teacher, too. The embedding, which is also the head, stays fp32 in '
             'all forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a quantized model that of its '
-            'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, models one after the '
-            f'other{earlier}.', '', *table(columns, found)]
+            'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, models '
+            'in turns.', '', *table(columns, found)]
 
 
 NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'ternary, trained on', 'binary', 'binary, trained on',

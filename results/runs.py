@@ -3,11 +3,13 @@ The runs behind the tables: variants of one config on the same batches, several 
 
     python data/text/prepare.py --file wiki.train.txt --val_file wiki.valid.txt --vocab=1024 --name=wikitext2
     python results/runs.py quality [--seeds=1,2,3] [--jobs=2] [--only=fp,bin]      # hours on 2 cores
+    python results/runs.py long                                                   # ... in four times the steps
     python results/runs.py search                                                 # rates, starts, teachers; after quality
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
     python results/runs.py sst2 | sst2_search                                     # methods of finetune_cls.py, their rates
-    python results/runs.py food10 | food10_search                                 # kinds of layers of train_cnn.py, their rates
+    python results/runs.py sst2_base                                              # ... from a model that was trained here
+    python results/runs.py food10 | cifar10 | food10_search                       # train_cnn.py: kinds of layers, their rates
     python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
     python results/runs.py speed                                                  # bench.py train, its table
     python results/runs.py bitnet_speed                                           # ... of train_bitnet.py's model
@@ -173,7 +175,7 @@ def mean_gap(gaps, digits=4):
 
 
 def first(key, spec=','):
-    return lambda g: format(g['runs'][0][key], spec)
+    return lambda g: number(key, spec)(g['runs'][0])
 
 
 def apart(key, spec, scale=1):
@@ -212,7 +214,7 @@ GAMES = {'legal moves in games': lambda g: spread([50 * (r['random_legal'] + r['
          'against random: won, drawn, lost': percent('random_wins', 'random_draws', 'random_losses'),
          'against perfect: won, drawn, lost': percent('perfect_wins', 'perfect_draws', 'perfect_losses'), **ENDS}
 
-SUBWORDS = ('quality', 'blocks', 'tinystories')     # the others' tokens are bytes
+SUBWORDS = ('quality', 'long', 'blocks', 'tinystories')     # the others' tokens are bytes
 LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the last step; the gap '
         'is paired by seed, ± its standard error; ms/step on one core, while another run used the other{pairs}.')
 TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
@@ -220,13 +222,16 @@ TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n 
 IMAGES = ('{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap in points, '
           'paired by seed, ± its standard error; share of the parameters that are binary.')
 # header of the first column, caption, other columns
-TABLES = dict.fromkeys(('blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
-    ('food10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
+TABLES = dict.fromkeys(('long', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
+    ('food10', 'cifar10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
     'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
                 'teacher. With its run they cost twice the steps.', LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
+    'sst2_base': ('method', 'From the full-precision model of [quality.md](quality.md), {parameters:,} parameters, trained on '
+                  'WikiText-2; {steps:,} steps; columns as in [sst2.md](sst2.md).',
+                  SCORES | {'trained': first('trained_parameters'), 'optimizer bytes': first('optimizer_bytes')}),
     'sst2': ('method', '{parameters:,} parameters, {steps:,} steps. Accuracy in percent on {n} sentences and on {held_n:,} '
              'held-out texts, mean ± sd over seeds. The gap and the loss are over all of these texts; the gap in points, '
              'paired by seed, ± its standard error. Of a step, measured apart (`--steps`), one thread: bytes of optimizer '
