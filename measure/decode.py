@@ -302,7 +302,8 @@ def engine_jobs(a, names, heads, threads):
 
 
 def measure_turns(a, names, heads, threads):
-    """Rows of the models `names` in engine/ and torch and of the types a.like in llama.cpp, measured in turns."""
+    """Rows of the models `names` in engine/ and torch and of the types a.like in llama.cpp, measured in turns. All of them stay
+    loaded, each in its own process."""
     base = dict(vars(a), run=None, bench='decode', threads=threads, head_of='')
     jobs = [dict(base, name='read', runs='read')]
     for name in names:

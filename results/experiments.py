@@ -21,44 +21,43 @@ RATE = " --lr_scale={{'{}':{}}}".format                        # of one kind of 
 TERN4 = TERN + RATE('tern', 4.0)
 Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
 EXPERIMENTS = {
-    # The variants with None used a trial version of layers.py.
+    # The variants with None used trial code.
     'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
         'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
         'fp_4': ('... learning rate 4e-3 instead of 8e-3', '--learning_rate=4e-3'),
         'fp_16': ('... learning rate 1.6e-2', '--learning_rate=1.6e-2'),
         'fp_adamw': ('... AdamW instead of Muon, 4e-3', '--optimizer=adamw --learning_rate=4e-3'),
-        'fp_rsvd': ('... rSVD, rank 16', '--optimizer=rsvd'),
+        'fp_rsvd': ('... rSVD, rank 16, 8e-3', '--optimizer=rsvd'),
         'fp_rsvd_2': ('... rSVD, rank 16, 2e-3', '--optimizer=rsvd --learning_rate=2e-3'),
-        'fp_rsvd_10': ('... rSVD, rank 16, a basis every 10 steps instead of 200', '--optimizer=rsvd --interval=10'),
+        'fp_rsvd_10': ('... rSVD, rank 16, 8e-3, a basis every 10 steps instead of 200', '--optimizer=rsvd --interval=10'),
         'fp_qk': ('... q and k normalized, with a gain for each head', None),
         # what python ptq.py choose --ckpt=out/quality/fp_s1 --bits=17 takes
         'half': ('2 of 4 blocks binary: 2 and 3', '--binary_blocks=2,3'),
         'half_plain': ('... rounded from the start', '--binary_blocks=2,3' + PLAIN),
         'bin': ('all binary', BIN),
-        'bin_kd': ('... a teacher, from random weights', f"{BIN} {TWIN('teacher')}"),
+        'bin_kd': ('... with full precision as teacher', f"{BIN} {TWIN('teacher')}"),
         'bin_16': ('... learning rate 1.6e-2', BIN + ' --learning_rate=1.6e-2'),
         'bin_plain': ('... rounded from the start', BIN + PLAIN),
-        'bin_wd0': ('... no weight decay, a ramp over 75 %', None),
-        'bin_ramp75': ('... a ramp over 75 % of the steps instead of 85 %', None),
-        'bin_ramp90': ('... over 90 %', None),
+        'bin_wd0': ('... no weight decay, a ramp over 75 %', BIN + ' --weight_decay=0.0 --ramp=0.75'),
+        'bin_ramp75': ('... a ramp over 75 % of the steps instead of 85 %', BIN + ' --ramp=0.75'),
+        'bin_ramp90': ('... over 90 %', BIN + ' --ramp=0.9'),
         'bin_full': ('... latent weights never rounded', None),
         'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0) + PLAIN),
-        'bin_taught_ramp': ('... with a ramp over 85 % of the steps', None),
+        'bin_taught_ramp': ('... with a ramp over 85 % of the steps', BIN + TAUGHT + RATE('alpha', 1.0)),
         'tern': ('all ternary', TERN),
-        'tern_kd': ('... a teacher, from random weights', f"{TERN} {TWIN('teacher')}"),
+        'tern_kd': ('... with full precision as teacher', f"{TERN} {TWIN('teacher')}"),
         'tern_16': ('... learning rate 1.6e-2', TERN + ' --learning_rate=1.6e-2'),
-        'tern_wide': ('... twice as wide', TERN + ' --n_embd=256 --n_head=8'),
         'tern_plain': ('... rounded from the start, at 2 x the rate, from 1/sqrt(inputs)',
                        TERN + RATE('tern', 2.0) + PLAIN),
         'tern_small': ('... rounded from the start, from the same initial weights', TERN + ' --ramp=0.0'),
-        'tern_large': ('... a ramp over 75 % of the steps, from 1/sqrt(inputs)', None),
+        'tern_large': ('... a ramp over 75 % of the steps, from 1/sqrt(inputs)', TERN + ' --ramp=0.75 --ternary_std=0.0'),
         'tern_qk': ('... q and k normalized, with a gain for each head', None),
         'tern_group': ('... one scale for 128 weights', None),
         'tern_signs': ('... one scale for 1 and one for -1', None),
         'tern_tequila': ('... latent weights that round to 0 in the bias, as in Tequila', None),
         'tern_taught': ('all ternary, trained on from full precision, its teacher', TERN + TAUGHT + RATE('tern', 0.5) + PLAIN),
-        'tern_taught_ramp': ('... with a ramp over 85 % of the steps', None),
+        'tern_taught_ramp': ('... with a ramp over 85 % of the steps', TERN + TAUGHT + RATE('tern', 0.5)),
         'int4': ('all 4-bit', LOW.format('int4')),
     }),
     # four times the steps: 22 tokens per parameter
@@ -191,16 +190,16 @@ EXPERIMENTS |= {
 LORA = "--method=lora --targets=('c_attn','c_proj','c_fc') --learning_rate="
 EXPERIMENTS |= {
     'sst2_base': Experiment('finetune_cls.py', 'config/sst2_scratch.py --init_from=pretrained --model=out/wikitext2_hf '
-                            '--max_iters=480', 'full', '1,2,3', {
+                            '--max_iters=480 --max_len=128', 'full', '1,2,3', {
         'full': ('AdamW, all weights, 1e-3', ''),
         'full_5': ('... 5e-4', '--learning_rate=5e-4'),
         'full_20': ('... 2e-3', '--learning_rate=2e-3'),
-        'lora': ('LoRA, rank 16, all linear layers, 1e-2', LORA + '1e-2'),
+        'lora_2': ('LoRA, rank 16, all linear layers, 2e-3', LORA + '2e-3'),
         'lora_5': ('... 5e-3', LORA + '5e-3'),
-        'lora_2': ('... 2e-3', LORA + '2e-3'),
-        'lora_1': ('... 1e-3', LORA + '1e-3'),
-        'lora_attention': ('... only attention, 2e-3', "--method=lora --targets=('c_attn',) --learning_rate=2e-3"),
-        'rsvd6_columns': ('rSVD, rank 6, one second moment per column', '--method=rsvd --rank=6 --column_v=True'),
+        'lora': ('... 1e-2', LORA + '1e-2'),
+        'lora_attention': ('LoRA, rank 16, attention alone, 2e-3',
+                           "--method=lora --targets=('c_attn',) --learning_rate=2e-3"),
+        'rsvd6_columns': ('rSVD, rank 6, one second moment per column, 1e-3', '--method=rsvd --rank=6 --column_v=True'),
     }),
 }
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']

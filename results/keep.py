@@ -51,7 +51,7 @@ INDEX = {
                     'rSVD, rank 6, 1e-3, one second moment per column',
                     'rSVD, rank 4, 1e-3, updates not scaled, moments not rotated, a basis every 50 steps'),
     'sst2_base': ('Which method suits a model that was trained here on other text?', 'gap = gap to AdamW in points',
-                  'LoRA, rank 16, all linear layers, 1e-2'),
+                  'LoRA, rank 16, all linear layers, 2e-3'),
     'finetune': ('Which time and memory does a fine-tuning step of DistilBERT take?',
                  'peak = peak MiB', 'rsvd projected', 'adamw'),
     'optim': ('Which time and memory does a step of low-rank Adam take?', 'MiB = optimizer state, MiB', 'rsvd 16', 'adamw'),

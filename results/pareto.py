@@ -29,7 +29,7 @@ TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_more': ('full precision, 
            'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),
            'fp_rsvd': ('full precision, rSVD, rank 16', 'fp', 'rsvd'),
            'half': ('2 of 4 blocks binary, chosen by ptq.py', None, None),
-           'int4': ('int4', 'int4', 'muon'), 'tern': ('ternary', 'tern', 'muon'),
+           'int4': ('int4, 16 even levels', 'int4', 'muon'), 'tern': ('ternary', 'tern', 'muon'),
            'tern_taught': ('ternary, trained on', None, None), 'bin': ('binary', 'bin', 'muon'),
            'bin_taught': ('binary, trained on', None, None)}
 SHAPE = ['--n_layer=4', '--n_embd=128', '--block_size=128', '--vocab_size=1024', '--batch_size=16', '--dtypes=bfloat16']
@@ -68,8 +68,8 @@ def measure():
     command('bench.py', 'decode', f'--models={",".join(files.values())}', '--threads_of=1', '--heads=fp', '--torch=0',
             '--prefill=64', '--tokens=60', '--rounds=7', f'--json={log}')
     names = {path: name for name, path in files.items()}
-    found += [{'part': 'decode', 'name': names[r['model']], **{k: r[k] for k in ('decode', 'joules', 'device')}}
-              for r in lines_of(log)]
+    found += [{'part': 'decode', 'name': names[r['model']], **{k: r[k] for k in ('decode', 'joules', 'device')},
+               'turns': [turn['decode'] for turn in r['rounds']]} for r in lines_of(log)]
     for optimizer, kinds in (('muon', 'fp,bin,tern,int4'), ('adamw', 'fp'), ('rsvd', 'fp')):
         log = OUT / f'train_{optimizer}.jsonl'
         log.unlink(missing_ok=True)
@@ -83,22 +83,27 @@ def forms():
     rows, trained = keep.read('pareto'), runs.runs_of('quality')
     speed = {r['name']: r for r in rows if r['part'] == 'decode'}
     peak = {(r['kind'], r['optimizer']): r['peak_bytes'] for r in rows if r['part'] == 'step'}
-    joules = lambda name: speed.get(name, {}).get('joules')
+
+    def decoded(name):
+        if name not in speed:
+            return {'decode': None, 'ratio': None, 'joules': None}
+        ratios = [turn / full for turn, full in zip(speed[name]['turns'], speed['fp']['turns'], strict=True)]
+        return {'decode': speed[name]['decode'], 'ratio': statistics.median(ratios), 'joules': speed[name]['joules']}
+
     found = []
     for variant, (label, kind, optimizer) in TRAINED.items():
         if of := trained.get(variant):
             found.append({'label': label, 'trained': True, 'losses': [r['val_loss'] for r in of.values()],
                           'gaps': [r['val_loss'] - trained['fp'][s]['val_loss'] for s, r in of.items()
                                    if s in trained['fp'] and variant != 'fp'], 'bytes': of[min(of)]['packed_file_bytes'],
-                          'peak': peak.get((kind, optimizer)), 'decode': speed.get(variant, {}).get('decode'),
-                          'joules': joules(variant)})
+                          'peak': peak.get((kind, optimizer)), **decoded(variant)})
     for scheme, label in SCHEMES.items():
         name = scheme if scheme not in TRAINED else f'ptq_{scheme}'
         if of := [r for r in rows if r['part'] == 'quantized' and r['scheme'] == scheme]:
             found.append({'label': label, 'trained': False, 'losses': [r['loss'] for r in of], 'gaps': [r['delta'] for r in of],
-                          'bytes': of[0]['file_bytes'], 'peak': peak.get(('fp', 'muon')),
-                          'decode': speed.get(name, {}).get('decode'), 'joules': joules(name)})
-    return sorted(found, key=lambda f: (-f['bytes'], f['label']))
+                          'bytes': of[0]['file_bytes'], 'peak': peak.get(('fp', 'muon')), **decoded(name)})
+    first = TRAINED['fp'][0]                        # of the other rows as large only the metadata differ
+    return sorted(found, key=lambda f: (f['label'] != first, -(f['bytes'] // 1000), f['label']))
 
 
 def page(found):
@@ -110,7 +115,7 @@ def page(found):
     columns = {'form': '{label}', 'made': lambda f: 'training' if f['trained'] else 'afterwards',
                'val loss': lambda f: f'{runs.spread(f["losses"], 4)} (n={len(f["losses"])})', 'gap': gap(1),
                'gap per byte of text': gap(per_byte), 'file bytes': '{bytes:,}', 'MiB': number('peak', '.1f', MIB),
-               'tokens/s': number('decode', ',.0f')}
+               'tokens/s': number('decode', ',.0f'), '× full precision': number('ratio', '.2f')}
     if any(f['joules'] for f in found):
         columns['joules per token'] = number('joules', '.2e')
     device = next(r['device'] for r in rows if r['part'] == 'decode')
@@ -119,8 +124,8 @@ def page(found):
             f'if quantized afterwards), ± their standard error. Trained on: for {one["step"]:,} more steps, from the weights '
             'of full precision; low-bit models have it as teacher, too. The embedding, which is also the head, stays fp32 in '
             'all forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a quantized model that of its '
-            'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, models '
-            'in turns.', '', *table(columns, found)]
+            'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, all models in turns, and the median of '
+            'the turns, × full precision. Muon at 8e-3, AdamW at 4e-3, rSVD at 8e-3.', '', *table(columns, found)]
 
 
 NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'ternary, trained on', 'binary', 'binary, trained on',

@@ -8,7 +8,7 @@ The runs behind the tables: variants of one config on the same batches, several 
     python results/runs.py depth                                                  # 12 of 12 blocks binary
     python results/runs.py blocks                                                 # which 3 of 6 blocks, after ptq.py choose
     python results/runs.py sst2 | sst2_search                                     # methods of finetune_cls.py, their rates
-    python results/runs.py sst2_base                                              # ... from a model that was trained here
+    python results/runs.py sst2_base                                              # ... of a GPT from quality and export.py
     python results/runs.py food10 | cifar10 | food10_search                       # train_cnn.py: kinds of layers, their rates
     python results/runs.py arithmetic | tictactoe | tinystories                   # train_bitnet.py beside full precision
     python results/runs.py speed                                                  # bench.py train, its table
@@ -225,12 +225,14 @@ IMAGES = ('{step:,} steps, {samples:,} images seen; at the last step, in percent
 TABLES = dict.fromkeys(('long', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
     ('food10', 'cifar10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
     'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
-                'teacher. With its run they cost twice the steps.', LOSSES),
+                'teacher. With its run they cost twice the steps. Rows of trial code (see the .jsonl) cannot be run again.',
+                LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
-    'sst2_base': ('method', 'From the full-precision model of [quality.md](quality.md), {parameters:,} parameters, trained on '
-                  'WikiText-2; {steps:,} steps; columns as in [sst2.md](sst2.md).',
+    'sst2_base': ('method', 'From the first full-precision model of [quality.md](quality.md), a causal GPT of {parameters:,} '
+                  'parameters, trained on WikiText-2; {steps:,} steps. Columns as in [sst2.md](sst2.md), whose model, '
+                  'vocabulary and number of steps are others.',
                   SCORES | {'trained': first('trained_parameters'), 'optimizer bytes': first('optimizer_bytes')}),
     'sst2': ('method', '{parameters:,} parameters, {steps:,} steps. Accuracy in percent on {n} sentences and on {held_n:,} '
              'held-out texts, mean ± sd over seeds. The gap and the loss are over all of these texts; the gap in points, '
@@ -301,6 +303,7 @@ SUMMARY = [
      'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
     ('CNN 1.4M, 10 classes of Food-101', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
+    ('CNN 1.4M, CIFAR-10', 'all layers binary', 'binary', 'cifar10', 'bin', 'top1', None, None),
     ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 6', None, 'sst2', 'rsvd6_columns', 'all_accuracy',
      None, None)]
 
