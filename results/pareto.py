@@ -125,7 +125,7 @@ def page(found):
             'of full precision; low-bit models have it as teacher, too. The embedding, which is also the head, stays fp32 in '
             'all forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a quantized model that of its '
             'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, all models in turns, and the median of '
-            'the turns, × full precision. Muon at 8e-3, AdamW at 4e-3, rSVD at 8e-3.', '', *table(columns, found)]
+            'the turns, × full precision. Learning rates: [quality.md](quality.md).', '', *table(columns, found)]
 
 
 NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'ternary, trained on', 'binary', 'binary, trained on',

@@ -225,7 +225,7 @@ IMAGES = ('{step:,} steps, {samples:,} images seen; at the last step, in percent
 TABLES = dict.fromkeys(('long', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
     ('food10', 'cifar10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
     'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
-                'teacher. With its run they cost twice the steps. Rows of trial code (see the .jsonl) cannot be run again.',
+                'teacher. With its run they cost twice the steps. Rows that are marked so in the .jsonl used trial code.',
                 LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
