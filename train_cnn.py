@@ -74,6 +74,8 @@ max_iters = 0                  # optimizer steps in total; 0: `epochs` decides
 learning_rate = 1e-3           # peak, at the end of warm-up
 lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}   # rate factors: latent weights (not biases), binary scales
 ramp = 0.0                     # share of the steps over which low-bit weights turn from latent to rounded; evaluations round
+teacher = ''                   # checkpoint of a CNN on the same images: its predictions are targets beside the labels
+distill = 0.5                  # share of the teacher in the loss, at temperature 4; val_loss is of the labels alone
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'cosine'            # cosine | linear | constant
 warmup_iters = 100             # steps of linear warm-up
@@ -98,6 +100,7 @@ config = configurator.override(globals())   # file.py ... --key=value, later win
 WORDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern'}     # name in model_config: kind in layers.py, where they differ
 KINDS = WORDS | {kind: kind for kind in layers.KINDS if kind not in WORDS.values()}
 OPTIMIZERS = (*optim.NAMES, 'adam', 'sgd')
+TEMPERATURE = 4.0               # of a teacher
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,6 +171,15 @@ def relu(conv, y):
     return F.threshold(y, 0, 0) if own else F.relu(y, inplace=True)
 
 
+def soft_loss(guide, x, logits):
+    """T^2 KL(guide(x) || logits), both at temperature T, the mean over images. T^2 makes its gradient as large as that of the
+    cross-entropy (arXiv 1503.02531)."""
+    with torch.no_grad():
+        targets = F.log_softmax(guide(x).float() / TEMPERATURE, 1)
+    found = F.log_softmax(logits / TEMPERATURE, 1)
+    return TEMPERATURE ** 2 * F.kl_div(found, targets, log_target=True, reduction='batchmean')
+
+
 def predict_image():
     """Print the five most likely classes of the image `predict`, computed in fp32."""
     path = os.path.join(out_dir, 'best.pt') if resume in ('', 'auto') else resume
@@ -229,6 +241,7 @@ def main():
             (min(lr_scale.values()) < 0, f'lr_scale={lr_scale} must be 0 or more'),
             (not 0 <= ramp < 1, f'ramp={ramp} must be at least 0 and below 1'),
             (not 0 <= dropout < 1, f'dropout={dropout} must be at least 0 and below 1'),
+            (not 0 <= distill <= 1, f'distill={distill} must be from 0 to 1'),
             (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final must be above 0'),
             (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train')):
         if wrong:
@@ -304,6 +317,18 @@ def main():
         if state['model_config']['residual'] != residual:
             say(f'{init_from} has residual={not residual}; the function differs until it is trained on')
         say(f'{len(taken)} of {len(own)} tensors from {init_from}; new: {", ".join(sorted(own.keys() - taken)) or "none"}')
+    guide = None
+    if teacher:
+        try:
+            state = common.read_checkpoint(teacher, 'train_cnn')
+            common.check_same(teacher, state['images'], {key: seen[key] for key in ('classes', 'mean', 'std', 'size')},
+                              'a teacher needs the same images')
+            guide = CNN(CNNConfig(**state['model_config']))
+            common.load_model_state(guide, state['model'], teacher)
+        except ValueError as e:
+            configurator.fail(str(e))
+        guide.to(dev, memory_format=torch.channels_last).eval()
+        say(f'{distill:.0%} of the loss comes from {teacher}, a network of top-1 {state["best"][0]:.2%}')
     model.to(dev, memory_format=torch.channels_last)
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
     share = layers.ramp(model) if ramp else None
@@ -375,7 +400,7 @@ def main():
     # --------------------------------------------------------------------------------------------------------- loop
     raw_model = model
     if compile or (compile is None and dev.type == 'cuda'):
-        model = torch.compile(model)
+        model, guide = torch.compile(model), guide and torch.compile(guide)
     if world > 1:
         model = common.distributed(model, dev, local_rank)
     # A BatchNorm normalizes by the images of one micro-batch on one rank. Evaluation and checkpoints use the mean of its
@@ -492,7 +517,10 @@ def main():
             if world > 1:                           # DDP reads this flag in the forward pass
                 model.require_backward_grad_sync = i == accumulation - 1
             with amp:
-                loss = F.cross_entropy(model(x).float(), y)
+                logits = model(x).float()
+                loss = F.cross_entropy(logits, y)
+                if teacher:
+                    loss = (1 - distill) * loss + distill * soft_loss(guide, x, logits)
             loss_sum += loss.detach()
             (loss / accumulation).backward()
             if shared:

@@ -241,6 +241,31 @@ def test_steps_by_hand(train, folder, other_data):
         assert moved > 1e-6 and off < 1e-2 * moved, (name, moved, off)
 
 
+def test_a_teacher_gives_a_share_of_the_loss(train, folder, unbroken, data):
+    """The first logged loss is 0.4 x the cross-entropy of the new network on the labels + 0.6 x 16 x KL(teacher || it), both at
+    temperature 4, by hand; val_loss is of the labels alone."""
+    cwd, whole = folder(), unbroken()
+    options = (kinds('binary'), '--max_iters=1')
+    best = checkpoint(whole, 'best.pt')
+    done = train(*options, f'--teacher={whole}/out/best.pt', '--distill=0.6', cwd=cwd)
+    assert f'60% of the loss comes from {whole}/out/best.pt, a network of top-1 {best["best"][0]:.2%}' in done.out
+    teacher, split = model_of(best), images.load(data, 'train')
+    torch.manual_seed(1337)
+    student = train_cnn.CNN(train_cnn.CNNConfig(**checkpoint(cwd)['model_config'])).to(memory_format=torch.channels_last)
+    losses = []
+    for some, at in zip(common.epoch_indices(1337, 0, N_TRAIN, 8).reshape(2, 4), np.arange(8).reshape(2, 4), strict=True):
+        boxes = crops.random_boxes(1337, at // N_TRAIN, some, (0.35, 1.0), 4 / 3, False)
+        x = crops.network_input(torch.from_numpy(split.pixels[some]), *boxes, 16, split.mean, split.std)
+        with torch.no_grad():
+            y, (p, q) = student(x), ((net(x) / 4).softmax(1) for net in (teacher, student))
+        hard = -y.log_softmax(1)[range(4), torch.from_numpy(split.labels[some])].mean()
+        losses.append(0.4 * hard + 0.6 * 16 * (p * (p.log() - q.log())).sum(1).mean())
+    assert log(cwd, 'loss') == [pytest.approx(np.mean(losses), rel=1e-4)]
+    alone = folder()
+    train(*options, cwd=alone)
+    assert log(cwd, 'val_loss')[0] == log(alone, 'val_loss')[0] and log(cwd, 'val_loss')[1] != log(alone, 'val_loss')[1]
+
+
 SLOW_INPUT = """
 import time
 from readers import crops
@@ -589,7 +614,8 @@ def test_other_checkpoints_are_refused_in_one_line(refused, folder, unbroken, ot
         ('--residual=False', 'residual'), ('--image_size=20', 'size'), (f'--dataset={other_data}', 'n_classes'),
         ('--optimizer=SGD', 'optimizer'))]
     exchanged = ten_images(tmp_path / 'ten', [1, 0, *range(2, 10)])
-    cases += [((good, '--fc=8,4'), '--init_from='), ((ten, f'--dataset={exchanged}'), 'out/last.pt has another data; ')]
+    cases += [((f'--teacher={good.partition("=")[2]}', f'--dataset={other_data}'), 'out/last.pt has another classes'),
+              ((good, '--fc=8,4'), '--init_from='), ((ten, f'--dataset={exchanged}'), 'out/last.pt has another data; ')]
     refused('train_cnn', cases, folder())
 
 
@@ -616,6 +642,7 @@ MISTAKES = [
     (('--micro_batch_size=0', '--batch_size=1', '--residual=False'), 'micro_batch_size=1 at image_size=16'),
     (('--eval_batch_size=0',), 'eval_batch_size=0'), (('--log_interval=0',), 'log_interval=0'),
     (("--lr_scale={'bin': -1}",), 'lr_scale'), (("--lr_scale={'real': 2}",), 'real'), (('--grad_clip=-1',), 'grad_clip=-1.0'),
+    (('--distill=-0.1',), 'distill=-0.1 must be from 0 to 1'), (('--teacher=nosuch.pt',), 'nosuch.pt does not exist'),
     (('--dataset=nosuch',), 'type: python data/'), (('--dataset=images/nosuch',), 'prepare.py --dir PATH --name=nosuch'),
     (('--device=gpu',), 'gpu'), (('--out_dir=/proc/nosuch',), '/proc/nosuch'),
 ]
