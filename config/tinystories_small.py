@@ -16,7 +16,7 @@ n_embd, n_ff = 256, 768        # multiples of 256 fit the blocks of GGUF's terna
 
 max_iters = 1000
 optimizer = 'muon'
-learning_rate = 2e-3
+learning_rate = 8e-3           # for full precision 4e-3 is better
 ramp = 0.85
 schedule = 'linear'
 warmup_iters = 100

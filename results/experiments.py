@@ -206,17 +206,32 @@ CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
 REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
 BINARY = REAL.replace('real', 'binary')
 ADAMW_CNN = " --optimizer=adamw --lr_scale={'bin':1.0}"
-NETS = {'real': ('all real', REAL),
-        'mixed70': ('conv8, conv9, conv10 binary', ''),
-        'mixed70_ramp': ('... a ramp over 85 % of the steps', '--ramp=0.85'),
-        'bin': ('all binary', BINARY),
-        'bin_ramp': ('... a ramp over 85 % of the steps', BINARY + ' --ramp=0.85')}
+RAMP = ' --ramp=0.85'
+
+
+def nets(name):
+    taught, start = (f' --{key}=out/{name}/real_s{{seed}}/best.pt' for key in ('teacher', 'init_from'))
+    return {'real': ('all real', REAL),
+            'real_taught': ('... with itself as teacher', REAL + taught),
+            'real_more': ('... trained on for as many steps again', REAL + start),
+            'mixed70': ('conv8, conv9, conv10 binary', ''),
+            'mixed70_ramp': ('... a ramp over 85 % of the steps', RAMP),
+            'mixed70_taught': ('... the real network as teacher', taught),
+            'bin': ('all binary', BINARY),
+            'bin_ramp': ('... a ramp over 85 % of the steps', BINARY + RAMP),
+            'bin_taught': ('all binary, a ramp, the real network as teacher', BINARY + RAMP + taught),
+            'bin_from': ('all binary, trained on from the real network, a ramp', BINARY + RAMP + start),
+            'bin_from_taught': ('... and as teacher, too', BINARY + RAMP + start + taught)}
+
+
+RATES = {'real_10': ('... learning rate 1e-2 instead of 3e-3', REAL + ' --learning_rate=1e-2'),
+         'bin_ramp_10': ('... and learning rate 1e-2', BINARY + RAMP + ' --learning_rate=1e-2')}
 # first: python data/images/prepare.py --dir ... --name=food10 --size=80; cifar10: --size=32, a folder with train/ and test/
 EXPERIMENTS |= {
-    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', NETS),
+    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', nets('food10')),
     # CIFAR-10 as a folder of class folders: 10,000 test images
     'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
-                          '--epochs=2', 'real', '1,2,3', NETS),
+                          '--epochs=2', 'real', '1,2,3', nets('cifar10') | RATES),
     # A third of the steps.
     'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real_3', '1', {
         'real': ('all real, learning rate 1e-3', REAL + ' --learning_rate=1e-3'),
@@ -247,10 +262,18 @@ EXPERIMENTS |= {
     'arithmetic': Experiment('train_bitnet.py', 'config/arithmetic.py', 'fp_two', '1337', TWINS),
     'tictactoe': Experiment('train_bitnet.py', 'config/tictactoe.py', 'fp_two', '1337', TWINS),
     'tinystories': Experiment('train_bitnet.py', 'config/tinystories_small.py', 'fp', '1,2,3', {
-        'fp': ('full precision', '--quant=fp'),
+        'fp': ('full precision', '--quant=fp --learning_rate=4e-3'),
+        'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--quant=fp --learning_rate=2e-3'),
+        'fp_8': ('... 8e-3', '--quant=fp'),
+        'fp_adamw': ('... AdamW instead of Muon, 4e-3', '--quant=fp --learning_rate=4e-3 --optimizer=adamw'),
         'tern': ('ternary', ''),
-        'tern_plain': ('... rounded from the start, latent weights at 4 x the rate', '--ramp=0.0' + RATE('tern', 4.0)),
-        'tern_from': ('... trained on from full precision', '--init_from=out/tinystories/fp_s{seed}/best.pt'),
+        'tern_16e3': ('... learning rate 1.6e-2 instead of 8e-3', '--learning_rate=1.6e-2'),
+        'tern_4e3': ('... 4e-3', '--learning_rate=4e-3'),
+        'tern_4e3_2': ('... 4e-3, latent weights at 2 x the rate', '--learning_rate=4e-3' + RATE('tern', 2.0)),
+        'tern_2e3': ('... 2e-3', '--learning_rate=2e-3'),
+        'tern_2e3_2': ('... 2e-3, latent weights at 2 x the rate', '--learning_rate=2e-3' + RATE('tern', 2.0)),
+        'tern_2e3_4': ('... 2e-3, latent weights at 4 x the rate', '--learning_rate=2e-3' + RATE('tern', 4.0)),
+        'tern_plain': ('... the same, rounded from the start', '--learning_rate=2e-3 --ramp=0.0' + RATE('tern', 4.0)),
     }),
 }
 BY_STEP = ('search',)                            # losses along the run, also of runs that were stopped early

@@ -21,7 +21,7 @@ import keep
 from keep import ROOT, number, table
 
 TRAINED = {'out/tinystories_silu': 'train_bitnet.py config/tinystories_small.py --act=silu --optimizer=adamw --ramp=0.0 '
-                                 '--schedule=two_stage --dtype=float32 --compile=False',
+                                 '--learning_rate=2e-3 --schedule=two_stage --dtype=float32 --compile=False',
            'out/pycode_fp': 'train_gpt.py config/pycode_fp.py'}
 # file: (run, options of export.py)
 FILES = {'tinystories_TQ2_0.gguf': ('out/tinystories_silu', '--to=gguf --head=Q8_0'),

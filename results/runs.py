@@ -104,8 +104,10 @@ STORY = ['--prompt=Once upon a time', '--max_new_tokens=160', '--temperature=0.7
 
 
 def keep_texts(name):
-    """Store how each variant's first seed continues the same words, as the 'text' of its line."""
-    first_seeds = {r['variant']: r for r in sorted(keep.read(name), key=lambda r: -r['seed'])}
+    """Store how the first seed of each model continues the same words, as the 'text' of its line. Labels that start with '...'
+    are the same model in another training."""
+    first_seeds = {r['variant']: r for r in sorted(keep.read(name), key=lambda r: -r['seed'])
+                   if not EXPERIMENTS[name].variants[r['variant']][0].startswith('...')}
     for variant, run in first_seeds.items():
         out = f'out/{name}/{variant}_s{run["seed"]}'
         if (ROOT / out).exists():
@@ -303,7 +305,7 @@ SUMMARY = [
      'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
     ('CNN 1.4M, 10 classes of Food-101', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
-    ('CNN 1.4M, CIFAR-10', 'all layers binary', 'binary', 'cifar10', 'bin', 'top1', None, None),
+    ('CNN 1.4M, CIFAR-10', 'all layers binary, a teacher', 'binary', 'cifar10', 'bin_taught', 'top1', None, None),
     ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 6', None, 'sst2', 'rsvd6_columns', 'all_accuracy',
      None, None)]
 
