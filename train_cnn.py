@@ -75,7 +75,8 @@ learning_rate = 1e-3           # peak, at the end of warm-up
 lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 10.0}   # rate factors: latent weights (not biases), binary scales
 ramp = 0.0                     # share of the steps over which low-bit weights turn from latent to rounded; evaluations round
 teacher = ''                   # checkpoint of a CNN on the same images: its predictions are targets beside the labels
-distill = 0.5                  # share of the teacher in the loss, at temperature 4; val_loss is of the labels alone
+distill = 0.5                  # share of the teacher in the logged loss; val_loss is of the labels alone
+temperature = 4.0              # of the teacher and of the network in that part of the loss
 min_lr = 0.0                   # learning rate at the last step
 schedule = 'cosine'            # cosine | linear | constant
 warmup_iters = 100             # steps of linear warm-up
@@ -100,7 +101,6 @@ config = configurator.override(globals())   # file.py ... --key=value, later win
 WORDS = {'binary': 'bin', 'real': 'fp', 'ternary': 'tern'}     # name in model_config: kind in layers.py, where they differ
 KINDS = WORDS | {kind: kind for kind in layers.KINDS if kind not in WORDS.values()}
 OPTIMIZERS = (*optim.NAMES, 'adam', 'sgd')
-TEMPERATURE = 4.0               # of a teacher
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,13 +171,28 @@ def relu(conv, y):
     return F.threshold(y, 0, 0) if own else F.relu(y, inplace=True)
 
 
-def soft_loss(guide, x, logits):
-    """T^2 KL(guide(x) || logits), both at temperature T, the mean over images. T^2 makes its gradient as large as that of the
-    cross-entropy (arXiv 1503.02531)."""
-    with torch.no_grad():
-        targets = F.log_softmax(guide(x).float() / TEMPERATURE, 1)
-    found = F.log_softmax(logits / TEMPERATURE, 1)
-    return TEMPERATURE ** 2 * F.kl_div(found, targets, log_target=True, reduction='batchmean')
+def load_teacher(digests):
+    """The frozen CNN of the checkpoint `teacher`, and the number of images it saw. digests: of the training and the evaluation
+    images. Raises ValueError if it cannot teach this run."""
+    state = common.read_checkpoint(teacher, 'train_cnn', mmap=True)
+    if state['data'] != digests:
+        raise ValueError(f'{teacher} was trained on other images than those of {dataset}')
+    size = state['images']['size']
+    common.check_same(teacher, {'image_size': size}, {'image_size': image_size})
+    net = CNN(CNNConfig(**state['model_config']))
+    common.load_model_state(net, state['model'], teacher)
+    return net.eval().requires_grad_(False), state['step'] * state['config']['batch_size']
+
+
+def mixed_loss(logits, y, guess):
+    """Cross-entropy of the labels y; with the teacher's logits `guess` (N, n_classes) also, with the share `distill`,
+    T^2 KL(teacher || student), both at temperature T. T^2 keeps the size of its gradient as T changes (arXiv 1503.02531)."""
+    loss = F.cross_entropy(logits, y)
+    if guess is None:
+        return loss
+    found, wanted = ((t / temperature).log_softmax(1) for t in (logits, guess))
+    soft = F.kl_div(found, wanted, log_target=True, reduction='batchmean')
+    return (1 - distill) * loss + distill * temperature ** 2 * soft
 
 
 def predict_image():
@@ -242,6 +257,7 @@ def main():
             (not 0 <= ramp < 1, f'ramp={ramp} must be at least 0 and below 1'),
             (not 0 <= dropout < 1, f'dropout={dropout} must be at least 0 and below 1'),
             (not 0 <= distill <= 1, f'distill={distill} must be from 0 to 1'),
+            (temperature <= 0, f'temperature={temperature} must be above 0'),
             (min(binary_alpha, binary_alpha_final) <= 0, 'binary_alpha and binary_alpha_final must be above 0'),
             (min(epochs, max_iters or 1) <= 0, f'epochs={epochs}, max_iters={max_iters}: nothing to train')):
         if wrong:
@@ -317,18 +333,13 @@ def main():
         if state['model_config']['residual'] != residual:
             say(f'{init_from} has residual={not residual}; the function differs until it is trained on')
         say(f'{len(taken)} of {len(own)} tensors from {init_from}; new: {", ".join(sorted(own.keys() - taken)) or "none"}')
-    guide = None
+    try:
+        guide, taught = load_teacher([train_data.digest, val_data.digest]) if teacher else (None, 0)
+    except ValueError as e:
+        configurator.fail(str(e))
     if teacher:
-        try:
-            state = common.read_checkpoint(teacher, 'train_cnn')
-            common.check_same(teacher, state['images'], {key: seen[key] for key in ('classes', 'mean', 'std', 'size')},
-                              'a teacher needs the same images')
-            guide = CNN(CNNConfig(**state['model_config']))
-            common.load_model_state(guide, state['model'], teacher)
-        except ValueError as e:
-            configurator.fail(str(e))
-        guide.to(dev, memory_format=torch.channels_last).eval()
-        say(f'{distill:.0%} of the loss comes from {teacher}, a network of top-1 {state["best"][0]:.2%}')
+        guide.to(dev, memory_format=torch.channels_last)
+        say(f'{distill:.0%} of the loss comes from {teacher}, which was trained on {taught:,} images')
     model.to(dev, memory_format=torch.channels_last)
     low_bit = [m for m in model.modules() if isinstance(m, layers.LowBit)]
     share = layers.ramp(model) if ramp else None
@@ -388,7 +399,7 @@ def main():
         lost = None if elsewhere else state.get('lost')
         del state
         say(f'resumed from {resume_path} at step {step}')
-    if not common.ranks_agree(step, *digests, common.checksum(model.parameters())):
+    if not common.ranks_agree(step, *digests, common.checksum([*model.parameters(), *(guide.parameters() if teacher else ())])):
         configurator.fail('the ranks start from different steps, data or weights; do all nodes see the same files?')
     if rank_here == 0:
         common.open_run(out_dir, 'train_cnn', config, step, not resume_path or elsewhere)
@@ -516,11 +527,10 @@ def main():
             (x, y), upcoming = upcoming or next(reading), None
             if world > 1:                           # DDP reads this flag in the forward pass
                 model.require_backward_grad_sync = i == accumulation - 1
+            with amp, torch.no_grad():
+                guess = guide(x).float() if teacher else None
             with amp:
-                logits = model(x).float()
-                loss = F.cross_entropy(logits, y)
-                if teacher:
-                    loss = (1 - distill) * loss + distill * soft_loss(guide, x, logits)
+                loss = mixed_loss(model(x).float(), y, guess)
             loss_sum += loss.detach()
             (loss / accumulation).backward()
             if shared:

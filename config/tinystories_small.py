@@ -1,4 +1,5 @@
-# Train a 3.7M-parameter BitNet b1.58 on a sample of TinyStories; --quant=fp is the full-precision baseline on the same tokens.
+# Train a 3.7M-parameter BitNet b1.58 on a sample of TinyStories; its full-precision baseline on the same tokens has its own
+# learning rate: --quant=fp --learning_rate=4e-3
 # data of the stored runs: 3,117 stories, 2.5 MB; 650,193 training tokens and 33,657 validation tokens
 # expected val loss: see results/tinystories.md
 # hardware: 2 CPU cores with AVX512-BF16, one run on each, and a C++ compiler; without: --dtype=float32 --compile=False
@@ -16,7 +17,7 @@ n_embd, n_ff = 256, 768        # multiples of 256 fit the blocks of GGUF's terna
 
 max_iters = 1000
 optimizer = 'muon'
-learning_rate = 8e-3           # for full precision 4e-3 is better
+learning_rate = 8e-3           # see results/tinystories.md
 ramp = 0.85
 schedule = 'linear'
 warmup_iters = 100

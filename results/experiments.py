@@ -207,31 +207,25 @@ REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS
 BINARY = REAL.replace('real', 'binary')
 ADAMW_CNN = " --optimizer=adamw --lr_scale={'bin':1.0}"
 RAMP = ' --ramp=0.85'
-
-
-def nets(name):
-    taught, start = (f' --{key}=out/{name}/real_s{{seed}}/best.pt' for key in ('teacher', 'init_from'))
-    return {'real': ('all real', REAL),
-            'real_taught': ('... with itself as teacher', REAL + taught),
-            'real_more': ('... trained on for as many steps again', REAL + start),
-            'mixed70': ('conv8, conv9, conv10 binary', ''),
-            'mixed70_ramp': ('... a ramp over 85 % of the steps', RAMP),
-            'mixed70_taught': ('... the real network as teacher', taught),
-            'bin': ('all binary', BINARY),
-            'bin_ramp': ('... a ramp over 85 % of the steps', BINARY + RAMP),
-            'bin_taught': ('all binary, a ramp, the real network as teacher', BINARY + RAMP + taught),
-            'bin_from': ('all binary, trained on from the real network, a ramp', BINARY + RAMP + start),
-            'bin_from_taught': ('... and as teacher, too', BINARY + RAMP + start + taught)}
-
-
-RATES = {'real_10': ('... learning rate 1e-2 instead of 3e-3', REAL + ' --learning_rate=1e-2'),
-         'bin_ramp_10': ('... and learning rate 1e-2', BINARY + RAMP + ' --learning_rate=1e-2')}
+NETS = {'real': ('all real', REAL),
+        'mixed70': ('conv8, conv9, conv10 binary', ''),
+        'mixed70_ramp': ('... a ramp over 85 % of the steps', RAMP),
+        'bin': ('all binary', BINARY),
+        'bin_ramp': ('... a ramp over 85 % of the steps', BINARY + RAMP)}
+TEACHER, START = (f' --{key}=out/cifar10/real_s{{seed}}/best.pt' for key in ('teacher', 'init_from'))
 # first: python data/images/prepare.py --dir ... --name=food10 --size=80; cifar10: --size=32, a folder with train/ and test/
 EXPERIMENTS |= {
-    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', nets('food10')),
+    'food10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10', 'real', '1,2,3,4,5', NETS),
     # CIFAR-10 as a folder of class folders: 10,000 test images
     'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
-                          '--epochs=2', 'real', '1,2,3', nets('cifar10') | RATES),
+                          '--epochs=2', 'real', '1,2,3', NETS | {
+        'real_taught': ('all real, the real network as teacher', REAL + TEACHER),
+        'mixed70_taught': ('conv8, conv9, conv10 binary, the real network as teacher', TEACHER),
+        'bin_taught': ('all binary, a ramp, the real network as teacher', BINARY + RAMP + TEACHER),
+        'real_more': ('all real, trained on from the real network', REAL + START),
+        'bin_from': ('all binary, trained on from the real network, a ramp', BINARY + RAMP + START),
+        'real_10': ('all real, learning rate 1e-2 instead of 3e-3', REAL + ' --learning_rate=1e-2'),
+        'bin_ramp_10': ('all binary, a ramp, learning rate 1e-2', BINARY + RAMP + ' --learning_rate=1e-2')}),
     # A third of the steps.
     'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real_3', '1', {
         'real': ('all real, learning rate 1e-3', REAL + ' --learning_rate=1e-3'),

@@ -185,16 +185,10 @@ def apart(key, spec, scale=1):
     return lambda g: number(key, spec, scale)(g['step'])
 
 
-def ms_cell(g):
-    text = f'{statistics.median(r["ms"] for r in g["runs"]):.0f}'
-    if g['paired_ms'] and g['pairs']:               # the load of the machine differs between pairs
-        text += f' ({statistics.median(a["ms"] / b["ms"] for a, b in g["pairs"]):.2f} ×)'
-    return text
-
-
 LOSSES = {'val loss': mean('val_loss', alone=' ± -'),
           'bits per byte': lambda g: f'{statistics.mean(r["val_bpb"] for r in g["runs"]):.4f}',
-          'gap': gap('val_loss'), 'gap per byte': gap('val_bpb', scale=math.log(2)), 'ms/step': ms_cell,
+          'gap': gap('val_loss'), 'gap per byte': gap('val_bpb', scale=math.log(2)),
+          'ms/step': lambda g: f'{statistics.median(r["ms"] for r in g["runs"]):.0f}',
           'peak resident MiB': lambda g: f'{statistics.median(r["peak_mem_bytes"] for r in g["runs"]) / MIB:.0f}',
           'packed file bytes': first('packed_file_bytes')}
 PHOTOGRAPHS = {'top-1': mean('top1', 2, 100), 'gap': gap('top1', 2, 100), 'top-5': mean('top5', 2, 100),
@@ -218,14 +212,16 @@ GAMES = {'legal moves in games': lambda g: spread([50 * (r['random_legal'] + r['
 
 SUBWORDS = ('quality', 'long', 'blocks', 'tinystories')     # the others' tokens are bytes
 LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the last step; the gap '
-        'is paired by seed, ± its standard error; ms/step on one core, while another run used the other{pairs}.')
+        'is paired by seed, ± its standard error; ms/step on one core, while another run used the other.')
 TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
         '{threads} thread{s}, for some runs beside other work.')
 IMAGES = ('{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap in points, '
           'paired by seed, ± its standard error; share of the parameters that are binary.')
 # header of the first column, caption, other columns
 TABLES = dict.fromkeys(('long', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
-    ('food10', 'cifar10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
+    ('food10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
+    'cifar10': ('layers', IMAGES + ' Rows with a teacher and rows that are "trained on" also cost the run of the first row.',
+                PHOTOGRAPHS),
     'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
                 'teacher. With its run they cost twice the steps. Rows that are marked so in the .jsonl used trial code.',
                 LOSSES),
@@ -251,12 +247,11 @@ def run_table(name):
     found, (column, caption, columns) = runs_of(name), TABLES[name]
     base = found.get(baseline) or sys.exit(f'error: no finished run of {baseline}; run: python results/runs.py {name}')
     steps = {r['variant']: r for r in keep.read(name) if 'seed' not in r}
-    paired = EXPERIMENTS[name].script == 'train_bitnet.py'
-    groups = [{'label': f'{variants[v][0]} (n={len(runs)})', 'runs': list(runs.values()), 'paired_ms': paired,
+    groups = [{'label': f'{variants[v][0]} (n={len(runs)})', 'runs': list(runs.values()),
                'pairs': [(runs[s], base[s]) for s in runs if s in base],
                'step': steps.get(v, {}), 'base_step': steps.get(baseline)} for v, runs in found.items()]
     one = next(iter(base.values()))
-    caption = caption.format(**one, s='s' * ((one['threads'] or 1) > 1), pairs=', × of the twin beside it' * paired,
+    caption = caption.format(**one, s='s' * ((one['threads'] or 1) > 1),
                              token='a token of a trained BPE' if name in SUBWORDS else 'a token is a byte')
     return [f'`{config}`: {caption}', '', *table({column: '{label}'} | columns, groups)]
 
@@ -305,7 +300,8 @@ SUMMARY = [
      'val_loss', 'bitnet_speed', 'tern'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
     ('CNN 1.4M, 10 classes of Food-101', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
-    ('CNN 1.4M, CIFAR-10', 'all layers binary, a teacher', 'binary', 'cifar10', 'bin_taught', 'top1', None, None),
+    ('CNN 1.4M, CIFAR-10', 'all layers binary', 'binary', 'cifar10', 'bin', 'top1', None, None),
+    ('CNN 1.4M, CIFAR-10', '... a ramp, a teacher', 'binary', 'cifar10', 'bin_taught', 'top1', None, None),
     ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 6', None, 'sst2', 'rsvd6_columns', 'all_accuracy',
      None, None)]
 
