@@ -20,8 +20,8 @@ PLAIN = ' --ramp=0.0 --ternary_std=0.0'
 RATE = " --lr_scale={{'{}':{}}}".format                        # of one kind of parameters, × the learning rate
 TERN4 = TERN + RATE('tern', 4.0)
 Experiment = collections.namedtuple('Experiment', 'script config baseline seeds variants')  # variant: (label, what it changes)
+# An option None: made by trial code that is gone.
 EXPERIMENTS = {
-    # The variants with None used trial code.
     'quality': Experiment('train_gpt.py', 'config/wikitext2.py', 'fp', '1,2,3', {
         'fp': ('full precision', ''),
         'fp_more': ('... trained on for as many steps again', TWIN('init_from')),
@@ -43,6 +43,7 @@ EXPERIMENTS = {
         'bin_ramp75': ('... a ramp over 75 % of the steps instead of 85 %', BIN + ' --ramp=0.75'),
         'bin_ramp90': ('... over 90 %', BIN + ' --ramp=0.9'),
         'bin_full': ('... latent weights never rounded', None),
+        'bin_gain': ('... a learned factor for each output', None),
         'bin_taught': ('all binary, trained on from full precision, its teacher', BIN + TAUGHT + RATE('alpha', 1.0) + PLAIN),
         'bin_taught_ramp': ('... with a ramp over 85 % of the steps', BIN + TAUGHT + RATE('alpha', 1.0)),
         'tern': ('all ternary', TERN),
@@ -67,7 +68,7 @@ EXPERIMENTS = {
         'bin': ('all binary', BIN),
         'tern': ('all ternary', TERN),
     }),
-    # A quarter of the steps, without a ramp. The variant with None used an option that is gone.
+    # A quarter of the steps, without a ramp.
     'search': Experiment('train_gpt.py', 'config/wikitext2.py --learning_rate=4e-3 --max_iters=625 --eval_interval=625'
                          + PLAIN, 'fp', '1', {
         'fp': ('full precision', ''),
@@ -259,6 +260,7 @@ EXPERIMENTS |= {
         'fp': ('full precision', '--quant=fp --learning_rate=4e-3'),
         'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--quant=fp --learning_rate=2e-3'),
         'fp_8': ('... 8e-3', '--quant=fp'),
+        'fp_small': ('... 2e-3, from a deviation of 0.02 instead of 1/sqrt(inputs)', None),
         'fp_adamw': ('... AdamW instead of Muon, 4e-3', '--quant=fp --learning_rate=4e-3 --optimizer=adamw'),
         'tern': ('ternary', ''),
         'tern_16e3': ('... learning rate 1.6e-2 instead of 8e-3', '--learning_rate=1.6e-2'),
@@ -267,7 +269,8 @@ EXPERIMENTS |= {
         'tern_2e3': ('... 2e-3', '--learning_rate=2e-3'),
         'tern_2e3_2': ('... 2e-3, latent weights at 2 x the rate', '--learning_rate=2e-3' + RATE('tern', 2.0)),
         'tern_2e3_4': ('... 2e-3, latent weights at 4 x the rate', '--learning_rate=2e-3' + RATE('tern', 4.0)),
-        'tern_plain': ('... the same, rounded from the start', '--learning_rate=2e-3 --ramp=0.0' + RATE('tern', 4.0)),
+        'tern_2e3_small': ('... 2e-3, from a deviation of 0.02 instead of 1/sqrt(inputs)', None),
+        'tern_plain': ('... 2e-3, at 4 x, rounded from the start', '--learning_rate=2e-3 --ramp=0.0' + RATE('tern', 4.0)),
     }),
 }
 BY_STEP = ('search',)                            # losses along the run, also of runs that were stopped early

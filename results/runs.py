@@ -213,18 +213,19 @@ GAMES = {'legal moves in games': lambda g: spread([50 * (r['random_legal'] + r['
 SUBWORDS = ('quality', 'long', 'blocks', 'tinystories')     # the others' tokens are bytes
 LOSS = ('{step:,} steps, {tokens:,} tokens; mean ± sd over seeds; loss in nats per token ({token}) at the last step; the gap '
         'is paired by seed, ± its standard error; ms/step on one core, while another run used the other.')
+TRIALS = ' Rows that are marked so in the .jsonl used trial code.'
 TASK = ('{step:,} steps, {tokens:,} tokens; at the last step, mean ± sd over n seeds; minutes of a run with its evaluations on '
         '{threads} thread{s}, for some runs beside other work.')
 IMAGES = ('{step:,} steps, {samples:,} images seen; at the last step, in percent, mean ± sd over seeds; the gap in points, '
           'paired by seed, ± its standard error; share of the parameters that are binary.')
 # header of the first column, caption, other columns
-TABLES = dict.fromkeys(('long', 'blocks', 'depth', 'tinystories'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
+TABLES = dict.fromkeys(('long', 'blocks', 'depth'), ('variant', LOSS, LOSSES)) | dict.fromkeys(
     ('food10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
     'cifar10': ('layers', IMAGES + ' Rows with a teacher and rows that are "trained on" also cost the run of the first row.',
                 PHOTOGRAPHS),
     'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
-                'teacher. With its run they cost twice the steps. Rows that are marked so in the .jsonl used trial code.',
-                LOSSES),
+                'teacher. With its run they cost twice the steps.' + TRIALS, LOSSES),
+    'tinystories': ('variant', LOSS + TRIALS, LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
