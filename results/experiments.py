@@ -224,9 +224,7 @@ EXPERIMENTS |= {
         'mixed70_taught': ('conv8, conv9, conv10 binary, the real network as teacher', TEACHER),
         'bin_taught': ('all binary, a ramp, the real network as teacher', BINARY + RAMP + TEACHER),
         'real_more': ('all real, trained on from the real network', REAL + START),
-        'bin_from': ('all binary, trained on from the real network, a ramp', BINARY + RAMP + START),
-        'real_10': ('all real, learning rate 1e-2 instead of 3e-3', REAL + ' --learning_rate=1e-2'),
-        'bin_ramp_10': ('all binary, a ramp, learning rate 1e-2', BINARY + RAMP + ' --learning_rate=1e-2')}),
+        'bin_from': ('all binary, trained on from the real network, a ramp', BINARY + RAMP + START)}),
     # A third of the steps.
     'food10_search': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/food10 --epochs=10', 'real_3', '1', {
         'real': ('all real, learning rate 1e-3', REAL + ' --learning_rate=1e-3'),
