@@ -302,7 +302,7 @@ SUMMARY = [
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
     ('CNN 1.4M, 10 classes of Food-101', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
     ('CNN 1.4M, CIFAR-10', 'all layers binary, a ramp', 'binary', 'cifar10', 'bin_ramp', 'top1', None, None),
-    ('CNN 1.4M, CIFAR-10', '... and a teacher', 'binary', 'cifar10', 'bin_taught', 'top1', None, None),
+    ('CNN 1.4M, CIFAR-10', '... a teacher', 'binary', 'cifar10', 'bin_taught', 'top1', None, None),
     ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 6', None, 'sst2', 'rsvd6_columns', 'all_accuracy',
      None, None)]
 
