@@ -285,6 +285,7 @@ def main():
         configurator.fail(str(e))
     seen = {'classes': train_data.classes, 'mean': list(train_data.mean), 'std': list(train_data.std), 'size': image_size,
             'stored_size': train_data.size, 'eval_crop': eval_crop}
+    digests = [train_data.digest, val_data.digest]
     total_iters = max_iters or math.ceil(epochs * len(train_data) / batch_size)
     epoch_of = lambda step: step * batch_size / len(train_data)
 
@@ -334,7 +335,7 @@ def main():
             say(f'{init_from} has residual={not residual}; the function differs until it is trained on')
         say(f'{len(taken)} of {len(own)} tensors from {init_from}; new: {", ".join(sorted(own.keys() - taken)) or "none"}')
     try:
-        guide, taught = load_teacher([train_data.digest, val_data.digest]) if teacher else (None, 0)
+        guide, taught = load_teacher(digests) if teacher else (None, 0)
     except ValueError as e:
         configurator.fail(str(e))
     if teacher:
@@ -380,7 +381,6 @@ def main():
     # ------------------------------------------------------------------------------------------------------- resume
     step, best, wandb_id = 0, [-1.0, 0], None       # best: top-1 and its step
     lost = None                                     # (value, step) of a better evaluation that best.pt lacks: the disk was full
-    digests = [train_data.digest, val_data.digest]
     described = {**asdict(net_config), **seen, 'data': digests, 'optimizer': name}
     described |= {'rank': rank, 'side': side} if name == 'rsvd' else {}
     if resume_path:
@@ -527,8 +527,10 @@ def main():
             (x, y), upcoming = upcoming or next(reading), None
             if world > 1:                           # DDP reads this flag in the forward pass
                 model.require_backward_grad_sync = i == accumulation - 1
-            with amp, torch.no_grad():
-                guess = guide(x).float() if teacher else None
+            guess = None
+            if teacher:
+                with amp, torch.no_grad():
+                    guess = guide(x).float()
             with amp:
                 loss = mixed_loss(model(x).float(), y, guess)
             loss_sum += loss.detach()

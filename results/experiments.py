@@ -259,7 +259,6 @@ EXPERIMENTS |= {
         'fp_2': ('... learning rate 2e-3 instead of 4e-3', '--quant=fp --learning_rate=2e-3'),
         'fp_8': ('... 8e-3', '--quant=fp'),
         'fp_small': ('... 2e-3, from a deviation of 0.02 instead of 1/sqrt(inputs)', None),
-        'fp_adamw': ('... AdamW instead of Muon, 4e-3', '--quant=fp --learning_rate=4e-3 --optimizer=adamw'),
         'tern': ('ternary', ''),
         'tern_16e3': ('... learning rate 1.6e-2 instead of 8e-3', '--learning_rate=1.6e-2'),
         'tern_4e3': ('... 4e-3', '--learning_rate=4e-3'),
