@@ -45,6 +45,7 @@ class PlainGPT(nn.Module):
 
 # model of train_<name>.py: its kinds, and the config that gives every matrix this kind
 KINDS = {'gpt': ('plain', *layers.KINDS), 'bitnet': ('fp', 'tern')}
+RAMP = '+ramp'                                      # after a low-bit kind: its steps before the end of a ramp
 ALL_OF = {'gpt': lambda kind, n_layer: dict(qkv_proj=kind, c_proj=kind, mlp_proj=kind,
                                             binary_blocks=() if kind == 'fp' else tuple(range(n_layer))),
           'bitnet': lambda kind, n_layer: dict(quant=kind)}
@@ -66,7 +67,9 @@ def train_worker(a, models):
     ids = torch.randint(a.vocab_size, (a.batch_size, a.block_size + 1), device=a.device)
     torch.mm(torch.ones(8, 8), torch.ones(8, 8))                # memory for set-up of the matmul library must not count
     before = resident_bytes()
-    model = make_model(a.name, a, models).to(a.device)
+    model = make_model(a.name.removesuffix(RAMP), a, models).to(a.device)
+    if a.name.endswith(RAMP):
+        layers.ramp(model).fill_(0.5)
     hidden = {p for n, p in model.blocks.named_parameters() if n.endswith('weight') and p.dim() > 1}
     groups = [{'params': list(model.parameters()), 'decay': 0.1}]
     optimizer = optim.make(a.optimizer, groups, hidden, lr=1e-4, betas=(0.9, 0.95))
@@ -112,9 +115,9 @@ def train(a):
             setattr(a, key, shape[key])
     a.kinds = a.kinds or {'gpt': 'plain,fp,bin,tern,int4', 'bitnet': 'fp,tern'}[a.model]
     variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
-    known = (*KINDS[a.model], 'float32', 'bfloat16')
-    if wrong := [v for v in (*a.kinds.split(','), *a.dtypes.split(',')) if v not in known]:
-        configurator.fail(f'{wrong[0]!r} is no kind or dtype; type some of {",".join(known[:-2])}, float32,bfloat16')
+    kinds = (*KINDS[a.model], *(kind + RAMP for kind in KINDS[a.model] if kind not in ('plain', 'fp')))
+    if wrong := [v for v in (*a.kinds.split(','), *a.dtypes.split(',')) if v not in (*kinds, 'float32', 'bfloat16')]:
+        configurator.fail(f'{wrong[0]!r} is no kind or dtype; type some of {",".join(kinds)}, float32,bfloat16')
     workers, answers = in_turns([dict(vars(a), run=None, bench='train', name=kind, dtype=dtype) for kind, dtype in variants],
                                 a.rounds, 3, a.steps)            # 3 steps to warm up (and compile)
     memory = {}

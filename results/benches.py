@@ -12,7 +12,8 @@ def step_caption(r):
     model = 'train_bitnet.py' if r.get('model') == 'bitnet' else 'train_gpt.py'
     return (f'The model of {model}, {r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, '
             f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is '
-            'the most bytes of tensors alive at once, resident the growth of the process.')
+            'the most bytes of tensors alive at once, resident the growth of the process'
+            + ('.' if r['compile'] else '; +ramp: a step before the end of a ramp.'))
 
 
 STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×': '{ratio:.2f}',
@@ -22,8 +23,8 @@ STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×
 BY_DTYPE = 'speed', 'bitnet_speed', 'compiled', 'conv'
 # name: (arguments of bench.py, caption from one row, {header: cell from a row})
 BENCHES = {
-    'bitnet_speed': (['train --model=bitnet --steps=2'], step_caption, STEP_COLUMNS),
-    'speed': (['train --steps=2'], step_caption, STEP_COLUMNS),
+    'bitnet_speed': (['train --model=bitnet --steps=2 --kinds=fp,tern,tern+ramp'], step_caption, STEP_COLUMNS),
+    'speed': (['train --steps=2 --kinds=plain,fp,bin,bin+ramp,tern,tern+ramp,int4,int4+ramp'], step_caption, STEP_COLUMNS),
     'compiled': (['train --compile --steps=2', 'train --model=bitnet --compile --steps=2'],
                  lambda r: 'Under torch.compile. ' + step_caption(r).replace('model of train_gpt.py', 'models of the trainers')
                  + ' Saved: tensors for the backward pass.',

@@ -35,6 +35,8 @@ EXPERIMENTS = {
         # what python ptq.py choose --ckpt=out/quality/fp_s1 --bits=17 takes
         'half': ('2 of 4 blocks binary: 2 and 3', '--binary_blocks=2,3'),
         'half_plain': ('... rounded from the start', '--binary_blocks=2,3' + PLAIN),
+        'half_taught': ('2 of 4 blocks binary, trained on from full precision, its teacher',
+                        '--binary_blocks=2,3' + TAUGHT + RATE('alpha', 1.0) + PLAIN),
         'bin': ('all binary', BIN),
         'bin_kd': ('... with full precision as teacher', f"{BIN} {TWIN('teacher')}"),
         'bin_16': ('... learning rate 1.6e-2', BIN + ' --learning_rate=1.6e-2'),
@@ -206,6 +208,7 @@ EXPERIMENTS |= {
 CNN_LAYERS = [*(f'conv{i}' for i in range(1, 11)), 'fc1', 'fc2', 'final']
 REAL = '--model_config={' + ','.join(f"'{layer}':'real'" for layer in CNN_LAYERS) + '}'
 BINARY = REAL.replace('real', 'binary')
+ENDS_REAL = BINARY.replace("'conv1':'binary'", "'conv1':'real'").replace("'final':'binary'", "'final':'real'")
 ADAMW_CNN = " --optimizer=adamw --lr_scale={'bin':1.0}"
 RAMP = ' --ramp=0.85'
 NETS = {'real': ('all real', REAL),
@@ -220,6 +223,7 @@ EXPERIMENTS |= {
     # CIFAR-10 as a folder of class folders: 10,000 test images
     'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
                           '--epochs=2', 'real', '1,2,3', NETS | {
+        'bin_ends': ('... conv1 and final real, a ramp', ENDS_REAL + RAMP),
         'real_taught': ('all real, the real network as teacher', REAL + TEACHER),
         'mixed70_taught': ('conv8, conv9, conv10 binary, the real network as teacher', TEACHER),
         'bin_taught': ('all binary, a ramp, the real network as teacher', BINARY + RAMP + TEACHER),

@@ -18,7 +18,8 @@ import bench
 import common
 import layers
 from conftest import ROOT
-from measure import decode, forms, gpu, llama, optimizers
+from engine.load import MODELS
+from measure import decode, forms, gpu, llama, optimizers, steps
 from readers import tokens
 from forked import BENCH_FORKS, PARTS_FORKS
 from train_gpt import GPT, GPTConfig
@@ -194,6 +195,24 @@ def test_finetune_of_distilbert(rows):
     assert full['bench'] == 'finetune' and full['refresh_ms'] is None
     assert full['ms_x_adamw'] == full['peak_x_adamw'] == 1 and full['ms_x_lora'] is None and low['peak_x_adamw'] < 1
     assert low['amortised_ms'] == pytest.approx(low['ms'] + low['refresh_ms'] / 200)
+
+
+def test_train_in_a_ramp(monkeypatch):
+    """int4+ramp measures steps whose weights are halfway between latent and rounded ones; those of int4 are rounded."""
+    mixed, plain = [], layers.LowBit._mixed
+
+    def seen(layer, rounded, full):
+        found = plain(layer, rounded, full)
+        mixed.append((found, rounded, full().detach().clone()))        # the optimizer changes it
+        return found
+    monkeypatch.setattr(layers.LowBit, '_mixed', seen)
+    options = dict(model='gpt', n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=16, batch_size=2, optimizer='adamw',
+                   dtype='float32', compile=False)
+    for name in ('int4', 'int4+ramp'):
+        mixed.clear()
+        assert len(asked(lambda a: steps.train_worker(a, MODELS), monkeypatch, name, **options)) == 1
+        share = 0.5 if name == 'int4+ramp' else 1.0
+        assert mixed and all(torch.allclose(w, full.lerp(rounded, share)) for w, rounded, full in mixed)
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
