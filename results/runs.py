@@ -293,12 +293,12 @@ def write_tables(name):
 # A row of the table in README.md: model, low-bit part, name in results/layers.jsonl; experiment, variant, column of its
 # quality; bench with its training memory and time, row of the bench
 SUMMARY = [
-    ('GPT 0.9M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin', 'val_loss', 'speed', 'bin'),
+    ('GPT 0.9M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin', 'val_loss', 'speed', 'bin+ramp'),
     ('GPT 0.9M, WikiText-2', '... trained on from fp32', 'binary', 'quality', 'bin_taught', 'val_loss', None, None),
-    ('GPT 0.9M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern', 'val_loss', 'speed', 'tern'),
+    ('GPT 0.9M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern', 'val_loss', 'speed', 'tern+ramp'),
     ('GPT 0.9M, WikiText-2', '... trained on from fp32', 'ternary', 'quality', 'tern_taught', 'val_loss', None, None),
     ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern',
-     'val_loss', 'bitnet_speed', 'tern'),
+     'val_loss', 'bitnet_speed', 'tern+ramp'),
     ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
     ('CNN 1.4M, 10 classes of Food-101', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
     ('CNN 1.4M, CIFAR-10', 'all layers binary, a ramp', 'binary', 'cifar10', 'bin_ramp', 'top1', None, None),
