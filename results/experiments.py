@@ -51,6 +51,7 @@ EXPERIMENTS = {
         'tern': ('all ternary', TERN),
         'tern_kd': ('... with full precision as teacher', f"{TERN} {TWIN('teacher')}"),
         'tern_16': ('... learning rate 1.6e-2', TERN + ' --learning_rate=1.6e-2'),
+        'tern_wide': ('... 1.25 x the width: 160', TERN + ' --n_embd=160'),
         'tern_plain': ('... rounded from the start, at 2 x the rate, from 1/sqrt(inputs)',
                        TERN + RATE('tern', 2.0) + PLAIN),
         'tern_small': ('... rounded from the start, from the same initial weights', TERN + ' --ramp=0.0'),
@@ -186,6 +187,7 @@ EXPERIMENTS |= {
         'sumo6_s1': ('SUMO, rank 6, 1e-3; embeddings by rSVD, rank 4', None),
         'sumo6_s3': ('... orthogonal updates x 3', None),
         'apollo4': ('APOLLO, rank 4, 1e-3, with full gradients', None),
+        'fira4': ('Fira, rank 4, 1e-3, with full gradients', None),
     }),
 }
 # first: python results/runs.py quality --only=fp --seeds=1

@@ -227,7 +227,7 @@ TABLES = dict.fromkeys(('long', 'blocks', 'depth'), ('variant', LOSS, LOSSES)) |
                 'teacher. With its run they cost twice the steps.' + TRIALS, LOSSES),
     'tinystories': ('variant', LOSS + TRIALS, LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
-                    'The rows with V = 0, beta2, SUMO and APOLLO used trial code.',
+                    'The rows with V = 0, beta2, SUMO, APOLLO and Fira used trial code.',
                     SCORES | {'optimizer bytes': first('optimizer_bytes')}),
     'sst2_base': ('method', 'From the first full-precision model of [quality.md](quality.md), a causal GPT of {parameters:,} '
                   'parameters, trained on WikiText-2; {steps:,} steps. Columns as in [sst2.md](sst2.md), whose model, '
