@@ -129,7 +129,7 @@ def main():
     p.add_argument('--model', default='gpt', choices=tuple(steps.KINDS))
     p.add_argument('--compile', action='store_true')
     p.add_argument('--optimizer', default='adamw', choices=optim.NAMES)
-    p.add_argument('--kinds', default='', help='kinds of layer, e.g. fp,bin,bin+ramp; default: some')
+    p.add_argument('--kinds', default='', help='e.g. fp,bin,bin+ramp; default: plain,fp,bin,tern,int4, or fp,tern of bitnet')
     p.add_argument('--dtypes', default='float32,bfloat16')
     p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')
     p.add_argument('--fineweb95m', action='store_true', help='the shape of config/fineweb95m.py')

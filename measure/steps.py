@@ -69,7 +69,7 @@ def train_worker(a, models):
     before = resident_bytes()
     model = make_model(a.name.removesuffix(RAMP), a, models).to(a.device)
     if a.name.endswith(RAMP):
-        layers.ramp(model).fill_(0.5)
+        layers.ramp(model).fill_(0.5)                           # any share takes as long
     hidden = {p for n, p in model.blocks.named_parameters() if n.endswith('weight') and p.dim() > 1}
     groups = [{'params': list(model.parameters()), 'decay': 0.1}]
     optimizer = optim.make(a.optimizer, groups, hidden, lr=1e-4, betas=(0.9, 0.95))

@@ -11,12 +11,13 @@ def figure(key, spec):
 def step_caption(r):
     model = 'train_bitnet.py' if r.get('model') == 'bitnet' else 'train_gpt.py'
     return (f'The model of {model}, {r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, '
-            f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; × is relative to fp of the same dtype; peak memory is '
-            'the most bytes of tensors alive at once, resident the growth of the process'
-            + ('.' if r['compile'] else '; +ramp: a step before the end of a ramp.'))
+            f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; {r["optimizer"]}; ms: median of '
+            'the rounds (least to most); × is relative to fp of the same dtype; peak memory is the most bytes of tensors alive '
+            'at once, resident the growth of the process'
+            + ('.' if r['compile'] else '; +ramp: a step in the ramp, on weights halfway between latent and rounded ones.'))
 
 
-STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f}', '×': '{ratio:.2f}',
+STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f} ({ms_min:.0f} to {ms_max:.0f})', '×': '{ratio:.2f}',
                 'tokens/s': '{tokens_per_s:,.0f}', 'peak MiB': lambda r: mib(r, 'peak', 0), '× ': '{peak_ratio:.2f}',
                 'resident MiB': lambda r: mib(r, 'resident', 0), '×  ': '{resident_ratio:.2f}'}
 

@@ -37,6 +37,8 @@ EXPERIMENTS = {
         'half_plain': ('... rounded from the start', '--binary_blocks=2,3' + PLAIN),
         'half_taught': ('2 of 4 blocks binary, trained on from full precision, its teacher',
                         '--binary_blocks=2,3' + TAUGHT + RATE('alpha', 1.0) + PLAIN),
+        'half_taught_slow': ('... latent weights at half the rate',
+                             "--binary_blocks=2,3 --lr_scale={'bin':0.5,'alpha':1.0}" + TAUGHT + PLAIN),
         'bin': ('all binary', BIN),
         'bin_kd': ('... with full precision as teacher', f"{BIN} {TWIN('teacher')}"),
         'bin_16': ('... learning rate 1.6e-2', BIN + ' --learning_rate=1.6e-2'),
@@ -51,7 +53,7 @@ EXPERIMENTS = {
         'tern': ('all ternary', TERN),
         'tern_kd': ('... with full precision as teacher', f"{TERN} {TWIN('teacher')}"),
         'tern_16': ('... learning rate 1.6e-2', TERN + ' --learning_rate=1.6e-2'),
-        'tern_wide': ('... 1.25 x the width: 160', TERN + ' --n_embd=160'),
+        'tern_wide': ('... 160 wide instead of 128', TERN + ' --n_embd=160'),
         'tern_plain': ('... rounded from the start, at 2 x the rate, from 1/sqrt(inputs)',
                        TERN + RATE('tern', 2.0) + PLAIN),
         'tern_small': ('... rounded from the start, from the same initial weights', TERN + ' --ramp=0.0'),
@@ -187,7 +189,8 @@ EXPERIMENTS |= {
         'sumo6_s1': ('SUMO, rank 6, 1e-3; embeddings by rSVD, rank 4', None),
         'sumo6_s3': ('... orthogonal updates x 3', None),
         'apollo4': ('APOLLO, rank 4, 1e-3, with full gradients', None),
-        'fira4': ('Fira, rank 4, 1e-3, with full gradients', None),
+        'fira4': ('Fira, rank 4, 1e-3, with full gradients, updates not scaled', None),
+        'fira4_auto': ('... updates x sqrt(m / r)', None),
     }),
 }
 # first: python results/runs.py quality --only=fp --seeds=1
@@ -225,7 +228,7 @@ EXPERIMENTS |= {
     # CIFAR-10 as a folder of class folders: 10,000 test images
     'cifar10': Experiment('train_cnn.py', 'config/images_mixed.py --dataset=images/cifar10 --image_size=32 --eval_crop=1.0 '
                           '--epochs=2', 'real', '1,2,3', NETS | {
-        'bin_ends': ('... conv1 and final real, a ramp', ENDS_REAL + RAMP),
+        'bin_ends': ('all binary but conv1 and final, a ramp', ENDS_REAL + RAMP),
         'real_taught': ('all real, the real network as teacher', REAL + TEACHER),
         'mixed70_taught': ('conv8, conv9, conv10 binary, the real network as teacher', TEACHER),
         'bin_taught': ('all binary, a ramp, the real network as teacher', BINARY + RAMP + TEACHER),

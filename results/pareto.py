@@ -29,8 +29,10 @@ TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_more': ('full precision, 
            'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),
            'fp_rsvd': ('full precision, rSVD, rank 16', 'fp', 'rsvd'),
            'half': ('2 of 4 blocks binary, chosen by ptq.py', None, None),
-           'int4': ('int4, 16 even levels', 'int4', 'muon'), 'tern': ('ternary', 'tern', 'muon'),
-           'tern_taught': ('ternary, trained on', None, None), 'bin': ('binary', 'bin', 'muon'),
+           'half_taught': ('2 of 4 blocks binary, trained on', None, None),
+           'int4': ('int4, 16 even levels', 'int4+ramp', 'muon'), 'tern': ('ternary', 'tern+ramp', 'muon'),
+           'tern_wide': ('ternary, 160 wide instead of 128', None, None),
+           'tern_taught': ('ternary, trained on', None, None), 'bin': ('binary', 'bin+ramp', 'muon'),
            'bin_taught': ('binary, trained on', None, None)}
 SHAPE = ['--n_layer=4', '--n_embd=128', '--block_size=128', '--vocab_size=1024', '--batch_size=16', '--dtypes=bfloat16']
 OUT = ROOT / 'out' / 'pareto'
@@ -70,7 +72,7 @@ def measure():
     names = {path: name for name, path in files.items()}
     found += [{'part': 'decode', 'name': names[r['model']], **{k: r[k] for k in ('decode', 'joules', 'device')},
                'turns': [turn['decode'] for turn in r['rounds']]} for r in lines_of(log)]
-    for optimizer, kinds in (('muon', 'fp,bin,tern,int4'), ('adamw', 'fp'), ('rsvd', 'fp')):
+    for optimizer, kinds in (('muon', 'fp,bin+ramp,tern+ramp,int4+ramp'), ('adamw', 'fp'), ('rsvd', 'fp')):
         log = OUT / f'train_{optimizer}.jsonl'
         log.unlink(missing_ok=True)
         command('bench.py', 'train', *SHAPE, f'--kinds={kinds}', f'--optimizer={optimizer}', '--rounds=3', f'--json={log}')
@@ -123,9 +125,10 @@ def page(found):
             'sd over n seeds; gaps to the full-precision model of the same seed in the same precision (bf16 if trained, fp32 '
             f'if quantized afterwards), ± their standard error. Trained on: for {one["step"]:,} more steps, from the weights '
             'of full precision; low-bit models have it as teacher, too. The embedding, which is also the head, stays fp32 in '
-            'all forms. MiB: tensors alive at once in a training step in bf16, not compiled; for a quantized model that of its '
-            'twin; `-`: not measured. tokens/s of one sequence in engine/, one thread, all models in turns, and the median of '
-            'the turns, × full precision. Learning rates: [quality.md](quality.md).', '', *table(columns, found)]
+            'all forms. MiB: tensors alive at once in a training step in bf16, not compiled, of low-bit models in '
+            'the ramp; for a quantized model that of its twin; `-`: not measured. tokens/s of one sequence in engine/, one '
+            'thread, all models in turns, and the median of the turns, × full precision. Learning rates: '
+            '[quality.md](quality.md).', '', *table(columns, found)]
 
 
 NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'ternary, trained on', 'binary', 'binary, trained on',

@@ -223,8 +223,8 @@ TABLES = dict.fromkeys(('long', 'blocks', 'depth'), ('variant', LOSS, LOSSES)) |
     ('food10', 'food10_search'), ('layers', IMAGES, PHOTOGRAPHS)) | {
     'cifar10': ('layers', IMAGES + ' Rows with a teacher and rows that are "trained on" also cost the run of the first row.',
                 PHOTOGRAPHS),
-    'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row, which is also the '
-                'teacher. With its run they cost twice the steps.' + TRIALS, LOSSES),
+    'quality': ('variant', LOSS + ' Rows that are "trained on" start from the model of the first row; in low bits it is '
+                'their teacher, too. These rows and rows with a teacher also cost its run.' + TRIALS, LOSSES),
     'tinystories': ('variant', LOSS + TRIALS, LOSSES),
     'sst2_search': ('method', '{parameters:,} parameters, {steps:,} steps; columns as in [sst2.md](sst2.md). '
                     'The rows with V = 0, beta2, SUMO, APOLLO and Fira used trial code.',
@@ -317,11 +317,11 @@ def write_summary():
             continue
         digits, scale, unit = (4, 1, 'nats') if 'loss' in key else (2, 100, 'points')
         group = {'runs': list(runs.values()), 'pairs': [(runs[s], base[s]) for s in runs if s in base]}
-        twin = {'runs': list(base.values())}
+        twin = {'runs': [full for _, full in group['pairs']]}
         quality = f'{mean(key, digits, scale)(group)} against {mean(key, digits, scale)(twin)} (n={len(runs)})'
         steps, memory, ms, file = {r['variant']: r for r in keep.read(name) if 'seed' not in r}, '-', '-', '-'
         for r in keep.read(bench) if bench else ():
-            if (r.get('kind') or r['name'], r['dtype']) == (kind, 'float32'):
+            if (r.get('kind') or r['name'], r['dtype']) == (kind, 'bfloat16'):
                 memory, ms = f'{r["peak_ratio"]:.2f}', f'{r.get("ratio", r.get("net_ratio")):.2f}'
         if variant in steps:                        # measured apart from the runs
             step, full = steps[variant], steps[EXPERIMENTS[name].baseline]
@@ -342,17 +342,13 @@ def write_summary():
 
 
 def picture(name):
-    """results/<name>.png: validation loss against tokens, one line and one band over the seeds for each variant with the most
-    seeds."""
+    """results/<name>.png: validation loss against tokens, one line and one band over the seeds for each variant from random
+    weights whose label does not start with '...'."""
     from report.plot_runs import draw_loss
-    labels, whole = {}, ''
-    for variant, (label, _) in EXPERIMENTS[name].variants.items():      # '...' continues the last label without it
-        whole = whole if label.startswith('...') else label
-        labels[variant] = label.replace('...', f'{whole},')
-    found = runs_of(name)
-    most = max(map(len, found.values()), default=0)
-    logs = {f'{labels[v]} (n={len(runs)})': [[e for e in r['evaluations'] if e['step']] for r in runs.values()]
-            for v, runs in found.items() if len(runs) == most}
+    variants = EXPERIMENTS[name].variants
+    logs = {f'{variants[v][0]} (n={len(runs)})': [[e for e in r['evaluations'] if e['step']] for r in runs.values()]
+            for v, runs in runs_of(name).items()}
+    logs = {label: log for label, log in logs.items() if not label.startswith('...') and 'trained on' not in label}
     figure, _ = draw_loss(logs)
     figure.axes[0].set_ylabel(f'validation loss (nats per {"token" if name in SUBWORDS else "byte"})')
     figure.savefig(ROOT / 'results' / f'{name}.png', dpi=100)

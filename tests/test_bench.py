@@ -198,21 +198,15 @@ def test_finetune_of_distilbert(rows):
 
 
 def test_train_in_a_ramp(monkeypatch):
-    """int4+ramp measures steps whose weights are halfway between latent and rounded ones; those of int4 are rounded."""
-    mixed, plain = [], layers.LowBit._mixed
-
-    def seen(layer, rounded, full):
-        found = plain(layer, rounded, full)
-        mixed.append((found, rounded, full().detach().clone()))        # the optimizer changes it
-        return found
-    monkeypatch.setattr(layers.LowBit, '_mixed', seen)
+    """int4+ramp measures a model that trains on weights halfway between latent and rounded ones; int4 has no ramp."""
+    made, make = [], steps.make_model
+    monkeypatch.setattr(steps, 'make_model', lambda *given: made.append(make(*given)) or made[-1])
     options = dict(model='gpt', n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=16, batch_size=2, optimizer='adamw',
                    dtype='float32', compile=False)
-    for name in ('int4', 'int4+ramp'):
-        mixed.clear()
-        assert len(asked(lambda a: steps.train_worker(a, MODELS), monkeypatch, name, **options)) == 1
-        share = 0.5 if name == 'int4+ramp' else 1.0
-        assert mixed and all(torch.allclose(w, full.lerp(rounded, share)) for w, rounded, full in mixed)
+    for name, share in (('int4', None), ('int4+ramp', 0.5)):
+        asked(lambda a: steps.train_worker(a, MODELS), monkeypatch, name, **options)
+        low = [m for m in made.pop().modules() if isinstance(m, layers.LowBit)]
+        assert low and all(m.training and m.share == share for m in low)
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
@@ -325,6 +319,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
             ('stats bignet nope', 'nope'), ('compare half out/none', 'out/none'), ('layers --kinds=int3', 'int3'),
             ('stats bignet --device=cuda', 'CUDA'), ('bundle /nonexistent/x.zip', '/nonexistent/x.zip'), ('', 'command'),
             ('layers --shapes=4x8', '4x8'), ('fit lora --seeds=a', 'seeds'), ('train --kinds=foo', 'foo'),
+            ('train --kinds=fp+ramp', 'fp+ramp'),
             ('optim-bytes --ranks=0', 'ranks'), ('finetune --variants=foo', 'foo'), ('finetune --tokens=0', 'tokens'),
             ('decode --heads=x', 'heads'), ('decode --prefill=a', 'prefill'), ('decode --models=', 'model'),
             ('decode --threads_of=0', 'threads_of'), ('decode --llama=/nonexistent/x', '/nonexistent/x'),

@@ -67,7 +67,7 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python train_bitnet.py config/', 2, BITNET, r'step 3: val loss[\s\S]+packed into out/'),
     ('torchrun --nproc_per_node=8 train_bitnet.py config/', 2, f'{BITNET} --dataset=arithmetic',
      r'2 processes[\s\S]+packed into out/'),
-    ('python bench.py train', 2, f'{BENCH} --kinds=fp,tern+ramp --dtypes=float32', r'fp +float32[\s\S]+tern\+ramp +float32'),
+    ('python bench.py train', 2, f'{BENCH} --dtypes=float32', r'fp +float32[\s\S]+tern +float32'),
     ('python bench.py stats', 2, '--dim=256 --batch=2 --threads=1', r'half +[\s\S]+int4 +'),
     ('python bench.py compare', 2, '--dim=256 --batch=2 --threads=1', r'qlora +\d'),
     ('python bench.py fit', 2, '--seeds=1 --dim=256 --batch=64 --threads=1 --steps=100 --lr=3e-3', r'qlora +297,729'),
