@@ -15,6 +15,7 @@ learning_rate = 4e-3
 lr_scale = {'bin': 1.0, 'tern': 1.0, 'int4': 1.0, 'alpha': 0.02}       # Muon trains latent weights at the full rate
 schedule = 'linear'
 min_lr = 0.0
+ramp, ternary_std = 0.85, 0.02  # val loss, of rounded weights, is high until the ramp ends
 warmup_iters = 50
 
 eval_interval = 250
