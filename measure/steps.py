@@ -45,7 +45,7 @@ class PlainGPT(nn.Module):
 
 # model of train_<name>.py: its kinds, and the config that gives every matrix this kind
 KINDS = {'gpt': ('plain', *layers.KINDS), 'bitnet': ('fp', 'tern')}
-RAMP = '+ramp'                                      # after a low-bit kind: its steps before the end of a ramp
+RAMP = '+ramp'                                      # after a low-bit kind: its steps in a run with --ramp
 ALL_OF = {'gpt': lambda kind, n_layer: dict(qkv_proj=kind, c_proj=kind, mlp_proj=kind,
                                             binary_blocks=() if kind == 'fp' else tuple(range(n_layer))),
           'bitnet': lambda kind, n_layer: dict(quant=kind)}
@@ -69,7 +69,7 @@ def train_worker(a, models):
     before = resident_bytes()
     model = make_model(a.name.removesuffix(RAMP), a, models).to(a.device)
     if a.name.endswith(RAMP):
-        layers.ramp(model).fill_(0.5)                           # any share takes as long
+        layers.ramp(model).fill_(0.5)                           # the layers mix at any share, also at 1
     hidden = {p for n, p in model.blocks.named_parameters() if n.endswith('weight') and p.dim() > 1}
     groups = [{'params': list(model.parameters()), 'decay': 0.1}]
     optimizer = optim.make(a.optimizer, groups, hidden, lr=1e-4, betas=(0.9, 0.95))

@@ -125,8 +125,8 @@ def page(found):
             'sd over n seeds; gaps to the full-precision model of the same seed in the same precision (bf16 if trained, fp32 '
             f'if quantized afterwards), ± their standard error. Trained on: for {one["step"]:,} more steps, from the weights '
             'of full precision; low-bit models have it as teacher, too. The embedding, which is also the head, stays fp32 in '
-            'all forms. MiB: tensors alive at once in a training step in bf16, not compiled, of low-bit models in '
-            'the ramp; for a quantized model that of its twin; `-`: not measured. tokens/s of one sequence in engine/, one '
+            'all forms. MiB: tensors alive at once in a training step in bf16, not compiled, of low-bit models with '
+            'a ramp; for a quantized model that of its twin; `-`: not measured. tokens/s of one sequence in engine/, one '
             'thread, all models in turns, and the median of the turns, × full precision. Learning rates: '
             '[quality.md](quality.md).', '', *table(columns, found)]
 
