@@ -1109,15 +1109,17 @@ class Activation(nn.Module):
 class HalfLinear(nn.Module):
     """Linear layer with weight and bias in fp16 or bf16 that computes in its input's dtype; (..., in) -> (..., out).
 
-    Frozen by default. With trainable=True it is trained in its own dtype, with fp16 or bf16 gradients. Raises ValueError for
-    another dtype.
+    dtype: torch.float16, torch.bfloat16 or their names. Frozen by default. With trainable=True it is trained in its own dtype,
+    with fp16 or bf16 gradients. Raises ValueError for another dtype.
     """
     kind, bits = 'half', 16
 
     def __init__(self, in_features, out_features, bias=True, *, dtype=torch.float16, trainable=False):
         super().__init__()
-        if dtype not in (torch.float16, torch.bfloat16):
+        known = {name: t for t in (torch.float16, torch.bfloat16) for name in (t, str(t).removeprefix('torch.'))}
+        if dtype not in known:
             raise ValueError(f'HalfLinear: dtype={dtype} must be torch.float16 or torch.bfloat16')
+        dtype = known[dtype]
         self.in_features, self.out_features, self.trainable = in_features, out_features, trainable
         self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5).to(dtype), trainable)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), trainable) if bias else None

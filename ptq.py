@@ -12,7 +12,7 @@ Post-training quantization, pruning and sensitivity of a trained model.
 transformers (a folder or an id) with --text=FILE and --calibration=FILE; one of its classifiers with --dataset=sst2, or with
 --text=eval.csv and --calibration=train.csv. A folder of LoRA adapters is its base model with the adapters merged.
 
-    half          fp16                               int8, int8a8   absmax scale per row; a8: the inputs are int8 too
+    half, bf16    fp16, bfloat16                     int8, int8a8   absmax scale per row; a8: the inputs are int8 too
     uniform16 ..  16 even levels, groups of 16 ..    nf4, nf4dq     16 normal quantiles; dq: 8-bit scales
     fit4          16 fitted levels                   rtn4 .. rtn2   integers with a zero per group, rounded to the nearest
     awq4 .. awq2  like rtn, with scaled inputs       gptq4 .. gptq2 like rtn; columns and layers repair errors of earlier ones
@@ -77,7 +77,8 @@ config = configurator.override(globals(), _words)   # file.py ... --key=value, l
 _changed = {key for key in config if config[key] != _defaults[key]}
 
 # name: (method, kind or levels, options)
-SCHEMES = {'half': ('', 'half', {}), 'int8': ('', 'int8', {}), 'int8a8': ('', 'int8', {'activations': 'int8'}),
+SCHEMES = {'half': ('', 'half', {}), 'bf16': ('', 'half', {'dtype': 'bfloat16'}),
+           'int8': ('', 'int8', {}), 'int8a8': ('', 'int8', {'activations': 'int8'}),
            **{f'uniform{g}': ('', 'int4', {'group': g}) for g in (16, 32, 64, 128)},
            'nf4': ('', 'nf4', {}), 'nf4dq': ('', 'nf4', {'scales': '8bit'}), 'fit4': ('', 'fit4', {}),
            **{f'{method}{n}': (method, f'int{n}', {}) for n in (4, 3, 2) for method in ('rtn', 'awq', 'gptq')},

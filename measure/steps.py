@@ -43,21 +43,22 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(F.linear(self.ln_f(x), self.wte.weight).flatten(0, 1), targets.flatten())
 
 
-# model of train_<name>.py: its kinds, and the config that gives every matrix this kind
+# model of train_<name>.py: its kinds, and the config that gives every matrix of the low-bit blocks this kind
 KINDS = {'gpt': ('plain', *layers.KINDS), 'bitnet': ('fp', 'tern')}
 RAMP = '+ramp'                                      # after a low-bit kind: its steps in a run with --ramp
-ALL_OF = {'gpt': lambda kind, n_layer: dict(qkv_proj=kind, c_proj=kind, mlp_proj=kind,
-                                            binary_blocks=() if kind == 'fp' else tuple(range(n_layer))),
-          'bitnet': lambda kind, n_layer: dict(quant=kind)}
+ALL_OF = {'gpt': lambda kind, blocks: dict(qkv_proj=kind, c_proj=kind, mlp_proj=kind,
+                                           binary_blocks=() if kind == 'fp' else blocks),
+          'bitnet': lambda kind, blocks: dict(quant=kind)}
 
 
 def make_model(kind, a, models):
-    """The model of train_<a.model>.py in the sizes of `a`, all matrices of `kind`. models: {trainer: (model, config class)}."""
+    """The model of train_<a.model>.py in the sizes of `a`, matrices of a.binary_blocks ((): of all blocks) of `kind`.
+    models: {trainer: (model, config class)}."""
     if kind == 'plain':
         return PlainGPT(a.vocab_size, a.block_size, a.n_layer, a.n_head, a.n_embd)
     make, shape = models[f'train_{a.model}']
     sizes = {f.name: getattr(a, f.name) for f in fields(shape) if hasattr(a, f.name)}
-    return make(shape(**sizes, **ALL_OF[a.model](kind, a.n_layer)))
+    return make(shape(**sizes | ALL_OF[a.model](kind, a.binary_blocks or tuple(range(a.n_layer)))))
 
 
 def train_worker(a, models):
@@ -113,6 +114,10 @@ def train(a):
         a.model = 'bitnet'
         for key in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'vocab_size', 'batch_size', 'block_size'):
             setattr(a, key, shape[key])
+    if a.binary_blocks and a.model == 'bitnet':
+        configurator.fail('--binary_blocks is for the model gpt; leave it out')
+    if wrong := [i for i in a.binary_blocks if not 0 <= i < a.n_layer]:
+        configurator.fail(f'--binary_blocks: there is no block {wrong[0]}; the blocks are 0 to {a.n_layer - 1}')
     a.kinds = a.kinds or {'gpt': 'plain,fp,bin,tern,int4', 'bitnet': 'fp,tern'}[a.model]
     variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
     kinds = (*KINDS[a.model], *(kind + RAMP for kind in KINDS[a.model] if kind not in ('plain', 'fp')))
@@ -143,8 +148,8 @@ def train(a):
                      'ms_max': max(mine), 'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes,
                      **ratios, 'mfu': flops / ms * 1e3 / peak if flops else None,
                      'batch_size': a.batch_size, 'block_size': a.block_size, 'n_layer': a.n_layer, 'n_embd': a.n_embd,
-                     'threads': a.threads, 'optimizer': a.optimizer, 'compile': a.compile, 'device': name,
-                     'torch': torch.__version__})
+                     'binary_blocks': a.binary_blocks, 'threads': a.threads, 'optimizer': a.optimizer, 'compile': a.compile,
+                     'device': name, 'torch': torch.__version__})
     show(rows, [('kind', 'kind', ''), ('dtype', 'dtype', ''), ('ms', 'ms/step', '.1f'), ('ratio', 'x fp', '.2f'),
                 ('tokens_per_s', 'tokens/s', ',.0f'), ('peak_bytes', 'peak MiB', mib), ('peak_ratio', 'x fp', '.2f'),
                 ('saved_bytes', 'saved', mib), ('saved_ratio', 'x fp', '.2f'),

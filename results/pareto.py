@@ -21,9 +21,9 @@ import keep
 import runs
 from keep import MIB, ROOT, number, table
 
-SCHEMES = {'half': 'fp16', 'int8': 'int8', 'uniform16': 'int4, 16 even levels', 'nf4': 'nf4', 'fit4': 'fit4',
-           'gptq4': 'GPTQ, 4 bits', 'gptq3': 'GPTQ, 3 bits', 'gptq2': 'GPTQ, 2 bits', 'tern': 'ternary, rounded',
-           'bin': 'binary, rounded'}
+SCHEMES = {'half': 'fp16', 'bf16': 'bf16', 'int8': 'int8', 'uniform16': 'int4, 16 even levels', 'nf4': 'nf4',
+           'fit4': 'fit4', 'gptq4': 'GPTQ, 4 bits', 'gptq3': 'GPTQ, 3 bits', 'gptq2': 'GPTQ, 2 bits',
+           'tern': 'ternary, rounded', 'bin': 'binary, rounded'}
 # variant of `quality`: what it is called, kind of its layers and optimizer in bench.py train
 TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_more': ('full precision, trained on', 'fp', 'muon'),
            'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),

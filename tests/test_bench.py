@@ -197,16 +197,18 @@ def test_finetune_of_distilbert(rows):
     assert low['amortised_ms'] == pytest.approx(low['ms'] + low['refresh_ms'] / 200)
 
 
-def test_train_in_a_ramp(monkeypatch):
-    """int4+ramp measures a model that trains on weights halfway between latent and rounded ones; int4 has no ramp."""
+def test_train_in_a_ramp_and_in_some_blocks(monkeypatch):
+    """int4+ramp measures a model that trains on weights halfway between latent and rounded ones; int4 has no ramp. With
+    --binary_blocks=1 the other blocks are full precision."""
     made, make = [], steps.make_model
     monkeypatch.setattr(steps, 'make_model', lambda *given: made.append(make(*given)) or made[-1])
-    options = dict(model='gpt', n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=16, batch_size=2, optimizer='adamw',
+    options = dict(model='gpt', n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=16, batch_size=2, optimizer='adamw',
                    dtype='float32', compile=False)
-    for name, share in (('int4', None), ('int4+ramp', 0.5)):
-        asked(lambda a: steps.train_worker(a, MODELS), monkeypatch, name, **options)
-        low = [m for m in made.pop().modules() if isinstance(m, layers.LowBit)]
-        assert low and all(m.training and m.share == share for m in low)
+    for name, share, blocks in (('int4', None, ()), ('int4+ramp', 0.5, (1,))):
+        asked(lambda a: steps.train_worker(a, MODELS), monkeypatch, name, **options, binary_blocks=blocks)
+        low = {n: m for n, m in made.pop().named_modules() if isinstance(m, layers.LowBit)}
+        assert low and all(m.training and m.share == share for m in low.values())
+        assert {n.split('.')[1] for n in low} == {str(i) for i in blocks or (0, 1)}
 
 
 # ------------------------------------------------------------------------------------------------------------- decode

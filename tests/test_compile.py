@@ -68,7 +68,8 @@ def test_compiled_equals_eager(name):
 def test_the_memory_saving_survives_torch_compile(model, most):
     """A model of a trainer in bf16 is one graph, and torch's partitioner keeps neither rounded weights nor what the backward
     pass can compute from the inputs of the layers. most: bytes saved for the backward pass, x full precision."""
-    sizes = SimpleNamespace(model=model, n_layer=1, n_head=4, n_kv_head=2, n_embd=256, n_ff=768, vocab_size=64, block_size=256)
+    sizes = SimpleNamespace(model=model, n_layer=1, n_head=4, n_kv_head=2, n_embd=256, n_ff=768, vocab_size=64, block_size=256,
+                            binary_blocks=())
     ids, models = torch.randint(64, (2, 256)), {'train_gpt': (GPT, GPTConfig), 'train_bitnet': (BitNet, BitNetConfig)}
     saved = {}
     for kind in ('fp', *most):

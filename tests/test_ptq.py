@@ -86,20 +86,20 @@ def test_more_bits_less_loss_and_smaller_files(table):
     """Losses order as the bits do, calibration beats rounding at 2 bits, and the files have the promised bits a weight."""
     _, rows = table
     loss = lambda name: rows[name]['loss'] - rows['fp']['loss']
-    assert abs(loss('half')) < 1e-3 and abs(loss('int8')) < 2e-3 and abs(loss('int8a8')) < 1e-2
+    assert abs(loss('half')) < 1e-3 and abs(loss('bf16')) < 5e-3 and abs(loss('int8')) < 2e-3 and abs(loss('int8a8')) < 1e-2
     assert max(loss('gptq2'), loss('awq2')) < loss('rtn2') < loss('bin')
     assert max(abs(loss(f'{m}4')) for m in ('rtn', 'awq', 'gptq')) < 0.01 < loss('rtn2')
     assert loss('bin') > 0.2 and loss('tern') > 0.1                             # destroyed, without training
     size = lambda name: rows[name]['file_bytes']
     assert size('fp') > size('half') > size('int8') > size('rtn4') > size('rtn3') > size('rtn2') > size('bin')
     assert size('gptq3') == pytest.approx(size('rtn3'), rel=0.01) and rows['rtn3']['compression'] == size('fp') / size('rtn3')
-    bits = {'half': 16, 'int8': 8 + 32 / 85.3, 'uniform16': 5, 'uniform128': 4.125, 'nf4': 4.25, 'fit4': 4.25, 'bin': 1.5,
-            'rtn4': 4 + 16 / 32 + 8 / 80, 'tern': 2.5}                          # zeros of rows are filled up to bytes
+    bits = {'half': 16, 'bf16': 16, 'int8': 8 + 32 / 85.3, 'uniform16': 5, 'uniform128': 4.125, 'nf4': 4.25, 'fit4': 4.25,
+            'bin': 1.5, 'rtn4': 4 + 16 / 32 + 8 / 80, 'tern': 2.5}              # zeros of rows are filled up to bytes
     assert {k: rows[k]['bits'] for k in bits} == pytest.approx(bits, rel=0.02)
     assert all(r['ms_1'] > 0 and r['ratio_many'] > 0 for r in rows.values())
 
 
-SAVED = {'gptq3': 'head,embd', 'awq2': '', 'nf4dq': '', 'int8a8': 'head,embd', 'bin': 'head,embd'}       # scheme: --skip
+SAVED = {'gptq3': 'head,embd', 'awq2': '', 'nf4dq': '', 'bf16': '', 'int8a8': 'head,embd', 'bin': 'head,embd'}  # scheme: --skip
 
 
 @pytest.fixture(scope='module')
