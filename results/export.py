@@ -40,10 +40,10 @@ SHAPE = {'hidden_size': 2560, 'intermediate_size': 6912, 'num_hidden_layers': 30
          'rms_norm_eps': 1e-5, 'rope_theta': 500_000.0, 'tie_word_embeddings': True, 'bos_token_id': 0, 'eos_token_id': 0}
 TOLD = ('A random model of the shape of BitNet b1.58 2B4T, packed as its folder ({gb:.2f} GB): the engine loads it in '
         '{load_s:.0f} s, is {resident:.2f} GB resident and makes {tokens_per_s:.2f} tokens/s on one thread. transformers needs '
-        '{transformers_load_s:.0f} s to load it. Its greedy tokens are the first {greedy_before_a_difference} of the engine\'s '
-        '{new_tokens}. After the same tokens, both have the same most likely token {engine[same]} of {new_tokens} times, and '
-        'transformers has the same at once as token by token {itself[same]} times. The largest difference of a logit is '
-        '{engine[max]:.2f} and {itself[max]:.2f}; the logits have a deviation of {deviation:.2f}.')
+        '{transformers_load_s:.0f} s to load it. Of the {new_tokens} greedy tokens of both, the first '
+        '{greedy_before_a_difference} are the same. After the same tokens, both have the same most likely token {engine[same]} '
+        'of {new_tokens} times, and transformers has the same at once as token by token {itself[same]} times. The largest '
+        'difference of a logit is {engine[max]:.2f} and {itself[max]:.2f}; the logits have a deviation of {deviation:.2f}.')
 WORDS, NEW = 'The cat sat on the mat, and the dog', 16
 
 

@@ -302,7 +302,8 @@ def test_targets_are_computed_from_rounds():
     assert shown['decode, ternary, 8-bit heads, over llama.cpp TQ2_0 Q8_0', 1] == ('2.00 ×', 'yes')
     assert shown['decode, ternary, 8-bit heads, over llama.cpp TQ2_0 Q8_0', 2] == ('-', '-')
     assert shown['decode, binary, over tern', 1] == ('2.00 ×', 'yes')
-    assert shown['resident memory over packed file and cache, the most of the random models', 1] == ('1.20 ×', '**no**')
+    memory = 'resident memory after the longest prompt over packed file and cache, the most of the random models'
+    assert shown[memory, 1] == ('1.20 ×', '**no**')
 
 
 # ----------------------------------------------------------------------------------------------------- mistakes, bundle
@@ -321,7 +322,8 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
             ('stats bignet nope', 'nope'), ('compare half out/none', 'out/none'), ('layers --kinds=int3', 'int3'),
             ('stats bignet --device=cuda', 'CUDA'), ('bundle /nonexistent/x.zip', '/nonexistent/x.zip'), ('', 'command'),
             ('layers --shapes=4x8', '4x8'), ('fit lora --seeds=a', 'seeds'), ('train --kinds=foo', 'foo'),
-            ('train --kinds=fp+ramp', 'fp+ramp'),
+            ('train --kinds=fp+ramp', 'fp+ramp'), ('train --binary_blocks=0,6', "'6'"), ('train --binary_blocks=2x', "'2x'"),
+            ('train --model=bitnet --binary_blocks=0', 'bitnet'),
             ('optim-bytes --ranks=0', 'ranks'), ('finetune --variants=foo', 'foo'), ('finetune --tokens=0', 'tokens'),
             ('decode --heads=x', 'heads'), ('decode --prefill=a', 'prefill'), ('decode --models=', 'model'),
             ('decode --threads_of=0', 'threads_of'), ('decode --llama=/nonexistent/x', '/nonexistent/x'),

@@ -49,7 +49,7 @@ CNN = ('--image_size=16 --channels=4,4,4,4,8 --fc=8,8 --max_iters=3 --warmup_ite
 SHAPE = '--dim=24 --layers=1 --batch=2 --tokens=8 --threads=1'
 RULES = [   # how a command begins; the stage it runs in, or the check it gets; what is added; what it prints, a regex
     ('python data/pycode/prepare.py', 1, '', 'wrote data/pycode'),
-    ('python data/text/prepare.py', 1, '', 'wrote data/text/mine'),
+    ('python data/text/prepare.py', 1, '', 'wrote data/text/(mine|wikitext2)'),
     ('python data/shakespeare/prepare.py', 1, '', 'wrote data/shakespeare'),
     ('python data/arithmetic/prepare.py', 1, '--lines=2000', 'wrote data/arithmetic'),
     ('python data/tictactoe/prepare.py', 1, '--games=1000 --val_games=20', 'wrote data/tictactoe'),
@@ -76,7 +76,7 @@ RULES = [   # how a command begins; the stage it runs in, or the check it gets; 
     ('python data/sst2/prepare.py --held', 1, '--held=20 --file sst2.tsv --val_file sst2.tsv', r'held: got \d+ rows'),
     ('python data/sst2/prepare.py', 1, '--file sst2.tsv --val_file sst2.tsv', 'wrote .*sst2'),
     ('python finetune_cls.py config/', 2, CLASSIFIER, r'accuracy \d'),
-    ('python data/images/prepare.py', 1, '--workers=1', 'wrote .*mine'),
+    ('python data/images/prepare.py', 1, '--workers=1', 'wrote .*(mine|cifar10)'),
     ('python train_cnn.py config/', 2, CNN, r'top-1 \d[\s\S]+packed into out/'),
     ('torchrun --nproc_per_node=8 train_cnn.py config/', 2, f'{CNN} --dataset=digits', r'2 processes[\s\S]+packed into out/'),
     ('python train_cnn.py --predict', 3, '', r'(?m)^ *\d+\.\d%  \d'),
@@ -148,6 +148,8 @@ def copied(tmp_path_factory):
     text = ''.join(p.read_text(encoding='utf-8') for p in sorted(ROOT.glob('tests/*.py')))[:400_000]
     (path / 'a.txt').write_text(text, encoding='utf-8')
     (path / 'b.txt').write_text(PAGES['docs/layers.md'], encoding='utf-8')
+    for name in ('train', 'valid'):
+        (path / f'wiki.{name}.txt').write_text(text, encoding='utf-8')
     (path / 'c4.jsonl').write_text(''.join(json.dumps({'text': text[i:i + 500]}) + '\n' for i in range(0, 50_000, 500)))
     (path / 'stories.txt').write_text('<|endoftext|>'.join(text[i:i + 500] for i in range(0, 100_000, 500)))
     with open(path / 'readers/tokens.py', 'a') as f:        # bytes replace GPT-2's vocabulary, which would be downloaded
@@ -163,7 +165,8 @@ def copied(tmp_path_factory):
         review.write_text(f'film {i}')
     random = np.random.default_rng(0)
     for i in range(24):                             # photographs of noise, in two classes
-        for photo in (f'photographs/{"ab"[i % 2]}/{i}.jpg', f'food-101/images/{"ab"[i % 2]}/{i}.jpg'):
+        for photo in (f'photographs/{"ab"[i % 2]}/{i}.jpg', f'food-101/images/{"ab"[i % 2]}/{i}.jpg',
+                      f'cifar10/{("train", "test")[i // 2 % 2]}/{"ab"[i % 2]}/{i}.jpg'):
             (path / photo).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, (90, 100, 3), dtype=np.uint8)).save(path / photo)
     (path / 'food-101/meta').mkdir()
