@@ -24,17 +24,21 @@ from keep import MIB, ROOT, number, table
 SCHEMES = {'half': 'fp16', 'bf16': 'bf16', 'int8': 'int8', 'uniform16': 'int4, 16 even levels', 'nf4': 'nf4',
            'fit4': 'fit4', 'gptq4': 'GPTQ, 4 bits', 'gptq3': 'GPTQ, 3 bits', 'gptq2': 'GPTQ, 2 bits',
            'tern': 'ternary, rounded', 'bin': 'binary, rounded'}
-# variant of `quality`: what it is called, kind of its layers and optimizer in bench.py train
-TRAINED = {'fp': ('full precision', 'fp', 'muon'), 'fp_more': ('full precision, trained on', 'fp', 'muon'),
-           'fp_adamw': ('full precision, AdamW', 'fp', 'adamw'),
-           'fp_rsvd': ('full precision, rSVD, rank 16', 'fp', 'rsvd'),
-           'half': ('2 of 4 blocks binary, chosen by ptq.py', None, None),
+# bench.py train: name, options; the shape, optimizer and compiler of the runs
+STEPS = {'muon': '--kinds=fp,bin+ramp,tern+ramp,int4+ramp --optimizer=muon', 'adamw': '--kinds=fp --optimizer=adamw',
+         'rsvd': '--kinds=fp --optimizer=rsvd', 'half': '--kinds=bin+ramp --optimizer=muon --binary_blocks=2,3',
+         'wide': '--kinds=tern+ramp --optimizer=muon --n_embd=160'}
+# variant of `quality`: what it is called; name in STEPS and kind of its training step (None: not measured)
+TRAINED = {'fp': ('full precision', 'muon', 'fp'), 'fp_more': ('full precision, trained on', 'muon', 'fp'),
+           'fp_adamw': ('full precision, AdamW', 'adamw', 'fp'), 'fp_rsvd': ('full precision, rSVD, rank 16', 'rsvd', 'fp'),
+           'half': ('2 of 4 blocks binary', 'half', 'bin+ramp'),
            'half_taught': ('2 of 4 blocks binary, trained on', None, None),
-           'int4': ('int4, 16 even levels', 'int4+ramp', 'muon'), 'tern': ('ternary', 'tern+ramp', 'muon'),
-           'tern_wide': ('ternary, 160 wide instead of 128', None, None),
-           'tern_taught': ('ternary, trained on', None, None), 'bin': ('binary', 'bin+ramp', 'muon'),
+           'int4': ('int4, 16 even levels', 'muon', 'int4+ramp'), 'tern': ('ternary', 'muon', 'tern+ramp'),
+           'tern_wide': ('ternary, 160 wide instead of 128', 'wide', 'tern+ramp'),
+           'tern_taught': ('ternary, trained on', None, None), 'bin': ('binary', 'muon', 'bin+ramp'),
            'bin_taught': ('binary, trained on', None, None)}
-SHAPE = ['--n_layer=4', '--n_embd=128', '--block_size=128', '--vocab_size=1024', '--batch_size=16', '--dtypes=bfloat16']
+SHAPE = ['--n_layer=4', '--n_embd=128', '--block_size=128', '--vocab_size=1024', '--batch_size=16', '--dtypes=bfloat16',
+         '--compile']
 OUT = ROOT / 'out' / 'pareto'
 
 
@@ -55,10 +59,14 @@ def measure():
     OUT.mkdir(parents=True, exist_ok=True)
     newer = lambda path, run: path.exists() and path.stat().st_mtime > (ROOT / run / 'best.pt').stat().st_mtime
     for seed in seeds:
-        if not newer(OUT / f's{seed}' / 'ptq.jsonl', twin(seed)):
+        path = OUT / f's{seed}' / 'ptq.jsonl'
+        if not newer(path, twin(seed)) or {r['scheme'] for r in lines_of(path)} != {'fp', *SCHEMES}:
             command('ptq.py', f'--ckpt={twin(seed)}', f'--schemes={",".join(SCHEMES)}', '--time_rounds=0',
                     f'--out={OUT}/s{seed}')
-        found += [{**r, 'part': 'quantized', 'seed': seed} for r in lines_of(OUT / f's{seed}' / 'ptq.jsonl')]
+        found += [{**r, 'part': 'quantized', 'seed': seed} for r in lines_of(path)]
+    # half of the blocks, as the variant `half` trains
+    command('ptq.py', 'choose', f'--ckpt={twin(seeds[0])}', '--bits=17', f'--out={OUT}/choose')
+    found += [{**r, 'part': 'choose'} for r in lines_of(OUT / 'choose' / 'choose.jsonl')]
     files = {v: f'out/quality/{v}_s{seeds[0]}' for v in TRAINED if runs.finished(ROOT / f'out/quality/{v}_s{seeds[0]}')}
     for scheme in SCHEMES:
         path = OUT / f'{scheme}.safetensors'
@@ -72,11 +80,12 @@ def measure():
     names = {path: name for name, path in files.items()}
     found += [{'part': 'decode', 'name': names[r['model']], **{k: r[k] for k in ('decode', 'joules', 'device')},
                'turns': [turn['decode'] for turn in r['rounds']]} for r in lines_of(log)]
-    for optimizer, kinds in (('muon', 'fp,bin+ramp,tern+ramp,int4+ramp'), ('adamw', 'fp'), ('rsvd', 'fp')):
-        log = OUT / f'train_{optimizer}.jsonl'
+    for name, options in STEPS.items():
+        log = OUT / f'step_{name}.jsonl'
         log.unlink(missing_ok=True)
-        command('bench.py', 'train', *SHAPE, f'--kinds={kinds}', f'--optimizer={optimizer}', '--rounds=3', f'--json={log}')
-        found += [{'part': 'step', 'optimizer': optimizer, **{k: r[k] for k in ('kind', 'peak_bytes')}} for r in lines_of(log)]
+        command('bench.py', 'train', *SHAPE, *options.split(), f'--json={log}')
+        keys = ('kind', 'dtype', 'peak_bytes', 'peak_ratio', 'ms', 'ms_min', 'ms_max', 'ratio')
+        found += [{'part': 'step', 'step': name, **{k: r[k] for k in keys}} for r in lines_of(log)]
     keep.write('pareto.jsonl', ''.join(json.dumps(r) + '\n' for r in found))
 
 
@@ -84,7 +93,8 @@ def forms():
     """Dicts of every form, with the values of each seed: label, trained, losses, gaps, bytes, peak, decode."""
     rows, trained = keep.read('pareto'), runs.runs_of('quality')
     speed = {r['name']: r for r in rows if r['part'] == 'decode'}
-    peak = {(r['kind'], r['optimizer']): r['peak_bytes'] for r in rows if r['part'] == 'step'}
+    steps = {(r['step'], r['kind']): r for r in rows if r['part'] == 'step'}
+    twin = steps['muon', 'fp']
 
     def decoded(name):
         if name not in speed:
@@ -92,18 +102,24 @@ def forms():
         ratios = [turn / full for turn, full in zip(speed[name]['turns'], speed['fp']['turns'], strict=True)]
         return {'decode': speed[name]['decode'], 'ratio': statistics.median(ratios), 'joules': speed[name]['joules']}
 
+    def gaps(variant, baseline):
+        return [r['val_loss'] - trained[baseline][seed]['val_loss'] for seed, r in trained[variant].items()
+                if variant != baseline and seed in trained.get(baseline, ())]
+
     found = []
-    for variant, (label, kind, optimizer) in TRAINED.items():
+    for variant, (label, name, kind) in TRAINED.items():
         if of := trained.get(variant):
+            step = steps[name, kind] if name else {'peak_bytes': None}
             found.append({'label': label, 'trained': True, 'losses': [r['val_loss'] for r in of.values()],
-                          'gaps': [r['val_loss'] - trained['fp'][s]['val_loss'] for s, r in of.items()
-                                   if s in trained['fp'] and variant != 'fp'], 'bytes': of[min(of)]['packed_file_bytes'],
-                          'peak': peak.get((kind, optimizer)), **decoded(variant)})
+                          'gaps': gaps(variant, 'fp'), 'gaps_more': gaps(variant, 'fp_more') if 'taught' in variant else [],
+                          'bytes': of[min(of)]['packed_file_bytes'], 'peak': step['peak_bytes'],
+                          'step_ratio': step['ratio'] if name == 'muon' else None,     # in turns with full precision
+                          **decoded(variant)})
     for scheme, label in SCHEMES.items():
-        name = scheme if scheme not in TRAINED else f'ptq_{scheme}'
         if of := [r for r in rows if r['part'] == 'quantized' and r['scheme'] == scheme]:
             found.append({'label': label, 'trained': False, 'losses': [r['loss'] for r in of], 'gaps': [r['delta'] for r in of],
-                          'bytes': of[0]['file_bytes'], 'peak': peak.get(('fp', 'muon')), **decoded(name)})
+                          'gaps_more': [], 'bytes': of[0]['file_bytes'], 'peak': twin['peak_bytes'], 'step_ratio': None,
+                          **decoded(scheme if scheme not in TRAINED else f'ptq_{scheme}')})
     first = TRAINED['fp'][0]                        # of the other rows as large only the metadata differ
     return sorted(found, key=lambda f: (f['label'] != first, -(f['bytes'] // 1000), f['label']))
 
@@ -113,20 +129,24 @@ def page(found):
     rows = keep.read('pareto')
     one = next(iter(runs.runs_of('quality')['fp'].values()))
     per_byte = one['val_bpb'] * math.log(2) / one['val_loss']
-    gap = lambda scale: lambda f: runs.mean_gap([g * scale for g in f['gaps']])
+    gap = lambda scale, key='gaps': lambda f: runs.mean_gap([g * scale for g in f[key]])
     columns = {'form': '{label}', 'made': lambda f: 'training' if f['trained'] else 'afterwards',
                'val loss': lambda f: f'{runs.spread(f["losses"], 4)} (n={len(f["losses"])})', 'gap': gap(1),
-               'gap per byte of text': gap(per_byte), 'file bytes': '{bytes:,}', 'MiB': number('peak', '.1f', MIB),
+               'gap, both trained on': gap(1, 'gaps_more'), 'gap per byte of text': gap(per_byte), 'file bytes': '{bytes:,}',
+               'MiB': number('peak', '.1f', MIB), 'step, ×': number('step_ratio', '.2f'),
                'tokens/s': number('decode', ',.0f'), '× full precision': number('ratio', '.2f')}
     if any(f['joules'] for f in found):
         columns['joules per token'] = number('joules', '.2e')
+    blocks = ' and '.join(sorted(r['taken'].rpartition('.')[2] for r in rows if r['part'] == 'choose'))
     device = next(r['device'] for r in rows if r['part'] == 'decode')
     return [f'`config/wikitext2.py`, {device}. Losses in nats per token over the same validation batches, mean ± '
             'sd over n seeds; gaps to the full-precision model of the same seed in the same precision (bf16 if trained, fp32 '
             f'if quantized afterwards), ± their standard error. Trained on: for {one["step"]:,} more steps, from the weights '
-            'of full precision; low-bit models have it as teacher, too. The embedding, which is also the head, stays fp32 in '
-            'all forms. MiB: tensors alive at once in a training step in bf16, not compiled, of low-bit models with '
-            'a ramp; for a quantized model that of its twin; `-`: not measured. tokens/s of one sequence in engine/, one '
+            'of full precision; low-bit models have it as teacher, too. "Both trained on": the gap to full precision that is '
+            'trained on as well. The embedding, which is also the head, stays fp32 in '
+            f'all forms. `ptq.py choose` takes the blocks {blocks} of the first seed. MiB: tensors alive at once in a compiled '
+            'training step in bf16, of low-bit models with a ramp; for a quantized model that of its twin. Step: its time, × '
+            'full precision in turns; `-`: not measured. tokens/s of one sequence in engine/, one '
             'thread, all models in turns, and the median of the turns, × full precision. Learning rates: '
             '[quality.md](quality.md).', '', *table(columns, found)]
 

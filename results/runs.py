@@ -290,20 +290,21 @@ def write_tables(name):
     keep.publish(name, lines)
 
 
-# A row of the table in README.md: model, low-bit part, name in results/layers.jsonl; experiment, variant, column of its
-# quality; bench with its training memory and time, row of the bench
+# A row of the table in README.md: model, low-bit part, name in results/layers.jsonl; experiment, variant, its baseline, column
+# of its quality; bench with its training memory and time, row of the bench
+GPT, FOOD = 'GPT 0.9M, WikiText-2', 'CNN 1.4M, 10 classes of Food-101'
 SUMMARY = [
-    ('GPT 0.9M, WikiText-2', 'all blocks binary', 'binary', 'quality', 'bin', 'val_loss', 'speed', 'bin+ramp'),
-    ('GPT 0.9M, WikiText-2', '... trained on from fp32', 'binary', 'quality', 'bin_taught', 'val_loss', None, None),
-    ('GPT 0.9M, WikiText-2', 'all blocks ternary', 'ternary', 'quality', 'tern', 'val_loss', 'speed', 'tern+ramp'),
-    ('GPT 0.9M, WikiText-2', '... trained on from fp32', 'ternary', 'quality', 'tern_taught', 'val_loss', None, None),
-    ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern',
-     'val_loss', 'bitnet_speed', 'tern+ramp'),
-    ('CNN 1.4M, 10 classes of Food-101', 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'top1', None, None),
-    ('CNN 1.4M, 10 classes of Food-101', 'all layers binary', 'binary', 'food10', 'bin', 'top1', 'conv', 'binary'),
-    ('CNN 1.4M, CIFAR-10', 'all layers binary, a ramp', 'binary', 'cifar10', 'bin_ramp', 'top1', None, None),
-    ('CNN 1.4M, CIFAR-10', '... a teacher', 'binary', 'cifar10', 'bin_taught', 'top1', None, None),
-    ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 6', None, 'sst2', 'rsvd6_columns', 'all_accuracy',
+    (GPT, 'all blocks binary', 'binary', 'quality', 'bin', 'fp', 'val_loss', 'pareto', 'bin+ramp'),
+    (GPT, '... [4 × the steps](results/long.md)', 'binary', 'long', 'bin', 'fp', 'val_loss', None, None),
+    (GPT, 'all blocks ternary', 'ternary', 'quality', 'tern', 'fp', 'val_loss', 'pareto', 'tern+ramp'),
+    (GPT, '... 4 × the steps', 'ternary', 'long', 'tern', 'fp', 'val_loss', None, None),
+    ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern', 'fp', 'val_loss',
+     'bitnet_speed', 'tern+ramp'),
+    (FOOD, 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'real', 'top1', None, None),
+    (FOOD, 'all layers binary', 'binary', 'food10', 'bin', 'real', 'top1', 'conv', 'binary'),
+    ('CNN 1.4M, CIFAR-10', 'all layers binary, a ramp', 'binary', 'cifar10', 'bin_ramp', 'real', 'top1', None, None),
+    ('CNN 1.4M, CIFAR-10', '... both with a teacher', 'binary', 'cifar10', 'bin_taught', 'real_taught', 'top1', None, None),
+    ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 6', None, 'sst2', 'rsvd6_columns', 'full', 'all_accuracy',
      None, None)]
 
 
@@ -311,8 +312,8 @@ def write_summary():
     """Fill the table of README.md: quality, training memory, file and time of low-bit models beside their baselines."""
     bits = {r['name']: f'{r["bits"]:.2f}' for r in keep.read('layers')}
     rows, last = [], ''
-    for model, part, form, name, variant, key, bench, kind in SUMMARY:
-        runs, base = (runs_of(name).get(v) for v in (variant, EXPERIMENTS[name].baseline))
+    for model, part, form, name, variant, baseline, key, bench, kind in SUMMARY:
+        runs, base = (runs_of(name).get(v) for v in (variant, baseline))
         if not runs or not base:
             continue
         digits, scale, unit = (4, 1, 'nats') if 'loss' in key else (2, 100, 'points')
@@ -321,10 +322,10 @@ def write_summary():
         quality = f'{mean(key, digits, scale)(group)} against {mean(key, digits, scale)(twin)} (n={len(runs)})'
         steps, memory, ms, file = {r['variant']: r for r in keep.read(name) if 'seed' not in r}, '-', '-', '-'
         for r in keep.read(bench) if bench else ():
-            if (r.get('kind') or r['name'], r['dtype']) == (kind, 'bfloat16'):
+            if (r.get('kind') or r.get('name'), r.get('dtype')) == (kind, 'bfloat16') and r.get('step') in (None, 'muon'):
                 memory, ms = f'{r["peak_ratio"]:.2f}', f'{r.get("ratio", r.get("net_ratio")):.2f}'
         if variant in steps:                        # measured apart from the runs
-            step, full = steps[variant], steps[EXPERIMENTS[name].baseline]
+            step, full = steps[variant], steps[baseline]
             memory, ms = (f'{step[k] / full[k]:.2f}' for k in ('peak_bytes', 'ms_per_step'))
         if form:
             file = ' of '.join(f'{g["runs"][0]["packed_file_bytes"] / 1e6:.2f}' for g in (group, twin))

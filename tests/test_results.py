@@ -101,17 +101,19 @@ def test_a_run_with_other_settings_than_its_config_file_is_refused(root, monkeyp
 
 
 def test_the_table_of_the_readme_leaves_out_what_was_not_run(root):
-    """With the stored runs of one experiment alone, README.md gets its rows, without memory and times of missing benches. A
+    """With the stored runs of two experiments alone, README.md gets their rows, without memory and times of missing benches. A
     page without <!-- end --> is refused and stays as it is."""
     import runs
-    lines = (ROOT / 'results/quality.jsonl').read_text(encoding='utf-8').splitlines()
-    (root / 'results/quality.jsonl').write_text('\n'.join(x for x in lines if '"variant": "bin"' not in x), encoding='utf-8')
+    for name, gone in (('quality', 'bin'), ('long', 'tern')):
+        lines = (ROOT / f'results/{name}.jsonl').read_text(encoding='utf-8').splitlines()
+        kept = (x for x in lines if f'"variant": "{gone}"' not in x)
+        (root / f'results/{name}.jsonl').write_text('\n'.join(kept), encoding='utf-8')
     page = root / 'README.md'
     page.write_text('<!-- summary -->\n<!-- end -->\n', encoding='utf-8')
     runs.write_summary()
     rows = page.read_text(encoding='utf-8').splitlines()[3:-1]
-    assert len(rows) == 3 and 'all blocks ternary' in rows[1] and all(' | - | ' in row for row in rows)
-    assert rows[0].startswith('| [GPT 0.9M') and rows[2].startswith('|  | ... trained on')
+    assert len(rows) == 2 and all(' | - | ' in row for row in rows)
+    assert rows[0].startswith('| [GPT 0.9M') and '4 × the steps' in rows[0] and rows[1].startswith('|  | all blocks ternary')
     page.write_text('<!-- summary -->\n## The rest of the page\n', encoding='utf-8')
     with pytest.raises(SystemExit, match='has no <!-- end -->'):
         keep.fill('summary', 'a table')
