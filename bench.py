@@ -132,6 +132,7 @@ def main():
     p.add_argument('--kinds', default='', help='e.g. fp,bin,bin+ramp; default: plain,fp,bin,tern,int4, or fp,tern of bitnet')
     p.add_argument('--binary_blocks', default='', metavar='2,3',
                    help='only these blocks of gpt have the low-bit kind; default: all')
+    p.add_argument('--output_gains', action='store_true', help='as in train_gpt.py: ternary layers have learned factors')
     p.add_argument('--dtypes', default='float32,bfloat16')
     p.add_argument('--gpt2', action='store_true', help='the shape of GPT-2 124M at 1,024 tokens')
     p.add_argument('--fineweb95m', action='store_true', help='the shape of config/fineweb95m.py')

@@ -115,12 +115,15 @@ def train(a):
         for key in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ff', 'vocab_size', 'batch_size', 'block_size'):
             setattr(a, key, shape[key])
     words, every = a.binary_blocks.split(',') if a.binary_blocks else [], [str(i) for i in range(a.n_layer)]
-    if words and a.model == 'bitnet':
-        configurator.fail('binary_blocks has no use for bitnet; leave --binary_blocks out')
+    if a.model == 'bitnet' and (words or a.output_gains):
+        key = 'binary_blocks' if words else 'output_gains'
+        configurator.fail(f'{key} has no use for bitnet; leave --{key} out')
     if wrong := [word for word in words if word not in every]:
         configurator.fail(f'binary_blocks: {wrong[0]!r} is no block; type some of {",".join(every)}')
     a.binary_blocks = tuple(map(int, words))
     a.kinds = a.kinds or {'gpt': 'plain,fp,bin,tern,int4', 'bitnet': 'fp,tern'}[a.model]
+    if words and set(a.kinds.split(',')) <= {'plain', 'fp'}:
+        configurator.fail(f'binary_blocks has no use for the kinds {a.kinds}; leave --binary_blocks out')
     variants = [(kind, dtype) for dtype in a.dtypes.split(',') for kind in a.kinds.split(',')]
     kinds = (*KINDS[a.model], *(kind + RAMP for kind in KINDS[a.model] if kind not in ('plain', 'fp')))
     if wrong := [v for v in (*a.kinds.split(','), *a.dtypes.split(',')) if v not in (*kinds, 'float32', 'bfloat16')]:
@@ -135,7 +138,7 @@ def train(a):
     tokens, name = a.batch_size * a.block_size, device_name(a)
     peak = next((f for card, f in PEAK_FLOPS.items() if card in name), None) if a.device == 'cuda' else None
     flops = tokens * memory[variants[0]]['flops_per_token'] if peak else None
-    some = f', only blocks {",".join(words)} in a low-bit kind' * bool(words)
+    some = f', low-bit blocks {",".join(words)}' * bool(words)
     print(f'training step, {a.model}{some}, {a.n_layer} layers x {a.n_embd}, {a.batch_size} x {a.block_size} tokens, '
           f'{a.device} ({name}), {a.threads} threads, torch {torch.__version__}, {a.optimizer}, compile={a.compile}, '
           f'{a.rounds} rounds x {a.steps} steps; peak: tensors alive at once; saved: those for the backward '
@@ -151,7 +154,8 @@ def train(a):
                      'ms_max': max(mine), 'ratio': ratio, 'tokens_per_s': tokens / ms * 1e3, **mine_bytes,
                      **ratios, 'mfu': flops / ms * 1e3 / peak if flops else None,
                      'batch_size': a.batch_size, 'block_size': a.block_size, 'n_layer': a.n_layer, 'n_embd': a.n_embd,
-                     'binary_blocks': a.binary_blocks * (kind not in ('plain', 'fp')), 'threads': a.threads,
+                     'binary_blocks': [] if kind in ('plain', 'fp') else list(a.binary_blocks or range(a.n_layer)),
+                     'output_gains': a.output_gains, 'threads': a.threads,
                      'optimizer': a.optimizer, 'compile': a.compile, 'device': name, 'torch': torch.__version__})
     show(rows, [('kind', 'kind', ''), ('dtype', 'dtype', ''), ('ms', 'ms/step', '.1f'), ('ratio', 'x fp', '.2f'),
                 ('tokens_per_s', 'tokens/s', ',.0f'), ('peak_bytes', 'peak MiB', mib), ('peak_ratio', 'x fp', '.2f'),

@@ -26,7 +26,7 @@ BY_DTYPE = 'speed', 'bitnet_speed', 'compiled', 'conv'
 BENCHES = {
     'bitnet_speed': (['train --model=bitnet --steps=2 --kinds=fp,tern,tern+ramp'], step_caption, STEP_COLUMNS),
     'speed': (['train --steps=2 --kinds=plain,fp,bin,bin+ramp,tern,tern+ramp,int4,int4+ramp'], step_caption, STEP_COLUMNS),
-    'compiled': (['train --compile --steps=2', 'train --model=bitnet --compile --steps=2'],
+    'compiled': (['train --compile --steps=2', 'train --model=bitnet --compile --steps=2 --kinds=fp,tern,tern+ramp'],
                  lambda r: 'Under torch.compile. ' + step_caption(r).replace('model of train_gpt.py', 'models of the trainers')
                  + ' Saved: tensors for the backward pass.',
                  {'model': '{model} {kind}'}

@@ -84,7 +84,7 @@ No figure on these pages was measured on a GPU. Beside them:
 
 - [negatives.md](negatives.md): what did not work, and what did.
 - [wikitext2_bpe.jsonl](wikitext2_bpe.jsonl): the training run of the model in [ptq_schemes.md](ptq_schemes.md), by
-  `python train_gpt.py config/wikitext2_bpe.py`; the other ptq tables and blocks are of an earlier run of this command.
+  `python train_gpt.py config/wikitext2_bpe.py`; the other ptq tables and blocks.md used an earlier run.
 - [precision.txt](precision.txt): the error that the common term of {0, 1} weights causes in bf16, by
   `python results/precision.py > results/precision.txt`.
 - `python results/fit4.py` computes the levels of the format fit4.

@@ -25,13 +25,14 @@ SCHEMES = {'half': 'fp16', 'bf16': 'bf16', 'int8': 'int8', 'uniform16': 'int4, 1
            'fit4': 'fit4', 'gptq4': 'GPTQ, 4 bits', 'gptq3': 'GPTQ, 3 bits', 'gptq2': 'GPTQ, 2 bits',
            'tern': 'ternary, rounded', 'bin': 'binary, rounded'}
 # bench.py train: name, options; the shape, optimizer and compiler of the runs
-STEPS = {'muon': '--kinds=fp,bin+ramp,tern+ramp,int4+ramp --optimizer=muon', 'adamw': '--kinds=fp --optimizer=adamw',
-         'rsvd': '--kinds=fp --optimizer=rsvd', 'half': '--kinds=bin+ramp --optimizer=muon --binary_blocks=2,3',
-         'wide': '--kinds=tern+ramp --optimizer=muon --n_embd=160'}
+STEPS = {'muon': '--kinds=fp,bin+ramp,tern+ramp,int4+ramp --optimizer=muon --output_gains',
+         'adamw': '--kinds=fp --optimizer=adamw', 'rsvd': '--kinds=fp --optimizer=rsvd',
+         'half': '--kinds=fp,bin+ramp --optimizer=muon --binary_blocks=2,3',
+         'wide': '--kinds=tern+ramp --optimizer=muon --output_gains --n_embd=160'}
 # variant of `quality`: what it is called; name in STEPS and kind of its training step (None: not measured)
 TRAINED = {'fp': ('full precision', 'muon', 'fp'), 'fp_more': ('full precision, trained on', 'muon', 'fp'),
            'fp_adamw': ('full precision, AdamW', 'adamw', 'fp'), 'fp_rsvd': ('full precision, rSVD, rank 16', 'rsvd', 'fp'),
-           'half': ('2 of 4 blocks binary', 'half', 'bin+ramp'),
+           'half': ('2 of 4 blocks binary: 2 and 3', 'half', 'bin+ramp'),
            'half_taught': ('2 of 4 blocks binary, trained on', None, None),
            'int4': ('int4, 16 even levels', 'muon', 'int4+ramp'), 'tern': ('ternary', 'muon', 'tern+ramp'),
            'tern_wide': ('ternary, 160 wide instead of 128', 'wide', 'tern+ramp'),
@@ -84,7 +85,7 @@ def measure():
         log = OUT / f'step_{name}.jsonl'
         log.unlink(missing_ok=True)
         command('bench.py', 'train', *SHAPE, *options.split(), f'--json={log}')
-        keys = ('kind', 'dtype', 'peak_bytes', 'peak_ratio', 'ms', 'ms_min', 'ms_max', 'ratio')
+        keys = ['kind', 'dtype', 'peak_bytes', 'ms', 'ms_min', 'ms_max'] + ['peak_ratio', 'ratio'] * ('=fp,' in options)
         found += [{'part': 'step', 'step': name, **{k: r[k] for k in keys}} for r in lines_of(log)]
     keep.write('pareto.jsonl', ''.join(json.dumps(r) + '\n' for r in found))
 
@@ -113,7 +114,7 @@ def forms():
             found.append({'label': label, 'trained': True, 'losses': [r['val_loss'] for r in of.values()],
                           'gaps': gaps(variant, 'fp'), 'gaps_more': gaps(variant, 'fp_more') if 'taught' in variant else [],
                           'bytes': of[min(of)]['packed_file_bytes'], 'peak': step['peak_bytes'],
-                          'step_ratio': step['ratio'] if name == 'muon' else None,     # in turns with full precision
+                          'step_ratio': step.get('ratio'),          # in turns with full precision
                           **decoded(variant)})
     for scheme, label in SCHEMES.items():
         if of := [r for r in rows if r['part'] == 'quantized' and r['scheme'] == scheme]:
@@ -144,19 +145,19 @@ def page(found):
             f'if quantized afterwards), ± their standard error. Trained on: for {one["step"]:,} more steps, from the weights '
             'of full precision; low-bit models have it as teacher, too. "Both trained on": the gap to full precision that is '
             'trained on as well. The embedding, which is also the head, stays fp32 in '
-            f'all forms. `ptq.py choose` takes the blocks {blocks} of the first seed. MiB: tensors alive at once in a compiled '
-            'training step in bf16, of low-bit models with a ramp; for a quantized model that of its twin. Step: its time, × '
+            f'all forms. `ptq.py choose` takes the blocks {blocks} for the first seed; the runs of all seeds use these. MiB: '
+            'tensors alive at once in a compiled training step in bf16, of low-bit models with a ramp; for a quantized model '
+            'that of its twin. Step: its time, × '
             'full precision in turns; `-`: not measured. tokens/s of one sequence in engine/, one '
             'thread, all models in turns, and the median of the turns, × full precision. Learning rates: '
             '[quality.md](quality.md).', '', *table(columns, found)]
 
 
-NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'ternary, trained on', 'binary', 'binary, trained on',
-         'full precision, trained on')
+NAMED = ('GPTQ, 3 bits', 'GPTQ, 2 bits', 'ternary', 'binary')
 
 
 def sentence(found):
-    """The smallest forms, trained ones in italics, and the twin that was trained on."""
+    """The smallest forms, trained ones in italics."""
     name = lambda f: ('*{}*' if f['trained'] else '{}').format(f['label'].replace(',', ''))
     return ', '.join(f'{name(f)} {f["bytes"] / 1e6:.2f} MB {statistics.mean(f["gaps"]):+.2f}' for f in found
                      if f['label'] in NAMED and f['gaps'])
@@ -188,8 +189,8 @@ def main():
     parser.add_argument('--table', action='store_true', help='measure nothing')
     if not parser.parse_args().table:
         measure()
-    if not keep.read('pareto'):
-        sys.exit('error: no results/pareto.jsonl; type: python results/pareto.py')
+    if not {'quantized', 'choose', 'decode', 'step'} <= {r['part'] for r in keep.read('pareto')}:
+        sys.exit('error: results/pareto.jsonl lacks rows; type: python results/pareto.py')
     found = forms()
     picture(found)
     keep.publish('pareto', page(found))

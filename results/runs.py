@@ -299,11 +299,12 @@ SUMMARY = [
     (GPT, 'all blocks ternary', 'ternary', 'quality', 'tern', 'fp', 'val_loss', 'pareto', 'tern+ramp'),
     (GPT, '... 4 × the steps', 'ternary', 'long', 'tern', 'fp', 'val_loss', None, None),
     ('BitNet 3.7M, 3,117 TinyStories', 'all block matrices ternary', 'ternary', 'tinystories', 'tern', 'fp', 'val_loss',
-     'bitnet_speed', 'tern+ramp'),
+     'compiled', 'tern+ramp'),
     (FOOD, 'conv8 to conv10 binary', 'binary', 'food10', 'mixed70', 'real', 'top1', None, None),
     (FOOD, 'all layers binary', 'binary', 'food10', 'bin', 'real', 'top1', 'conv', 'binary'),
     ('CNN 1.4M, CIFAR-10', 'all layers binary, a ramp', 'binary', 'cifar10', 'bin_ramp', 'real', 'top1', None, None),
-    ('CNN 1.4M, CIFAR-10', '... both with a teacher', 'binary', 'cifar10', 'bin_taught', 'real_taught', 'top1', None, None),
+    ('CNN 1.4M, CIFAR-10', '... low-bit and real with a teacher', 'binary', 'cifar10', 'bin_taught', 'real_taught', 'top1',
+     None, None),
     ('DistilBERT shape, 1.5M, SST-2', 'none: low-rank Adam, rank 6', None, 'sst2', 'rsvd6_columns', 'full', 'all_accuracy',
      None, None)]
 
