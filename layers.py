@@ -1116,10 +1116,9 @@ class HalfLinear(nn.Module):
 
     def __init__(self, in_features, out_features, bias=True, *, dtype=torch.float16, trainable=False):
         super().__init__()
-        known = {name: t for t in (torch.float16, torch.bfloat16) for name in (t, str(t).removeprefix('torch.'))}
-        if dtype not in known:
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f'HalfLinear: dtype={dtype} must be torch.float16 or torch.bfloat16')
-        dtype = known[dtype]
         self.in_features, self.out_features, self.trainable = in_features, out_features, trainable
         self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=in_features ** -0.5).to(dtype), trainable)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), trainable) if bias else None

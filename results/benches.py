@@ -13,8 +13,7 @@ def step_caption(r):
     return (f'The model of {model}, {r["n_layer"]} layers x {r["n_embd"]}, {r["batch_size"]} x {r["block_size"]} tokens, '
             f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}; {r["optimizer"]}; ms: median of '
             'the rounds (least to most); × is relative to fp of the same dtype; peak memory is the most bytes of tensors alive '
-            'at once, resident the growth of the process'
-            + ('.' if r['compile'] else '; +ramp: a step of a run with --ramp.'))
+            'at once, resident the growth of the process; +ramp: a step of a run with --ramp.')
 
 
 STEP_COLUMNS = {'kind': '{kind}', 'dtype': '{dtype}', 'ms/step': '{ms:.0f} ({ms_min:.0f} to {ms_max:.0f})', '×': '{ratio:.2f}',
